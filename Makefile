@@ -1,0 +1,31 @@
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-fast check format quickstart clean
+
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## Create or refresh .venv (at once when it is up to date)
+	@scripts/bootstrap.sh
+
+test: setup ## Run all tests; narrow them with ARGS="-k name"
+	$(PY) -m pytest $(ARGS)
+
+test-fast: setup ## Run the tests not marked slow
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+check: setup ## Lint, check the format and the types
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: setup ## Format the code and sort the imports
+	$(PY) -m ruff check --select I --fix
+	$(PY) -m ruff format
+
+quickstart: setup ## Train a baseline and a superposition run on this machine and compare them (BPE=1: subwords)
+	$(PY) tools/quickstart.py $(if $(BPE),--bpe)
+
+clean: ## Remove .venv, caches and build products (runs/ stays)
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

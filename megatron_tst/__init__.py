@@ -1,0 +1,38 @@
+"""Token Superposition Training for Megatron-Core.
+
+The public names are loaded on first use, so that the configuration and the schedule can be
+imported where torch and Megatron are not installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_tst.config import SuperpositionConfig as SuperpositionConfig
+    from megatron_tst.data.dataset import SuperpositionGPTDataset as SuperpositionGPTDataset
+    from megatron_tst.model.cross_entropy import (
+        multi_hot_cross_entropy as multi_hot_cross_entropy,
+    )
+    from megatron_tst.model.embedding import bag_embedding as bag_embedding
+    from megatron_tst.model.model import SuperpositionGPTModel as SuperpositionGPTModel
+    from megatron_tst.schedule import SuperpositionSchedule as SuperpositionSchedule
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "SuperpositionConfig": "megatron_tst.config",
+    "SuperpositionSchedule": "megatron_tst.schedule",
+    "bag_embedding": "megatron_tst.model.embedding",
+    "multi_hot_cross_entropy": "megatron_tst.model.cross_entropy",
+    "SuperpositionGPTModel": "megatron_tst.model.model",
+    "SuperpositionGPTDataset": "megatron_tst.data.dataset",
+}
+__all__ = [*_MODULE_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,0 +1,158 @@
+"""Core attention for the CPU: torch's fused scaled dot product attention behind Megatron's interface."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+QUERY_BLOCK = 128
+"""Queries that the backward pass handles at a time; their scores stay in the cache."""
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention with torch's fused forward and a blocked backward.
+
+    torch's fused backward on CPUs takes 5 to 17 times as long as its forward at the lengths of small
+    models; one batched matrix product a block of queries takes 2 to 3 times (`benchmarks/cpu_step.py`
+    times a whole step).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attends; query, key, value and the result are [b, heads, l, head_dim]."""
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Recomputes the probabilities of a block of queries at a time."""
+        batch_and_heads = ctx.saved_tensors[0].shape[:2]
+        query, key, value, grad = (x.flatten(0, 1) for x in (*ctx.saved_tensors, grad_context))
+        grad_query = torch.empty_like(query)
+        grad_key = torch.zeros(key.shape, dtype=torch.float32)
+        grad_value = torch.zeros(value.shape, dtype=torch.float32)
+        for start in range(0, query.shape[1], QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, query.shape[1])
+            rows, seen = slice(start, stop), slice(0, stop)
+            probabilities = _causal_probabilities(query[:, rows], key[:, seen], ctx.scale, start)
+            grad_value[:, seen] += probabilities.transpose(1, 2) @ grad[:, rows]
+            grad_probabilities = grad[:, rows] @ value[:, seen].transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(
+                grad_probabilities, probabilities, -1, query.dtype
+            ).mul_(ctx.scale)
+            grad_query[:, rows] = grad_scores @ key[:, seen]
+            grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, rows]
+        grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
+        in_query, in_key, in_value = (g.unflatten(0, batch_and_heads) for g in grads)
+        return in_query, in_key, in_value, None
+
+
+def _causal_probabilities(query: Tensor, key: Tensor, scale: float, first_position: int) -> Tensor:
+    """Attention probabilities [n, q, k] of queries that start at ``first_position``."""
+    forbidden = torch.full((query.shape[1], key.shape[1]), -torch.inf, dtype=query.dtype)
+    forbidden.triu_(first_position + 1)
+    scores = torch.baddbmm(forbidden, query, key.transpose(1, 2), alpha=scale)
+    return torch.softmax(scores, dim=-1)
+
+
+class FusedCoreAttention(MegatronModule):
+    """Causal or masked attention over all heads of this tensor-parallel rank.
+
+    Upstream's unfused ``DotProductAttention`` materialises the [b, heads, l, l] scores in several
+    dtypes, which dominates small models on a CPU.
+
+    Raises:
+        ValueError: a setting that it does not compute: context parallelism, softmax variants,
+            sliding windows.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        _require_supported(config)
+        self.layer_number = layer_number
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attends within each sequence.
+
+        Args:
+            query: [l, b, heads, head_dim], local to this tensor-parallel rank.
+            key: [l, b, groups, head_dim].
+            value: [l, b, groups, head_dim].
+            attention_mask: [b or 1, 1, l, l], True where attention is forbidden; ignored under a
+                causal mask type, which implies it.
+            attn_mask_type: overrides the layer's mask type.
+            attention_bias: not supported.
+            packed_seq_params: not supported.
+
+        Returns:
+            [l, b, heads * head_dim].
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError(
+                "Attention bias and packed sequences need Transformer Engine: the CPU platform "
+                "computes neither. Remove the option, or run on a GPU."
+            )
+        group_size = query.shape[2] // key.shape[2]
+        if group_size > 1:
+            key = key.repeat_interleave(group_size, dim=2)
+            value = value.repeat_interleave(group_size, dim=2)
+        # [l, b, heads, head_dim] -> [b, heads, l, head_dim]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        if is_causal and dropout == 0.0:
+            context = CausalAttention.apply(query, key, value, self.softmax_scale)
+        else:
+            mask = None if is_causal or attention_mask is None else ~attention_mask
+            context = scaled_dot_product_attention(
+                query, key, value, mask, dropout, is_causal, scale=self.softmax_scale
+            )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _require_supported(config: TransformerConfig) -> None:
+    refused = {
+        "--context-parallel-size": config.context_parallel_size > 1,
+        "--window-size": config.window_size is not None,
+        "--softmax-type": config.softmax_type != "vanilla",
+        "--apply-query-key-layer-scaling": config.apply_query_key_layer_scaling,
+    }
+    for flag, is_set in refused.items():
+        if is_set:
+            raise ValueError(
+                f"{flag} is set, which attention on the CPU platform does not compute: remove it, "
+                "or run on a GPU."
+            )

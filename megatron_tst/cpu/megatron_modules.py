@@ -1,0 +1,46 @@
+"""Replaces the parts of Megatron that exist only for GPUs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+
+def _replace(module_name: str, path: str, replacement: Callable[..., Any]) -> None:
+    """Sets ``module.path`` to ``replacement``, refusing a Megatron that has no such symbol."""
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    if not hasattr(owner, name):
+        raise RuntimeError(
+            f"The CPU platform replaces {module_name}.{path}, which this Megatron-Core does not "
+            "have: install the version pinned in pyproject.toml."
+        )
+    setattr(owner, name, replacement)
+
+
+def _core_attention(self: object) -> type:
+    from megatron_tst.cpu.attention import FusedCoreAttention
+
+    return FusedCoreAttention
+
+
+def _compile_dataset_helpers() -> None:
+    # The wheel ships the compiled module and no Makefile, so there is nothing to build.
+    importlib.import_module("megatron.core.datasets.helpers_cpp")
+
+
+def install() -> None:
+    """Installs the replacements."""
+    from megatron_tst.cpu import optimizer
+
+    # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
+    _replace("torch.optim", "Adam", optimizer.FusedAdam)
+    _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
+    _replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", optimizer.l2_norm)
+    _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
+    _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
+    _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
+    _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)

@@ -1,0 +1,121 @@
+"""A micro-batch of bags on every rank that needs it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_tst.config import SuperpositionConfig
+
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
+Batch = dict[str, Tensor | None]
+
+
+def get_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None,
+    args: Namespace,
+    superposition: SuperpositionConfig | None,
+    vp_stage: int | None = None,
+) -> Batch:
+    """Reads a micro-batch and brings to this rank the parts that its pipeline stage needs.
+
+    Args:
+        data_iterator: yields collated samples; None on ranks that have no data loader.
+        args: Megatron's arguments.
+        superposition: settings of phase 1, or None for plain batches (phase 2 and validation).
+        vp_stage: virtual pipeline stage.
+
+    Returns:
+        The entries of ``BATCH_KEYS``, None where this stage needs none. tokens [b, l/cp] or
+        [b, l/cp, s]; labels [b, l/cp] or [b, l/cp, s]; loss_mask and position_ids [b, l/cp].
+        Collectives: one broadcast an entry within the tensor-parallel group.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    batch: Batch = dict.fromkeys(BATCH_KEYS)
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert data_iterator is not None
+        sample = next(data_iterator)
+        batch = {
+            key: sample[key].cuda(non_blocking=True) if key in sample else None
+            for key in BATCH_KEYS
+        }
+    if superposition is None:
+        batch = _plain_batch_on_this_tp_rank(batch, args)
+    else:
+        batch = _bags_on_this_tp_rank(batch, args, superposition)
+    sliced = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+    return {key: sliced[key] for key in BATCH_KEYS}
+
+
+def _plain_batch_on_this_tp_rank(batch: Batch, args: Namespace) -> Batch:
+    """Upstream's broadcast, for batches that are exactly upstream's."""
+    absent_in_pretraining: dict[str, Any] = dict.fromkeys(
+        ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+    )
+    micro_batch_size = args.micro_batch_size
+    if not torch.is_grad_enabled():
+        micro_batch_size = args.eval_micro_batch_size
+    result: Batch = get_batch_on_this_tp_rank(
+        {**batch, **absent_in_pretraining},
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return result
+
+
+def _bags_on_this_tp_rank(
+    batch: Batch, args: Namespace, superposition: SuperpositionConfig
+) -> Batch:
+    """Broadcasts bags; receivers know the shapes from the configuration, so none is sent."""
+    positions = (args.micro_batch_size, args.seq_length)
+    bags = (*positions, superposition.bag_size)
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if mpu.is_pipeline_first_stage():
+        expected["tokens"] = (bags if superposition.superposes_input else positions, torch.int64)
+        expected["position_ids"] = (positions, torch.int64)
+    if mpu.is_pipeline_last_stage():
+        expected["labels"] = (bags if superposition.superposes_output else positions, torch.int64)
+        expected["loss_mask"] = (positions, torch.float32)
+    if args.create_attention_mask_in_dataloader:
+        mask_shape = (args.micro_batch_size, 1, args.seq_length, args.seq_length)
+        expected["attention_mask"] = (mask_shape, torch.bool)
+    result: Batch = dict.fromkeys(BATCH_KEYS)
+    for key, (shape, dtype) in expected.items():
+        result[key] = _broadcast(batch[key], shape, dtype)
+    return result
+
+
+def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    group = mpu.get_tensor_model_parallel_group()
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        assert tensor is not None
+        assert tuple(tensor.shape) == shape, (tuple(tensor.shape), shape)
+        tensor = tensor.contiguous()
+    else:
+        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    if group.size() > 1:
+        torch.distributed.broadcast(
+            tensor, mpu.get_tensor_model_parallel_src_rank(), group=group
+        )
+    return tensor

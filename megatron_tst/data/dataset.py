@@ -1,0 +1,321 @@
+"""The phase-aware GPT dataset: bags of tokens before the switch, plain samples from it on.
+
+The train split is one stream of tokens (``megatron_tst.data.stream``). The dataset alone knows
+where the switch lies: a sample's index decides whether it comes as bags or as a plain sample.
+
+| variant     | tokens of a sample of phase 1 | labels of a sample of phase 1              |
+|-------------|-------------------------------|--------------------------------------------|
+| full        | [l, s] bags                   | [l, s] the next bag                        |
+| input-only  | [l, s] bags                   | [l] the first token of the next bag        |
+| output-only | [l]                           | [l, s] the s tokens after each position    |
+
+Samples of phase 2 are made by upstream's own code from the text that this dataset hands to it. The
+other splits, and a run without superposition, are upstream's from end to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import (
+    GPTDataset,
+    GPTDatasetConfig,
+    _get_ltor_masks_and_position_ids,
+)
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_tst.config import SuperpositionConfig
+from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.data.stream import SampleLayout, TokenStream
+
+IGNORE_INDEX = -100
+"""Label of a target in a bag that does not count."""
+
+# Field of the configuration, the flag that sets it, and why bags cannot have it.
+_UNSUPPORTED = (
+    ("reset_position_ids", "--reset-position-ids", "a bag may hold tokens of two documents"),
+    ("reset_attention_mask", "--reset-attention-mask", "a bag may hold tokens of two documents"),
+    (
+        "inter_document_masking",
+        "--dataloader-inter-document-masking",
+        "a bag may hold tokens of two documents",
+    ),
+    (
+        "hybrid_context_parallel",
+        "--hybrid-context-parallel",
+        "it packs sequences of different lengths",
+    ),
+    ("mock", "--mock-data", "there is no text to read in bags"),
+)
+
+
+@dataclass
+class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
+    """Configuration of a phase-aware GPT dataset.
+
+    Attributes:
+        superposition: settings of phase 1.
+        switch_sample: index of the first sample of phase 2, from ``SuperpositionSchedule``.
+
+    Raises:
+        ValueError: a setting that does not go together with superposition.
+    """
+
+    superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
+    switch_sample: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.superposition.enabled:
+            return
+        if self.switch_sample < 1:
+            raise ValueError(
+                f"switch_sample is {self.switch_sample}: pass SuperpositionSchedule.switch_sample."
+            )
+        bag_size = self.superposition.bag_size
+        for name, flag, reason in _UNSUPPORTED:
+            if getattr(self, name):
+                raise ValueError(
+                    f"{flag} does not work with --tst-bag-size {bag_size}: {reason}. "
+                    "Remove it, or use --tst-bag-size 1."
+                )
+        if not self.add_extra_token_to_sequence:
+            raise ValueError(
+                "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
+                f"that --tst-bag-size {bag_size} plans with. Leave it True."
+            )
+        self._refuse_blend()
+
+    def _refuse_blend(self) -> None:
+        # One path without a weight: the builder hands it to the dataset without a BlendedDataset.
+        blend = self.blend or (self.blend_per_split or [None])[Split.train.value]
+        if blend is not None and (len(blend[0]) > 1 or blend[1] is not None):
+            raise ValueError(
+                f"--data-path or --train-data-path {blend[0]} with weights {blend[1]}: "
+                f"--tst-bag-size {self.superposition.bag_size} reads one training corpus. Pass a "
+                "single path without a weight (merge the corpora beforehand), or use "
+                "--tst-bag-size 1."
+            )
+
+
+class SuperpositionGPTDataset(GPTDataset):
+    """GPT dataset whose train split comes as bags of tokens up to the switch.
+
+    The order of the text is saved in the cache folder (``config.path_to_cache``, or beside the
+    corpus) by rank 0 and mapped into memory by every rank when it reads its first sample.
+    ``BlendedMegatronDatasetBuilder`` lets rank 0 go first. Local to a rank, without collectives.
+
+    Args:
+        indexed_dataset: the corpus.
+        dataset_path: its path, without ``.bin`` or ``.idx``.
+        indexed_indices: [documents of the split] int32, their indices in the corpus.
+        num_samples: number of samples, exactly the length of the train split.
+        index_split: train, valid or test.
+        config: configuration.
+
+    Raises:
+        ValueError: no number of samples, a split shorter than one sample, or no cache on a rank
+            that does not build it.
+    """
+
+    config: SuperpositionGPTDatasetConfig
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        """Opens the corpus.
+
+        Raises:
+            ValueError: its files are missing, damaged, or do not belong together.
+        """
+        check_indexed_dataset(dataset_path)
+        return GPTDataset.build_low_level_dataset(dataset_path, config)
+
+    @property
+    def is_superposed(self) -> bool:
+        """Whether this split has a phase of bags."""
+        return self.index_split is Split.train and self.config.superposition.enabled
+
+    @cached_property
+    def layout(self) -> SampleLayout:
+        """Where the samples lie in the stream."""
+        superposition = self.config.superposition
+        return SampleLayout(
+            sequence_length=self.config.sequence_length,
+            switch_sample=self.config.switch_sample,
+            tokens_per_position=superposition.bag_size if superposition.superposes_input else 1,
+            look_ahead=superposition.bag_size,
+        )
+
+    @cached_property
+    def stream(self) -> TokenStream:
+        """Order of documents and samples, mapped from the cache."""
+        return TokenStream.load(self._cache_prefix)
+
+    def __len__(self) -> int:
+        """Number of samples; exactly the requested number for the train split."""
+        if not self.is_superposed:
+            return super().__len__()
+        assert self.num_samples is not None
+        return self.num_samples
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        """One sample; the type and shape of tokens and labels follow its phase.
+
+        Args:
+            idx: index of the sample; None for a sample that fills up a batch and does not count.
+
+        Returns:
+            tokens and labels, [l, s] or [l] int64 (see the table above); loss_mask, [l] float32,
+            zero where no target counts; position_ids, [l] int64; and where the configuration asks
+            for it attention_mask, [1, l, l] bool, true where attention is masked. A target in a
+            bag that does not count is ``IGNORE_INDEX``.
+        """
+        if not self.is_superposed or self._sample(idx) >= self.config.switch_sample:
+            return super().__getitem__(idx)
+        text, _, _ = self._query_document_sample_shuffle_indices(idx or 0)
+        item = self._bags(torch.from_numpy(text))
+        if idx is None:
+            item["loss_mask"].zero_()
+            if item["labels"].dim() == 2:
+                item["labels"].fill_(IGNORE_INDEX)
+        return item
+
+    def _sample(self, idx: int | None) -> int:
+        return int(self.stream.samples[idx or 0])
+
+    def _query_document_sample_shuffle_indices(
+        self, idx: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+        """Text of a sample with its look-ahead: what upstream's code makes a plain sample from."""
+        if not self.is_superposed:
+            return super()._query_document_sample_shuffle_indices(idx)
+        return self.stream.read(self.dataset, *self.layout.span(self._sample(idx)))
+
+    def _bags(self, text: Tensor) -> dict[str, Tensor]:
+        """A sample of phase 1 from its text with look-ahead, [s * l + s] or [l + s] int64."""
+        superposition = self.config.superposition
+        tokens = text[: self.layout.phase_1_tokens]
+        tokens = tokens.masked_fill(self._is_padding(tokens), 0)
+        if superposition.superposes_input:
+            tokens = tokens.view(-1, superposition.bag_size)
+
+        following = text[1:]
+        is_padding = self._is_padding(following)
+        ignored = is_padding
+        if self.config.eod_mask_loss:
+            # As upstream: the target behind the end of a document does not count.
+            ignored = is_padding | (text[:-1] == self.config.tokenizer.eod)
+        if superposition.superposes_output:
+            labels = self._fold(following.masked_fill(ignored, IGNORE_INDEX))
+            counts = ~self._fold(ignored).all(dim=-1)
+        else:
+            labels = self._fold(following.masked_fill(is_padding, 0))
+            counts = ~self._fold(ignored)
+
+        item = {
+            "tokens": tokens,
+            "labels": labels.contiguous(),
+            "loss_mask": counts.float(),
+            "position_ids": self._position_ids,
+        }
+        if self.config.create_attention_mask:
+            item["attention_mask"] = self._attention_mask
+        return item
+
+    def _is_padding(self, token_ids: Tensor) -> Tensor:
+        # A tokenizer without a padding token has None here, which equals no id.
+        if self._pad_token_id is None:
+            return torch.zeros_like(token_ids, dtype=torch.bool)
+        return token_ids == self._pad_token_id
+
+    def _fold(self, following: Tensor) -> Tensor:
+        """Arranges what belongs to all tokens but the first as labels: [l, s] or [l]."""
+        bag_size = self.config.superposition.bag_size
+        if self.config.superposition.variant == "full":
+            return following[bag_size - 1 :].view(-1, bag_size)
+        if self.config.superposition.variant == "input-only":
+            return following[bag_size - 1 :: bag_size]
+        return following.unfold(0, bag_size, 1)
+
+    @cached_property
+    def _position_ids(self) -> Tensor:
+        return torch.arange(self.config.sequence_length, dtype=torch.long)
+
+    @cached_property
+    def _attention_mask(self) -> Tensor:
+        tokens = torch.zeros(self.config.sequence_length, dtype=torch.long)
+        attention_mask, _, _ = _get_ltor_masks_and_position_ids(
+            tokens,
+            eod_token=self.config.tokenizer.eod,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=True,
+        )
+        return attention_mask
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
+        """Upstream's hook that builds or finds the cache."""
+        if not self.is_superposed:
+            return super()._build_document_sample_shuffle_indices()
+        if not self.num_samples:
+            raise ValueError(
+                f"The train split was asked for {self.num_samples} samples: superposition needs "
+                "their number. Pass --train-iters or --train-samples."
+            )
+        self._identify_stream()
+        missing = [p for p in TokenStream.paths(self._cache_prefix).values() if not p.is_file()]
+        if missing:
+            self._build_cache(missing[0])
+        # Upstream's own indices have no part in this split.
+        return None, None, None
+
+    def _identify_stream(self) -> None:
+        """Makes the name of the cache depend on all that the stream depends on."""
+        index = self.dataset.index
+        self.unique_identifiers["sample_layout"] = asdict(self.layout)
+        # A corpus rewritten under the same path must not be read in the order of the old one.
+        last_bytes = int(index.sequence_lengths[-1]) * index.dtype_size
+        self.unique_identifiers["data_bytes"] = int(index.sequence_pointers[-1]) + last_bytes
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
+        )
+        self.unique_description_hash = hashlib.md5(
+            self.unique_description.encode(), usedforsecurity=False
+        ).hexdigest()
+
+    @property
+    def _cache_prefix(self) -> Path:
+        name = type(self).__name__
+        folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{name}_indices"
+        return Path(folder) / f"{self.unique_description_hash}-{name}-{self.index_split.name}"
+
+    def _build_cache(self, missing: Path) -> None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        # --dataloader-fast-cache-load gives no documents: it promises that the cache is there.
+        if rank != 0 or self.indices is None:
+            raise ValueError(
+                f"--data-cache-path {missing.parent}: rank {rank} does not find {missing.name}, "
+                "which rank 0 builds. Use a folder that all nodes share, and run once without "
+                "--dataloader-fast-cache-load."
+            )
+        assert self.num_samples is not None
+        stream = TokenStream.build(
+            self.layout,
+            self.indices,
+            self.dataset.sequence_lengths,
+            self.num_samples,
+            self.config.random_seed,
+            str(self.dataset_path),
+        )
+        stream.save(self._cache_prefix)

@@ -1,0 +1,135 @@
+"""Checks of a corpus (.bin and .idx) that cost a few reads, however large it is."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import (
+    _INDEX_HEADER,
+    DType,
+    IndexedDataset,
+    get_bin_path,
+    get_idx_path,
+)
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+
+_VERSION = 1
+_COUNTS_OFFSET = len(_INDEX_HEADER) + struct.calcsize("<QB")
+_HEADER_BYTES = _COUNTS_OFFSET + struct.calcsize("<QQ")
+_REMEDY = "Copy the file again, or run tools/preprocess_data.py again."
+
+
+def check_indexed_dataset(path_prefix: str) -> None:
+    """Checks that the two files of a corpus are there, whole, and belong together.
+
+    Reads the header and the last entries of each table of the .idx file. A corpus in object storage
+    is not checked.
+
+    Args:
+        path_prefix: path without ``.bin`` or ``.idx``, as given to ``--data-path``.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it, and the remedy.
+    """
+    if is_object_storage_path(path_prefix):
+        return
+    index_path, data_path = Path(get_idx_path(path_prefix)), Path(get_bin_path(path_prefix))
+    for path in (index_path, data_path):
+        if not path.is_file():
+            raise ValueError(
+                f"--data-path {path_prefix}: {path} is missing. Pass the common path of both files "
+                "without .bin or .idx."
+            )
+    expected_bytes = _expected_data_bytes(index_path)
+    data_bytes = data_path.stat().st_size
+    if data_bytes != expected_bytes:
+        raise ValueError(
+            f"{data_path} has {data_bytes} bytes and its index {index_path} describes "
+            f"{expected_bytes}: it is truncated or belongs to another index. {_REMEDY}"
+        )
+
+
+def _expected_data_bytes(index_path: Path) -> int:
+    """Size of the data that an index describes: where its last sequence ends."""
+    with index_path.open("rb") as file:
+        header = file.read(_HEADER_BYTES)
+        dtype_size, sequences, documents = _parse_header(index_path, header)
+        lengths_end = _HEADER_BYTES + sequences * np.dtype(np.int32).itemsize
+        offsets_end = lengths_end + sequences * np.dtype(np.int64).itemsize
+        documents_end = offsets_end + documents * np.dtype(np.int64).itemsize
+        index_bytes = os.fstat(file.fileno()).st_size
+        if index_bytes < documents_end:
+            raise ValueError(
+                f"{index_path} has {index_bytes} bytes and needs {documents_end} for its "
+                f"{sequences} sequences: it is truncated. {_REMEDY}"
+            )
+
+        def last(table_end: int, layout: str) -> int:
+            file.seek(table_end - struct.calcsize(layout))
+            value: int = struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
+            return value
+
+        last_length, last_offset = last(lengths_end, "<i"), last(offsets_end, "<q")
+        if last(documents_end, "<q") != sequences:
+            raise ValueError(
+                f"{index_path} does not end its last document at sequence {sequences}: it is "
+                f"damaged. {_REMEDY}"
+            )
+    return last_offset + last_length * dtype_size
+
+
+def _parse_header(index_path: Path, header: bytes) -> tuple[int, int, int]:
+    """Bytes a token, number of sequences, and number of document boundaries."""
+    if len(header) < _HEADER_BYTES or not header.startswith(_INDEX_HEADER):
+        raise ValueError(
+            f"{index_path} is not the index of a Megatron corpus (its header is missing). {_REMEDY}"
+        )
+    version, code = struct.unpack_from("<QB", header, len(_INDEX_HEADER))
+    sequences, documents = struct.unpack_from("<QQ", header, _COUNTS_OFFSET)
+    if version != _VERSION:
+        raise ValueError(f"{index_path} has version {version}, not {_VERSION}. {_REMEDY}")
+    if code not in [dtype.value for dtype in DType]:
+        raise ValueError(f"{index_path} has the unknown token type {code}. {_REMEDY}")
+    if sequences == 0 or documents == 0:
+        raise ValueError(f"{index_path} describes no text. {_REMEDY}")
+    return DType.size(code), sequences, documents
+
+
+def check_vocabulary(
+    path_prefix: str, vocabulary_size: int, documents: int = 64, tokens: int = 4096
+) -> None:
+    """Looks for token ids that the embedding has no row for, in a sample of the corpus.
+
+    A sample, because a scan of a large corpus takes hours: the first ``tokens`` tokens of
+    ``documents`` documents, evenly spread from the first to the last. A corpus made with another
+    tokenizer shows at once; a single wrong token does not. A corpus in object storage is not
+    checked.
+
+    Args:
+        path_prefix: path without ``.bin`` or ``.idx``; the files have passed
+            ``check_indexed_dataset``.
+        vocabulary_size: rows of the embedding, with padding.
+        documents: documents to look at.
+        tokens: tokens to read from each of them.
+
+    Raises:
+        ValueError: naming the file, the document, the token id and the remedy.
+    """
+    if is_object_storage_path(path_prefix):
+        return
+    corpus = IndexedDataset(path_prefix)
+    for document in np.linspace(0, len(corpus) - 1, num=documents, dtype=np.int64).tolist():
+        length = min(tokens, int(corpus.sequence_lengths[document]))
+        if length == 0:
+            continue
+        text = corpus.get(document, 0, length)
+        wrong = text[(text < 0) | (text >= vocabulary_size)]
+        if len(wrong):
+            raise ValueError(
+                f"{get_bin_path(path_prefix)}: document {document} holds token id {wrong[0]}, and "
+                f"the vocabulary has {vocabulary_size}. Use the tokenizer that the corpus was made "
+                "with, or raise --padded-vocab-size."
+            )

@@ -1,0 +1,236 @@
+"""The text of a training run as one stream of tokens, and where each sample lies in it.
+
+Every epoch holds all documents of the split, in an order of its own; the epochs follow each other.
+A sample is an interval of positions in that stream, found by arithmetic: phase 1 takes the first
+``switch_sample`` intervals of ``s * l`` tokens (``l`` where bags are not read), phase 2 goes on
+with intervals of ``l`` tokens where phase 1 stopped::
+
+    epoch 0                                 epoch 1
+    |doc 7|doc 2|doc 9    |doc 4 |doc 0    |doc 4 |doc 9    |doc 0    | ...
+    [sample 0    [sample 1    [2  [3  [4  [5  [6  [7  [8  [9  ...
+    phase 1: s * l tokens     phase 2: l tokens
+
+So a token is read once an epoch, across the switch as well. Behind its interval a sample reads a
+few tokens of look-ahead, which serve as targets only. The samples are then shuffled, but only
+within a phase and an epoch, so that an epoch is read to its end before any of its text comes again.
+
+The order of the samples depends on the random seed, the documents of the split, the sequence
+length, the bag size, the variant and ``switch_sample``. It does not depend on the batch sizes, the
+number of ranks, or the length of the run beyond the switch.
+
+Nothing here depends on torch or Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
+_DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
+
+
+class TokenSource(Protocol):
+    """Documents that can be read in part, such as Megatron's IndexedDataset."""
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
+        """``length`` tokens of document ``idx`` from token ``offset`` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Where each sample lies in the stream, before shuffling.
+
+    Attributes:
+        sequence_length: latent positions a sequence (l).
+        switch_sample: index of the first sample of phase 2.
+        tokens_per_position: data tokens read for a latent position of phase 1.
+        look_ahead: tokens read behind a sample of phase 1; 1 in phase 2.
+    """
+
+    sequence_length: int
+    switch_sample: int
+    tokens_per_position: int
+    look_ahead: int
+
+    @property
+    def phase_1_tokens(self) -> int:
+        """Data tokens of a sample of phase 1, without look-ahead."""
+        return self.sequence_length * self.tokens_per_position
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """First position of a sample, and the position behind its look-ahead."""
+        if sample < self.switch_sample:
+            begin = sample * self.phase_1_tokens
+            return begin, begin + self.phase_1_tokens + self.look_ahead
+        begin = self._switch_position + (sample - self.switch_sample) * self.sequence_length
+        return begin, begin + self.sequence_length + 1
+
+    def first_sample_from(self, position: int) -> int:
+        """Index of the first sample that begins at ``position`` or later."""
+        if position < self._switch_position:
+            return -(-position // self.phase_1_tokens)
+        return self.switch_sample - (self._switch_position - position) // self.sequence_length
+
+    @property
+    def _switch_position(self) -> int:
+        return self.switch_sample * self.phase_1_tokens
+
+
+def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> NDArray[np.int32]:
+    """The documents of all epochs, each epoch in an order that depends on it and the seed alone.
+
+    Returns:
+        [epochs * len(documents)] int32.
+    """
+    order = np.tile(documents, (epochs, 1))
+    for epoch in range(epochs):
+        _random_state(seed, epoch, _DOCUMENTS).shuffle(order[epoch])
+    return order.reshape(-1)
+
+
+def shuffle_samples(
+    layout: SampleLayout, num_samples: int, tokens_per_epoch: int, seed: int
+) -> NDArray[Any]:
+    """The sample that is read in each place, shuffled within each phase of each epoch.
+
+    A sample belongs to the epoch in which it begins. The last samples of an epoch, whose text or
+    look-ahead reaches into the next one, keep their places: reading the others does not ask for the
+    next epoch. The last epoch is shuffled as a whole and then cut, so that a longer run continues
+    a shorter one.
+
+    Returns:
+        [num_samples] uint32, or int64 where that is too small.
+    """
+    epochs = layout.span(num_samples - 1)[0] // tokens_per_epoch + 1
+    count = layout.first_sample_from(epochs * tokens_per_epoch)
+    order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.int64)
+    for epoch in range(epochs):
+        epoch_end = (epoch + 1) * tokens_per_epoch
+        first = layout.first_sample_from(epoch * tokens_per_epoch)
+        last = layout.first_sample_from(epoch_end)
+        switch = min(max(layout.switch_sample, first), last)
+        for phase, begin, end in ((_PHASE_1, first, switch), (_PHASE_2, switch, last)):
+            while end > begin and layout.span(end - 1)[1] > epoch_end:
+                end -= 1
+            _random_state(seed, epoch, phase).shuffle(order[begin:end])
+    return order[:num_samples].copy()
+
+
+def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
+    # NumPy freezes the streams of RandomState, not those of Generator: an upgrade in the middle of
+    # a run must not reorder its text.
+    return np.random.RandomState([seed, epoch, purpose])
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The order of documents and samples of one run.
+
+    Attributes:
+        documents: [epochs * documents of the split] int32, the order in which they are read.
+        starts: [len(documents) + 1] int64, the stream position at which each of them begins, and
+            the end of the stream.
+        samples: [num_samples] uint32 or int64, the sample that is read in each place.
+    """
+
+    documents: NDArray[Any]
+    starts: NDArray[Any]
+    samples: NDArray[Any]
+
+    @classmethod
+    def build(
+        cls,
+        layout: SampleLayout,
+        documents: NDArray[np.int32],
+        document_lengths: NDArray[np.int32],
+        num_samples: int,
+        seed: int,
+        corpus: str,
+    ) -> Self:
+        """Orders the documents of a split for ``num_samples`` samples.
+
+        Args:
+            layout: where the samples lie.
+            documents: [documents of the split] int32, their indices in the corpus.
+            document_lengths: [documents of the corpus] int32, in tokens.
+            num_samples: samples to be read.
+            seed: random seed, at least 0 and below 2**32.
+            corpus: what to call the corpus in an error.
+
+        Raises:
+            ValueError: the split is shorter than one sample with its look-ahead.
+        """
+        tokens = int(document_lengths[documents].sum(dtype=np.int64))
+        needed = layout.phase_1_tokens + layout.look_ahead
+        if tokens < needed:
+            raise ValueError(
+                f"--data-path {corpus}: its train split holds {tokens} tokens, and one sample of "
+                f"phase 1 needs {needed} ({layout.phase_1_tokens} and {layout.look_ahead} of "
+                "look-ahead). Use more text, a larger first share in --split, or a smaller "
+                "--tst-bag-size or --seq-length."
+            )
+        epochs = -(-layout.span(num_samples - 1)[1] // tokens)
+        order = shuffle_documents(documents, epochs, seed)
+        starts = np.zeros(len(order) + 1, dtype=np.int64)
+        np.cumsum(document_lengths[order], dtype=np.int64, out=starts[1:])
+        return cls(order, starts, shuffle_samples(layout, num_samples, tokens, seed))
+
+    @staticmethod
+    def paths(prefix: Path) -> dict[str, Path]:
+        """The file of each array, by attribute."""
+        return {
+            name: prefix.with_name(f"{prefix.name}-{name}.npy")
+            for name in ("documents", "starts", "samples")
+        }
+
+    def save(self, prefix: Path) -> None:
+        """Writes the arrays; a file appears under its name only when it is complete."""
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        for name, path in self.paths(prefix).items():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            with temporary.open("wb") as file:
+                np.save(file, getattr(self, name), allow_pickle=False)
+            os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, prefix: Path) -> Self:
+        """Maps the saved arrays into memory."""
+        arrays = {
+            # A plain array over the mapping: the memmap class makes each look-up slower.
+            name: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            for name, path in cls.paths(prefix).items()
+        }
+        return cls(**arrays)
+
+    def read(
+        self, source: TokenSource, begin: int, end: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+        """Reads the positions from ``begin`` up to ``end``, excluded.
+
+        Returns:
+            the tokens, [end - begin] int64; the documents they come from, [n] int64; and the
+            number of tokens from each of them.
+        """
+        # The last document that starts at or before ``begin``: of several that start there, all
+        # but the last are empty.
+        first = int(self.starts.searchsorted(begin, side="right")) - 1
+        last = int(self.starts.searchsorted(end, side="left"))
+        starts = self.starts[first:last]
+        offsets = np.maximum(begin - starts, 0)
+        lengths = np.minimum(self.starts[first + 1 : last + 1], end) - starts - offsets
+        documents = self.documents[first:last]
+        pieces = [
+            source.get(document, offset, length)
+            for document, offset, length in zip(
+                documents.tolist(), offsets.tolist(), lengths.tolist(), strict=True
+            )
+        ]
+        text = np.concatenate(pieces, dtype=np.int64)
+        return text, documents.astype(np.int64), lengths.tolist()

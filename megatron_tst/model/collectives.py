@@ -1,0 +1,107 @@
+"""The few tensor-parallel collectives of this package, each with its exact gradient.
+
+They take a process group or ``None`` (no tensor parallelism) and allocate on the device of their
+input, unlike their namesakes in ``megatron/core/tensor_parallel/mappings.py``, which allocate on
+the current CUDA device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def group_size(group: ProcessGroup | None) -> int:
+    """Number of ranks that share the vocabulary; 1 without a group."""
+    return 1 if group is None else group.size()
+
+
+def vocabulary_start(shard_size: int, group: ProcessGroup | None) -> int:
+    """Global id of the first of this rank's ``shard_size`` contiguous vocabulary rows."""
+    return 0 if group is None else group.rank() * shard_size
+
+
+def all_reduce_max_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Elementwise maximum over the group, in place, without a gradient."""
+    if group_size(group) > 1:
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, group=group)
+    return tensor
+
+
+def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum over the group, in place, without a gradient."""
+    if group_size(group) > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+class _ReduceFromTensorParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce_sum_(partial.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
+
+
+class _CopyToTensorParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, replicated: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return replicated.view_as(replicated)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        partial = grad_output.clone(memory_format=torch.contiguous_format)
+        return all_reduce_sum_(partial, ctx.group), None
+
+
+class _ReduceScatterToSequenceParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        scattered = partial.new_empty(partial.shape[0] // group.size(), *partial.shape[1:])
+        torch.distributed.reduce_scatter_tensor(scattered, partial.contiguous(), group=group)
+        return scattered
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        gathered = grad_output.new_empty(
+            grad_output.shape[0] * ctx.group.size(), *grad_output.shape[1:]
+        )
+        torch.distributed.all_gather_into_tensor(
+            gathered, grad_output.contiguous(), group=ctx.group
+        )
+        return gathered, None
+
+
+def reduce_from_tensor_parallel(partial: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum of the ranks' partial results: one all-reduce forward, none backward.
+
+    Correct where what follows is computed alike on every rank, so that each rank already holds
+    the whole gradient of the sum.
+    """
+    return partial if group_size(group) == 1 else _ReduceFromTensorParallel.apply(partial, group)
+
+
+def copy_to_tensor_parallel(replicated: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A replicated value about to meet rank-local ones: its gradient is summed over the ranks."""
+    return replicated if group_size(group) == 1 else _CopyToTensorParallel.apply(replicated, group)
+
+
+def reduce_scatter_to_sequence_parallel(partial: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Sum of the ranks' partial results, split along dimension 0; backward is an all-gather.
+
+    Args:
+        partial: [l, ...] with l divisible by the group size.
+
+    Returns:
+        [l / tp, ...], this rank's slice of the sum.
+    """
+    if group_size(group) == 1:
+        return partial
+    return _ReduceScatterToSequenceParallel.apply(partial, group)

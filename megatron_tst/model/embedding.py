@@ -1,0 +1,169 @@
+"""Bag embedding: the mean of the embeddings of the s tokens folded into one latent position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_tst.model.collectives import (
+    group_size,
+    reduce_from_tensor_parallel,
+    reduce_scatter_to_sequence_parallel,
+    vocabulary_start,
+)
+
+
+def bag_embedding(
+    weight_shard: Tensor,
+    token_bags: Tensor,
+    tp_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """Average the embeddings of each bag: ``e'[b, j] = (1/s) * sum_i E[token_bags[b, j, i]]``.
+
+    Each rank averages its own vocabulary rows, accumulating in float32 (float64 for a float64
+    weight), casts to the weight's dtype, and then takes part in exactly one collective: an
+    all-reduce of [b, l, h], or a reduce-scatter of [l, b, h] along l. Its size does not depend on
+    s, and no [b, l, s, h] tensor is ever built.
+
+    The weight gradient adds ``grad / s`` once for each occurrence of a token, in the same
+    accumulation dtype and in a fixed order, so that it is reproducible bit for bit. A bag size
+    of 1 gives the bits of the host's embedding, whose kernel accumulates gradients its own way.
+
+    Args:
+        weight_shard: [v, h], this rank's contiguous vocabulary rows.
+        token_bags: [b, l, s] int64 global token ids, the same on every rank of the group.
+        tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
+        sequence_parallel: return this rank's slice of the latent positions.
+
+    Returns:
+        [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism
+        [l / tp, b, h], local to the rank.
+
+    Raises:
+        ValueError: wrong shapes, l not divisible by the group size under sequence parallelism,
+            or (checked on the CPU only, as it would stall a GPU) an id outside the vocabulary.
+
+    Source: arXiv 2605.06546, input superposition; ``VocabParallelEmbedding`` in
+    ``megatron/core/tensor_parallel/layers.py`` for the parallel layout.
+    """
+    _validate(weight_shard, token_bags, tp_group, sequence_parallel)
+    local_ids, outside = _to_local_ids(token_bags, weight_shard.shape[0], tp_group)
+    if token_bags.shape[-1] == 1:
+        partial = _single_token_embedding(weight_shard, local_ids, outside)
+    else:
+        partial = _BagMean.apply(weight_shard, local_ids, outside)
+    if sequence_parallel:
+        return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
+    return reduce_from_tensor_parallel(partial, tp_group)
+
+
+def _validate(
+    weight_shard: Tensor,
+    token_bags: Tensor,
+    tp_group: ProcessGroup | None,
+    sequence_parallel: bool,
+) -> None:
+    if token_bags.dim() != 3 or token_bags.shape[-1] == 0:
+        raise ValueError(
+            f"token_bags has shape {tuple(token_bags.shape)}: pass [b, l, s] with s >= 1; "
+            "plain [b, l] tokens belong to the host's embedding."
+        )
+    tp_size = group_size(tp_group)
+    if sequence_parallel and token_bags.shape[1] % tp_size:
+        raise ValueError(
+            f"latent length {token_bags.shape[1]} is not divisible by the tensor-parallel size "
+            f"{tp_size}: sequence parallelism needs equal slices; change --seq-length."
+        )
+    if token_bags.device.type == "cpu" and token_bags.numel():
+        vocabulary_size = weight_shard.shape[0] * tp_size
+        lowest, highest = (int(bound) for bound in token_bags.aminmax())
+        if lowest < 0 or highest >= vocabulary_size:
+            raise ValueError(
+                f"token_bags holds ids from {lowest} to {highest}, outside the padded vocabulary "
+                f"of {vocabulary_size}: the data and the model use different tokenizers."
+            )
+
+
+def _to_local_ids(
+    token_ids: Tensor, shard_size: int, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """Row of each token in this rank's shard, and which tokens belong to another rank."""
+    if group_size(tp_group) == 1:
+        return token_ids, None
+    shifted = token_ids - vocabulary_start(shard_size, tp_group)
+    outside = (shifted < 0) | (shifted >= shard_size)
+    # Foreign tokens add zeros somewhere; spread over the shard they make no hot row, which would
+    # serialise the gradient kernel.
+    return shifted.remainder_(shard_size), outside
+
+
+def _single_token_embedding(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
+    rows = F.embedding(bags.squeeze(-1), weight)
+    return rows if outside is None else rows.masked_fill(outside, 0)
+
+
+class _BagMean(torch.autograd.Function):
+    """Mean over the bag of this rank's rows: [v, h], [b, l, s] -> [b, l, h]; no collective."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
+        bag_size = bags.shape[-1]
+        total = weight.new_zeros(
+            *bags.shape[:-1], weight.shape[1], dtype=_accumulation_dtype(weight)
+        )
+        for offset in range(bag_size):
+            rows = F.embedding(bags[..., offset], weight)
+            if outside is not None:
+                rows.masked_fill_(outside[..., offset].unsqueeze(-1), 0)
+            total.add_(rows)
+        ctx.save_for_backward(bags, outside)
+        ctx.shard_size = weight.shape[0]
+        return total.div_(bag_size).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        bags, outside = ctx.saved_tensors
+        bag_size = bags.shape[-1]
+        share = grad_output.to(_accumulation_dtype(grad_output)).div(bag_size).flatten(0, -2)
+        bags = bags.reshape(-1, bag_size)
+        outside = None if outside is None else outside.reshape(-1, bag_size, 1)
+        grad = _sum_into_rows(share, bags, outside, ctx.shard_size, grad_output.dtype)
+        return grad, None, None
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _sum_into_rows(
+    share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Add ``share[n]`` to the row of each token of bag n: [n, h], [n, s] -> [v, h] in ``dtype``."""
+    # With fewer tokens than rows, a wide accumulator for the rows that occur saves one for the
+    # whole shard, which would cost more than the sum. Finding them would make a GPU wait.
+    compact = not share.is_cuda and bags.numel() < shard_size
+    rows, slots = torch.unique(bags, return_inverse=True) if compact else (None, bags)
+    total = share.new_zeros(shard_size if rows is None else len(rows), share.shape[1])
+    for offset in range(bags.shape[1]):
+        addend = share if outside is None else share.masked_fill(outside[:, offset], 0)
+        _add_into_rows_(total, slots[:, offset], addend)
+    if rows is None:
+        return total.to(dtype)
+    return share.new_zeros(shard_size, share.shape[1], dtype=dtype).index_copy_(
+        0, rows, total.to(dtype)
+    )
+
+
+def _add_into_rows_(total: Tensor, index: Tensor, addend: Tensor) -> None:
+    """``total[index[n]] += addend[n]`` in a fixed order, which takes another kernel by device."""
+    if total.is_cuda:  # sorts, where index_add_ uses atomics
+        total.index_put_((index,), addend, accumulate=True)
+    else:  # sequential, where index_put_ uses atomics on several threads
+        total.index_add_(0, index, addend)

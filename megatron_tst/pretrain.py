@@ -1,0 +1,25 @@
+"""``python -m megatron_tst.pretrain``: a ``pretrain_gpt.py`` with ``--tst-*`` flags.
+
+Takes every Megatron argument. Launch it with torchrun, as Megatron's own script.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Runs on the GPUs where there are any, else on the CPU platform; returns the exit code."""
+    from megatron_tst import cpu
+    from megatron_tst.cpu.platform import restart_with_allocator_settings
+
+    restart_with_allocator_settings()
+    cpu.activate()
+
+    from megatron_tst.training.pretrain import main as train
+
+    return train()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

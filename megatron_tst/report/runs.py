@@ -1,0 +1,237 @@
+"""Reads a finished run: what it was asked to do, and the scalars it logged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tst.config import SuperpositionConfig
+from megatron_tst.schedule import SuperpositionSchedule
+
+FloatArray = npt.NDArray[np.float64]
+Budget = Literal["equivalent tokens", "data tokens", "seconds"]
+"""What a run spends: FLOPs (proportional to equivalent tokens), text, or training time."""
+
+RUN_FILE = "tst_run.json"
+TRAINING_LOSS = "lm loss"
+VALIDATION_LOSS = "lm loss validation"
+SECONDS = "tst/seconds"
+OFFSET_LOSS_PREFIX = "tst/loss at offset "
+_TOKEN_SCALARS = ("tst/equivalent tokens", "tst/data tokens")
+_REQUIRED_SCALARS = (TRAINING_LOSS, VALIDATION_LOSS, SECONDS, *_TOKEN_SCALARS)
+_REQUIRED_KEYS = (
+    "superposition",
+    "switch_step",
+    "total_steps",
+    "global_batch_size",
+    "sequence_length",
+    "parameters",
+    "seed",
+    "settings",
+    "commit",
+    "machine",
+    "command",
+)
+# TensorBoard stores float32.
+_TOKEN_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Series:
+    """A logged scalar.
+
+    Attributes:
+        steps: optimizer steps completed when the value was logged, ascending, [n].
+        values: float64, [n].
+    """
+
+    steps: npt.NDArray[np.int64]
+    values: FloatArray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        folder: where it was read from.
+        schedule: its phases and its token arithmetic.
+        info: the content of ``tst_run.json``.
+        scalars: every logged scalar by TensorBoard tag.
+    """
+
+    folder: Path
+    schedule: SuperpositionSchedule
+    info: dict[str, Any]
+    scalars: dict[str, Series]
+
+    @property
+    def validation(self) -> Series:
+        """Next-token validation loss in nats a token; the same quantity in both phases."""
+        return self.scalars[VALIDATION_LOSS]
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last validation, where all totals of the run are taken."""
+        return int(self.validation.steps[-1])
+
+    @property
+    def final_loss(self) -> float:
+        """Last validation loss."""
+        return float(self.validation.values[-1])
+
+    @property
+    def ended_in_superposition(self) -> bool:
+        """Whether the run was stopped before it became an ordinary model."""
+        return self.last_step < self.schedule.switch_step
+
+    def spent(self, budget: Budget, step: float) -> float:
+        """What the first ``step`` steps cost."""
+        return float(self._spent_at(budget, np.array([step]))[0])
+
+    def validation_spent(self, budget: Budget) -> FloatArray:
+        """What the run had spent at each validation, [n], ascending."""
+        return self._spent_at(budget, self.validation.steps.astype(np.float64))
+
+    def _spent_at(self, budget: Budget, steps: FloatArray) -> FloatArray:
+        if budget == "equivalent tokens":
+            spent = [self.schedule.equivalent_tokens(int(step)) for step in steps]
+        elif budget == "data tokens":
+            spent = [self.schedule.data_tokens(int(step)) for step in steps]
+        else:
+            return self._seconds_at(steps)
+        return np.array(spent, dtype=np.float64)
+
+    def _seconds_at(self, steps: FloatArray) -> FloatArray:
+        logged = self.scalars[SECONDS]
+        at = np.interp(steps, [0, *logged.steps], [0.0, *logged.values])
+        # The last validation may come later than the last logged step; go on at the mean speed.
+        beyond = steps > logged.steps[-1]
+        return np.where(beyond, logged.values[-1] * steps / logged.steps[-1], at)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads ``folder/tensorboard``: the event files and ``tst_run.json``.
+
+    Raises:
+        ValueError: naming the folder and what is missing or contradictory.
+    """
+    events = folder / "tensorboard"
+    if not events.is_dir():
+        raise ValueError(
+            f"{folder} has no folder tensorboard/: pass the folder of a run that was started with "
+            "python -m megatron_tst.pretrain and --tensorboard-dir <folder>/tensorboard."
+        )
+    info = _read_info(events / RUN_FILE)
+    schedule = _schedule(info, folder)
+    scalars = _read_scalars(events)
+    missing = [tag for tag in _REQUIRED_SCALARS if tag not in scalars]
+    if missing:
+        raise ValueError(
+            f"{events} has no values of {', '.join(map(repr, missing))}: the run must log to "
+            "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval)."
+        )
+    run = Run(folder=folder, schedule=schedule, info=info, scalars=scalars)
+    _check_losses(run)
+    _check_tokens(run)
+    return run
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: it is written by python -m megatron_tst.pretrain."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): the file was damaged.") from None
+    missing = [key for key in _REQUIRED_KEYS if key not in info]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: it was written by another version.")
+    return dict(info)
+
+
+def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
+    try:
+        schedule = SuperpositionSchedule(
+            config=SuperpositionConfig(**info["superposition"]),
+            total_steps=info["total_steps"],
+            global_batch_size=info["global_batch_size"],
+            sequence_length=info["sequence_length"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error
+    if schedule.switch_step != info["switch_step"]:
+        raise ValueError(
+            f"{folder}: {RUN_FILE} says switch_step {info['switch_step']}, but its superposition "
+            f"settings switch at step {schedule.switch_step}: the file was edited."
+        )
+    return schedule
+
+
+def _read_scalars(folder: Path) -> dict[str, Series]:
+    """Merges the event files of a run and its restarts.
+
+    A step that two files have was run again after a restart, so the later file wins. Within a file
+    the first value wins: after training, Megatron logs the test loss under the tag and step of the
+    last validation loss (``evaluate_and_print_results`` in megatron/training/training.py).
+    """
+    files = [_read_event_file(path) for path in folder.rglob("events.out.tfevents.*")]
+    merged: dict[str, dict[int, float]] = {}
+    for _, scalars in sorted(files, key=lambda file: file[0]):
+        for tag, values in scalars.items():
+            merged.setdefault(tag, {}).update(values)
+    return {tag: _series(values) for tag, values in merged.items()}
+
+
+def _read_event_file(path: Path) -> tuple[float, dict[str, dict[int, float]]]:
+    """When the file was started, and the first value of each tag and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # Purging would drop the validation losses, which are logged after the scalars of a later step.
+    reader = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    reader.Reload()
+    scalars: dict[str, dict[int, float]] = {}
+    for tag in reader.Tags()["scalars"]:
+        values = scalars.setdefault(tag, {})
+        for event in reader.Scalars(tag):
+            values.setdefault(event.step, event.value)
+    started = reader.FirstEventTimestamp() if scalars else 0.0
+    return started, scalars
+
+
+def _series(values: dict[int, float]) -> Series:
+    steps = sorted(values)
+    return Series(
+        steps=np.array(steps, dtype=np.int64),
+        values=np.array([values[step] for step in steps], dtype=np.float64),
+    )
+
+
+def _check_losses(run: Run) -> None:
+    broken = ~np.isfinite(run.validation.values)
+    if broken.any():
+        raise ValueError(
+            f"{run.folder}: {VALIDATION_LOSS!r} is not finite at step "
+            f"{run.validation.steps[broken][0]}: the run diverged and cannot be compared."
+        )
+
+
+def _check_tokens(run: Run) -> None:
+    """Refuses a ``tst_run.json`` that lies beside the event files of another run."""
+    for tag in _TOKEN_SCALARS:
+        step = int(run.scalars[tag].steps[-1])
+        logged = float(run.scalars[tag].values[-1])
+        budget: Budget = "data tokens" if tag.endswith("data tokens") else "equivalent tokens"
+        expected = run.spent(budget, step)
+        if abs(logged - expected) > _TOKEN_TOLERANCE * expected:
+            raise ValueError(
+                f"{run.folder}: {tag!r} is {logged:.0f} at step {step}, but {RUN_FILE} gives "
+                f"{expected:.0f}: the folder mixes two runs; use an empty folder for each run."
+            )

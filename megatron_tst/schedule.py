@@ -1,0 +1,88 @@
+"""When a run switches from bags to tokens, and how much text it has read: pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_tst.config import SuperpositionConfig
+
+Phase = Literal["superposition", "recovery"]
+
+
+@dataclass(frozen=True)
+class SuperpositionSchedule:
+    """The two phases of a run with a constant batch size.
+
+    Attributes:
+        config: superposition settings.
+        total_steps: optimizer steps of the whole run (N).
+        global_batch_size: sequences a step.
+        sequence_length: latent positions a sequence (l), the same in both phases.
+
+    Raises:
+        ValueError: the switch falls on step 0 or on the last step.
+    """
+
+    config: SuperpositionConfig
+    total_steps: int
+    global_batch_size: int
+    sequence_length: int
+
+    def __post_init__(self) -> None:
+        if not self.config.enabled:
+            return
+        length = (
+            f"--tst-steps {self.config.steps}"
+            if self.config.steps is not None
+            else f"--tst-step-ratio {self.config.step_ratio}"
+        )
+        if self.switch_step < 1:
+            raise ValueError(
+                f"{length} of {self.total_steps} steps puts the switch at step 0: "
+                "raise it, lengthen the run, or use --tst-bag-size 1."
+            )
+        if self.switch_step >= self.total_steps:
+            raise ValueError(
+                f"{length} of {self.total_steps} steps leaves no step for phase 2, which turns "
+                "the weights into an ordinary model: lower it or lengthen the run."
+            )
+
+    @property
+    def switch_step(self) -> int:
+        """First step of phase 2; 0 when superposition is off."""
+        if not self.config.enabled:
+            return 0
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.step_ratio is not None
+        return round(self.config.step_ratio * self.total_steps)
+
+    @property
+    def switch_sample(self) -> int:
+        """Index of the first sample of phase 2."""
+        return self.switch_step * self.global_batch_size
+
+    def phase_at(self, step: int) -> Phase:
+        """Phase of the optimizer step with this zero-based index."""
+        return "superposition" if step < self.switch_step else "recovery"
+
+    def bag_size_at(self, step: int) -> int:
+        """Tokens that share a latent position, on the side that the variant superposes."""
+        return self.config.bag_size if step < self.switch_step else 1
+
+    def tokens_per_position_at(self, step: int) -> int:
+        """Data tokens read for each latent position: s in phase 1 when bags are read, else 1."""
+        return self.bag_size_at(step) if self.config.superposes_input else 1
+
+    def equivalent_tokens(self, step: int) -> int:
+        """Latent positions processed by the first ``step`` steps; FLOPs are proportional to it."""
+        return step * self.global_batch_size * self.sequence_length
+
+    def data_tokens(self, step: int) -> int:
+        """Tokens of text read by the first ``step`` steps."""
+        in_phase_1 = min(step, self.switch_step)
+        tokens_per_position = self.tokens_per_position_at(0)
+        return self.equivalent_tokens(in_phase_1) * tokens_per_position + self.equivalent_tokens(
+            step - in_phase_1
+        )

@@ -1,0 +1,121 @@
+"""Builds the training, validation and test datasets that Megatron's loop asks for."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
+from megatron_tst.data.files import check_indexed_dataset, check_vocabulary
+from megatron_tst.data.validation import FixedValidationDataset
+from megatron_tst.schedule import SuperpositionSchedule
+
+
+class DatasetsProvider:
+    """Called by Megatron with the number of samples of each split.
+
+    The validation dataset repeats one set of samples, so that every evaluation of a run, in either
+    phase, reads the same tokens.
+    """
+
+    is_distributed = True
+    """Tells Megatron to call the provider on every rank."""
+
+    def __init__(self, schedule: SuperpositionSchedule) -> None:
+        self.schedule = schedule
+
+    def __call__(
+        self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Returns the train, validation and test datasets, None on ranks that read no data."""
+        args = get_args()
+        train_samples, valid_samples, test_samples = num_samples
+        samples_per_evaluation = None
+        if valid_samples is not None:
+            samples_per_evaluation = args.eval_iters * args.eval_global_batch_size
+        print_rank_0("> building train, validation, and test datasets for GPT ...")
+        train, valid, test = BlendedMegatronDatasetBuilder(
+            SuperpositionGPTDataset,
+            [train_samples, samples_per_evaluation, test_samples],
+            lambda: _reads_data(vp_stage),
+            dataset_config_from_args(args, self.schedule),
+        ).build()
+        if valid is not None and valid_samples is not None and samples_per_evaluation:
+            valid = FixedValidationDataset(valid, samples_per_evaluation, valid_samples)
+        print_rank_0("> finished creating GPT datasets ...")
+        return train, valid, test
+
+
+def check_data_files(args: Namespace) -> None:
+    """Checks the corpora on the command line before anything is built.
+
+    Raises:
+        ValueError: a missing, truncated or inconsistent file, named with the remedy.
+    """
+    for prefix in _path_prefixes(args):
+        check_indexed_dataset(prefix)
+
+
+def check_data_vocabulary(args: Namespace) -> None:
+    """Looks for token ids without a row in the embedding, in a sample of every corpus.
+
+    Raises:
+        ValueError: naming the file, the id and the remedy.
+    """
+    for prefix in _path_prefixes(args):
+        check_vocabulary(prefix, args.padded_vocab_size)
+
+
+def _path_prefixes(args: Namespace) -> list[str]:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = [blend, *(blend_per_split or [])]
+    return [prefix for paths in blends if paths is not None for prefix in paths[0]]
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    is_tp_source = mpu.get_tensor_model_parallel_rank() == 0
+    return is_tp_source and is_first_or_last_pipeline_stage(vp_stage)
+
+
+def dataset_config_from_args(
+    args: Namespace, schedule: SuperpositionSchedule
+) -> SuperpositionGPTDatasetConfig:
+    """The dataset configuration of a parsed command line.
+
+    Raises:
+        ValueError: the data does not go together with superposition.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return SuperpositionGPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        superposition=schedule.config,
+        switch_sample=schedule.switch_sample,
+    )

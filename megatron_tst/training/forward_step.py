@@ -1,0 +1,127 @@
+"""The forward step of both phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, unwrap_model
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_tst.data.batch import get_batch
+from megatron_tst.model.model import SuperpositionGPTModel
+from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.metrics import StepClock
+
+_SPIKY_LOSS_FACTOR = 10
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+_straggler_detector = StragglerDetector()
+
+
+class ForwardStep:
+    """Runs the model on the next micro-batch; called by Megatron's schedules.
+
+    Args:
+        schedule: phases of the run.
+        clock: measures the time spent in training steps.
+        offset_loss_meter: collects the loss by offset in the bag on the steps that are logged.
+    """
+
+    def __init__(
+        self,
+        schedule: SuperpositionSchedule,
+        clock: StepClock,
+        offset_loss_meter: OffsetLossMeter,
+    ) -> None:
+        self.schedule = schedule
+        self.clock = clock
+        self.offset_loss_meter = offset_loss_meter
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: GPTModel
+    ) -> tuple[Tensor, LossFunction]:
+        """Returns the per-position losses [b, l] and the function that sums them up."""
+        args, timers = get_args(), get_timers()
+        is_training = torch.is_grad_enabled()
+        if is_training:
+            self.clock.start()
+        else:
+            self.clock.stop()
+        in_phase_1 = is_training and args.curr_iteration < self.schedule.switch_step
+        superposition = self.schedule.config if in_phase_1 else None
+
+        timers("batch-generator", log_level=2).start()
+        with _straggler_detector(bdata=True):
+            vp_stage = get_attr_wrapped_model(model, "vp_stage")
+            batch = get_batch(data_iterator, args, superposition, vp_stage)
+        timers("batch-generator").stop()
+
+        self._choose_meter(model, args, in_phase_1)
+        with _straggler_detector:
+            losses = model(
+                batch["tokens"],
+                batch["position_ids"],
+                batch["attention_mask"],
+                labels=batch["labels"],
+                loss_mask=batch["loss_mask"],
+            )
+        return losses, partial(masked_mean_loss, batch["loss_mask"])
+
+    def _choose_meter(self, model: GPTModel, args: Any, in_phase_1: bool) -> None:
+        """Lets the model measure the loss by offset on logged steps only: it costs a pass."""
+        inner = unwrap_model(model)
+        if isinstance(inner, SuperpositionGPTModel):
+            is_logged = in_phase_1 and (args.curr_iteration + 1) % args.log_interval == 0
+            inner.offset_loss_meter = self.offset_loss_meter if is_logged else None
+
+
+def masked_mean_loss(
+    loss_mask: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sums the losses of a micro-batch and counts its positions; Megatron divides one by the other.
+
+    Args:
+        loss_mask: [b, l], 0 where a position does not count.
+        losses: [b, l], float32.
+
+    Returns:
+        The sum, the number of latent positions that count, and both under the name that upstream
+        logs. The unit of the count is the latent position in both phases.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    positions = mask.sum().clone().detach().to(torch.int)
+    _check_loss(loss)
+    report = torch.cat([loss.clone().detach().view(1), positions.view(1)])
+    return loss, positions, {"lm loss": report}
+
+
+def _check_loss(loss: Tensor) -> None:
+    args = get_args()
+    rerun = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejects, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            rerun.validate_result(
+                result=loss,
+                rejection_func=rejects,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        rerun.validate_result(
+            result=loss,
+            rejection_func=partial(
+                rerun.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss"
+            ),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )

@@ -1,0 +1,169 @@
+"""Pre-training with superposition on Megatron's own loop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args, parse_args
+
+from megatron_tst import cpu
+from megatron_tst.arguments import (
+    add_superposition_arguments,
+    refuse_conflicting_arguments,
+    superposition_config_from_args,
+    superposition_schedule_from_args,
+)
+from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
+from megatron_tst.model.model import superpose_built_models
+from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.datasets import (
+    DatasetsProvider,
+    check_data_files,
+    check_data_vocabulary,
+)
+from megatron_tst.training.forward_step import ForwardStep
+from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.reporting import ProgressReporter, write_run_description
+from megatron_tst.training.resume import check_resume, record_settings
+from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
+from megatron_tst.training.switch import switch_phase
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """Runs the training that the command line describes.
+
+    Returns:
+        The exit code; 2 after one line on standard error when the input is bad.
+    """
+    try:
+        run()
+    except ValueError as error:
+        if not _raised_by_this_package(error):
+            raise
+        print_rank_0(f"error: {error}")
+        return 2
+    return 0
+
+
+def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
+    """Parses the command line and trains.
+
+    Args:
+        after_step: called after each optimizer step, once the step is reported.
+
+    Raises:
+        ValueError: bad input, before any training.
+    """
+    _rendezvous_alone()
+    args, schedule = _parse()
+    model_config = gpt_config_from_args(args)
+    if schedule.config.enabled:
+        model_config.pre_wrap_hooks.append(
+            partial(superpose_built_models, superposition=schedule.config)
+        )
+    clock, meter = StepClock(args.tst_seconds), OffsetLossMeter()
+    reporter = ProgressReporter(schedule, clock, meter)
+    run_after_each_step(_StepEnd(schedule, clock, reporter, after_step))
+    launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    launch(
+        pretrain_cfg_container_from_args(args, model_config),
+        DatasetsProvider(schedule),
+        ModelType.encoder_or_decoder,
+        ForwardStep(schedule, clock, meter),
+        store=store,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class _StepEnd:
+    """What happens after each optimizer step."""
+
+    def __init__(
+        self,
+        schedule: SuperpositionSchedule,
+        clock: StepClock,
+        reporter: ProgressReporter,
+        after_step: Callable[[TrainingStep], None] | None,
+    ) -> None:
+        self.schedule = schedule
+        self.clock = clock
+        self.reporter = reporter
+        self.after_step = after_step
+        self._is_first_step = True
+
+    def __call__(self, step: TrainingStep) -> None:
+        self.clock.stop()
+        args = get_args()
+        args.tst_seconds = self.clock.seconds
+        if self._is_first_step:
+            self._is_first_step = False
+            chunks = unwrap_model(step.model)
+            parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            write_run_description(args, self.schedule, parameters)
+        self.reporter.report(step.iteration, args)
+        if self.schedule.config.enabled and step.iteration == self.schedule.switch_step:
+            switch_phase(step, self.schedule.config, args)
+        if self.after_step is not None:
+            self.after_step(step)
+
+
+def _rendezvous_alone() -> None:
+    """Lets one process run without torchrun."""
+    if "MASTER_ADDR" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+
+
+def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
+    # Parsed twice: bad superposition settings are refused before Megatron's validation, which
+    # builds the tokenizer and the writers, and reports by assertion.
+    early = parse_args(_add_arguments)
+    if cpu.is_active():
+        refuse_gpu_arguments(early)
+    superposition_config_from_args(early)
+    refuse_conflicting_arguments(early)
+    check_data_files(early)
+    args = parse_and_validate_args(extra_args_provider=_add_arguments)
+    schedule = superposition_schedule_from_args(args)
+    check_data_vocabulary(args)
+    record_settings(args, schedule)
+    check_resume(args, schedule)
+    _print_settings(schedule)
+    return args, schedule
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = add_superposition_arguments(parser)
+    return set_cpu_defaults(parser) if cpu.is_active() else parser
+
+
+def _print_settings(schedule: SuperpositionSchedule) -> None:
+    print_rank_0("> token superposition:")
+    for name, value in schedule.config.resolved(schedule.switch_step).to_dict().items():
+        print_rank_0(f"    {name:.<24} {value}")
+    steps = schedule.total_steps
+    print_rank_0(f"    {'switch_step':.<24} {schedule.switch_step} of {steps}")
+    print_rank_0(f"    {'data_tokens':.<24} {schedule.data_tokens(steps)}")
+    print_rank_0(f"    {'equivalent_tokens':.<24} {schedule.equivalent_tokens(steps)}")
+
+
+def _raised_by_this_package(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)

@@ -1,0 +1,67 @@
+"""What happens between the last step of phase 1 and the first of phase 2."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
+from megatron.training import print_rank_0
+
+from megatron_tst.config import SuperpositionConfig
+from megatron_tst.training.step_hook import TrainingStep
+
+
+def switch_phase(step: TrainingStep, superposition: SuperpositionConfig, args: Namespace) -> None:
+    """Resets what the configuration says and writes a checkpoint; everything else carries over.
+
+    Args:
+        step: the last step of phase 1, done.
+        superposition: settings of the run.
+        args: Megatron's arguments.
+    """
+    print_rank_0(
+        f"> switching to next-token prediction after {step.iteration} steps "
+        "(the training loss is another quantity from here on)"
+    )
+    if superposition.reset_at_switch == "embeddings":
+        reinitialize_embeddings(step.model)
+        step.optimizer.reload_model_params()
+    elif superposition.reset_at_switch == "optimizer":
+        reset_optimizer_state(step.optimizer)
+    # On a multiple of the interval Megatron saves by itself, right after this.
+    is_saved_by_megatron = args.save_interval and step.iteration % args.save_interval == 0
+    if args.save and not is_saved_by_megatron:
+        step.save_checkpoint()
+
+
+@torch.no_grad()
+def reinitialize_embeddings(model: list[Any]) -> None:
+    """Draws the embedding and the output head anew from their initial distributions.
+
+    Each tensor-parallel rank draws its own vocabulary shard; data-parallel replicas draw the same.
+    Optimizer moments are kept.
+    """
+    for chunk in unwrap_model(model):
+        config = chunk.config
+        with get_cuda_rng_tracker().fork():
+            if chunk.pre_process:
+                config.embedding_init_method(chunk.embedding.word_embeddings.weight)
+            if chunk.post_process and not chunk.share_embeddings_and_output_weights:
+                config.init_method(chunk.output_layer.weight)
+
+
+@torch.no_grad()
+def reset_optimizer_state(optimizer: Any) -> None:
+    """Clears moments and step counts of every parameter; master weights stay."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            for name, value in state.items():
+                if name == "master_param" or not isinstance(value, torch.Tensor):
+                    continue
+                value.zero_()
+        for group in part.optimizer.param_groups:
+            if isinstance(group.get("step"), int):
+                group["step"] = 0

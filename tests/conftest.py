@@ -1,0 +1,19 @@
+"""What all tests share: tests marked ``gpu`` are skipped where there is no CUDA device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _has_cuda_device() -> bool:
+    # Not torch.cuda.is_available(): it costs an import of torch, and the CPU platform replaces it.
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _has_cuda_device():
+        pytest.skip("needs a CUDA device")

@@ -1,0 +1,300 @@
+"""Embedding and losses on several ranks: equal to one rank, to the host's bits, and as frugal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
+from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.objectives import superposition_loss
+from tests.distributed.harness import run_distributed
+
+BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 8, 16, 48
+
+# float32 against one rank: only the order of a few additions differs.
+SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+
+
+# --- inputs, the same on every rank ---------------------------------------------------------------
+
+
+def shard(tensor: Tensor, dim: int) -> Tensor:
+    """This rank's contiguous part along a dimension, as a leaf."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return tensor.chunk(ranks, dim)[rank].clone().requires_grad_()
+
+
+def embedding_case(bag_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=dtype)
+    # 11 ids over 48 rows repeat within and across bags, and lie in every shard.
+    bags = torch.randint(0, 11, (BATCH, LENGTH, bag_size)) * 4
+    return weight, bags, torch.randn(BATCH, LENGTH, HIDDEN, dtype=dtype)
+
+
+def loss_case(bag_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    logits = torch.randn(LENGTH, BATCH, VOCABULARY).mul(4).to(dtype)
+    targets = torch.randint(0, VOCABULARY, (LENGTH, BATCH, bag_size))
+    return logits, targets, torch.rand(LENGTH, BATCH)
+
+
+def loss_case_with_ignored(bag_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, targets, grad = loss_case(bag_size, torch.float32)
+    targets[:, 0, -1] = targets[:, 0, 0]  # a repeated token
+    targets[0, 1, 1:] = -100
+    targets[1] = -100
+    return logits, targets, torch.arange(bag_size, 0, -1.0), grad
+
+
+def bits(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+# --- equal to one rank ----------------------------------------------------------------------------
+
+
+def embedding_on_ranks(bag_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor]:
+    weight, bags, grad = embedding_case(bag_size, torch.float32)
+    group = torch.distributed.group.WORLD
+    weight_shard = shard(weight, 0)
+    output = bag_embedding(weight_shard, bags, group, sequence_parallel)
+    output.backward(shard(grad.transpose(0, 1), 0) if sequence_parallel else grad)
+    assert weight_shard.grad is not None
+    return output.detach(), weight_shard.grad
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("bag_size", [1, 3])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_embedding_equals_one_rank(ranks: int, bag_size: int, sequence_parallel: bool) -> None:
+    weight, bags, grad = embedding_case(bag_size, torch.float32)
+    weight.requires_grad_()
+    expected = bag_embedding(weight, bags)
+    expected.backward(grad)
+    results = run_distributed(ranks, embedding_on_ranks, bag_size, sequence_parallel)
+    outputs = [output for output, _ in results]
+    if sequence_parallel:
+        assert outputs[0].shape == (LENGTH // ranks, BATCH, HIDDEN)
+        outputs = [torch.cat(outputs).transpose(0, 1)]
+    for output in outputs:
+        torch.testing.assert_close(output, expected, **SAME)
+    torch.testing.assert_close(torch.cat([g for _, g in results]), weight.grad, **SAME)
+
+
+def loss_on_ranks(objective: str, bag_size: int) -> tuple[Tensor, Tensor, bool]:
+    logits, targets, weights, grad = loss_case_with_ignored(bag_size)
+    logits_shard = shard(logits, -1)
+    before = bits(logits_shard)
+    loss = superposition_loss(
+        logits_shard,
+        targets,
+        objective,  # type: ignore[arg-type]
+        weights if objective.startswith("mce") else None,
+        torch.distributed.group.WORLD,
+    )
+    loss.backward(grad)
+    assert logits_shard.grad is not None
+    return loss.detach(), logits_shard.grad, bits(logits_shard) == before
+
+
+@pytest.mark.parametrize("objective", ["mce", "mce-sum", "bce", "hinge"])
+@pytest.mark.parametrize("bag_size", [1, 5])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loss_equals_one_rank(ranks: int, bag_size: int, objective: str) -> None:
+    logits, targets, weights, grad = loss_case_with_ignored(bag_size)
+    logits.requires_grad_()
+    expected = superposition_loss(
+        logits,
+        targets,
+        objective,  # type: ignore[arg-type]
+        weights if objective.startswith("mce") else None,
+    )
+    expected.backward(grad)
+    results = run_distributed(ranks, loss_on_ranks, objective, bag_size)
+    for loss, _, unchanged in results:
+        torch.testing.assert_close(loss, expected, **SAME)
+        assert unchanged
+    torch.testing.assert_close(torch.cat([g for _, g, _ in results], -1), logits.grad, **SAME)
+
+
+def per_target_on_ranks(bag_size: int) -> Tensor:
+    logits, targets, _, _ = loss_case_with_ignored(bag_size)
+    return per_target_cross_entropy(shard(logits, -1), targets, torch.distributed.group.WORLD)
+
+
+def test_per_target_cross_entropy_equals_one_rank() -> None:
+    logits, targets, _, _ = loss_case_with_ignored(5)
+    expected = per_target_cross_entropy(logits, targets)
+    for losses in run_distributed(2, per_target_on_ranks, 5):
+        torch.testing.assert_close(losses, expected, **SAME)
+
+
+def target_outside_vocabulary() -> None:
+    logits, targets, _ = loss_case(2, torch.float32)
+    targets[0, 0, 0] = VOCABULARY
+    multi_hot_cross_entropy(shard(logits, -1), targets, tp_group=torch.distributed.group.WORLD)
+
+
+def test_target_outside_the_whole_vocabulary_is_refused() -> None:
+    with pytest.raises(AssertionError, match=f"target {VOCABULARY} lies outside"):
+        run_distributed(2, target_outside_vocabulary)
+
+
+# --- the host's bits at s = 1 ---------------------------------------------------------------------
+
+
+@contextmanager
+def model_parallel_state() -> Iterator[None]:
+    """Megatron's groups with every rank in one tensor-parallel group."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(torch.distributed.get_world_size())
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def embedding_bits(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+    weight, bags, grad = embedding_case(1, dtype)
+    group = torch.distributed.group.WORLD
+    with model_parallel_state():
+        host = VocabParallelEmbedding(
+            VOCABULARY,
+            HIDDEN,
+            init_method=lambda master: master.copy_(weight),
+            config=ModelParallelConfig(use_cpu_initialization=True, params_dtype=dtype),
+            tp_group=group,
+        )
+        expected = host(bags.squeeze(-1))
+        expected.backward(grad)
+    weight_shard = shard(weight, 0)
+    output = bag_embedding(weight_shard, bags, group)
+    output.backward(grad)
+    assert weight_shard.grad is not None
+    return [
+        (bits(output), bits(expected)),
+        (bits(weight_shard.grad), bits(host.weight.grad)),
+    ]
+
+
+def cross_entropy_bits(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    logits, targets, grad = loss_case(1, dtype)
+    group = torch.distributed.group.WORLD
+    ours, theirs = shard(logits, -1), shard(logits, -1)
+    loss = multi_hot_cross_entropy(ours, targets, tp_group=group)
+    loss.backward(grad)
+    # A copy: the host overwrites float32 logits.
+    expected = vocab_parallel_cross_entropy(theirs.clone(), targets.squeeze(-1), tp_group=group)
+    expected.backward(grad)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    return [(bits(loss), bits(expected)), (bits(ours.grad), bits(theirs.grad))]
+
+
+def cross_entropy_bits_in_chunks(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
+    with mock.patch("megatron_tst.model.cross_entropy._CHUNK_ELEMENTS_CPU", 5 * VOCABULARY):
+        return cross_entropy_bits(dtype)
+
+
+@pytest.mark.parametrize(
+    "compare", [embedding_bits, cross_entropy_bits, cross_entropy_bits_in_chunks]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bag_size_1_has_the_bits_of_the_host(
+    ranks: int, dtype: torch.dtype, compare: Callable[..., Any]
+) -> None:
+    for output_and_gradient in run_distributed(ranks, compare, dtype):
+        for ours, theirs in output_and_gradient:
+            assert ours == theirs
+
+
+# --- collectives and bytes ------------------------------------------------------------------------
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Name and bytes of this rank's input to every collective of torch.distributed."""
+    calls: list[tuple[str, int]] = []
+    patches = []
+    for name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
+        original = getattr(torch.distributed, name)
+        # The input is the first argument of all_reduce, and the second of the others.
+        position = 0 if name == "all_reduce" else 1
+
+        def record(
+            *args: Any,
+            _name: str = name,
+            _position: int = position,
+            _original: Callable[..., Any] = original,
+            **kwargs: Any,
+        ) -> Any:
+            calls.append((_name, args[_position].nbytes))
+            return _original(*args, **kwargs)
+
+        patches.append(mock.patch.object(torch.distributed, name, record))
+    for patch in patches:
+        patch.start()
+    try:
+        yield calls
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+Calls = list[tuple[str, int]]
+
+
+def embedding_collectives(bag_size: int, sequence_parallel: bool) -> tuple[Calls, Calls]:
+    weight, bags, grad = embedding_case(bag_size, torch.bfloat16)
+    with recorded_collectives() as forward:
+        output = bag_embedding(
+            shard(weight, 0), bags, torch.distributed.group.WORLD, sequence_parallel
+        )
+    with recorded_collectives() as backward:
+        output.backward(shard(grad.transpose(0, 1), 0) if sequence_parallel else grad)
+    return forward, backward
+
+
+@pytest.mark.parametrize("bag_size", [1, 2, 16])
+def test_embedding_takes_one_collective_whatever_the_bag_size(bag_size: int) -> None:
+    output_bytes = BATCH * LENGTH * HIDDEN * 2
+    for calls in run_distributed(2, embedding_collectives, bag_size, False):
+        assert calls == ([("all_reduce", output_bytes)], [])
+    for calls in run_distributed(2, embedding_collectives, bag_size, True):
+        assert calls == (
+            [("reduce_scatter_tensor", output_bytes)],
+            [("all_gather_into_tensor", output_bytes // 2)],
+        )
+
+
+def loss_collectives(bag_size: int) -> tuple[Calls, Calls]:
+    logits, targets, grad = loss_case(bag_size, torch.bfloat16)
+    with recorded_collectives() as forward:
+        loss = multi_hot_cross_entropy(
+            shard(logits, -1), targets, tp_group=torch.distributed.group.WORLD
+        )
+    with recorded_collectives() as backward:
+        loss.backward(grad)
+    return forward, backward
+
+
+@pytest.mark.parametrize("bag_size", [1, 2, 16])
+def test_loss_takes_two_collectives_whatever_the_bag_size(bag_size: int) -> None:
+    positions_bytes = LENGTH * BATCH * 4
+    for calls in run_distributed(2, loss_collectives, bag_size):
+        assert calls == ([("all_reduce", positions_bytes), ("all_reduce", 2 * positions_bytes)], [])

@@ -1,0 +1,238 @@
+"""Pre-training end to end, on Megatron's own loop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
+from tests.zygote import Launcher
+
+SWITCH = 5
+BAG_SIZE = 4
+SUPERPOSED = {"tst_bag_size": BAG_SIZE, "tst_steps": SWITCH}
+
+
+@pytest.fixture(scope="module")
+def reference(
+    launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SmallRun:
+    """A run that was not interrupted, with a checkpoint every third step and at the switch."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("reference"))
+    run = run.with_(**SUPERPOSED, save_interval=3)
+    launcher.run(run.argv, run.log)
+    return run
+
+
+def test_the_switch_happens_inside_the_run(reference: SmallRun) -> None:
+    scalars = reference.scalars()
+    bag_sizes = scalars["tst/bag size"]
+    expected = {step: BAG_SIZE if step <= SWITCH else 1 for step in range(1, TOTAL_STEPS + 1)}
+    assert bag_sizes == expected
+    losses = scalars["lm loss"]
+    assert sorted(losses) == sorted(expected)
+    assert all(math.isfinite(loss) for loss in losses.values())
+    # Untrained: every byte is equally likely, in a bag or alone.
+    assert losses[1] == pytest.approx(math.log(256), abs=0.05)
+    assert losses[TOTAL_STEPS] < losses[1] - 0.3
+
+
+def test_a_checkpoint_is_written_at_the_switch(reference: SmallRun) -> None:
+    saved = sorted(p.name for p in (reference.folder / "checkpoints").glob("iter_*"))
+    steps = sorted({*range(3, TOTAL_STEPS + 1, 3), SWITCH})
+    assert saved == [f"iter_{step:07d}" for step in steps]
+
+
+def test_text_read_is_accounted_for(reference: SmallRun) -> None:
+    scalars = reference.scalars()
+    positions = 4 * 32  # global batch size times sequence length
+    for step in range(1, TOTAL_STEPS + 1):
+        in_phase_1 = min(step, SWITCH)
+        read = positions * (in_phase_1 * BAG_SIZE + step - in_phase_1)
+        assert scalars["tst/data tokens"][step] == read
+        assert scalars["tst/equivalent tokens"][step] == positions * step
+    assert scalars["tst/seconds"][TOTAL_STEPS] > scalars["tst/seconds"][1] > 0
+
+
+def test_one_learning_rate_schedule_spans_both_phases(reference: SmallRun) -> None:
+    rates = reference.scalars()["learning-rate"]
+    assert [rates[step] for step in (SWITCH, SWITCH + 1)] == pytest.approx([3e-3, 3e-3])
+    assert rates[TOTAL_STEPS] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_loss_by_offset_is_logged_in_phase_1_only(reference: SmallRun) -> None:
+    scalars = reference.scalars()
+    steps = list(range(1, SWITCH + 1))
+    offsets = [scalars[f"tst/loss at offset {i}"] for i in range(1, BAG_SIZE + 1)]
+    assert all(sorted(values) == steps for values in offsets)
+    # Uniform weights: the training loss is the mean over the offsets (bf16 logits, fp32 sums).
+    for step in steps:
+        mean = sum(values[step] for values in offsets) / BAG_SIZE
+        assert scalars["lm loss"][step] == pytest.approx(mean, rel=1e-5)
+
+
+def test_validation_is_next_token_loss_in_both_phases(reference: SmallRun) -> None:
+    validation = reference.scalars()["lm loss validation"]
+    assert sorted(validation) == [4, 8, TOTAL_STEPS]
+    assert validation[TOTAL_STEPS] < validation[4] < math.log(256) + 0.05
+
+
+def test_settings_are_printed_and_described(reference: SmallRun) -> None:
+    log = reference.log.read_text()
+    assert f"switch_step............. {SWITCH} of {TOTAL_STEPS}" in log
+    assert "target_weighting........ uniform" in log
+    description = reference.description()
+    assert description["switch_step"] == SWITCH
+    assert description["superposition"]["bag_size"] == BAG_SIZE
+    assert description["parameters"] == sum(
+        tensor.numel()
+        for name, tensor in reference.checkpoint(SWITCH).items()
+        if name.startswith(("embedding", "decoder", "output_layer"))
+    )
+
+
+@pytest.mark.parametrize("stop", [3, SWITCH, 9], ids=["phase 1", "switch", "phase 2"])
+def test_a_stopped_run_resumes_bit_equal(
+    launcher: Launcher, reference: SmallRun, tmp_path: Path, stop: int
+) -> None:
+    run = reference.with_(tmp_path / "resumed")
+    launcher.run(run.with_(exit_interval=stop).argv, run.log)
+    assert not (run.folder / "checkpoints" / f"iter_{TOTAL_STEPS:07d}").exists()
+    launcher.run(run.argv, run.log)
+    assert_bit_equal(run.checkpoint(TOTAL_STEPS), reference.checkpoint(TOTAL_STEPS))
+    losses = run.scalars()["lm loss"]
+    assert losses == reference.scalars()["lm loss"]
+
+
+@pytest.mark.parametrize("kill_at", [4, 8], ids=["phase 1", "phase 2"])
+def test_a_killed_run_resumes_bit_equal(
+    launcher: Launcher, reference: SmallRun, tmp_path: Path, kill_at: int
+) -> None:
+    run = reference.with_(tmp_path / "killed")
+    started = launcher.start(run.argv, run.log)
+    _wait_for(started.log, f" step {kill_at:8d}/")
+    started.kill(signum=signal.SIGKILL)
+    assert launcher.wait(started) == [-signal.SIGKILL]
+    launcher.run(run.argv, run.log)
+    assert_bit_equal(run.checkpoint(TOTAL_STEPS), reference.checkpoint(TOTAL_STEPS))
+
+
+def test_without_superposition_the_run_is_upstreams(
+    launcher: Launcher, small_run: SmallRun, tmp_path: Path
+) -> None:
+    ours = small_run.with_(tst_bag_size=1)
+    launcher.run(ours.argv, ours.log)
+    stock = small_run.with_(tmp_path / "stock")
+    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
+    assert_bit_equal(ours.checkpoint(TOTAL_STEPS), stock.checkpoint(TOTAL_STEPS))
+
+
+def test_a_superposed_checkpoint_has_upstreams_keys(
+    launcher: Launcher, reference: SmallRun, tmp_path: Path
+) -> None:
+    stock = SmallRun(reference.corpus, tmp_path / "stock").with_(train_iters=2, eval_iters=0)
+    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
+    expected = {name: tensor.shape for name, tensor in stock.checkpoint(2).items()}
+    for step in (3, SWITCH, TOTAL_STEPS):
+        saved = reference.checkpoint(step)
+        assert {name: tensor.shape for name, tensor in saved.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tst_variant": "input-only"},
+        {"tst_variant": "output-only"},
+        {"tst_target_weighting": "power-law", "tst_power_law_exponent": 1.25},
+        {"tst_target_weighting": "exponential"},
+        {"tst_target_weighting": "first-token"},
+        {"tst_objective": "mce-sum"},
+        {"tst_objective": "bce"},
+        {"tst_objective": "hinge"},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()),
+)
+def test_every_variant_trains_through_the_switch(
+    launcher: Launcher, small_run: SmallRun, settings: dict[str, object]
+) -> None:
+    run = small_run.with_(**SUPERPOSED, **settings, eval_iters=0)
+    launcher.run(run.argv, run.log)
+    losses = run.scalars()["lm loss"]
+    assert losses[SWITCH] < losses[1]
+    assert losses[TOTAL_STEPS] < math.log(256) - 0.2
+    reads_bags = settings.get("tst_variant") != "output-only"
+    read = 128 * (SWITCH * (BAG_SIZE if reads_bags else 1) + TOTAL_STEPS - SWITCH)
+    assert run.scalars()["tst/data tokens"][TOTAL_STEPS] == read
+
+
+def test_bags_of_8_weigh_targets_by_the_power_law(
+    launcher: Launcher, small_run: SmallRun
+) -> None:
+    run = small_run.with_(tst_bag_size=8, tst_steps=2, train_iters=4, eval_iters=0)
+    launcher.run(run.argv, run.log)
+    assert run.description()["superposition"]["target_weighting"] == "power-law"
+
+
+def test_resets_at_the_switch(launcher: Launcher, reference: SmallRun, tmp_path: Path) -> None:
+    kept = reference.checkpoint(SWITCH)
+    heads = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+    embeddings = reference.with_(tmp_path / "embeddings", tst_reset_at_switch="embeddings")
+    launcher.run(embeddings.argv, embeddings.log)
+    saved = embeddings.checkpoint(SWITCH)
+    for name in kept:
+        belongs_to_reset = any(head in name for head in heads) and "exp_avg" not in name
+        assert torch.equal(saved[name], kept[name]) != belongs_to_reset, name
+    assert saved[heads[0]].float().std() == pytest.approx(0.02, rel=0.1)
+
+    optimizer = reference.with_(tmp_path / "optimizer", tst_reset_at_switch="optimizer")
+    launcher.run(optimizer.argv, optimizer.log)
+    saved = optimizer.checkpoint(SWITCH)
+    moments = [name for name in saved if "exp_avg" in name]
+    assert moments
+    assert all(not saved[name].any() for name in moments)
+    assert_bit_equal(
+        {name: saved[name] for name in kept if name not in moments},
+        {name: kept[name] for name in kept if name not in moments},
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, {"use_distributed_optimizer": True}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+    ],
+    ids=["data parallel", "tensor parallel", "pipeline parallel"],
+)
+def test_two_processes_train_as_one(
+    launcher: Launcher,
+    small_run: SmallRun,
+    tmp_path: Path,
+    world_size: int,
+    layout: dict[str, object],
+) -> None:
+    single = small_run.with_(**SUPERPOSED, bf16=False)
+    launcher.run(single.argv, single.log)
+    double = single.with_(tmp_path / "double", **layout)
+    launcher.run(double.argv, double.log, world_size)
+    expected, actual = single.scalars(), double.scalars()
+    for tag in ("lm loss", "lm loss validation", "tst/loss at offset 4"):
+        # fp32: sums run in another order, and twelve steps of Adam amplify the last bits.
+        assert actual[tag] == pytest.approx(expected[tag], rel=1e-5), tag
+    assert actual["tst/data tokens"] == expected["tst/data tokens"]
+
+
+def _wait_for(log: Path, text: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if log.exists() and text in log.read_text(errors="replace"):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{text!r} did not appear in {log}")

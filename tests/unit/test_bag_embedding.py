@@ -1,0 +1,158 @@
+"""Bag embedding on one rank: values, gradients, bits, memory and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.reference import bag_embedding_reference
+
+# Half a unit in the last place relative to the exact mean or sum, with float32 noise beside it.
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-6, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2.0**-8, "atol": 1e-5},
+    torch.float16: {"rtol": 2.0**-11, "atol": 1e-5},
+}
+
+
+def case(
+    bag_size: int, dtype: torch.dtype, vocabulary: int = 50, hidden: int = 24
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(vocabulary, hidden).to(dtype).requires_grad_()
+    bags = torch.randint(0, vocabulary, (3, 7, bag_size))
+    bags[0] = bags[0, :, :1]  # bags of one repeated token
+    return weight, bags, torch.randn(3, 7, hidden).to(dtype)
+
+
+# A vocabulary above the number of tokens takes the compact accumulator of the gradient.
+@pytest.mark.parametrize("vocabulary", [50, 1000])
+@pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_equals_the_reference(dtype: torch.dtype, bag_size: int, vocabulary: int) -> None:
+    weight, bags, grad = case(bag_size, dtype, vocabulary)
+    output = bag_embedding(weight, bags)
+    assert output.dtype == dtype
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = bag_embedding_reference(exact_weight, bags)
+    torch.testing.assert_close(output.double(), exact, **TOLERANCE[dtype])
+    if bag_size > 1:  # at 1 the gradient is the host's, which accumulates in the weight's dtype
+        output.backward(grad)
+        exact.backward(grad.double())
+        assert weight.grad is not None
+        assert weight.grad.dtype == dtype
+        assert exact_weight.grad is not None
+        torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 100])
+def test_gradcheck(vocabulary: int) -> None:
+    weight = torch.randn(vocabulary, 3, dtype=torch.float64, requires_grad=True)
+    bags = torch.tensor([[[0, 0, 1], [4, 2, 0]], [[3, 3, 3], [1, 2, 4]]])
+    assert torch.autograd.gradcheck(lambda w: bag_embedding(w, bags), weight)
+
+
+def test_a_repeated_token_counts_as_often_as_it_occurs() -> None:
+    weight = torch.tensor([[1.0], [10.0]], requires_grad=True)
+    output = bag_embedding(weight, torch.tensor([[[0, 1, 1, 1]]]))
+    output.sum().backward()
+    assert output.item() == (1 + 3 * 10) / 4
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[0.25], [0.75]]
+
+
+def test_bfloat16_gradients_are_accumulated_in_float32() -> None:
+    # 512 additions of 1/2 stop at 128 in bfloat16, where 128 + 1/2 rounds to 128.
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    bag_embedding(weight, torch.zeros(1, 256, 2, dtype=torch.int64)).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[256.0], [0.0]]
+
+
+def test_gradient_has_the_same_bits_each_time_on_several_threads() -> None:
+    weight, _, _ = case(4, torch.float32, vocabulary=8, hidden=64)
+    bags, grad = torch.randint(0, 8, (4, 512, 4)), torch.randn(4, 512, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [
+            torch.autograd.grad(bag_embedding(weight, bags), weight, grad)[0] for _ in range(5)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_sequence_parallel_layout_without_a_group() -> None:
+    weight, bags, _ = case(4, torch.float32)
+    expected = bag_embedding(weight, bags).transpose(0, 1)
+    output = bag_embedding(weight, bags, sequence_parallel=True)
+    assert output.is_contiguous()
+    assert torch.equal(output, expected)
+
+
+def test_bags_need_not_be_contiguous() -> None:
+    weight, bags, grad = case(4, torch.float32)
+    strided = bags.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    results = [
+        torch.autograd.grad(bag_embedding(weight, ids), weight, grad)[0] for ids in (bags, strided)
+    ]
+    assert torch.equal(*results)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation inside returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@contextmanager
+def largest_tensor() -> Iterator[_LargestTensor]:
+    with _LargestTensor() as mode:
+        yield mode
+
+
+def test_no_tensor_grows_with_the_bag_size() -> None:
+    vocabulary, hidden, positions = 8, 32, 64
+    for bag_size in (2, 16):
+        weight = torch.randn(vocabulary, hidden, requires_grad=True)
+        bags = torch.randint(0, vocabulary, (1, positions, bag_size))
+        with largest_tensor() as seen:
+            bag_embedding(weight, bags).sum().backward()
+        # The ids themselves, [b, l, s], are smaller than the output at both bag sizes.
+        assert seen.elements == positions * hidden
+        with largest_tensor() as reference:
+            bag_embedding_reference(weight, bags)
+        assert reference.elements == positions * hidden * bag_size  # the probe sees such a tensor
+
+
+@pytest.mark.parametrize("bag_size", [1, 3])
+@pytest.mark.parametrize("foreign", [-1, 50])
+def test_id_outside_the_vocabulary_is_refused(foreign: int, bag_size: int) -> None:
+    weight, bags, _ = case(bag_size, torch.float32)
+    bags[1, 2, 0] = foreign
+    with pytest.raises(ValueError, match=rf"token_bags holds ids .*{foreign}.*vocabulary of 50"):
+        bag_embedding(weight, bags)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 0), (2, 2, 2, 2)])
+def test_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"token_bags has shape .*\[b, l, s\]"):
+        bag_embedding(torch.zeros(5, 2), torch.zeros(shape, dtype=torch.int64))

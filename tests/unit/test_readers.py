@@ -1,0 +1,167 @@
+"""Reading documents: formats, order, limits, and what happens to input that is not text."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from megatron_tst.data.readers import DEFAULT_EXTENSIONS, DocumentReader, find_sources
+
+TEXTS = ["first\nline\r\n", "  zweite: äöü €  ", "третий 🎉", "\ttab\n\n"]
+
+
+def read(*inputs: Path, seed: int | None = None, **settings: Any) -> list[str]:
+    return list(DocumentReader(find_sources(inputs, DEFAULT_EXTENSIONS, seed), **settings))
+
+
+def write_json_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def zstd_frames(content: bytes, count: int) -> bytes:
+    step = len(content) // count + 1
+    pieces = [content[i : i + step] for i in range(0, len(content), step)]
+    return b"".join(map(zstandard.ZstdCompressor().compress, pieces))
+
+
+def test_json_lines_read_the_same_in_every_compression(tmp_path: Path) -> None:
+    # Random digits, so that the compressed input is several chunks long.
+    noise = random.Random(0)
+    texts = [text + noise.randbytes(30).hex() for text in TEXTS * 5000]
+    plain = write_json_lines(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_frames(plain.read_bytes(), count=3))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+        assert read(tmp_path / name) == texts, name
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.txt.gz", "a.txt.zst", "a.py", "a.md.gz"])
+def test_other_files_are_one_document_kept_exactly(tmp_path: Path, name: str) -> None:
+    text = "\n".join(TEXTS)
+    compress = {".gz": gzip.compress, ".zst": lambda raw: zstd_frames(raw, count=2)}
+    content = compress.get(Path(name).suffix, bytes)(text.encode())
+    (tmp_path / name).write_bytes(content)
+    reader = DocumentReader(find_sources([tmp_path / name], DEFAULT_EXTENSIONS))
+    assert list(reader) == [text]
+    assert reader.counts.text_bytes == len(text.encode())
+    assert reader.counts.file_bytes == reader.total_file_bytes == len(content)
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
+    assert read(tmp_path / "a.txt") == ["text"]
+
+
+def test_folders_are_searched_recursively_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b/z.py", "b/a/x.py", "a.txt", "c.py", "logo.png", "b/readme"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == ["a.txt", "b/a/x.py", "b/z.py", "c.py"]
+    assert read(tmp_path / "c.py", tmp_path / "b") == ["c.py", "b/a/x.py", "b/z.py"]
+
+
+def test_shuffling_is_reproducible_and_loses_nothing(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text(f"{number:02}")
+    ordered, shuffled = read(tmp_path), read(tmp_path, seed=1)
+    assert shuffled == read(tmp_path, seed=1)
+    assert shuffled not in (ordered, read(tmp_path, seed=2))
+    assert sorted(shuffled) == ordered
+
+
+def test_limits_stop_before_they_are_exceeded(tmp_path: Path) -> None:
+    file = write_json_lines(tmp_path / "a.jsonl", ["12345", "äöü", "x"])
+    assert read(file, max_documents=2) == ["12345", "äöü"]
+    assert read(file, max_bytes=11) == ["12345", "äöü"]
+    assert read(file, max_bytes=10) == ["12345"]
+
+
+def test_every_pass_starts_anew(tmp_path: Path) -> None:
+    sources = find_sources([write_json_lines(tmp_path / "a.jsonl", TEXTS)], DEFAULT_EXTENSIONS)
+    reader = DocumentReader(sources, max_documents=3)
+    assert list(reader) == list(reader) == TEXTS[:3]
+    assert reader.counts.documents == 3
+
+
+BAD_LINES = [
+    (b'{"text": "x"', "malformed JSON"),
+    (b"[" * 100_000, "malformed JSON"),
+    (b'["text"]', "no object"),
+    (b'{"body": "x"}', "no member 'text' (see --json-key)"),
+    (b'{"text": 3}', "no string"),
+    (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"),
+    (b'{"text": "\\u0000"}', "NUL"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_bad_lines_are_fatal_or_counted(tmp_path: Path, line: bytes, reason: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match="raise --max-bad-documents") as caught:
+        read(file)
+    assert f"{file}:3 has" in str(caught.value)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    reader = DocumentReader(find_sources([file], DEFAULT_EXTENSIONS), max_bad_documents=1)
+    assert list(reader) == ["one", "two"]
+    assert reader.counts.bad_documents == 1
+    file.write_bytes((line + b"\n") * 2)
+    with pytest.raises(ValueError, match=r":2 has .*now 1"):
+        read(file, max_bad_documents=1)
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", "utf-16".encode("utf-16-le"), b"a\0b"])
+def test_binary_files_are_skipped_in_folders_and_refused_by_name(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "a.py").write_bytes(content)
+    (tmp_path / "b.py").write_text("text")
+    reader = DocumentReader(find_sources([tmp_path], DEFAULT_EXTENSIONS))
+    assert list(reader) == ["text"]
+    assert (reader.counts.skipped_files, reader.counts.bad_documents) == (1, 0)
+    with pytest.raises(ValueError, match=r"a\.py has .*--max-bad-documents"):
+        read(tmp_path / "a.py")
+
+
+def test_empty_documents_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n\n{"text": " "}\n')
+    reader = DocumentReader(find_sources([tmp_path], DEFAULT_EXTENSIONS))
+    assert list(reader) == [" "]
+    assert reader.counts.empty_documents == 2
+
+
+@pytest.mark.parametrize("extension", [".gz", ".zst"])
+@pytest.mark.parametrize("kept", [0.5, -1, None])
+def test_damaged_archives_are_refused(tmp_path: Path, extension: str, kept: float | None) -> None:
+    content = write_json_lines(tmp_path / "a.jsonl", TEXTS * 1000).read_bytes()
+    packed = gzip.compress(content) if extension == ".gz" else zstd_frames(content, count=1)
+    file = tmp_path / f"a.jsonl{extension}"
+    match kept:
+        case None:
+            file.write_bytes(content)
+        case float():
+            file.write_bytes(packed[: int(len(packed) * kept)])
+        case _:
+            file.write_bytes(packed[:kept])
+    with pytest.raises(ValueError, match=rf"a\.jsonl\{extension} cannot be read .*repair it"):
+        read(file)
+
+
+def test_inputs_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--input .*/missing does not exist"):
+        read(tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds no file to read"):
+        read(tmp_path)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(ValueError, match=r"a\.parquet has an unknown extension.*--extensions"):
+        read(tmp_path / "a.parquet")

@@ -1,0 +1,189 @@
+"""Where samples lie in the stream, in which order they are read, and how text is looked up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tst.data.stream import (
+    SampleLayout,
+    TokenStream,
+    shuffle_documents,
+    shuffle_samples,
+)
+
+layouts = st.builds(
+    SampleLayout,
+    sequence_length=st.integers(1, 8),
+    switch_sample=st.integers(1, 12),
+    tokens_per_position=st.integers(1, 5),
+    look_ahead=st.integers(1, 6),
+)
+
+
+class Documents:
+    """A corpus in memory."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        tokens = np.arange(sum(lengths), dtype=np.int32)
+        self.documents = np.split(tokens, np.cumsum(lengths)[:-1])
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> Any:
+        assert length is not None
+        piece = self.documents[idx][offset : offset + length]
+        assert len(piece) == length
+        return piece
+
+
+@settings(deadline=None)
+@given(layout=layouts)
+def test_samples_tile_the_stream(layout: SampleLayout) -> None:
+    position = 0
+    for sample in range(layout.switch_sample + 5):
+        begin, end = layout.span(sample)
+        in_phase_1 = sample < layout.switch_sample
+        tokens = layout.phase_1_tokens if in_phase_1 else layout.sequence_length
+        assert begin == position
+        assert end == begin + tokens + (layout.look_ahead if in_phase_1 else 1)
+        position = begin + tokens
+
+
+@settings(deadline=None)
+@given(layout=layouts, position=st.integers(0, 300))
+def test_first_sample_from_a_position(layout: SampleLayout, position: int) -> None:
+    sample = 0
+    while layout.span(sample)[0] < position:
+        sample += 1
+    assert layout.first_sample_from(position) == sample
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+def test_an_epoch_orders_its_documents_by_itself(epochs: int) -> None:
+    documents = np.arange(100, 140, dtype=np.int32)
+    rows = shuffle_documents(documents, epochs, seed=7).reshape(epochs, -1)
+    longer = shuffle_documents(documents, 6, seed=7).reshape(6, -1)
+    assert rows.dtype == np.int32
+    np.testing.assert_array_equal(rows, longer[:epochs])
+    for row in rows:
+        np.testing.assert_array_equal(np.sort(row), documents)
+    # Two equal rows of 40 documents by chance: 1 in 40!.
+    assert len({row.tobytes() for row in longer}) == 6
+    assert (shuffle_documents(documents, 1, seed=8) != rows[0]).any()
+
+
+def long_enough(layout: SampleLayout, tokens: int) -> int:
+    return max(tokens, layout.phase_1_tokens + layout.look_ahead)
+
+
+@settings(deadline=None)
+@given(layout=layouts, tokens=st.integers(1, 150), num_samples=st.integers(1, 80))
+def test_samples_are_shuffled_within_phase_and_epoch(
+    layout: SampleLayout, tokens: int, num_samples: int
+) -> None:
+    tokens = long_enough(layout, tokens)
+    order = shuffle_samples(layout, num_samples, tokens, seed=3).tolist()
+    assert len(order) == len(set(order)) == num_samples
+
+    def group(sample: int) -> tuple[int, bool]:
+        return layout.span(sample)[0] // tokens, sample >= layout.switch_sample
+
+    groups = [group(sample) for sample in order]
+    # Reading goes group by group, each with the samples that lie there without shuffling.
+    assert groups == [group(place) for place in range(num_samples)]
+    for place, sample in enumerate(order):
+        epoch = layout.span(sample)[0] // tokens
+        if layout.span(sample)[1] > (epoch + 1) * tokens:
+            assert sample == place
+
+
+@settings(deadline=None)
+@given(
+    layout=layouts,
+    tokens=st.integers(1, 150),
+    num_samples=st.integers(1, 60),
+    more=st.integers(1, 40),
+)
+def test_a_longer_run_continues_a_shorter_one(
+    layout: SampleLayout, tokens: int, num_samples: int, more: int
+) -> None:
+    tokens = long_enough(layout, tokens)
+    shorter = shuffle_samples(layout, num_samples, tokens, seed=3)
+    longer = shuffle_samples(layout, num_samples + more, tokens, seed=3)
+    np.testing.assert_array_equal(shorter, longer[:num_samples])
+
+
+def test_samples_do_not_stay_in_order() -> None:
+    layout = SampleLayout(8, switch_sample=50, tokens_per_position=4, look_ahead=4)
+    order = shuffle_samples(layout, 150, tokens_per_epoch=10_000, seed=1)
+    assert order.dtype == np.uint32
+    assert (order[:50] != np.arange(50)).sum() > 40
+    assert (order[50:] != np.arange(50, 150)).sum() > 90
+    other_seed = shuffle_samples(layout, 150, tokens_per_epoch=10_000, seed=2)
+    assert (order != other_seed).sum() > 100
+
+
+def build(layout: SampleLayout, lengths: list[int], num_samples: int) -> TokenStream:
+    return TokenStream.build(
+        layout,
+        np.arange(len(lengths), dtype=np.int32),
+        np.array(lengths, dtype=np.int32),
+        num_samples,
+        seed=5,
+        corpus="corpus",
+    )
+
+
+@settings(deadline=None)
+@given(
+    layout=layouts,
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=20),
+    num_samples=st.integers(1, 60),
+)
+def test_reading_a_span_gives_the_flat_stream(
+    layout: SampleLayout, lengths: list[int], num_samples: int
+) -> None:
+    lengths.append(long_enough(layout, 1))
+    source = Documents(lengths)
+    stream = build(layout, lengths, num_samples)
+    flat = np.concatenate([source.documents[document] for document in stream.documents])
+    assert stream.starts[-1] == len(flat)
+    # The last epoch is there because a sample needs it.
+    ends = [layout.span(sample)[1] for sample in stream.samples.tolist()]
+    last_start = layout.span(num_samples - 1)[0]
+    assert max(*ends, last_start + 1) > len(flat) - sum(lengths)
+    for sample in stream.samples.tolist():
+        begin, end = layout.span(sample)
+        text, documents, pieces = stream.read(source, begin, end)
+        assert text.dtype == np.int64
+        np.testing.assert_array_equal(text, flat[begin:end])
+        owners = np.repeat(documents, pieces)
+        assert all(
+            token in source.documents[owner]
+            for token, owner in zip(text.tolist(), owners.tolist(), strict=True)
+        )
+
+
+def test_a_corpus_shorter_than_a_sample_is_refused() -> None:
+    layout = SampleLayout(8, switch_sample=2, tokens_per_position=4, look_ahead=4)
+    assert len(build(layout, [36], 1).samples) == 1
+    with pytest.raises(ValueError, match=r"corpus.* 35 tokens.* needs 36 .*--tst-bag-size"):
+        build(layout, [35], 1)
+
+
+def test_saved_arrays_are_mapped_back(tmp_path: Path) -> None:
+    layout = SampleLayout(4, switch_sample=3, tokens_per_position=2, look_ahead=2)
+    stream = build(layout, [9, 5, 20], 12)
+    prefix = tmp_path / "cache" / "name.with.dots"
+    stream.save(prefix)
+    stream.save(prefix)
+    loaded = TokenStream.load(prefix)
+    for name, path in TokenStream.paths(prefix).items():
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(stream, name))
+        assert path.is_file()
+    assert not loaded.samples.flags.owndata
+    assert sorted(prefix.parent.iterdir()) == sorted(TokenStream.paths(prefix).values())

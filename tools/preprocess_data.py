@@ -1,0 +1,121 @@
+"""Tokenizes text into Megatron's .bin/.idx format: see docs/data.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from megatron_tst.data.preprocessing import (
+    PreprocessConfig,
+    PreprocessProgress,
+    PreprocessResult,
+    preprocess,
+)
+from megatron_tst.data.readers import DEFAULT_EXTENSIONS
+
+_STAGE_TITLES = {"train": "training", "tokenize": "tokenizing"}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
+    """The configuration that the command line describes."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--input", dest="inputs", type=Path, nargs="+", required=True, help="files and folders")
+    add("--output-prefix", type=Path, required=True, help="outputs without extension")
+    add("--tokenizer", type=Path, help="tokenizer.json, or a folder with one")
+    add("--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE first")
+    add("--byte-level", action="store_true", help="bytes as tokens, vocabulary 256")
+    add("--eod-token", help="end-of-document token (default: the tokenizer's eos_token)")
+    add("--append-eod", action=argparse.BooleanOptionalAction, default=True)
+    add("--workers", type=int, default=_available_cpus(), help="default: %(default)s, all CPUs")
+    add("--json-key", default="text", help="member of a JSON line that holds the text")
+    add("--extensions", nargs="+", default=DEFAULT_EXTENSIONS, help="file extensions to read")
+    add("--shuffle-seed", type=int, help="shuffle the order of the files")
+    add("--max-documents", type=int, help="stop after this many documents")
+    add("--max-bytes", type=int, help="stop before exceeding this much text")
+    add("--max-bad-documents", type=int, default=0, help="malformed documents to leave out")
+    add("--overwrite", action="store_true", help="replace existing outputs")
+    options = vars(parser.parse_args(arguments))
+    options["inputs"] = tuple(options["inputs"])
+    options["extensions"] = tuple(options["extensions"])
+    assert options.keys() == {field.name for field in fields(PreprocessConfig)}
+    return PreprocessConfig(**options)
+
+
+def _available_cpus() -> int:
+    # A job may own a part of the machine only; not every system can tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(config: PreprocessConfig) -> PreprocessResult:
+    """Preprocesses with a progress bar on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        DownloadColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+
+    def show(progress: PreprocessProgress) -> None:
+        # Started here, so that an early refusal prints its one line and no empty bar.
+        bar.start()
+        if progress.stage not in tasks:
+            tasks[progress.stage] = bar.add_task(_STAGE_TITLES[progress.stage], status="")
+        task = tasks[progress.stage]
+        status = f"{progress.documents:,} documents"
+        if progress.stage == "tokenize":
+            status += f", {progress.tokens / progress.seconds:,.0f} tokens/s"
+        bar.update(task, completed=progress.bytes_read, total=progress.total_bytes, status=status)
+
+    try:
+        return preprocess(config, show)
+    finally:
+        if tasks:
+            bar.stop()
+
+
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    # As an exception, so that the temporary files are removed on the way out.
+    raise SystemExit(128 + signal_number)
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 2 for input that cannot be used."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        config = parse_arguments()
+        result = run(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(
+        f"{config.output('.bin')}: {result.documents:,} documents, {result.tokens:,} tokens "
+        f"({result.dtype}), vocabulary {result.vocab_size:,}, end of document {result.eod_id}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

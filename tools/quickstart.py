@@ -1,0 +1,294 @@
+"""Trains a baseline and a superposition run for equal FLOPs on this machine, and compares them.
+
+Text: the Python sources installed in this environment. Everything runs on CPU cores, each arm on its
+own; see docs/quickstart.md for the settings and a measured run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "def __init__(self, "
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Model, text and schedule of both arms; the defaults are the byte-level quickstart."""
+
+    vocabulary: int = 256
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 1
+    ffn: int = 160
+    length: int = 128
+    batch: int = 8
+    steps: int = 20_000
+    learning_rate: float = 4e-4
+    bag_size: int = 2
+    step_ratio: float = 0.3
+    text_bytes: int = 40_000_000
+    seed: int = 0
+
+    def megatron_arguments(self, corpus: Path, folder: Path) -> list[str]:
+        """Command line of an arm, without the superposition flags."""
+        return f"""
+            --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
+            --num-attention-heads {self.heads} --kv-channels {self.hidden // self.heads}
+            --seq-length {self.length} --max-position-embeddings {self.length}
+            --use-mcore-models --position-embedding-type rope --normalization RMSNorm --swiglu
+            --disable-bias-linear --untie-embeddings-and-output-weights
+            --attention-dropout 0 --hidden-dropout 0 --bf16 --make-vocab-size-divisible-by 1
+            --micro-batch-size {self.batch} --global-batch-size {self.batch}
+            --train-iters {self.steps} --lr {self.learning_rate} --min-lr 0
+            --lr-decay-style WSD --lr-wsd-decay-style linear
+            --lr-warmup-iters {self.steps // 20} --lr-wsd-decay-iters {self.steps // 10}
+            --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+            --seed {self.seed + 1} --split 98,2,0
+            --eval-interval {max(self.steps // 20, 1)} --eval-iters 100
+            --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
+            --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10
+            --save-interval {max(self.steps // 4, 1)} --tokenizer-type HuggingFaceTokenizer
+            """.split() + [
+            *("--tokenizer-model", f"{corpus}-tokenizer", "--data-path", str(corpus)),
+            *("--data-cache-path", str(folder / "cache")),
+            *("--tensorboard-dir", str(folder / "tensorboard")),
+            *("--save", str(folder / "checkpoints"), "--load", str(folder / "checkpoints")),
+        ]
+
+
+SUBWORDS = Settings(vocabulary=2048, steps=12_000)
+
+
+@dataclass
+class Arm:
+    """One training run and what its log has said so far."""
+
+    name: str
+    folder: Path
+    arguments: list[str]
+    core: int | None
+    process: subprocess.Popen[bytes] | None = None
+    step: int = 0
+    loss: str = "-"
+    validation: str = "-"
+    _read: int = field(default=0, repr=False)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    def start(self) -> None:
+        """Launches the run with torchrun, pinned to its core."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "1", "-m", "megatron_tst.pretrain", *self.arguments),
+        ]
+        if self.core is not None and shutil.which("taskset"):
+            command = ["taskset", "-c", str(self.core), *command]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONWARNINGS": "ignore",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
+            )
+
+    def poll(self) -> bool:
+        """Reads what is new in the log and returns whether the run has ended well."""
+        assert self.process is not None
+        code = self.process.poll()
+        with self.log.open(errors="replace") as log:
+            log.seek(self._read)
+            news = log.read()
+            self._read = log.tell()
+        for step, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", news):
+            self.step, self.loss = int(step), f"{float(loss):.3f}"
+        for value in re.findall(r"validation loss at iteration .*?lm loss value: (\S+)", news):
+            self.validation = f"{float(value):.3f}"
+        if code:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+            sys.exit(f"{tail}\n\nThe {self.name} run failed (exit code {code}): see {self.log}")
+        return code == 0
+
+    def stop(self) -> None:
+        """Ends the run if it is still going."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs every step and returns the exit code."""
+    options = _parse(arguments)
+    console = Console()
+    started = time.monotonic()
+    settings = _settings(options)
+    name = "quickstart-bpe" if options.bpe else "quickstart"
+    output = options.output or ROOT / "runs" / name
+    corpus = prepare_text(output, settings, is_byte_level=not options.bpe, console=console)
+    arms = make_arms(output, settings, corpus)
+    train(arms, settings.steps, console)
+    sample = export_and_sample(arms[1].folder, corpus, output / "huggingface", console)
+    report = write_comparison(arms, output / "report.html", sample)
+    console.print(f"\n[bold]Report:[/] {report}")
+    console.print(f"[bold]Hugging Face model:[/] {output / 'huggingface'}")
+    console.print(f"Finished in {(time.monotonic() - started) / 60:.1f} minutes.")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--bpe", action="store_true", help="subwords instead of bytes")
+    parser.add_argument("--output", type=Path, help="default: runs/quickstart[-bpe]")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each arm")
+    parser.add_argument("--lr", type=float, help="peak learning rate of both arms")
+    parser.add_argument("--bag-size", type=int, help="tokens a bag in phase 1 of the TST arm")
+    parser.add_argument("--step-ratio", type=float, help="share of phase 1 in the TST arm")
+    parser.add_argument("--seed", type=int, help="seed of weights and data order of both arms")
+    return parser.parse_args(arguments)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from dataclasses import replace
+
+    chosen = {
+        "steps": options.steps,
+        "learning_rate": options.lr,
+        "bag_size": options.bag_size,
+        "step_ratio": options.step_ratio,
+        "seed": options.seed,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return replace(SUBWORDS if options.bpe else Settings(), **given)
+
+
+def prepare_text(output: Path, settings: Settings, is_byte_level: bool, console: Console) -> Path:
+    """Tokenizes the installed Python sources once and returns the prefix of the corpus."""
+    from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+
+    prefix = output / "text" / "python"
+    if prefix.with_name(prefix.name + ".json").exists():
+        return prefix
+    console.print("Tokenizing the Python sources of this environment ...")
+    result = preprocess(
+        PreprocessConfig(
+            inputs=[Path(sysconfig.get_paths()["purelib"])],
+            output_prefix=prefix,
+            byte_level=is_byte_level,
+            train_bpe=None if is_byte_level else settings.vocabulary,
+            extensions=(".py",),
+            shuffle_seed=settings.seed,
+            max_bytes=settings.text_bytes,
+            workers=os.cpu_count() or 1,
+            overwrite=True,
+        )
+    )
+    console.print(f"{result.documents:,} files, {result.tokens:,} tokens.")
+    return prefix
+
+
+def make_arms(output: Path, settings: Settings, corpus: Path) -> list[Arm]:
+    """The baseline and the TST run, in fresh folders."""
+    superposed = [
+        *("--tst-bag-size", str(settings.bag_size)),
+        *("--tst-step-ratio", str(settings.step_ratio)),
+    ]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    arms = []
+    for i, (name, flags) in enumerate((("baseline", []), ("tst", superposed))):
+        folder = output / name
+        shutil.rmtree(folder, ignore_errors=True)
+        arguments = [*settings.megatron_arguments(corpus, folder), *flags]
+        arms.append(Arm(name, folder, arguments, cores[i] if len(cores) > i else None))
+    return arms
+
+
+def train(arms: list[Arm], steps: int, console: Console) -> None:
+    """Runs the arms side by side, or one after the other on a single core."""
+    side_by_side = all(arm.core is not None for arm in arms)
+    progress = Progress(
+        TextColumn("{task.description:9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:>6}  validation {task.fields[validation]:>6}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    console.print("Training on real Megatron, both arms for the same FLOPs ...")
+    try:
+        with progress:
+            tasks = {
+                arm.name: progress.add_task(arm.name, total=steps, loss="-", validation="-")
+                for arm in arms
+            }
+            for group in [arms] if side_by_side else [[arm] for arm in arms]:
+                for arm in group:
+                    arm.start()
+                running = list(group)
+                while running:
+                    time.sleep(0.5)
+                    running = [arm for arm in running if not arm.poll()]
+                    for arm in group:
+                        progress.update(
+                            tasks[arm.name],
+                            completed=arm.step,
+                            loss=arm.loss,
+                            validation=arm.validation,
+                        )
+    finally:
+        for arm in arms:
+            arm.stop()
+
+
+def export_and_sample(run: Path, corpus: Path, target: Path, console: Console) -> str:
+    """Converts the run to Hugging Face format and returns a text that it generates."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from megatron_tst.checkpoint.hf_export import export_to_huggingface
+
+    console.print("Exporting to Hugging Face format ...")
+    export_to_huggingface(
+        run / "checkpoints", corpus.with_name(f"{corpus.name}-tokenizer"), target, overwrite=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    set_seed(0)
+    prompt = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
+    tokens = model.generate(**prompt, max_new_tokens=200, do_sample=True, temperature=0.7)
+    text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
+    console.print("A sample of the exported model:", style="bold")
+    console.print(text, markup=False, highlight=False)
+    return text
+
+
+def write_comparison(arms: list[Arm], target: Path, sample: str) -> Path:
+    """Writes the report and returns its path."""
+    from megatron_tst.report.comparison import compare
+    from megatron_tst.report.html import write_report
+    from megatron_tst.report.runs import read_run
+
+    baseline, tst = (read_run(arm.folder) for arm in arms)
+    write_report(compare(baseline, tst), target, sample_text=sample)
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())
