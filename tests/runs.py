@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 TOTAL_STEPS = 12
 
@@ -22,7 +23,7 @@ def tokenize_standard_library(folder: Path) -> Path:
 
     sources = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
     config = PreprocessConfig(
-        inputs=[sources], output_prefix=folder / "text", byte_level=True, workers=1
+        inputs=(sources,), output_prefix=folder / "text", byte_level=True, workers=1
     )
     preprocess(config)
     return folder / "text"
@@ -126,13 +127,13 @@ class SmallRun:
     def checkpoint(self, step: int) -> dict[str, torch.Tensor]:
         """All tensors of a checkpoint, model and optimizer, by key."""
         folder = self.folder / "checkpoints" / f"iter_{step:07d}"
-        reader = dcp.FileSystemReader(str(folder))
+        reader = FileSystemReader(str(folder))
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        load(tensors, storage_reader=reader, no_dist=True)
         return tensors
 
 

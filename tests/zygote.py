@@ -1,7 +1,7 @@
 """Runs pre-training in real processes without paying for the imports each time.
 
-One process imports torch and Megatron (8 s) and forks the ranks of every run from there; each run has
-its own processes, environment, process group and log, and can be killed like any other.
+One process imports torch and Megatron (8 s) and forks the ranks of every run from there; each run
+has its own processes, environment, process group and log, and can be killed like any other.
 """
 
 from __future__ import annotations
@@ -148,7 +148,6 @@ def _serve() -> None:
     from megatron_tst import cpu
 
     cpu.activate()
-    import megatron_tst.training.pretrain
     import torch.utils.tensorboard  # noqa: F401
 
     children: set[int] = set()

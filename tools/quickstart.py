@@ -1,7 +1,7 @@
 """Trains a baseline and a superposition run for equal FLOPs on this machine, and compares them.
 
-Text: the Python sources installed in this environment. Everything runs on CPU cores, each arm on its
-own; see docs/quickstart.md for the settings and a measured run.
+Text: the Python sources installed in this environment. Everything runs on CPU cores, each arm on
+its own; see docs/quickstart.md for the settings and a measured run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +36,7 @@ class Settings:
     ffn: int = 160
     length: int = 128
     batch: int = 8
-    steps: int = 20_000
+    steps: int = 12_000
     learning_rate: float = 4e-4
     bag_size: int = 2
     step_ratio: float = 0.3
@@ -45,7 +45,7 @@ class Settings:
 
     def megatron_arguments(self, corpus: Path, folder: Path) -> list[str]:
         """Command line of an arm, without the superposition flags."""
-        return f"""
+        text = f"""
             --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
             --num-attention-heads {self.heads} --kv-channels {self.hidden // self.heads}
             --seq-length {self.length} --max-position-embeddings {self.length}
@@ -62,15 +62,20 @@ class Settings:
             --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
             --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10
             --save-interval {max(self.steps // 4, 1)} --tokenizer-type HuggingFaceTokenizer
-            """.split() + [
-            *("--tokenizer-model", f"{corpus}-tokenizer", "--data-path", str(corpus)),
-            *("--data-cache-path", str(folder / "cache")),
-            *("--tensorboard-dir", str(folder / "tensorboard")),
-            *("--save", str(folder / "checkpoints"), "--load", str(folder / "checkpoints")),
-        ]
+        """
+        checkpoints = str(folder / "checkpoints")
+        paths = {
+            "--tokenizer-model": f"{corpus}-tokenizer",
+            "--data-path": str(corpus),
+            "--data-cache-path": str(folder / "cache"),
+            "--tensorboard-dir": str(folder / "tensorboard"),
+            "--save": checkpoints,
+            "--load": checkpoints,
+        }
+        return text.split() + [part for pair in paths.items() for part in pair]
 
 
-SUBWORDS = Settings(vocabulary=2048, steps=12_000)
+SUBWORDS = Settings(vocabulary=2048)
 
 
 @dataclass
@@ -155,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bpe", action="store_true", help="subwords instead of bytes")
     parser.add_argument("--output", type=Path, help="default: runs/quickstart[-bpe]")
     parser.add_argument("--steps", type=int, help="optimizer steps of each arm")
@@ -167,8 +172,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from dataclasses import replace
-
     chosen = {
         "steps": options.steps,
         "learning_rate": options.lr,
@@ -190,7 +193,7 @@ def prepare_text(output: Path, settings: Settings, is_byte_level: bool, console:
     console.print("Tokenizing the Python sources of this environment ...")
     result = preprocess(
         PreprocessConfig(
-            inputs=[Path(sysconfig.get_paths()["purelib"])],
+            inputs=(Path(sysconfig.get_paths()["purelib"]),),
             output_prefix=prefix,
             byte_level=is_byte_level,
             train_bpe=None if is_byte_level else settings.vocabulary,

@@ -54,4 +54,6 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
         if getattr(args, name) == value:
             raise ValueError(f"{flag} {value} needs a GPU and none is visible: use {remedy}.")
     if args.fp8 or getattr(args, "fp4", None):
-        raise ValueError("--fp8-format and --fp4-format need a GPU and none is visible: use --bf16.")
+        raise ValueError(
+            "--fp8-format and --fp4-format need a GPU and none is visible: use --bf16."
+        )

@@ -1,4 +1,4 @@
-"""Core attention for the CPU: torch's fused scaled dot product attention behind Megatron's interface."""
+"""Core attention for the CPU: torch's fused attention behind Megatron's interface."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ QUERY_BLOCK = 128
 class CausalAttention(torch.autograd.Function):
     """Causal attention with torch's fused forward and a blocked backward.
 
-    torch's fused backward on CPUs takes 5 to 17 times as long as its forward at the lengths of small
-    models; one batched matrix product a block of queries takes 2 to 3 times (`benchmarks/cpu_step.py`
-    times a whole step).
+    torch's fused backward on CPUs takes 5 to 17 times as long as its forward at the lengths of
+    small models; batched matrix products over a block of queries take 2 to 3 times.
     """
 
     @staticmethod
@@ -33,9 +32,7 @@ class CausalAttention(torch.autograd.Function):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_context: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Recomputes the probabilities of a block of queries at a time."""
         batch_and_heads = ctx.saved_tensors[0].shape[:2]
         query, key, value, grad = (x.flatten(0, 1) for x in (*ctx.saved_tensors, grad_context))

@@ -161,9 +161,9 @@ def install() -> None:
     # Megatron calls the C entry point where it exists, which would initialise a driver.
     if hasattr(torch._C, "_cuda_setRNGState"):
         torch._C._cuda_setRNGState = _set_rng_state
-    # Megatron decorates its fusions with torch.compile when it is imported; compiling them for every
-    # shape takes longer than a small run.
+    # Megatron decorates its fusions with torch.compile when it is imported; compiling them for
+    # every shape takes longer than a small run.
     torch.compile = _no_compile
     # The DataLoader asks these before it pins memory for an accelerator.
-    torch.accelerator.is_available = _returning(False)
-    torch.accelerator.current_device_index = _returning(0)
+    torch.accelerator.is_available = _returning(False)  # type: ignore[assignment]
+    torch.accelerator.current_device_index = _returning(0)  # type: ignore[assignment]

@@ -32,8 +32,8 @@ def activate() -> bool:
         Whether the platform is on.
 
     Raises:
-        RuntimeError: the installed Megatron-Core is not a release that the platform was run against,
-            or lacks a symbol that the platform replaces; the message names it.
+        RuntimeError: the installed Megatron-Core is not a release that the platform was run
+            against, or lacks a symbol that the platform replaces; the message names it.
     """
     global _active
     if _active:
@@ -43,7 +43,7 @@ def activate() -> bool:
     if torch.cuda.is_available():
         return False
     _require_tested_megatron()
-    # Megatron requires it with tensor parallelism; it orders kernels of a GPU, of which there is none.
+    # Megatron requires it with tensor parallelism, to order the kernels of a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     from megatron_tst.cpu import collectives, cuda_emulation, devices
@@ -65,7 +65,9 @@ def restart_with_allocator_settings() -> None:
     glibc reads them once, at process start. Call this before heavy imports. Does nothing on a
     machine with a GPU driver, where the user already set ``GLIBC_TUNABLES``, or with another libc.
     """
-    has_gpu_driver = Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    has_gpu_driver = (
+        Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    )
     if has_gpu_driver or "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
         return
     os.environ["GLIBC_TUNABLES"] = _ALLOCATOR_SETTINGS

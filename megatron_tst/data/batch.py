@@ -115,7 +115,5 @@ def _broadcast(tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
     else:
         tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     if group.size() > 1:
-        torch.distributed.broadcast(
-            tensor, mpu.get_tensor_model_parallel_src_rank(), group=group
-        )
+        torch.distributed.broadcast(tensor, mpu.get_tensor_model_parallel_src_rank(), group=group)
     return tensor

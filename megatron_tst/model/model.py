@@ -1,8 +1,8 @@
 """Megatron's GPT model with superposed inputs and targets.
 
-The model follows the shape of what it is given: three-dimensional tokens or labels are bags and take
-the paths below; two-dimensional ones take upstream's. No parameter is added, so a checkpoint does
-not tell the phases apart.
+The model follows the shape of what it is given: three-dimensional tokens or labels are bags and
+take the paths below; two-dimensional ones take upstream's. No parameter is added, so a checkpoint
+does not tell the phases apart.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class SuperpositionGPTModel(GPTModel):
 
     superposition: SuperpositionConfig
     offset_loss_meter: OffsetLossMeter | None = None
+    _weights: Tensor | None = None
 
     def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,7 +91,7 @@ class SuperpositionGPTModel(GPTModel):
         if self.superposition.target_weighting == "uniform":
             return None
         # A plain attribute: a buffer would be cast to bf16 with the model.
-        if getattr(self, "_weights", None) is None or self._weights.device != device:
+        if self._weights is None or self._weights.device != device:
             weights = self.superposition.target_weights()
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights
@@ -111,8 +112,8 @@ def superpose_built_models(
     for model in models:
         if type(model) is not GPTModel:
             raise ValueError(
-                f"Token superposition supports GPTModel, and Megatron built {type(model).__name__}: "
-                "remove the options that select it, or use --tst-bag-size 1."
+                f"Token superposition supports GPTModel, not {type(model).__name__}: remove "
+                "the options that select it, or use --tst-bag-size 1."
             )
         model.__class__ = SuperpositionGPTModel
         _superpose(cast(SuperpositionGPTModel, model), superposition)

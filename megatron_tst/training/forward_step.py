@@ -83,7 +83,7 @@ class ForwardStep:
 
 
 def masked_mean_loss(
-    loss_mask: Tensor, losses: Tensor
+    loss_mask: Tensor | None, losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sums the losses of a micro-batch and counts its positions; Megatron divides one by the other.
 
@@ -95,6 +95,7 @@ def masked_mean_loss(
         The sum, the number of latent positions that count, and both under the name that upstream
         logs. The unit of the count is the latent position in both phases.
     """
+    assert loss_mask is not None, "called on a pipeline stage that has no targets"
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     positions = mask.sum().clone().detach().to(torch.int)

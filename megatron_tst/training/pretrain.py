@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.utils import unwrap_model
 from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -35,7 +34,11 @@ from megatron_tst.training.datasets import (
 )
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.metrics import StepClock
-from megatron_tst.training.reporting import ProgressReporter, write_run_description
+from megatron_tst.training.reporting import (
+    ProgressReporter,
+    count_parameters,
+    write_run_description,
+)
 from megatron_tst.training.resume import check_resume, record_settings
 from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
 from megatron_tst.training.switch import switch_phase
@@ -112,9 +115,7 @@ class _StepEnd:
         args.tst_seconds = self.clock.seconds
         if self._is_first_step:
             self._is_first_step = False
-            chunks = unwrap_model(step.model)
-            parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-            write_run_description(args, self.schedule, parameters)
+            write_run_description(args, self.schedule, count_parameters(step.model))
         self.reporter.report(step.iteration, args)
         if self.schedule.config.enabled and step.iteration == self.schedule.switch_step:
             switch_phase(step, self.schedule.config, args)

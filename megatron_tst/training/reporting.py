@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 from megatron.core import mpu
+from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
@@ -23,14 +24,41 @@ from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
 
 _SETTINGS = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "seq_length micro_batch_size global_batch_size train_iters lr min_lr lr_decay_style "
-    "lr_warmup_iters lr_wsd_decay_iters lr_wsd_decay_style weight_decay adam_beta1 adam_beta2 "
-    "clip_grad bf16 padded_vocab_size untie_embeddings_and_output_weights num_experts "
-    "moe_router_topk tensor_model_parallel_size pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size data_parallel_size data_path split seed "
-    "transformer_impl"
-).split()
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "seq_length",
+    "micro_batch_size",
+    "global_batch_size",
+    "train_iters",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_style",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "bf16",
+    "padded_vocab_size",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+    "moe_router_topk",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "data_parallel_size",
+    "data_path",
+    "split",
+    "seed",
+    "transformer_impl",
+)
 
 
 class ProgressReporter:
@@ -107,6 +135,30 @@ def _write_scalars(iteration: int, scalars: dict[str, float], offset_losses: lis
             writer.add_scalar(name, value, iteration)
     if wandb := get_wandb_writer():
         wandb.log(values, iteration)
+
+
+def count_parameters(model: list[torch.nn.Module]) -> int:
+    """Parameters of the whole model, each shard and each copy counted once.
+
+    Args:
+        model: model chunks of this rank. Two all-reduces of one number over all ranks that share
+            the model.
+    """
+    dense = expert = 0
+    for parameter in (p for chunk in model for p in chunk.parameters()):
+        is_copy = getattr(parameter, "shared", False)
+        if is_copy or not param_is_not_tensor_parallel_duplicate(parameter):
+            continue
+        if getattr(parameter, "allreduce", True):
+            dense += parameter.numel()
+        else:
+            expert += parameter.numel()
+    counts = torch.tensor([dense, expert], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(counts[:1], group=mpu.get_model_parallel_group())
+    torch.distributed.all_reduce(
+        counts[1:], group=mpu.get_expert_tensor_model_pipeline_parallel_group()
+    )
+    return int(counts.sum())
 
 
 def write_run_description(

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.zygote import Launcher
 
 SWITCH = 5
 BAG_SIZE = 4
-SUPERPOSED = {"tst_bag_size": BAG_SIZE, "tst_steps": SWITCH}
+SUPERPOSED: dict[str, Any] = {"tst_bag_size": BAG_SIZE, "tst_steps": SWITCH}
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_a_superposed_checkpoint_has_upstreams_keys(
     ids=lambda settings: " ".join(str(value) for value in settings.values()),
 )
 def test_every_variant_trains_through_the_switch(
-    launcher: Launcher, small_run: SmallRun, settings: dict[str, object]
+    launcher: Launcher, small_run: SmallRun, settings: dict[str, Any]
 ) -> None:
     run = small_run.with_(**SUPERPOSED, **settings, eval_iters=0)
     launcher.run(run.argv, run.log)
@@ -170,9 +171,7 @@ def test_every_variant_trains_through_the_switch(
     assert run.scalars()["tst/data tokens"][TOTAL_STEPS] == read
 
 
-def test_bags_of_8_weigh_targets_by_the_power_law(
-    launcher: Launcher, small_run: SmallRun
-) -> None:
+def test_bags_of_8_weigh_targets_by_the_power_law(launcher: Launcher, small_run: SmallRun) -> None:
     run = small_run.with_(tst_bag_size=8, tst_steps=2, train_iters=4, eval_iters=0)
     launcher.run(run.argv, run.log)
     assert run.description()["superposition"]["target_weighting"] == "power-law"
@@ -216,7 +215,7 @@ def test_two_processes_train_as_one(
     small_run: SmallRun,
     tmp_path: Path,
     world_size: int,
-    layout: dict[str, object],
+    layout: dict[str, Any],
 ) -> None:
     single = small_run.with_(**SUPERPOSED, bf16=False)
     launcher.run(single.argv, single.log)
