@@ -27,8 +27,7 @@ def switch_phase(step: TrainingStep, superposition: SuperpositionConfig, args: N
         "(the training loss is another quantity from here on)"
     )
     if superposition.reset_at_switch == "embeddings":
-        reinitialize_embeddings(step.model)
-        step.optimizer.reload_model_params()
+        reinitialize_embeddings(step.model, step.optimizer)
     elif superposition.reset_at_switch == "optimizer":
         reset_optimizer_state(step.optimizer)
     # On a multiple of the interval Megatron saves by itself, right after this.
@@ -38,19 +37,28 @@ def switch_phase(step: TrainingStep, superposition: SuperpositionConfig, args: N
 
 
 @torch.no_grad()
-def reinitialize_embeddings(model: list[Any]) -> None:
+def reinitialize_embeddings(model: list[Any], optimizer: Any) -> None:
     """Draws the embedding and the output head anew from their initial distributions.
 
     Each tensor-parallel rank draws its own vocabulary shard; data-parallel replicas draw the same.
-    Optimizer moments are kept.
+    Optimizer moments are kept, and so are the float32 master copies of all other weights.
     """
+    redrawn: list[torch.nn.Parameter] = []
     for chunk in unwrap_model(model):
-        config = chunk.config
         with get_cuda_rng_tracker().fork():
             if chunk.pre_process:
-                config.embedding_init_method(chunk.embedding.word_embeddings.weight)
+                redrawn.append(chunk.embedding.word_embeddings.weight)
+                chunk.config.embedding_init_method(redrawn[-1])
             if chunk.post_process and not chunk.share_embeddings_and_output_weights:
-                config.init_method(chunk.output_layer.weight)
+                redrawn.append(chunk.output_layer.weight)
+                chunk.config.init_method(redrawn[-1])
+    # Megatron can only reload all master weights, which would round the others to bf16.
+    masters_redrawn = {id(getattr(parameter, "main_param", None)) for parameter in redrawn}
+    others = [p for p in optimizer.get_parameters() if id(p) not in masters_redrawn]
+    kept = [parameter.clone() for parameter in others]
+    optimizer.reload_model_params()
+    for parameter, value in zip(others, kept, strict=True):
+        parameter.copy_(value)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -27,6 +28,14 @@ def reference(
     run = SmallRun(corpus, tmp_path_factory.mktemp("reference"))
     run = run.with_(**SUPERPOSED, save_interval=3)
     launcher.run(run.argv, run.log)
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A run of plain Megatron."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("stock"))
+    launcher.run(run.argv, run.log, main="tests.stock_gpt:main")
     return run
 
 
@@ -124,21 +133,15 @@ def test_a_killed_run_resumes_bit_equal(
 
 
 def test_without_superposition_the_run_is_upstreams(
-    launcher: Launcher, small_run: SmallRun, tmp_path: Path
+    launcher: Launcher, small_run: SmallRun, stock: SmallRun
 ) -> None:
     ours = small_run.with_(tst_bag_size=1)
     launcher.run(ours.argv, ours.log)
-    stock = small_run.with_(tmp_path / "stock")
-    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
     assert_bit_equal(ours.checkpoint(TOTAL_STEPS), stock.checkpoint(TOTAL_STEPS))
 
 
-def test_a_superposed_checkpoint_has_upstreams_keys(
-    launcher: Launcher, reference: SmallRun, tmp_path: Path
-) -> None:
-    stock = SmallRun(reference.corpus, tmp_path / "stock").with_(train_iters=2, eval_iters=0)
-    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
-    expected = {name: tensor.shape for name, tensor in stock.checkpoint(2).items()}
+def test_a_superposed_checkpoint_has_upstreams_keys(reference: SmallRun, stock: SmallRun) -> None:
+    expected = {name: tensor.shape for name, tensor in stock.checkpoint(TOTAL_STEPS).items()}
     for step in (3, SWITCH, TOTAL_STEPS):
         saved = reference.checkpoint(step)
         assert {name: tensor.shape for name, tensor in saved.items()} == expected
@@ -201,31 +204,42 @@ def test_resets_at_the_switch(launcher: Launcher, reference: SmallRun, tmp_path:
     )
 
 
+@pytest.fixture(scope="module")
+def single(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """One process in fp32, with a checkpoint after its first step."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("single"))
+    run = run.with_(**SUPERPOSED, bf16=False)
+    launcher.run(run.with_(exit_interval=1).argv, run.log)
+    shutil.copytree(run.folder / "checkpoints", run.folder / "first step")
+    launcher.run(run.argv, run.log)
+    return run
+
+
 @pytest.mark.parametrize(
-    ("world_size", "layout"),
+    "layout",
     [
-        (2, {"use_distributed_optimizer": True}),
-        (2, {"tensor_model_parallel_size": 2}),
-        (2, {"pipeline_model_parallel_size": 2}),
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+        {"tensor_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 2},
     ],
     ids=["data parallel", "tensor parallel", "pipeline parallel"],
 )
 def test_two_processes_train_as_one(
-    launcher: Launcher,
-    small_run: SmallRun,
-    tmp_path: Path,
-    world_size: int,
-    layout: dict[str, Any],
+    launcher: Launcher, single: SmallRun, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
-    single = small_run.with_(**SUPERPOSED, bf16=False)
-    launcher.run(single.argv, single.log)
+    # From the first step's checkpoint on: pipeline stages draw their weights from other seeds. The
+    # distributed optimizer stores its state in a layout of its own, so it starts from scratch.
     double = single.with_(tmp_path / "double", **layout)
-    launcher.run(double.argv, double.log, world_size)
+    if "use_distributed_optimizer" not in layout:
+        shutil.copytree(single.folder / "first step", double.folder / "checkpoints")
+    launcher.run(double.argv, double.log, world_size=2)
     expected, actual = single.scalars(), double.scalars()
-    for tag in ("lm loss", "lm loss validation", "tst/loss at offset 4"):
+    for tag in ("lm loss", "lm loss validation", "tst/loss at offset 4", "tst/data tokens"):
         # fp32: sums run in another order, and twelve steps of Adam amplify the last bits.
-        assert actual[tag] == pytest.approx(expected[tag], rel=1e-5), tag
-    assert actual["tst/data tokens"] == expected["tst/data tokens"]
+        wanted = {step: expected[tag][step] for step in actual[tag]}
+        assert len(wanted) >= min(len(expected[tag]), 4) - 1
+        assert actual[tag] == pytest.approx(wanted, rel=1e-5), tag
+    assert double.description()["parameters"] == single.description()["parameters"]
 
 
 def _wait_for(log: Path, text: str, seconds: float = 60) -> None:
