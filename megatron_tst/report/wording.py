@@ -107,8 +107,8 @@ def _speed_sentence(comparison: Comparison) -> str:
     return (
         f"To reach the final loss of {ARM_NAMES[loser]} ({flops.target_loss:.3f}), "
         f"{ARM_NAMES[winner]} needed {cost(flops, winner)} and {ARM_NAMES[loser]} "
-        f"{cost(flops, loser)}: a speed-up of {flops_ratio:.2f}{TIMES} by FLOPs and "
-        f"{time_ratio:.2f}{TIMES} by training time."
+        f"{cost(flops, loser)}: {ARM_NAMES[winner]} was {flops_ratio:.2f}{TIMES} as fast by FLOPs "
+        f"and {time_ratio:.2f}{TIMES} as fast by training time."
     )
 
 
