@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from megatron_tst.config import (
@@ -90,7 +91,7 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
     Raises:
         ValueError: a setting is out of range, or the switch is not inside the run.
     """
-    total_steps = args.train_iters or args.train_samples // args.global_batch_size
+    total_steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     return SuperpositionSchedule(
         config=superposition_config_from_args(args),
         total_steps=total_steps,
@@ -99,85 +100,62 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
     )
 
 
-_Rule = tuple[str, Callable[[Any], bool], str]
+@dataclass(frozen=True)
+class _Conflict:
+    """A Megatron argument that superposition does not work with."""
 
-_NEEDS_PLAIN_BATCHES = "its batches are not bags of tokens"
-_CONFLICTS: tuple[_Rule, ...] = (
-    ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers), "its targets are single tokens"),
-    ("--sft", lambda a: a.sft, _NEEDS_PLAIN_BATCHES),
-    ("--fim-data", lambda a: a.fim_data, _NEEDS_PLAIN_BATCHES),
-    ("--mock-data", lambda a: a.mock_data, "there is no text to read in bags"),
-    ("--perform-rl-step", lambda a: a.perform_rl_step, _NEEDS_PLAIN_BATCHES),
-    (
-        "--dataloader-inter-document-masking",
-        lambda a: a.dataloader_inter_document_masking,
-        "a bag may hold tokens of two documents",
+    flag: str
+    reason: str
+    is_refused: Callable[[Any], bool] = bool
+
+    def value(self, args: argparse.Namespace) -> Any:
+        return getattr(args, self.flag.removeprefix("--").replace("-", "_"))
+
+
+_OTHER_BATCHES = "its batches are not bags of tokens"
+_DOCUMENT_BOUNDARIES = "a bag may hold tokens of two documents"
+_CONSTANT_BATCH = "the switch is defined for a constant batch size"
+_PLAIN_PARAMETERS = (
+    "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
+)
+_CONFLICTS = (
+    _Conflict("--mtp-num-layers", "its targets are single tokens"),
+    _Conflict("--sft", _OTHER_BATCHES),
+    _Conflict("--fim-data", _OTHER_BATCHES),
+    _Conflict("--perform-rl-step", _OTHER_BATCHES),
+    _Conflict("--mock-data", "there is no text to read in bags"),
+    _Conflict("--dataloader-inter-document-masking", _DOCUMENT_BOUNDARIES),
+    _Conflict("--reset-attention-mask", _DOCUMENT_BOUNDARIES),
+    _Conflict("--reset-position-ids", _DOCUMENT_BOUNDARIES),
+    _Conflict("--hybrid-context-parallel", "it packs sequences of different lengths"),
+    _Conflict(
+        "--cross-entropy-fusion-impl",
+        "it overwrites bf16 logits (native does not)",
+        lambda name: name == "te",
     ),
-    (
-        "--reset-attention-mask",
-        lambda a: a.reset_attention_mask,
-        "a bag may hold tokens of two documents",
+    _Conflict(
+        "--cuda-graph-impl",
+        "the batch changes its shape at the switch (local works)",
+        lambda name: name == "full_iteration",
     ),
-    (
-        "--reset-position-ids",
-        lambda a: a.reset_position_ids,
-        "a bag may hold tokens of two documents",
-    ),
-    (
-        "--hybrid-context-parallel",
-        lambda a: a.hybrid_context_parallel,
-        "it packs sequences of different lengths",
-    ),
-    (
-        "--cross-entropy-fusion-impl te",
-        lambda a: a.cross_entropy_loss_fusion and a.cross_entropy_fusion_impl == "te",
-        "it overwrites bf16 logits (use native, or drop --cross-entropy-loss-fusion)",
-    ),
-    (
-        "--cuda-graph-impl full_iteration",
-        lambda a: a.cuda_graph_impl == "full_iteration",
-        "the batch changes its shape at the switch (use local or none)",
-    ),
-    (
+    _Conflict(
         "--dataloader-type",
-        lambda a: a.dataloader_type not in (None, "single"),
-        "samples must be read in order for each token to be read once (use single)",
+        "samples must be read in order for each token to be read once (single does)",
+        lambda name: name not in (None, "single"),
     ),
-    (
-        "--rampup-batch-size",
-        lambda a: a.rampup_batch_size is not None,
-        "the switch is defined for a constant batch size",
-    ),
-    (
-        "--step-batch-size-schedule",
-        lambda a: getattr(a, "step_batch_size_schedule", None) is not None,
-        "the switch is defined for a constant batch size",
-    ),
-    (
+    _Conflict("--rampup-batch-size", _CONSTANT_BATCH),
+    _Conflict("--step-batch-size-schedule", _CONSTANT_BATCH),
+    _Conflict(
         "--phase-transition-iterations",
-        lambda a: bool(a.phase_transition_iterations),
-        "it restarts and reshuffles the data; the switch happens inside the run",
+        "it restarts and reshuffles the data, and the switch happens inside the run",
     ),
-    (
-        "--overlap-moe-expert-parallel-comm",
-        lambda a: a.overlap_moe_expert_parallel_comm,
-        "its schedule computes the loss outside the model",
+    _Conflict(
+        "--overlap-moe-expert-parallel-comm", "its schedule computes the loss outside the model"
     ),
-    (
-        "--hybrid-layer-pattern",
-        lambda a: getattr(a, "hybrid_layer_pattern", None) is not None,
-        "only GPTModel is supported",
-    ),
-    (
-        "--use-megatron-fsdp",
-        lambda a: a.use_megatron_fsdp or getattr(a, "use_torch_fsdp2", False),
-        "embedding rows are read from plain parameters (use --use-distributed-optimizer)",
-    ),
-    (
-        "--logits-load-dir",
-        lambda a: getattr(a, "logits_load_dir", None) is not None,
-        "cached teacher logits belong to single tokens",
-    ),
+    _Conflict("--hybrid-layer-pattern", "only GPTModel is supported"),
+    _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
+    _Conflict("--use-torch-fsdp2", _PLAIN_PARAMETERS),
+    _Conflict("--logits-load-dir", "cached teacher logits belong to single tokens"),
 )
 
 
@@ -185,13 +163,31 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
     """Refuses Megatron arguments that superposition does not work with.
 
     Raises:
-        ValueError: naming the argument, the reason and the remedy.
+        ValueError: naming the argument, its value, the reason and the remedy.
     """
     if args.tst_bag_size == 1:
         return
-    for flag, is_set, reason in _CONFLICTS:
-        if is_set(args):
+    for conflict in _CONFLICTS:
+        value = conflict.value(args)
+        if conflict.is_refused(value):
+            setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
             raise ValueError(
-                f"{flag} does not work with --tst-bag-size {args.tst_bag_size}: {reason}. "
-                "Remove it, or use --tst-bag-size 1."
+                f"{setting} does not work with --tst-bag-size {args.tst_bag_size}: "
+                f"{conflict.reason}. Remove it, or use --tst-bag-size 1."
             )
+
+
+def _written(value: Any) -> str:
+    return " ".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+def refuse_empty_batches(args: argparse.Namespace) -> None:
+    """Refuses lengths and batch sizes below 1, which Megatron lets through or divides by.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+    for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")

@@ -68,6 +68,7 @@ class Launcher:
         log: Path,
         world_size: int = 1,
         main: str = "megatron_tst.training.pretrain:main",
+        environment: dict[str, str] | None = None,
     ) -> Run:
         """Starts ``main`` with ``argv`` on ``world_size`` ranks, all writing to ``log``."""
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ class Launcher:
             "world_size": world_size,
             "port": _free_port(),
             "main": main,
+            "environment": environment or {},
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -196,6 +198,7 @@ def _fork_rank(request: dict[str, Any], rank: int) -> int:
             LOCAL_WORLD_SIZE=str(request["world_size"]),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(request["port"]),
+            **request["environment"],
         )
         code = _call(request["main"], request["argv"])
     except SystemExit as done:

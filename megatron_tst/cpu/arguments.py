@@ -21,10 +21,15 @@ _DEFAULTS = {
     "num_workers": 0,
 }
 
-_REFUSED = {
-    "transformer_impl": ("--transformer-impl", "transformer_engine", "local"),
-    "distributed_backend": ("--distributed-backend", "nccl", "gloo"),
-}
+# Argument, its flag, and the only value that works without a GPU.
+_WITHOUT_GPU = (
+    ("transformer_impl", "--transformer-impl", "local"),
+    ("distributed_backend", "--distributed-backend", "gloo"),
+    ("cuda_graph_impl", "--cuda-graph-impl", "none"),
+    ("context_parallel_size", "--context-parallel-size", 1),
+    ("fp8", "--fp8-format", None),
+    ("fp4", "--fp4-format", None),
+)
 
 
 def set_cpu_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -50,10 +55,8 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the argument, its value and the remedy.
     """
-    for name, (flag, value, remedy) in _REFUSED.items():
-        if getattr(args, name) == value:
-            raise ValueError(f"{flag} {value} needs a GPU and none is visible: use {remedy}.")
-    if args.fp8 or getattr(args, "fp4", None):
-        raise ValueError(
-            "--fp8-format and --fp4-format need a GPU and none is visible: use --bf16."
-        )
+    for name, flag, value in _WITHOUT_GPU:
+        given = getattr(args, name)
+        if given != value:
+            remedy = "remove it" if value is None else f"use {value}"
+            raise ValueError(f"{flag} {given} needs a GPU and none is visible: {remedy}.")

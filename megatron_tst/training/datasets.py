@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
@@ -22,13 +24,20 @@ class DatasetsProvider:
 
     The validation dataset repeats one set of samples, so that every evaluation of a run, in either
     phase, reads the same tokens.
+
+    Args:
+        args: validated command line.
+        schedule: where the switch lies.
+
+    Raises:
+        ValueError: the data does not go together with superposition.
     """
 
     is_distributed = True
     """Tells Megatron to call the provider on every rank."""
 
-    def __init__(self, schedule: SuperpositionSchedule) -> None:
-        self.schedule = schedule
+    def __init__(self, args: Namespace, schedule: SuperpositionSchedule) -> None:
+        self.config = dataset_config_from_args(args, schedule)
 
     def __call__(
         self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
@@ -44,7 +53,7 @@ class DatasetsProvider:
             SuperpositionGPTDataset,
             [train_samples, samples_per_evaluation, test_samples],
             lambda: _reads_data(vp_stage),
-            dataset_config_from_args(args, self.schedule),
+            self.config,
         ).build()
         if valid is not None and valid_samples is not None and samples_per_evaluation:
             valid = FixedValidationDataset(valid, samples_per_evaluation, valid_samples)
@@ -53,13 +62,25 @@ class DatasetsProvider:
 
 
 def check_data_files(args: Namespace) -> None:
-    """Checks the corpora on the command line before anything is built.
+    """Checks the corpora and the tokenizer on the command line before anything is built.
 
     Raises:
         ValueError: a missing, truncated or inconsistent file, named with the remedy.
     """
-    for prefix in _path_prefixes(args):
+    prefixes = _path_prefixes(args)
+    if not prefixes and args.tst_bag_size > 1:
+        raise ValueError(
+            "--data-path is missing: pass the path of a corpus, without .bin or .idx "
+            "(tools/preprocess_data.py makes one)."
+        )
+    for prefix in prefixes:
         check_indexed_dataset(prefix)
+    tokenizer = args.tokenizer_model
+    if tokenizer is not None and not _is_hub_name(tokenizer) and not Path(tokenizer).exists():
+        raise ValueError(
+            f"--tokenizer-model {tokenizer} does not exist: pass the file or folder of the "
+            "tokenizer that the corpus was made with."
+        )
 
 
 def check_data_vocabulary(args: Namespace) -> None:
@@ -76,6 +97,11 @@ def _path_prefixes(args: Namespace) -> list[str]:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     blends = [blend, *(blend_per_split or [])]
     return [prefix for paths in blends if paths is not None for prefix in paths[0]]
+
+
+def _is_hub_name(tokenizer: str) -> bool:
+    """Whether it can name a tokenizer of the Hugging Face hub: NAME or OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", tokenizer) is not None
 
 
 def _reads_data(vp_stage: int | None) -> bool:

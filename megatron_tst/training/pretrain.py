@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megatron_tst import cpu
 from megatron_tst.arguments import (
     add_superposition_arguments,
     refuse_conflicting_arguments,
+    refuse_empty_batches,
     superposition_config_from_args,
     superposition_schedule_from_args,
 )
@@ -57,7 +60,7 @@ def main() -> int:
     except ValueError as error:
         if not _raised_by_this_package(error):
             raise
-        print_rank_0(f"error: {error}")
+        _print_error(error)
         return 2
     return 0
 
@@ -72,8 +75,10 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         ValueError: bad input, before any training.
     """
     _rendezvous_alone()
-    args, schedule = _parse()
-    model_config = gpt_config_from_args(args)
+    with _refusing_in_one_line():
+        args, schedule = _parse()
+        model_config = gpt_config_from_args(args)
+        datasets_provider = DatasetsProvider(args, schedule)
     if schedule.config.enabled:
         model_config.pre_wrap_hooks.append(
             partial(superpose_built_models, superposition=schedule.config)
@@ -84,7 +89,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),
-        DatasetsProvider(schedule),
+        datasets_provider,
         ModelType.encoder_or_decoder,
         ForwardStep(schedule, clock, meter),
         store=store,
@@ -139,9 +144,12 @@ def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     if cpu.is_active():
         refuse_gpu_arguments(early)
     superposition_config_from_args(early)
+    refuse_empty_batches(early)
     refuse_conflicting_arguments(early)
     check_data_files(early)
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
+    # Validation resolves deprecated spellings and --use-checkpoint-args.
+    refuse_conflicting_arguments(args)
     schedule = superposition_schedule_from_args(args)
     check_data_vocabulary(args)
     record_settings(args, schedule)
@@ -151,6 +159,8 @@ def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    # Megatron's own usage lists all arguments and would bury the message of a wrong one.
+    parser.usage = "%(prog)s [arguments of Megatron and --tst-*, listed by --help]"
     parser = add_superposition_arguments(parser)
     return set_cpu_defaults(parser) if cpu.is_active() else parser
 
@@ -163,6 +173,28 @@ def _print_settings(schedule: SuperpositionSchedule) -> None:
     print_rank_0(f"    {'switch_step':.<24} {schedule.switch_step} of {steps}")
     print_rank_0(f"    {'data_tokens':.<24} {schedule.data_tokens(steps)}")
     print_rank_0(f"    {'equivalent_tokens':.<24} {schedule.equivalent_tokens(steps)}")
+
+
+@contextmanager
+def _refusing_in_one_line() -> Iterator[None]:
+    """Makes one ValueError of what Megatron and its libraries raise over a bad command line."""
+    try:
+        yield
+    except Exception as error:
+        if _raised_by_this_package(error):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"Megatron cannot run this command line: {str(error) or frame.line} "
+            f"({type(error).__name__} in {frame.filename}:{frame.lineno})"
+        ) from error
+
+
+def _print_error(error: ValueError) -> None:
+    # Before the process group exists every rank meets the same error, and one line is enough;
+    # afterwards it may be the error of one rank.
+    if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
+        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
 
 
 def _raised_by_this_package(error: BaseException) -> bool:

@@ -204,6 +204,26 @@ def test_resets_at_the_switch(launcher: Launcher, reference: SmallRun, tmp_path:
     )
 
 
+def test_metrics_reach_wandb_through_megatrons_flags(
+    launcher: Launcher, small_run: SmallRun
+) -> None:
+    run = small_run.with_(
+        tst_bag_size=2,
+        tst_steps=2,
+        train_iters=4,
+        eval_iters=0,
+        wandb_project="tests",
+        wandb_exp_name="small",
+        wandb_save_dir=small_run.folder,
+    )
+    launcher.run(run.argv, run.log, environment={"WANDB_MODE": "offline"})
+    (recorded,) = run.folder.rglob("*.wandb")
+    # The file is a log of uncompressed records.
+    content = recorded.read_bytes()
+    for name in ("tst/data tokens", "tst/bag size", "tst/loss at offset 2", "lm loss"):
+        assert name.encode() in content, name
+
+
 @pytest.fixture(scope="module")
 def single(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """One process in fp32, with a checkpoint after its first step."""
