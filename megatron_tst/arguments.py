@@ -102,11 +102,20 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
 
 @dataclass(frozen=True)
 class _Conflict:
-    """A Megatron argument that superposition does not work with."""
+    """A Megatron argument that is refused.
+
+    Attributes:
+        flag: the argument.
+        reason: why, as the end of a sentence.
+        is_refused: whether a value of it is.
+        at_any_bag_size: whether a run without superposition cannot have it either, because this
+            entry point would silently leave out what it asks for.
+    """
 
     flag: str
     reason: str
     is_refused: Callable[[Any], bool] = bool
+    at_any_bag_size: bool = False
 
     def value(self, args: argparse.Namespace) -> Any:
         return getattr(args, self.flag.removeprefix("--").replace("-", "_"))
@@ -119,15 +128,19 @@ _PLAIN_PARAMETERS = (
     "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
 )
 _CONFLICTS = (
-    _Conflict("--mtp-num-layers", "its targets are single tokens"),
-    _Conflict("--sft", _OTHER_BATCHES),
-    _Conflict("--fim-data", _OTHER_BATCHES),
-    _Conflict("--perform-rl-step", _OTHER_BATCHES),
-    _Conflict("--mock-data", "there is no text to read in bags"),
-    _Conflict("--dataloader-inter-document-masking", _DOCUMENT_BOUNDARIES),
+    _Conflict("--mtp-num-layers", "its targets are single tokens", at_any_bag_size=True),
+    _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--mock-data", "there is no text to read in bags", at_any_bag_size=True),
+    _Conflict("--dataloader-inter-document-masking", _DOCUMENT_BOUNDARIES, at_any_bag_size=True),
     _Conflict("--reset-attention-mask", _DOCUMENT_BOUNDARIES),
     _Conflict("--reset-position-ids", _DOCUMENT_BOUNDARIES),
-    _Conflict("--hybrid-context-parallel", "it packs sequences of different lengths"),
+    _Conflict(
+        "--hybrid-context-parallel",
+        "it packs sequences of different lengths",
+        at_any_bag_size=True,
+    ),
     _Conflict(
         "--cross-entropy-fusion-impl",
         "it overwrites bf16 logits (native does not)",
@@ -143,6 +156,12 @@ _CONFLICTS = (
         "samples must be read in order for each token to be read once (single does)",
         lambda name: name not in (None, "single"),
     ),
+    _Conflict("--decrease-batch-size-if-needed", _CONSTANT_BATCH),
+    _Conflict("--iterations-to-skip", "a skipped step could be the one at the switch"),
+    _Conflict(
+        "--non-persistent-ckpt-type",
+        "only the settings in persistent checkpoints are compared on a resume",
+    ),
     _Conflict("--rampup-batch-size", _CONSTANT_BATCH),
     _Conflict("--step-batch-size-schedule", _CONSTANT_BATCH),
     _Conflict(
@@ -150,30 +169,56 @@ _CONFLICTS = (
         "it restarts and reshuffles the data, and the switch happens inside the run",
     ),
     _Conflict(
-        "--overlap-moe-expert-parallel-comm", "its schedule computes the loss outside the model"
+        "--overlap-moe-expert-parallel-comm",
+        "its schedule computes the loss outside the model",
+        at_any_bag_size=True,
     ),
-    _Conflict("--hybrid-layer-pattern", "only GPTModel is supported"),
+    _Conflict("--hybrid-layer-pattern", "only GPTModel is supported", at_any_bag_size=True),
     _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
     _Conflict("--use-torch-fsdp2", _PLAIN_PARAMETERS),
-    _Conflict("--logits-load-dir", "cached teacher logits belong to single tokens"),
+    _Conflict(
+        "--logits-load-dir", "cached teacher logits belong to single tokens", at_any_bag_size=True
+    ),
 )
 
 
 def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
-    """Refuses Megatron arguments that superposition does not work with.
+    """Refuses Megatron arguments that superposition, or this entry point, does not work with.
 
     Raises:
         ValueError: naming the argument, its value, the reason and the remedy.
     """
-    if args.tst_bag_size == 1:
-        return
+    is_superposed = args.tst_bag_size > 1
     for conflict in _CONFLICTS:
         value = conflict.value(args)
-        if conflict.is_refused(value):
-            setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
+        if not conflict.is_refused(value) or not (is_superposed or conflict.at_any_bag_size):
+            continue
+        setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
+        if conflict.at_any_bag_size:
+            context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
+        else:
+            context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
+        raise ValueError(
+            f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
+        )
+    if is_superposed and args.tst_reset_at_switch == "embeddings":
+        _refuse_embedding_reset(args)
+
+
+def _refuse_embedding_reset(args: argparse.Namespace) -> None:
+    is_tied_across_stages = (
+        not args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size > 1
+    )
+    refused = {
+        "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
+        "--data-parallel-random-init": args.data_parallel_random_init,
+        "--pipeline-model-parallel-size with tied embeddings": is_tied_across_stages,
+    }
+    for setting, is_set in refused.items():
+        if is_set:
             raise ValueError(
-                f"{setting} does not work with --tst-bag-size {args.tst_bag_size}: "
-                f"{conflict.reason}. Remove it, or use --tst-bag-size 1."
+                f"{setting} does not work with --tst-reset-at-switch embeddings: not all copies "
+                "of the weights would be redrawn alike. Remove it, or reset nothing."
             )
 
 

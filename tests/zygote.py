@@ -6,6 +6,7 @@ has its own processes, environment, process group and log, and can be killed lik
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -86,6 +87,8 @@ class Launcher:
         pids = None
         while pids is None:
             event = self._read_event(120)
+            if not event:
+                raise TimeoutError("the zygote does not answer")
             pids = event.get("pids")
         run = Run(pids, log)
         self._runs.update(dict.fromkeys(pids, run))
@@ -115,9 +118,9 @@ class Launcher:
                 os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        for run in self._runs.values():
-            self.kill_all(run)
-        self._process.terminate()
+        """Ends the zygote, which kills the runs that are left."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._process.wait(20)
 
     def _read_event(self, seconds: float) -> dict[str, Any]:
@@ -158,6 +161,8 @@ def _serve() -> None:
         if ready:
             line = _read_line(0)
             if not line:
+                for pid in children:
+                    _kill_session(pid)
                 break
             request = json.loads(line)
             pids = [_fork_rank(request, rank) for rank in range(request["world_size"])]
@@ -167,8 +172,15 @@ def _serve() -> None:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 children.remove(pid)
+                _kill_session(pid)
                 event = {"exited": pid, "code": os.waitstatus_to_exitcode(status)}
                 print(json.dumps(event), file=events)
+
+
+def _kill_session(leader: int) -> None:
+    """Ends a rank and what it leaves behind: the checkpoint writer has a process of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _read_line(descriptor: int) -> bytes:
@@ -187,6 +199,7 @@ def _fork_rank(request: dict[str, Any], rank: int) -> int:
     if pid:
         return pid
     code = 70
+    os.setsid()
     try:
         output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for descriptor in (1, 2):

@@ -37,7 +37,7 @@ class Settings:
     length: int = 128
     batch: int = 8
     steps: int = 12_000
-    learning_rate: float = 4e-4
+    learning_rate: float = 1e-3
     bag_size: int = 2
     step_ratio: float = 0.3
     text_bytes: int = 40_000_000
@@ -58,7 +58,7 @@ class Settings:
             --lr-warmup-iters {self.steps // 20} --lr-wsd-decay-iters {self.steps // 10}
             --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
             --seed {self.seed + 1} --split 98,2,0
-            --eval-interval {max(self.steps // 20, 1)} --eval-iters 100
+            --eval-interval {max(self.steps // 20, 1)} --eval-iters {min(self.steps, 100)}
             --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
             --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10
             --save-interval {max(self.steps // 4, 1)} --tokenizer-type HuggingFaceTokenizer
@@ -167,6 +167,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="peak learning rate of both arms")
     parser.add_argument("--bag-size", type=int, help="tokens a bag in phase 1 of the TST arm")
     parser.add_argument("--step-ratio", type=float, help="share of phase 1 in the TST arm")
+    parser.add_argument("--text-bytes", type=int, help="size of the corpus")
     parser.add_argument("--seed", type=int, help="seed of weights and data order of both arms")
     return parser.parse_args(arguments)
 
@@ -177,6 +178,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         "learning_rate": options.lr,
         "bag_size": options.bag_size,
         "step_ratio": options.step_ratio,
+        "text_bytes": options.text_bytes,
         "seed": options.seed,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -187,8 +189,10 @@ def prepare_text(output: Path, settings: Settings, is_byte_level: bool, console:
     """Tokenizes the installed Python sources once and returns the prefix of the corpus."""
     from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
 
-    prefix = output / "text" / "python"
-    if prefix.with_name(prefix.name + ".json").exists():
+    tokens = "bytes" if is_byte_level else f"bpe{settings.vocabulary}"
+    wanted = f"{tokens}-{settings.text_bytes}-seed{settings.seed}"
+    prefix = output / "text" / wanted
+    if prefix.with_name(f"{wanted}.json").exists():
         return prefix
     console.print("Tokenizing the Python sources of this environment ...")
     result = preprocess(

@@ -29,6 +29,13 @@ _WITHOUT_GPU = (
     ("context_parallel_size", "--context-parallel-size", 1),
     ("fp8", "--fp8-format", None),
     ("fp4", "--fp4-format", None),
+    ("moe_grouped_gemm", "--moe-grouped-gemm", False),
+    ("tp_comm_overlap", "--tp-comm-overlap", False),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", False),
+    ("nccl_ub", "--use-nccl-ub", False),
+    ("log_straggler", "--log-straggler", False),
+    ("nvtx_ranges", "--nvtx-ranges", False),
+    ("record_memory_history", "--record-memory-history", False),
 )
 
 
@@ -58,5 +65,15 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     for name, flag, value in _WITHOUT_GPU:
         given = getattr(args, name)
         if given != value:
-            remedy = "remove it" if value is None else f"use {value}"
-            raise ValueError(f"{flag} {given} needs a GPU and none is visible: {remedy}.")
+            named = flag if given is True else f"{flag} {given}"
+            remedy = f"use {value}" if value else "remove it"
+            raise ValueError(f"{named} needs a GPU and none is visible: {remedy}.")
+    if args.profile and not args.use_pytorch_profiler:
+        raise ValueError(
+            "--profile starts a GPU profiler and no GPU is visible: add --use-pytorch-profiler."
+        )
+    if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
+        raise ValueError(
+            "--reset-attention-mask needs attention masks, which the data loader does not create "
+            "on the CPU platform: remove it."
+        )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 QUERY_BLOCK = 128
@@ -32,13 +35,18 @@ class CausalAttention(torch.autograd.Function):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Recomputes the probabilities of a block of queries at a time."""
+        """Recomputes the probabilities of a block of queries at a time.
+
+        Gradients of keys and values add up over the blocks in at least float32.
+        """
         batch_and_heads = ctx.saved_tensors[0].shape[:2]
         query, key, value, grad = (x.flatten(0, 1) for x in (*ctx.saved_tensors, grad_context))
         grad_query = torch.empty_like(query)
-        grad_key = torch.zeros(key.shape, dtype=torch.float32)
-        grad_value = torch.zeros(value.shape, dtype=torch.float32)
+        sum_dtype = torch.promote_types(key.dtype, torch.float32)
+        grad_key = torch.zeros(key.shape, dtype=sum_dtype)
+        grad_value = torch.zeros(value.shape, dtype=sum_dtype)
         for start in range(0, query.shape[1], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, query.shape[1])
             rows, seen = slice(start, stop), slice(0, stop)
@@ -108,20 +116,28 @@ class FusedCoreAttention(MegatronModule):
             query: [l, b, heads, head_dim], local to this tensor-parallel rank.
             key: [l, b, groups, head_dim].
             value: [l, b, groups, head_dim].
-            attention_mask: [b or 1, 1, l, l], True where attention is forbidden; ignored under a
-                causal mask type, which implies it.
+            attention_mask: [b or 1, 1, l, l], True where attention is forbidden. It replaces the
+                causal mask, as in upstream's ``DotProductAttention``.
             attn_mask_type: overrides the layer's mask type.
             attention_bias: not supported.
             packed_seq_params: not supported.
 
         Returns:
             [l, b, heads * head_dim].
+
+        Raises:
+            ValueError: an argument that is not supported, or causal attention of queries to a
+                different number of keys.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError(
-                "Attention bias and packed sequences need Transformer Engine: the CPU platform "
-                "computes neither. Remove the option, or run on a GPU."
-            )
+        for name, unsupported in (
+            ("attention_bias", attention_bias),
+            ("packed_seq_params", packed_seq_params),
+        ):
+            if unsupported is not None:
+                raise ValueError(
+                    f"{name} is given, which attention on the CPU platform does not compute: "
+                    "remove the option that asks for it, or run on a GPU."
+                )
         group_size = query.shape[2] // key.shape[2]
         if group_size > 1:
             key = key.repeat_interleave(group_size, dim=2)
@@ -129,15 +145,30 @@ class FusedCoreAttention(MegatronModule):
         # [l, b, heads, head_dim] -> [b, heads, l, head_dim]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        is_causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        mask_type = attn_mask_type or self.attn_mask_type
+        is_causal = attention_mask is None and mask_type == AttnMaskType.causal
+        if is_causal and query.shape[2] != key.shape[2]:
+            raise ValueError(
+                f"Causal attention of {query.shape[2]} queries to {key.shape[2]} keys: the CPU "
+                "platform computes it within one sequence only, without a cache of keys."
+            )
         if is_causal and dropout == 0.0:
             context = CausalAttention.apply(query, key, value, self.softmax_scale)
         else:
-            mask = None if is_causal or attention_mask is None else ~attention_mask
-            context = scaled_dot_product_attention(
-                query, key, value, mask, dropout, is_causal, scale=self.softmax_scale
-            )
+            mask = None if attention_mask is None else ~attention_mask
+            with self._dropout_randomness():
+                context = scaled_dot_product_attention(
+                    query, key, value, mask, dropout, is_causal, scale=self.softmax_scale
+                )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _dropout_randomness(self) -> AbstractContextManager[None]:
+        # Tensor-parallel ranks hold different heads, which must drop different weights. Under
+        # sequence parallelism the caller has already chosen the generator.
+        if self.dropout == 0.0 or not self.training or self.config.sequence_parallel:
+            return nullcontext()
+        fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return fork
 
 
 def _require_supported(config: TransformerConfig) -> None:

@@ -34,4 +34,3 @@ def install() -> None:
         return all_reduce(tensor, op, group, async_op)
 
     dist.all_reduce = all_reduce_over_others
-    torch.distributed.all_reduce = all_reduce_over_others

@@ -137,6 +137,7 @@ _CUDA = {
     "current_stream": _returning(_CURRENT_STREAM),
     "default_stream": _returning(_CURRENT_STREAM),
     "set_stream": _returning(None),
+    "is_current_stream_capturing": _returning(False),
     "stream": _stream_context,
     "device": _stream_context,
     "get_device_properties": _device_properties,
@@ -147,6 +148,7 @@ _CUDA = {
     "memory_reserved": _resident_bytes,
     "max_memory_allocated": _resident_bytes,
     "max_memory_reserved": _resident_bytes,
+    "device_memory_used": _resident_bytes,
     "reset_peak_memory_stats": _returning(None),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "arange",
@@ -92,6 +93,8 @@ def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Wraps the functions and methods of torch that take a device."""
+    # ``with torch.device("meta")`` knows the factories by identity, from its first use on.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in _NEW_METHODS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 
 def _replace(module_name: str, path: str, replacement: Callable[..., Any]) -> None:
     """Sets ``module.path`` to ``replacement``, refusing a Megatron that has no such symbol."""
-    owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    if not hasattr(owner, name):
+    try:
+        owner = functools.reduce(getattr, parents, importlib.import_module(module_name))
+        getattr(owner, name)
+    except (ModuleNotFoundError, AttributeError) as error:
         raise RuntimeError(
             f"The CPU platform replaces {module_name}.{path}, which this Megatron-Core does not "
             "have: install the version pinned in pyproject.toml."
-        )
+        ) from error
     setattr(owner, name, replacement)
 
 
@@ -34,7 +35,7 @@ def _compile_dataset_helpers() -> None:
 
 def install() -> None:
     """Installs the replacements."""
-    from megatron_tst.cpu import optimizer
+    from megatron_tst.cpu import norm, optimizer
 
     # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
@@ -43,4 +44,5 @@ def install() -> None:
     _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
+    _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
     _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)

@@ -26,7 +26,8 @@ def l2_norm(
     chunk_size: int, overflow: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, None]:
     """Euclidean norm over all tensors, [1] float32; the second result is upstream's, unused."""
-    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    tensors = [tensor for tensors in tensor_lists for tensor in tensors]
+    norms = torch._foreach_norm(tensors, 2, torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
@@ -38,6 +39,5 @@ def scale(
     if source is target:
         torch._foreach_mul_(target, factor)
         return
-    torch._foreach_copy_(target, source)
-    if factor != 1.0:
-        torch._foreach_mul_(target, factor)
+    # Scaled before the cast, so that a bfloat16 destination is rounded once.
+    torch._foreach_copy_(target, source if factor == 1.0 else torch._foreach_mul(source, factor))

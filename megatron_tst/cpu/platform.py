@@ -17,6 +17,9 @@ _ALLOCATOR_SETTINGS = (
     "glibc.malloc.trim_threshold=100000000000:glibc.malloc.top_pad=268435456"
 )
 
+# NVIDIA, NVIDIA under WSL, AMD.
+_GPU_DRIVER_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
 _active = False
 
 
@@ -63,12 +66,12 @@ def restart_with_allocator_settings() -> None:
     """Replaces this process by itself under allocator settings that suit training on a CPU.
 
     glibc reads them once, at process start. Call this before heavy imports. Does nothing on a
-    machine with a GPU driver, where the user already set ``GLIBC_TUNABLES``, or with another libc.
+    machine with visible GPUs, where the user already set ``GLIBC_TUNABLES``, or outside Linux.
     """
-    has_gpu_driver = (
-        Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    )
-    if has_gpu_driver or "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
+    has_gpu_driver = any(Path(device).exists() for device in _GPU_DRIVER_DEVICES)
+    hides_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    has_visible_gpus = has_gpu_driver and not hides_gpus
+    if has_visible_gpus or "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
         return
     os.environ["GLIBC_TUNABLES"] = _ALLOCATOR_SETTINGS
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -266,6 +266,7 @@ class SuperpositionGPTDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Upstream's hook that builds or finds the cache."""
+        self._refuse_empty_split()
         if not self.is_superposed:
             return super()._build_document_sample_shuffle_indices()
         if not self.num_samples:
@@ -279,6 +280,15 @@ class SuperpositionGPTDataset(GPTDataset):
             self._build_cache(missing[0])
         # Upstream's own indices have no part in this split.
         return None, None, None
+
+    def _refuse_empty_split(self) -> None:
+        # Upstream counts epochs until there is enough text, which never happens without any.
+        if self.indices is None or self.dataset.sequence_lengths[self.indices].any():
+            return
+        raise ValueError(
+            f"--data-path {self.dataset_path}: its {self.index_split.name} split holds no text. "
+            f"Give it a larger share than --split {self.config.split} does, or none (0)."
+        )
 
     def _identify_stream(self) -> None:
         """Makes the name of the cache depend on all that the stream depends on."""

@@ -42,7 +42,12 @@ class DatasetsProvider:
     def __call__(
         self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
     ) -> tuple[Any, Any, Any]:
-        """Returns the train, validation and test datasets, None on ranks that read no data."""
+        """Returns the train, validation and test datasets, None on ranks that read no data.
+
+        Raises:
+            ValueError: the train split is shorter than one sample, or nothing is left to validate
+                on, which Megatron would find out at the first evaluation.
+        """
         args = get_args()
         train_samples, valid_samples, test_samples = num_samples
         samples_per_evaluation = None
@@ -55,6 +60,11 @@ class DatasetsProvider:
             lambda: _reads_data(vp_stage),
             self.config,
         ).build()
+        if valid is None and samples_per_evaluation and _reads_data(vp_stage):
+            raise ValueError(
+                f"--eval-iters is {args.eval_iters} and there is no text for validation: give it "
+                "a share with --split, a corpus with --valid-data-path, or use --eval-iters 0."
+            )
         if valid is not None and valid_samples is not None and samples_per_evaluation:
             valid = FixedValidationDataset(valid, samples_per_evaluation, valid_samples)
         print_rank_0("> finished creating GPT datasets ...")
@@ -67,7 +77,7 @@ def check_data_files(args: Namespace) -> None:
     Raises:
         ValueError: a missing, truncated or inconsistent file, named with the remedy.
     """
-    prefixes = _path_prefixes(args)
+    prefixes = data_path_prefixes(args)
     if not prefixes and args.tst_bag_size > 1:
         raise ValueError(
             "--data-path is missing: pass the path of a corpus, without .bin or .idx "
@@ -89,11 +99,12 @@ def check_data_vocabulary(args: Namespace) -> None:
     Raises:
         ValueError: naming the file, the id and the remedy.
     """
-    for prefix in _path_prefixes(args):
+    for prefix in data_path_prefixes(args):
         check_vocabulary(prefix, args.padded_vocab_size)
 
 
-def _path_prefixes(args: Namespace) -> list[str]:
+def data_path_prefixes(args: Namespace) -> list[str]:
+    """Every corpus that the command line names, in order."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     blends = [blend, *(blend_per_split or [])]
     return [prefix for paths in blends if paths is not None for prefix in paths[0]]

@@ -50,11 +50,14 @@ class ForwardStep:
         """Returns the per-position losses [b, l] and the function that sums them up."""
         args, timers = get_args(), get_timers()
         is_training = torch.is_grad_enabled()
+        # After the first step the clock is started between steps: a late pipeline stage gets here
+        # only when its first input has arrived.
         if is_training:
             self.clock.start()
         else:
             self.clock.stop()
-        in_phase_1 = is_training and args.curr_iteration < self.schedule.switch_step
+        # The sample count, as in the dataset: what a batch holds depends on nothing else.
+        in_phase_1 = is_training and args.consumed_train_samples < self.schedule.switch_sample
         superposition = self.schedule.config if in_phase_1 else None
 
         timers("batch-generator", log_level=2).start()

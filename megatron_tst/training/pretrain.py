@@ -85,7 +85,8 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         )
     clock, meter = StepClock(args.tst_seconds), OffsetLossMeter()
     reporter = ProgressReporter(schedule, clock, meter)
-    run_after_each_step(_StepEnd(schedule, clock, reporter, after_step))
+    step_end = _StepEnd(schedule, clock, reporter, after_step)
+    run_after_each_step(step_end, before_next_step=clock.start)
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),
@@ -138,16 +139,10 @@ def _rendezvous_alone() -> None:
 
 
 def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
-    # Parsed twice: bad superposition settings are refused before Megatron's validation, which
-    # builds the tokenizer and the writers, and reports by assertion.
-    early = parse_args(_add_arguments)
-    if cpu.is_active():
-        refuse_gpu_arguments(early)
-    superposition_config_from_args(early)
-    refuse_empty_batches(early)
-    refuse_conflicting_arguments(early)
-    check_data_files(early)
-    args = parse_and_validate_args(extra_args_provider=_add_arguments)
+    # Parsed twice: Megatron's validation prints all arguments, builds the tokenizer and the
+    # writers, and reports by assertion.
+    check_arguments(parse_args(add_arguments))
+    args = parse_and_validate_args(extra_args_provider=add_arguments)
     # Validation resolves deprecated spellings and --use-checkpoint-args.
     refuse_conflicting_arguments(args)
     schedule = superposition_schedule_from_args(args)
@@ -158,11 +153,41 @@ def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     return args, schedule
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what is wrong with a parsed command line before Megatron validates it.
+
+    Raises:
+        ValueError: naming the argument or file, its value and the remedy.
+    """
+    if args.yaml_cfg is not None:
+        raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags.")
+    refuse_empty_batches(args)
+    superposition_config_from_args(args)
+    if args.train_iters and args.global_batch_size:
+        superposition_schedule_from_args(args)
+    refuse_conflicting_arguments(args)
+    if cpu.is_active():
+        refuse_gpu_arguments(args)
+    check_data_files(args)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the ``--tst-*`` arguments to Megatron's parser, and the defaults of the platform."""
     # Megatron's own usage lists all arguments and would bury the message of a wrong one.
     parser.usage = "%(prog)s [arguments of Megatron and --tst-*, listed by --help]"
+    parser.formatter_class = _HelpFormatter
     parser = add_superposition_arguments(parser)
     return set_cpu_defaults(parser) if cpu.is_active() else parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Prints a help text with a bare percent sign, of which Megatron 0.19 has one, as it is."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except ValueError:
+            return action.help or ""
 
 
 def _print_settings(schedule: SuperpositionSchedule) -> None:

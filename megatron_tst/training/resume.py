@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_tst.schedule import SuperpositionSchedule
-
+from megatron_tst.training.datasets import data_path_prefixes
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -19,13 +22,17 @@ _FLAGS = {
     "switch_step": "--tst-steps",
     "switch_sample": "--tst-steps times --global-batch-size",
     "sequence_length": "--seq-length",
+    "seed": "--seed",
+    "split": "--split",
+    "eod_mask_loss": "--eod-mask-loss",
+    "corpus_bytes": "--data-path with a corpus of this many bytes:",
 }
 
 
 def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
     """Puts the resolved settings among Megatron's arguments, which every checkpoint stores."""
     args.tst_switch_step = schedule.switch_step
-    args.tst_settings = _settings(schedule)
+    args.tst_settings = _settings(args, schedule)
     args.tst_seconds = 0.0
 
 
@@ -49,7 +56,8 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> None:
         return
     saved_args = _saved_arguments(folder)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
-    current = _settings(schedule)
+    current = _settings(args, schedule)
+    args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
     if saved["bag_size"] == current["bag_size"] == 1:
         return
     for name in current:
@@ -62,10 +70,9 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> None:
                 f"{saved.get('switch_step', 0)}), or start a new run from its weights with "
                 "--finetune."
             )
-    args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
 
 
-def _settings(schedule: SuperpositionSchedule) -> dict[str, object]:
+def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, object]:
     resolved = schedule.config.to_dict()
     # Given as a ratio or as steps: what counts is where it puts the switch.
     for name in ("step_ratio", "steps"):
@@ -75,7 +82,19 @@ def _settings(schedule: SuperpositionSchedule) -> dict[str, object]:
         "switch_sample": schedule.switch_sample,
         "sequence_length": schedule.sequence_length,
     }
-    return {**resolved, **phases}
+    # A corpus may move, so its size stands for it.
+    data = {
+        "seed": args.seed,
+        "split": args.split,
+        "eod_mask_loss": args.eod_mask_loss,
+        "corpus_bytes": sum(os.path.getsize(path) for path in _local_data_files(args)),
+    }
+    return {**resolved, **phases, **data}
+
+
+def _local_data_files(args: Namespace) -> list[str]:
+    files = [f"{prefix}.bin" for prefix in data_path_prefixes(args)]
+    return [file for file in files if os.path.isfile(file)]
 
 
 def _checkpoint_to_load(args: Namespace) -> Path | None:
@@ -123,12 +142,17 @@ def _is_distributed(folder: Path) -> bool:
 def _saved_arguments(folder: Path) -> Any:
     """Megatron's arguments of the run that wrote a checkpoint."""
     try:
+        # First, because torch logs a traceback when it finds no metadata on the way to the rest.
+        FileSystemReader(str(folder)).read_metadata()
         return load_common_state_dict(str(folder)).get("args")
-    except Exception as error:  # Upstream, torch and pickle raise all kinds over damaged files.
+    # Damaged files raise all kinds, and torch's own exception is no Exception.
+    except (Exception, CheckpointException) as error:
         raise _damaged(folder, error) from error
 
 
-def _damaged(folder: Path, error: Exception) -> ValueError:
+def _damaged(folder: Path, error: BaseException) -> ValueError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(
-        f"{folder} is damaged ({error}): pass --ckpt-step with another checkpoint of its folder."
+        f"{folder} is damaged ({reason[-1]}): pass --ckpt-step with another checkpoint of its "
+        "folder."
     )

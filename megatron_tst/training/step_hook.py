@@ -33,8 +33,14 @@ class TrainingStep:
     save_checkpoint: Callable[[], None]
 
 
-def run_after_each_step(callback: Callable[[TrainingStep], None]) -> None:
-    """Calls ``callback`` after each step, before Megatron's own save; the last call wins.
+def run_after_each_step(
+    callback: Callable[[TrainingStep], None], before_next_step: Callable[[], None]
+) -> None:
+    """Calls functions around Megatron's own save after each step; the last call wins.
+
+    Args:
+        callback: called when the step, its log line and its evaluation are done, before the save.
+        before_next_step: called after the save.
 
     Raises:
         RuntimeError: Megatron has no such function.
@@ -60,7 +66,9 @@ def run_after_each_step(callback: Callable[[TrainingStep], None]) -> None:
         step = (model, optimizer, opt_param_scheduler, iteration, *args)
         save = partial(_save, *step, **kwargs)
         callback(TrainingStep(iteration, model, optimizer, save))
-        return bool(upstream(*step, **kwargs))
+        is_to_exit = bool(upstream(*step, **kwargs))
+        before_next_step()
+        return is_to_exit
 
     setattr(training, name, checkpoint_and_decide_exit)
 

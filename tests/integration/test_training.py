@@ -26,7 +26,8 @@ def reference(
 ) -> SmallRun:
     """A run that was not interrupted, with a checkpoint every third step and at the switch."""
     run = SmallRun(corpus, tmp_path_factory.mktemp("reference"))
-    run = run.with_(**SUPERPOSED, save_interval=3)
+    # Dropout, so that a random state lost at a restart would show.
+    run = run.with_(**SUPERPOSED, save_interval=3, hidden_dropout=0.1)
     launcher.run(run.argv, run.log)
     return run
 
@@ -138,6 +139,9 @@ def test_without_superposition_the_run_is_upstreams(
     ours = small_run.with_(tst_bag_size=1)
     launcher.run(ours.argv, ours.log)
     assert_bit_equal(ours.checkpoint(TOTAL_STEPS), stock.checkpoint(TOTAL_STEPS))
+    expected, actual = stock.scalars(), ours.scalars()
+    assert actual["lm loss"] == expected["lm loss"]
+    assert actual["grad-norm"] == expected["grad-norm"]
 
 
 def test_a_superposed_checkpoint_has_upstreams_keys(reference: SmallRun, stock: SmallRun) -> None:

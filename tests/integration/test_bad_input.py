@@ -1,0 +1,346 @@
+"""Bad input ends in one line that names the flag or file, its value and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tst.arguments import _CONFLICTS
+from tests.corpus import write_corpus
+from tests.runs import TOTAL_STEPS, SmallRun
+from tests.zygote import ROOT, Launcher
+
+SUPERPOSED: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": 5}
+
+Check = Callable[[Sequence[SmallRun]], list[str | None]]
+
+
+@pytest.fixture
+def check(launcher: Launcher, tmp_path: Path) -> Check:
+    """Gives what the checks before training say about each run, all in one process."""
+
+    def messages(runs: Sequence[SmallRun]) -> list[str | None]:
+        cases, results = tmp_path / "cases.json", tmp_path / "messages.json"
+        cases.write_text(json.dumps([run.argv for run in runs]))
+        launcher.run([str(cases), str(results)], tmp_path / "log.txt", main="tests.refusals:main")
+        found: list[str | None] = json.loads(results.read_text())
+        return found
+
+    return messages
+
+
+def assert_messages(found: list[str | None], expected: Sequence[str | None]) -> None:
+    """Requires one line that matches each regular expression, and no message for None."""
+    wrong = [
+        (message, pattern)
+        for message, pattern in zip(found, expected, strict=True)
+        if (message is None) != (pattern is None)
+        or (message is not None and ("\n" in message or not re.search(pattern or "", message)))
+    ]
+    assert not wrong, "\n".join(f"{message}\n    is not {pattern}" for message, pattern in wrong)
+
+
+# Refused before Megatron validates the command line; a part of the message is a regular expression.
+SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"tst_bag_size": 0}, "--tst-bag-size is 0: use 1 to turn superposition off"),
+    ({"tst_bag_size": -1}, "--tst-bag-size is -1: use 1"),
+    ({"tst_steps": None}, "--tst-bag-size is 4 but .* pass --tst-step-ratio .* or --tst-steps"),
+    ({"tst_steps": 0}, "--tst-steps is 0: phase 1 needs at least one step"),
+    ({"tst_steps": TOTAL_STEPS}, "--tst-steps 12 of 12 steps leaves no step .* lower it"),
+    ({"tst_steps": TOTAL_STEPS + 1}, "--tst-steps 13 of 12 steps leaves no step .* lower it"),
+    ({"tst_step_ratio": 0.3}, "--tst-step-ratio 0.3 and --tst-steps 5 .* pass one of them"),
+    *(
+        ({"tst_steps": None, "tst_step_ratio": ratio}, f"--tst-step-ratio {message}")
+        for ratio, message in {
+            "0": "is 0.0: it must lie strictly between 0 and 1",
+            "1": "is 1.0: it must lie strictly between 0 and 1",
+            "1.5": "is 1.5: it must lie strictly between 0 and 1",
+            "-0.3": "is -0.3: it must lie strictly between 0 and 1",
+            "nan": "is nan: it must lie strictly between 0 and 1",
+            "0.01": "0.01 of 12 steps puts the switch at step 0: raise it",
+            "0.99": "0.99 of 12 steps leaves no step .* lower it",
+        }.items()
+    ),
+    *(
+        (
+            {"tst_objective": objective, "tst_target_weighting": "power-law"},
+            f"--tst-target-weighting power-law .* --tst-objective {objective}, .* use uniform",
+        )
+        for objective in ("bce", "hinge")
+    ),
+    ({"tst_power_law_exponent": "nan"}, "--tst-power-law-exponent is nan: use a finite number"),
+    ({"seq_length": 0}, "--seq-length is 0: use 1 or more"),
+    ({"seq_length": -32}, "--seq-length is -32: use 1 or more"),
+    ({"micro_batch_size": 0}, "--micro-batch-size is 0: use 1 or more"),
+    ({"global_batch_size": -4}, "--global-batch-size is -4: use 1 or more"),
+    ({"data_path": None}, "--data-path is missing: pass the path of a corpus"),
+    ({"data_path": "/none/text"}, "--data-path /none/text: /none/text.idx is missing. Pass"),
+    ({"tokenizer_model": "/none/tok"}, "--tokenizer-model /none/tok does not exist: pass"),
+    ({"tokenizer_model": "none/text/tok"}, "--tokenizer-model none/text/tok does not exist"),
+]
+
+# Flags that only a GPU takes, and what is left to do on the CPU platform.
+WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
+    ({name: value}, f"--{name.replace('_', '-')} {value} needs a GPU .*: {remedy}")
+    for name, value, remedy in [
+        ("transformer_impl", "transformer_engine", "use local"),
+        ("distributed_backend", "nccl", "use gloo"),
+        ("cuda_graph_impl", "local", "use none"),
+        ("context_parallel_size", 2, "use 1"),
+        ("fp8_format", "e4m3", "remove it"),
+        ("fp4_format", "e2m1", "remove it"),
+    ]
+]
+
+
+def test_bad_settings(check: Check, small_run: SmallRun) -> None:
+    cases = [*SETTINGS, *WITHOUT_GPU]
+    runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
+    assert_messages(check(runs), [message for _, message in cases])
+
+
+# Arguments of Megatron that superposition does not work with: one value that its parser takes.
+CONFLICTS: dict[str, Any] = {
+    "--mtp-num-layers": 1,
+    "--sft": True,
+    "--fim-data": True,
+    "--perform-rl-step": True,
+    "--mock-data": True,
+    "--dataloader-inter-document-masking": True,
+    "--reset-attention-mask": True,
+    "--reset-position-ids": True,
+    "--hybrid-context-parallel": True,
+    "--cross-entropy-fusion-impl": "te",
+    "--cuda-graph-impl": "full_iteration",
+    "--dataloader-type": "cyclic",
+    "--rampup-batch-size": [2, 2, 8],
+    "--step-batch-size-schedule": "0:2 1B:4",
+    "--phase-transition-iterations": "4,8",
+    "--overlap-moe-expert-parallel-comm": True,
+    "--hybrid-layer-pattern": "*-*-",
+    "--use-megatron-fsdp": True,
+    "--use-torch-fsdp2": True,
+    "--logits-load-dir": "logits",
+}
+
+
+def test_conflicting_arguments(check: Check, small_run: SmallRun) -> None:
+    assert {conflict.flag for conflict in _CONFLICTS} == CONFLICTS.keys()
+    runs, expected = [], []
+    for flag, value in CONFLICTS.items():
+        runs.append(small_run.with_(**SUPERPOSED, **{flag.removeprefix("--"): value}))
+        values = value if isinstance(value, list) else [value]
+        written = flag if value is True else " ".join(map(str, [flag, *values]))
+        expected.append(f"{re.escape(written)} does not work with --tst-bag-size 4: .* Remove it")
+    assert_messages(check(runs), expected)
+
+
+def truncate(suffix: str, size: int) -> Callable[[Path], object]:
+    return lambda corpus: os.truncate(corpus.with_suffix(suffix), size)
+
+
+# What happened to the files of a corpus named text.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no-bin": (lambda corpus: corpus.with_suffix(".bin").unlink(), r"text\.bin is missing. Pass"),
+    "no-idx": (lambda corpus: corpus.with_suffix(".idx").unlink(), r"text\.idx is missing. Pass"),
+    "short-bin": (truncate(".bin", 79), r"text\.bin has 79 bytes .* truncated .* Copy the file"),
+    "short-idx": (truncate(".idx", 60), r"text\.idx has 60 bytes .* truncated. Copy the file"),
+    "no-index": (
+        lambda corpus: corpus.with_suffix(".idx").write_text("not an index" * 9),
+        r"text\.idx is not the index of a Megatron corpus .* Copy the file",
+    ),
+}
+
+
+def test_damaged_corpora(check: Check, small_run: SmallRun, tmp_path: Path) -> None:
+    runs = []
+    for name, (damage, _) in DAMAGE.items():
+        corpus = tmp_path / name / "text"
+        corpus.parent.mkdir()
+        write_corpus(corpus, [5, 3, 12])
+        damage(corpus)
+        # With one kind of batch or two, alone or in a blend.
+        runs.append(small_run.with_(data_path=corpus))
+        runs.append(small_run.with_(**SUPERPOSED, data_path=[1, small_run.corpus, 2, corpus]))
+    expected = [message for _, message in DAMAGE.values() for _ in range(2)]
+    assert_messages(check(runs), expected)
+
+
+# How a superposed checkpoint at step 2 (bags of 4, switch at step 5) is continued.
+RESUMES: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"tst_bag_size": 8}, "--tst-bag-size 4, and this command has 8"),
+    ({"tst_bag_size": 1}, "--tst-bag-size 4, and this command has 1"),
+    ({"tst_variant": "input-only"}, "--tst-variant full, and this command has input-only"),
+    ({"tst_steps": 6}, "--tst-steps 5, and this command has 6"),
+    ({"train_iters": 24, "tst_steps": None, "tst_step_ratio": 0.4}, "--tst-steps 5, .* has 10"),
+    ({"global_batch_size": 8}, "--tst-steps times --global-batch-size 20, .* has 40"),
+    ({"seq_length": 16}, "--seq-length 32, and this command has 16"),
+    ({"tst_bag_size": 8, "finetune": True}, None),
+    ({"ckpt_step": 1}, "--ckpt-step 1 names the checkpoint iter_0000001, which is not there"),
+]
+
+# What stands in the tracker file, and what is said about it.
+TRACKERS: list[tuple[str, str]] = [
+    ("7", r"txt names the checkpoint iter_0000007, .* not there \(found: iter_0000002\)\. Pass"),
+    ("release", r"txt names the checkpoint release, which is not there"),
+    ("", r"iteration\.txt holds '' instead of the step .* write the number"),
+    ("\x00\x00", r"iteration\.txt holds .* instead of the step of the last checkpoint"),
+    ("-3", r"iteration\.txt holds '-3' instead of the step"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A superposed run that stopped after its second step."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("trained")).with_(**SUPERPOSED, eval_iters=0)
+    launcher.run(run.with_(exit_interval=2).argv, run.log)
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A run of Megatron without this project that stopped after its second step."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("stock")).with_(eval_iters=0)
+    launcher.run(run.with_(exit_interval=2).argv, run.log, main="tests.stock_gpt:main")
+    return run
+
+
+def test_continuing_with_other_settings(check: Check, trained: SmallRun) -> None:
+    runs = [trained.with_(**settings) for settings, _ in RESUMES]
+    assert_messages(check(runs), [message for _, message in RESUMES])
+
+
+def test_superposition_is_not_turned_on_later(check: Check, stock: SmallRun) -> None:
+    runs = [stock.with_(**SUPERPOSED), stock.with_(**SUPERPOSED, finetune=True), stock]
+    refused = "--tst-bag-size 1, and this command has 4: .* --finetune"
+    assert_messages(check(runs), [refused, None, None])
+
+
+def test_trackers(check: Check, trained: SmallRun, tmp_path: Path) -> None:
+    runs = []
+    for index, (text, _) in enumerate(TRACKERS):
+        folder = tmp_path / f"load{index}"
+        shutil.copytree(trained.folder / "checkpoints", folder)
+        (folder / "latest_checkpointed_iteration.txt").write_text(text)
+        runs.append(trained.with_(load=folder))
+    expected = [message for _, message in TRACKERS]
+    # A step on the command line replaces the tracker.
+    runs.append(runs[-1].with_(ckpt_step=2))
+    assert_messages(check(runs), [*expected, None])
+
+
+def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) -> None:
+    runs = []
+    for name in (".metadata", "metadata.json"):
+        folder = tmp_path / f"without {name}"
+        shutil.copytree(trained.folder / "checkpoints", folder)
+        (folder / "iter_0000002" / name).write_text("")
+        runs.append(trained.with_(load=folder))
+    assert_messages(check(runs), ["iter_0000002 is damaged .* pass --ckpt-step"] * 2)
+
+
+TOO_SHORT = "--data-path .* 20 tokens, and one sample of phase 1 needs 132 .* Use more text"
+
+
+@pytest.fixture
+def short_run(small_run: SmallRun, tmp_path: Path) -> SmallRun:
+    """A run on a corpus that is shorter than one sample."""
+    write_corpus(tmp_path / "short", [5, 3, 12])
+    return small_run.with_(
+        **SUPERPOSED, data_path=tmp_path / "short", split="100,0,0", eval_iters=0
+    )
+
+
+def only_error(log: str) -> str:
+    """The one line of a log that says what is wrong; there was no training."""
+    assert "Traceback" not in log, log[-4000:]
+    errors = [line for line in log.splitlines() if "error:" in line]
+    assert len(errors) == 1, log[-4000:]
+    assert "training ..." not in log.splitlines()
+    return errors[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_launch_ends_with_one_line(
+    launcher: Launcher, small_run: SmallRun, world_size: int
+) -> None:
+    run = small_run.with_(tst_bag_size=0)
+    started = launcher.start(run.argv, run.log, world_size)
+    assert launcher.wait(started) == [2] * world_size
+    assert only_error(started.text).startswith("error: --tst-bag-size is 0: use 1 to turn")
+
+
+# Found by argparse, by Megatron's validation, or when all arguments are known.
+LAUNCHES: list[tuple[dict[str, Any], str]] = [
+    ({"tst_variant": "both"}, r"--tst-variant: invalid choice: 'both' \(choose from .*output-only"),
+    ({"tst_bag_sise": 4}, "unrecognized arguments: --tst-bag-sise 4"),
+    ({"num_layers": None}, r"^error: Megatron cannot run .* num-layers .* \(AssertionError in /"),
+    ({"hidden_size": 33}, r"^error: Megatron cannot run .* \(AssertionError in /"),
+    ({"train_iters": None}, "^error: --tst-steps 5 of 0 steps .* lengthen the run"),
+    ({"tokenizer_type": "NullTokenizer", "vocab_size": 60}, r"text\.bin: document 0 holds token"),
+    (
+        {"split": "99.999,0.001,0"},
+        "^error: --data-path .*its valid split holds no text. .*--split 99.999,0.001,0",
+    ),
+    ({"split": "100,0,0"}, "^error: --eval-iters is 2 and there is no text .* --eval-iters 0"),
+    ({"padded_vocab_size": 60}, r"the vocabulary has 60\. .* raise --padded-vocab-size"),
+]
+
+
+def test_later_refusals(
+    launcher: Launcher, small_run: SmallRun, short_run: SmallRun, tmp_path: Path
+) -> None:
+    blend = [1, small_run.corpus, 2, small_run.corpus]
+    cases = [
+        *((small_run.with_(**{**SUPERPOSED, **settings}), line) for settings, line in LAUNCHES),
+        (
+            small_run.with_(**SUPERPOSED, data_path=blend),
+            r"with weights \[1.0, 2.0\]: .* a single path",
+        ),
+        (short_run, TOO_SHORT),
+    ]
+    started = [
+        launcher.start(run.argv, tmp_path / f"{index}.log") for index, (run, _) in enumerate(cases)
+    ]
+    for process, (_, line) in zip(started, cases, strict=True):
+        assert launcher.wait(process) == [2], process.text[-4000:]
+        error = only_error(process.text)
+        assert re.search(line, error), error
+
+
+def test_help_lists_the_arguments(launcher: Launcher, tmp_path: Path) -> None:
+    text = launcher.run(["--help"], tmp_path / "log.txt").text
+    assert "--tst-bag-size" in text
+    assert "--num-layers" in text
+    # The usage stands before every error of argparse: one line, not the list of all arguments.
+    usage, blank = text.splitlines()[:2]
+    assert usage.startswith("usage: ")
+    assert blank == ""
+
+
+def test_torchrun_ends_when_one_rank_finds_the_error(short_run: SmallRun) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launch, "-m", "megatron_tst.pretrain", *short_run.argv],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode != 0
+    # Rank 0 goes first; torchrun ends the other one, which waits for it or has lost it.
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, result.stderr[-8000:]
+    assert re.search(TOO_SHORT, errors[0]), errors[0]
+    assert "training ..." not in result.stdout.splitlines()

@@ -1,0 +1,98 @@
+"""Ordinary Megatron flags on the CPU platform."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from tests.runs import TOTAL_STEPS, SmallRun
+from tests.zygote import Launcher
+
+# What large runs set, in bundles: each run costs seconds.
+BUNDLES: dict[str, dict[str, Any]] = {
+    "distributed optimizer": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "manual_gc": True,
+        "manual_gc_interval": 5,
+        "async_save": True,
+        "save_interval": 4,
+        "log_throughput": True,
+        "log_memory_to_tensorboard": True,
+        "log_device_memory_used": True,
+        "log_params_norm": True,
+        "log_num_zeros_in_grad": True,
+        "exit_signal_handler": True,
+        "empty_unused_memory_level": 2,
+    },
+    "profile": {
+        "profile": True,
+        "use_pytorch_profiler": True,
+        "profile_step_start": 3,
+        "profile_step_end": 5,
+        "recompute_granularity": "selective",
+        "log_timers_to_tensorboard": True,
+        "timing_log_level": 2,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "rerun_mode": "validate_results",
+    },
+}
+
+
+def assert_it_learned(run: SmallRun) -> None:
+    losses = run.scalars()["lm loss"]
+    assert sorted(losses) == list(range(1, TOTAL_STEPS + 1))
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert losses[TOTAL_STEPS] < losses[1] - 0.3
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_flags_of_large_runs_work(launcher: Launcher, small_run: SmallRun, bundle: str) -> None:
+    run = small_run.with_(**BUNDLES[bundle], tst_bag_size=4, tst_steps=5)
+    launcher.run(run.argv, run.log)
+    assert_it_learned(run)
+    if bundle == "distributed optimizer":
+        scalars = run.scalars()
+        assert min(scalars["mem-allocated-bytes"].values()) > 1e6
+        assert (run.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == (
+            str(TOTAL_STEPS)
+        )
+
+
+def test_replicas_agree_under_overlapped_reduction(launcher: Launcher, small_run: SmallRun) -> None:
+    """Megatron compares the weights of the replicas itself, and stops where they differ."""
+    run = small_run.with_(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        check_weight_hash_across_dp_replicas_interval=4,
+    )
+    launcher.run(run.argv, run.log, world_size=2)
+    assert_it_learned(run)
+    assert run.log.read_text().count("Weight hashes match after") >= TOTAL_STEPS // 4
+
+
+def test_sequence_parallelism_changes_the_layout_only(
+    launcher: Launcher, small_run: SmallRun
+) -> None:
+    losses = []
+    for sequence_parallel in (False, True):
+        run = small_run.with_(
+            small_run.folder / str(sequence_parallel),
+            tensor_model_parallel_size=2,
+            sequence_parallel=sequence_parallel,
+            tst_bag_size=4,
+            tst_steps=5,
+            bf16=None,
+        )
+        launcher.run(run.argv, run.log, world_size=2)
+        losses.append(run.scalars()["lm loss"])
+    # float32; only the order of sums over positions differs.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -1,0 +1,38 @@
+"""The quickstart from text to report, with a handful of steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.zygote import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [[], ["--bpe"]], ids=["bytes", "subwords"])
+def test_the_quickstart_trains_exports_and_reports(tmp_path: Path, tokens: list[str]) -> None:
+    command = [sys.executable, "tools/quickstart.py", "--steps", "20", "--text-bytes", "8000000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path), *tokens],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "report.html").read_text()
+    assert "At equal FLOPs" in report
+    assert "def __init__" in report
+    config = json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["vocab_size"] == (2048 if tokens else 256)
+    for arm in ("baseline", "tst"):
+        assert (tmp_path / arm / "checkpoints" / "iter_0000020").is_dir()
