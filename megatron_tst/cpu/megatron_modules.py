@@ -35,11 +35,15 @@ def _compile_dataset_helpers() -> None:
 
 def install() -> None:
     """Installs the replacements."""
-    from megatron_tst.cpu import norm, optimizer
+    from megatron_tst.cpu import optimizer
 
-    # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
+    # Megatron takes these from torch where neither Transformer Engine nor apex is installed, and
+    # binds them when it is imported, which the next import does.
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
+
+    from megatron_tst.cpu import norm
+
     _replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", optimizer.l2_norm)
     _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)

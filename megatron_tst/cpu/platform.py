@@ -35,7 +35,8 @@ def activate() -> bool:
         Whether the platform is on.
 
     Raises:
-        RuntimeError: the installed Megatron-Core is not a release that the platform was run
+        RuntimeError: torch does not find the GPU of a machine that has one; or the installed
+            Megatron-Core is not a release that the platform was run
             against, or lacks a symbol that the platform replaces; the message names it.
     """
     global _active
@@ -45,15 +46,21 @@ def activate() -> bool:
 
     if torch.cuda.is_available():
         return False
+    if _has_visible_gpu():
+        raise RuntimeError(
+            "This machine has a GPU driver, but torch finds no GPU: repair the driver or the torch "
+            "installation, or set CUDA_VISIBLE_DEVICES= to train on the CPU."
+        )
     _require_tested_megatron()
     # Megatron requires it with tensor parallelism, to order the kernels of a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    from megatron_tst.cpu import collectives, cuda_emulation, devices
+    from megatron_tst.cpu import collectives, cuda_emulation, data_loader, devices
 
     cuda_emulation.install()
     devices.install()
     collectives.install()
+    data_loader.install()
 
     from megatron_tst.cpu import megatron_modules
 
@@ -68,13 +75,16 @@ def restart_with_allocator_settings() -> None:
     glibc reads them once, at process start. Call this before heavy imports. Does nothing on a
     machine with visible GPUs, where the user already set ``GLIBC_TUNABLES``, or outside Linux.
     """
-    has_gpu_driver = any(Path(device).exists() for device in _GPU_DRIVER_DEVICES)
-    hides_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    has_visible_gpus = has_gpu_driver and not hides_gpus
-    if has_visible_gpus or "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
+    if _has_visible_gpu() or "GLIBC_TUNABLES" in os.environ or sys.platform != "linux":
         return
     os.environ["GLIBC_TUNABLES"] = _ALLOCATOR_SETTINGS
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _has_visible_gpu() -> bool:
+    """Whether there is a GPU driver and the environment does not hide the GPUs; asks no torch."""
+    has_driver = any(Path(device).exists() for device in _GPU_DRIVER_DEVICES)
+    return has_driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
 
 
 def _require_tested_megatron() -> None:

@@ -122,6 +122,9 @@ CONFLICTS: dict[str, Any] = {
     "--cross-entropy-fusion-impl": "te",
     "--cuda-graph-impl": "full_iteration",
     "--dataloader-type": "cyclic",
+    "--decrease-batch-size-if-needed": True,
+    "--iterations-to-skip": [3, 5],
+    "--non-persistent-ckpt-type": "global",
     "--rampup-batch-size": [2, 2, 8],
     "--step-batch-size-schedule": "0:2 1B:4",
     "--phase-transition-iterations": "4,8",
@@ -135,13 +138,46 @@ CONFLICTS: dict[str, Any] = {
 
 def test_conflicting_arguments(check: Check, small_run: SmallRun) -> None:
     assert {conflict.flag for conflict in _CONFLICTS} == CONFLICTS.keys()
-    runs, expected = [], []
-    for flag, value in CONFLICTS.items():
-        runs.append(small_run.with_(**SUPERPOSED, **{flag.removeprefix("--"): value}))
+    superposed, plain, refused, taken = [], [], [], []
+    for conflict in _CONFLICTS:
+        value = CONFLICTS[conflict.flag]
+        setting = {conflict.flag.removeprefix("--"): value}
+        superposed.append(small_run.with_(**SUPERPOSED, **setting))
+        plain.append(small_run.with_(**setting))
         values = value if isinstance(value, list) else [value]
-        written = flag if value is True else " ".join(map(str, [flag, *values]))
-        expected.append(f"{re.escape(written)} does not work with --tst-bag-size 4: .* Remove it")
-    assert_messages(check(runs), expected)
+        written = re.escape(conflict.flag if value is True else f"{conflict.flag} {_text(values)}")
+        always = f"{written} does not work with megatron_tst.pretrain: .* pretrain_gpt.py"
+        in_phase_1 = f"{written} does not work with --tst-bag-size 4: .* Remove it"
+        refused.append(always if conflict.at_any_bag_size else in_phase_1)
+        # What the CPU platform refuses by itself is no matter of superposition.
+        gpu_only = conflict.flag in (
+            "--cuda-graph-impl",
+            "--use-megatron-fsdp",
+            "--reset-attention-mask",
+        )
+        on_cpu = f"{written} needs " if gpu_only else None
+        taken.append(always if conflict.at_any_bag_size else on_cpu)
+    assert_messages(check(superposed), refused)
+    assert_messages(check(plain), taken)
+
+
+def _text(values: list[Any]) -> str:
+    return " ".join(map(str, values))
+
+
+def test_embedding_reset_refuses_layouts_with_several_copies(
+    check: Check, small_run: SmallRun
+) -> None:
+    run = small_run.with_(**SUPERPOSED, tst_reset_at_switch="embeddings")
+    tied = {"untie_embeddings_and_output_weights": None, "pipeline_model_parallel_size": 2}
+    settings: list[dict[str, Any]] = [
+        {"use_precision_aware_optimizer": True},
+        {"data_parallel_random_init": True},
+        tied,
+    ]
+    names = ["--use-precision-aware-optimizer", "--data-parallel-random-init", "tied embeddings"]
+    expected = [f"{name} does not work with --tst-reset-at-switch embeddings" for name in names]
+    assert_messages(check([run.with_(**one) for one in settings]), expected)
 
 
 def truncate(suffix: str, size: int) -> Callable[[Path], object]:
