@@ -59,7 +59,8 @@ class Launcher:
             stdout=subprocess.PIPE,
             env=environment,
             cwd=ROOT,
-            text=True,
+            # Unbuffered: an event held back in a buffer would not wake the select.
+            bufsize=0,
         )
         self._runs: dict[int, Run] = {}
 
@@ -82,8 +83,7 @@ class Launcher:
             "environment": environment or {},
         }
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
         pids = None
         while pids is None:
             event = self._read_event(120)
@@ -115,7 +115,8 @@ class Launcher:
     def kill_all(self, run: Run) -> None:
         for pid in run.pids:
             if pid not in run.exit_codes:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Ends the zygote, which kills the runs that are left."""
@@ -124,7 +125,7 @@ class Launcher:
         self._process.wait(20)
 
     def _read_event(self, seconds: float) -> dict[str, Any]:
-        stdout: IO[str] | None = self._process.stdout
+        stdout: IO[bytes] | None = self._process.stdout
         assert stdout is not None
         ready, _, _ = select.select([stdout], [], [], seconds)
         if not ready:
