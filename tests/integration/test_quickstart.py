@@ -14,6 +14,7 @@ from tests.zygote import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("tokens", [[], ["--bpe"]], ids=["bytes", "subwords"])
 def test_the_quickstart_trains_exports_and_reports(tmp_path: Path, tokens: list[str]) -> None:
     command = [sys.executable, "tools/quickstart.py", "--steps", "20", "--text-bytes", "8000000"]
