@@ -36,8 +36,8 @@ def activate() -> bool:
 
     Raises:
         RuntimeError: torch does not find the GPU of a machine that has one; or the installed
-            Megatron-Core is not a release that the platform was run
-            against, or lacks a symbol that the platform replaces; the message names it.
+            Megatron-Core is not a release that the platform was run against, or lacks a symbol
+            that the platform replaces; the message names it.
     """
     global _active
     if _active:

@@ -58,7 +58,8 @@ def main() -> int:
     try:
         run()
     except ValueError as error:
-        if not _raised_by_this_package(error):
+        # Once steps were done the input was good: what goes wrong then needs its traceback.
+        if _steps_were_done() or not _raised_by_this_package(error):
             raise
         _print_error(error)
         return 2
@@ -127,6 +128,13 @@ class _StepEnd:
             switch_phase(step, self.schedule.config, args)
         if self.after_step is not None:
             self.after_step(step)
+
+
+def _steps_were_done() -> bool:
+    try:
+        return bool(getattr(get_args(), "curr_iteration", 0))
+    except AssertionError:  # Megatron has no arguments yet.
+        return False
 
 
 def _rendezvous_alone() -> None:
