@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from megatron_tst.model.embedding import bag_embedding as bag_embedding
     from megatron_tst.model.model import SuperpositionGPTModel as SuperpositionGPTModel
+    from megatron_tst.model.model import SuperpositionHybridModel as SuperpositionHybridModel
     from megatron_tst.schedule import SuperpositionSchedule as SuperpositionSchedule
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "bag_embedding": "megatron_tst.model.embedding",
     "multi_hot_cross_entropy": "megatron_tst.model.cross_entropy",
     "SuperpositionGPTModel": "megatron_tst.model.model",
+    "SuperpositionHybridModel": "megatron_tst.model.model",
     "SuperpositionGPTDataset": "megatron_tst.data.dataset",
 }
 __all__ = [*_MODULE_OF, "__version__"]

@@ -168,12 +168,6 @@ _CONFLICTS = (
         "--phase-transition-iterations",
         "it restarts and reshuffles the data, and the switch happens inside the run",
     ),
-    _Conflict(
-        "--overlap-moe-expert-parallel-comm",
-        "its schedule computes the loss outside the model",
-        at_any_bag_size=True,
-    ),
-    _Conflict("--hybrid-layer-pattern", "only GPTModel is supported", at_any_bag_size=True),
     _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
     _Conflict("--use-torch-fsdp2", _PLAIN_PARAMETERS),
     _Conflict(
@@ -200,6 +194,11 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
             context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
         raise ValueError(
             f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
+        )
+    if args.overlap_moe_expert_parallel_comm and args.hybrid_layer_pattern:
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
+            f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
         )
     if is_superposed and args.tst_reset_at_switch == "embeddings":
         _refuse_embedding_reset(args)

@@ -29,7 +29,9 @@ PATCHED_NAMESPACES = (
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
     "megatron.core.models.backends.LocalSpecProvider",
+    "megatron.core.models.hybrid.hybrid_block",
     "megatron.core.datasets.utils",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.torch_norm.WrappedTorchNorm",
 )
 

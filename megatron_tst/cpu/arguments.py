@@ -26,7 +26,6 @@ _WITHOUT_GPU = (
     ("transformer_impl", "--transformer-impl", "local"),
     ("distributed_backend", "--distributed-backend", "gloo"),
     ("cuda_graph_impl", "--cuda-graph-impl", "none"),
-    ("context_parallel_size", "--context-parallel-size", 1),
     ("fp8", "--fp8-format", None),
     ("fp4", "--fp4-format", None),
     ("moe_grouped_gemm", "--moe-grouped-gemm", False),
@@ -37,6 +36,9 @@ _WITHOUT_GPU = (
     ("nvtx_ranges", "--nvtx-ranges", False),
     ("record_memory_history", "--record-memory-history", False),
 )
+
+# Layers, and the marks between pipeline stages and before multi-token prediction.
+_HYBRID_LAYERS = "*-E|/"
 
 
 def set_cpu_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -71,6 +73,13 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     if args.profile and not args.use_pytorch_profiler:
         raise ValueError(
             "--profile starts a GPU profiler and no GPU is visible: add --use-pytorch-profiler."
+        )
+    foreign = set(args.hybrid_layer_pattern or "") - set(_HYBRID_LAYERS)
+    if foreign:
+        raise ValueError(
+            f"--hybrid-layer-pattern {args.hybrid_layer_pattern} has layers that need a GPU "
+            f"({' '.join(sorted(foreign))}) and none is visible: use attention (*), MLP (-) and "
+            "mixture of experts (E)."
         )
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         raise ValueError(

@@ -6,69 +6,18 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-QUERY_BLOCK = 128
-"""Queries that the backward pass handles at a time; their scores stay in the cache."""
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal attention with torch's fused forward and a blocked backward.
-
-    torch's fused backward on CPUs takes 5 to 17 times as long as its forward at the lengths of
-    small models; batched matrix products over a block of queries take 2 to 3 times.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attends; query, key, value and the result are [b, heads, l, head_dim]."""
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Recomputes the probabilities of a block of queries at a time.
-
-        Gradients of keys and values add up over the blocks in at least float32.
-        """
-        batch_and_heads = ctx.saved_tensors[0].shape[:2]
-        query, key, value, grad = (x.flatten(0, 1) for x in (*ctx.saved_tensors, grad_context))
-        grad_query = torch.empty_like(query)
-        sum_dtype = torch.promote_types(key.dtype, torch.float32)
-        grad_key = torch.zeros(key.shape, dtype=sum_dtype)
-        grad_value = torch.zeros(value.shape, dtype=sum_dtype)
-        for start in range(0, query.shape[1], QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, query.shape[1])
-            rows, seen = slice(start, stop), slice(0, stop)
-            probabilities = _causal_probabilities(query[:, rows], key[:, seen], ctx.scale, start)
-            grad_value[:, seen] += probabilities.transpose(1, 2) @ grad[:, rows]
-            grad_probabilities = grad[:, rows] @ value[:, seen].transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(
-                grad_probabilities, probabilities, -1, query.dtype
-            ).mul_(ctx.scale)
-            grad_query[:, rows] = grad_scores @ key[:, seen]
-            grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, rows]
-        grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
-        in_query, in_key, in_value = (g.unflatten(0, batch_and_heads) for g in grads)
-        return in_query, in_key, in_value, None
-
-
-def _causal_probabilities(query: Tensor, key: Tensor, scale: float, first_position: int) -> Tensor:
-    """Attention probabilities [n, q, k] of queries that start at ``first_position``."""
-    forbidden = torch.full((query.shape[1], key.shape[1]), -torch.inf, dtype=query.dtype)
-    forbidden.triu_(first_position + 1)
-    scores = torch.baddbmm(forbidden, query, key.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, dim=-1)
+from megatron_tst.cpu.causal_attention import CausalAttention
+from megatron_tst.cpu.context_parallel import attend_from_chunks, gather_keys_and_values
 
 
 class FusedCoreAttention(MegatronModule):
@@ -77,9 +26,12 @@ class FusedCoreAttention(MegatronModule):
     Upstream's unfused ``DotProductAttention`` materialises the [b, heads, l, l] scores in several
     dtypes, which dominates small models on a CPU.
 
+    Under context parallelism every rank gathers the keys and values of the whole sequence, whatever
+    ``--cp-comm-type`` says: its choices move the same numbers in different ways.
+
     Raises:
-        ValueError: a setting that it does not compute: context parallelism, softmax variants,
-            sliding windows.
+        ValueError: a setting that it does not compute: softmax variants, sliding windows, dropout
+            under context parallelism.
     """
 
     def __init__(
@@ -99,6 +51,10 @@ class FusedCoreAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            _require_no_dropout(self.dropout)
+            self.cp_group = _context_parallel_group(pg_collection)
 
     def forward(
         self,
@@ -113,31 +69,39 @@ class FusedCoreAttention(MegatronModule):
         """Attends within each sequence.
 
         Args:
-            query: [l, b, heads, head_dim], local to this tensor-parallel rank.
-            key: [l, b, groups, head_dim].
-            value: [l, b, groups, head_dim].
+            query: [l/cp, b, heads, head_dim], local to this tensor- and context-parallel rank.
+            key: [l/cp, b, groups, head_dim].
+            value: [l/cp, b, groups, head_dim].
             attention_mask: [b or 1, 1, l, l], True where attention is forbidden. It replaces the
-                causal mask, as in upstream's ``DotProductAttention``.
+                causal mask, as in upstream's ``DotProductAttention``. Not supported under context
+                parallelism.
             attn_mask_type: overrides the layer's mask type.
             attention_bias: not supported.
             packed_seq_params: not supported.
 
         Returns:
-            [l, b, heads * head_dim].
+            [l/cp, b, heads * head_dim].
+
+            Collectives: one all-gather within the context-parallel group; one reduce-scatter in
+            the backward pass.
 
         Raises:
             ValueError: an argument that is not supported, or causal attention of queries to a
                 different number of keys.
         """
-        for name, unsupported in (
-            ("attention_bias", attention_bias),
-            ("packed_seq_params", packed_seq_params),
-        ):
-            if unsupported is not None:
+        _require_absent(attention_bias=attention_bias, packed_seq_params=packed_seq_params)
+        mask_type = attn_mask_type or self.attn_mask_type
+        is_causal = attention_mask is None and mask_type == AttnMaskType.causal
+        if is_causal:
+            _require_one_sequence(query, key)
+        if self.cp_group is not None:
+            if not is_causal:
                 raise ValueError(
-                    f"{name} is given, which attention on the CPU platform does not compute: "
-                    "remove the option that asks for it, or run on a GPU."
+                    "attention_mask or a mask type other than causal is given, which attention on "
+                    "the CPU platform does not compute under --context-parallel-size: set it to 1."
                 )
+            key, value = gather_keys_and_values(key, value, self.cp_group)
+        # After the gather, so that no copy is sent.
         group_size = query.shape[2] // key.shape[2]
         if group_size > 1:
             key = key.repeat_interleave(group_size, dim=2)
@@ -145,14 +109,9 @@ class FusedCoreAttention(MegatronModule):
         # [l, b, heads, head_dim] -> [b, heads, l, head_dim]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        mask_type = attn_mask_type or self.attn_mask_type
-        is_causal = attention_mask is None and mask_type == AttnMaskType.causal
-        if is_causal and query.shape[2] != key.shape[2]:
-            raise ValueError(
-                f"Causal attention of {query.shape[2]} queries to {key.shape[2]} keys: the CPU "
-                "platform computes it within one sequence only, without a cache of keys."
-            )
-        if is_causal and dropout == 0.0:
+        if self.cp_group is not None:
+            context = attend_from_chunks(query, key, value, self.softmax_scale, self.cp_group)
+        elif is_causal and dropout == 0.0:
             context = CausalAttention.apply(query, key, value, self.softmax_scale)
         else:
             mask = None if attention_mask is None else ~attention_mask
@@ -171,9 +130,39 @@ class FusedCoreAttention(MegatronModule):
         return fork
 
 
+def _require_absent(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if argument is not None:
+            raise ValueError(
+                f"{name} is given, which attention on the CPU platform does not compute: "
+                "remove the option that asks for it, or run on a GPU."
+            )
+
+
+def _require_one_sequence(query: Tensor, key: Tensor) -> None:
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"Causal attention of {query.shape[0]} queries to {key.shape[0]} keys: the CPU "
+            "platform computes it within one sequence only, without a cache of keys."
+        )
+
+
+def _context_parallel_group(pg_collection: Any) -> dist.ProcessGroup:
+    if pg_collection is None:
+        return parallel_state.get_context_parallel_group()
+    return pg_collection.cp
+
+
+def _require_no_dropout(attention_dropout: float) -> None:
+    if attention_dropout > 0.0:
+        raise ValueError(
+            f"--attention-dropout is {attention_dropout}, which attention on the CPU platform does "
+            "not compute under --context-parallel-size: set it to 0, or run on a GPU."
+        )
+
+
 def _require_supported(config: TransformerConfig) -> None:
     refused = {
-        "--context-parallel-size": config.context_parallel_size > 1,
         "--window-size": config.window_size is not None,
         "--softmax-type": config.softmax_type != "vanilla",
         "--apply-query-key-layer-scaling": config.apply_query_key_layer_scaling,

@@ -104,4 +104,6 @@ def install() -> None:
     torch.Tensor.cuda = _stay  # type: ignore[method-assign]
     torch.nn.Module.cuda = _stay  # type: ignore[method-assign]
     torch.Tensor.pin_memory = _stay  # type: ignore[method-assign]
+    # Memory is freed in program order.
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
     torch.Tensor.type = _type_name(torch.Tensor.type)  # type: ignore[method-assign]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
+import torch
 
-def _replace(module_name: str, path: str, replacement: Callable[..., Any]) -> None:
+
+def _replace(module_name: str, path: str, replacement: object) -> None:
     """Sets ``module.path`` to ``replacement``, refusing a Megatron that has no such symbol."""
     *parents, name = path.split(".")
     try:
@@ -28,6 +29,12 @@ def _core_attention(self: object) -> type:
     return FusedCoreAttention
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    # The split sizes of an all-to-all: torch takes a sequence of numbers, and upstream makes one
+    # only of tensors that come from a GPU.
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _compile_dataset_helpers() -> None:
     # The wheel ships the compiled module and no Makefile, so there is nothing to build.
     importlib.import_module("megatron.core.datasets.helpers_cpp")
@@ -44,9 +51,22 @@ def install() -> None:
 
     from megatron_tst.cpu import norm
 
+    # Their state is that of apex.
+    _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
+    _replace("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True)
     _replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", optimizer.l2_norm)
     _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
+    dispatcher = "megatron.core.transformer.moe.token_dispatcher"
+    _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
     _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)
+
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from megatron_tst.cpu.hybrid_spec import HYBRID_STACK_SPEC
+
+    hybrid = "megatron.training.models.hybrid"
+    _replace(hybrid, "default_hybrid_stack_spec", HYBRID_STACK_SPEC)
+    _replace("megatron.core.models.hybrid.hybrid_block", "TENorm", WrappedTorchNorm)

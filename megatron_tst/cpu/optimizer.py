@@ -8,18 +8,73 @@ import torch
 from torch import Tensor
 
 
-class FusedAdam(torch.optim.Adam):
-    """Adam that updates all parameters in one call."""
+class FusedAdam(torch.optim.Optimizer):
+    """Adam that updates all parameters of a group in one call, with the state of GPU optimizers.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "fused": True})
+    Like Transformer Engine's and apex's, and unlike torch's, it counts the steps of a group and not
+    of each parameter: the distributed optimizer of Megatron cannot resume torch's.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decay of the first and the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: coefficient of the L2 penalty.
+        capturable: of no meaning on a CPU.
+    """
+
+    _update = staticmethod(torch._fused_adam_)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        capturable: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the parameters that have a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(parameter) for parameter in parameters]
+            if not parameters:
+                continue
+            beta1, beta2 = group["betas"]
+            self._update(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [torch.tensor(float(group["step"]))] * len(parameters),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """AdamW that updates all parameters in one call."""
+class FusedAdamW(FusedAdam):
+    """FusedAdam with decoupled weight decay."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "fused": True})
+    _update = staticmethod(torch._fused_adamw_)
 
 
 def l2_norm(

@@ -48,9 +48,13 @@ def get_batch(
             for key in BATCH_KEYS
         }
     if superposition is None:
-        batch = _plain_batch_on_this_tp_rank(batch, args)
-    else:
-        batch = _bags_on_this_tp_rank(batch, args, superposition)
+        return _on_this_cp_rank(_plain_batch_on_this_tp_rank(batch, args))
+    # Bags are s times as large: a context-parallel rank broadcasts its own positions only.
+    return _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, superposition)
+
+
+def _on_this_cp_rank(batch: Batch) -> Batch:
+    """Upstream's zig-zag slice of the latent positions, dimension 1 in both phases."""
     sliced = get_batch_on_this_cp_rank(
         batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
     )
@@ -88,7 +92,8 @@ def _bags_on_this_tp_rank(
     batch: Batch, args: Namespace, superposition: SuperpositionConfig
 ) -> Batch:
     """Broadcasts bags; receivers know the shapes from the configuration, so none is sent."""
-    positions = (args.micro_batch_size, args.seq_length)
+    local_length = args.seq_length // args.context_parallel_size
+    positions = (args.micro_batch_size, local_length)
     bags = (*positions, superposition.bag_size)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if mpu.is_pipeline_first_stage():
@@ -98,7 +103,7 @@ def _bags_on_this_tp_rank(
         expected["labels"] = (bags if superposition.superposes_output else positions, torch.int64)
         expected["loss_mask"] = (positions, torch.float32)
     if args.create_attention_mask_in_dataloader:
-        mask_shape = (args.micro_batch_size, 1, args.seq_length, args.seq_length)
+        mask_shape = (args.micro_batch_size, 1, local_length, args.seq_length)
         expected["attention_mask"] = (mask_shape, torch.bool)
     result: Batch = dict.fromkeys(BATCH_KEYS)
     for key, (shape, dtype) in expected.items():

@@ -1,4 +1,4 @@
-"""Megatron's GPT model with superposed inputs and targets.
+"""Megatron's language models with superposed inputs and targets.
 
 The model follows the shape of what it is given: three-dimensional tokens or labels are bags and
 take the paths below; two-dimensional ones take upstream's. No parameter is added, so a checkpoint
@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -44,22 +46,12 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
         )
 
 
-class SuperpositionGPTModel(GPTModel):
-    """GPTModel whose embedding reads bags of tokens and whose loss takes bags of targets.
-
-    Args:
-        superposition: settings of phase 1.
-        *args: passed to ``GPTModel``.
-        **kwargs: passed to ``GPTModel``.
-    """
+class SuperpositionModel(LanguageModule):
+    """What both models add to upstream's: an embedding of bags and a loss over bags of targets."""
 
     superposition: SuperpositionConfig
     offset_loss_meter: OffsetLossMeter | None = None
     _weights: Tensor | None = None
-
-    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _superpose(self, superposition)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes the loss of each latent position.
@@ -96,31 +88,66 @@ class SuperpositionGPTModel(GPTModel):
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights
 
+    def _superpose(self, superposition: SuperpositionConfig) -> None:
+        self.superposition = superposition
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = BagVocabParallelEmbedding
+
+
+class SuperpositionGPTModel(SuperpositionModel, GPTModel):
+    """GPTModel whose embedding reads bags of tokens and whose loss takes bags of targets.
+
+    Args:
+        superposition: settings of phase 1.
+        *args: passed to ``GPTModel``.
+        **kwargs: passed to ``GPTModel``.
+    """
+
+    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._superpose(superposition)
+
+
+class SuperpositionHybridModel(SuperpositionModel, HybridModel):
+    """HybridModel whose embedding reads bags of tokens and whose loss takes bags of targets.
+
+    Args:
+        superposition: settings of phase 1.
+        *args: passed to ``HybridModel``.
+        **kwargs: passed to ``HybridModel``.
+    """
+
+    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._superpose(superposition)
+
+
+_SUPERPOSED: dict[type, type[SuperpositionModel]] = {
+    GPTModel: SuperpositionGPTModel,
+    HybridModel: SuperpositionHybridModel,
+}
+
 
 def superpose_built_models(
     models: list[MegatronModule], superposition: SuperpositionConfig
 ) -> list[MegatronModule]:
     """Turns the pipeline chunks that upstream's builder made into superposition models, in place.
 
-    A pre-wrap hook for Megatron's model configuration: upstream's builder names ``GPTModel`` itself
-    and offers this hook to change the result before it is wrapped. Only classes change; parameters,
-    their initial values and the random state stay as built.
+    A pre-wrap hook for Megatron's model configurations: upstream's builders name their model class
+    themselves and offer this hook to change the result before it is wrapped. Only classes change;
+    parameters, their initial values and the random state stay as built.
 
     Raises:
-        ValueError: a model that is not a GPTModel.
+        ValueError: a model that is neither a GPTModel nor a HybridModel.
     """
     for model in models:
-        if type(model) is not GPTModel:
+        superposed = _SUPERPOSED.get(type(model))
+        if superposed is None:
             raise ValueError(
-                f"Token superposition supports GPTModel, not {type(model).__name__}: remove "
-                "the options that select it, or use --tst-bag-size 1."
+                f"Token superposition supports GPTModel and HybridModel, not "
+                f"{type(model).__name__}: remove the options that select it, or use "
+                "--tst-bag-size 1."
             )
-        model.__class__ = SuperpositionGPTModel
-        _superpose(cast(SuperpositionGPTModel, model), superposition)
+        model.__class__ = superposed
+        cast(SuperpositionModel, model)._superpose(superposition)
     return models
-
-
-def _superpose(model: SuperpositionGPTModel, superposition: SuperpositionConfig) -> None:
-    model.superposition = superposition
-    if model.pre_process:
-        model.embedding.word_embeddings.__class__ = BagVocabParallelEmbedding

@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, unwrap_model
 from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_tst.data.batch import get_batch
-from megatron_tst.model.model import SuperpositionGPTModel
+from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
@@ -45,9 +45,22 @@ class ForwardStep:
         self.offset_loss_meter = offset_loss_meter
 
     def __call__(
-        self, data_iterator: Iterator[dict[str, Tensor]], model: GPTModel
-    ) -> tuple[Tensor, LossFunction]:
-        """Returns the per-position losses [b, l] and the function that sums them up."""
+        self,
+        data_iterator: Iterator[dict[str, Tensor]],
+        model: LanguageModule,
+        return_schedule_plan: bool = False,
+    ) -> tuple[Any, LossFunction]:
+        """Runs the model, or plans to.
+
+        Args:
+            data_iterator: yields collated samples; None on ranks that have no data loader.
+            model: a model chunk of this rank.
+            return_schedule_plan: plan the passes instead, for Megatron's schedule that overlaps the
+                communication of the experts of one micro-batch with the computation of another.
+
+        Returns:
+            The per-position losses [b, l], or the plan, and the function that sums the losses up.
+        """
         args, timers = get_args(), get_timers()
         is_training = torch.is_grad_enabled()
         # After the first step the clock is started between steps: a late pipeline stage gets here
@@ -68,7 +81,8 @@ class ForwardStep:
 
         self._choose_meter(model, args, in_phase_1)
         with _straggler_detector:
-            losses = model(
+            run = model.build_schedule_plan if return_schedule_plan else model
+            losses = run(
                 batch["tokens"],
                 batch["position_ids"],
                 batch["attention_mask"],
@@ -77,10 +91,10 @@ class ForwardStep:
             )
         return losses, partial(masked_mean_loss, batch["loss_mask"])
 
-    def _choose_meter(self, model: GPTModel, args: Any, in_phase_1: bool) -> None:
+    def _choose_meter(self, model: LanguageModule, args: Any, in_phase_1: bool) -> None:
         """Lets the model measure the loss by offset on logged steps only: it costs a pass."""
         inner = unwrap_model(model)
-        if isinstance(inner, SuperpositionGPTModel):
+        if isinstance(inner, SuperpositionModel):
             is_logged = in_phase_1 and (args.curr_iteration + 1) % args.log_interval == 0
             inner.offset_loss_meter = self.offset_loss_meter if is_logged else None
 

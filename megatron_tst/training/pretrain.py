@@ -15,7 +15,11 @@ from pathlib import Path
 import torch
 from megatron.core.enums import ModelType
 from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_tst import cpu
@@ -78,7 +82,8 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     _rendezvous_alone()
     with _refusing_in_one_line():
         args, schedule = _parse()
-        model_config = gpt_config_from_args(args)
+        is_hybrid = args.hybrid_layer_pattern is not None
+        model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
         datasets_provider = DatasetsProvider(args, schedule)
     if schedule.config.enabled:
         model_config.pre_wrap_hooks.append(

@@ -28,7 +28,7 @@ import torch
 
 _PRELOAD = ["torch.distributed", "megatron.core.tensor_parallel"]
 _START_SECONDS = 120.0
-_pools: dict[int, WorkerPool] = {}
+_pools: dict[tuple[int, bool], WorkerPool] = {}
 
 
 class WorkerError(AssertionError):
@@ -36,20 +36,41 @@ class WorkerError(AssertionError):
 
 
 def run_distributed(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60.0,
+    cpu_platform: bool = False,
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank; the results by rank, as unpickled copies.
+
+    Args:
+        world_size: number of ranks.
+        function: of a module, found by its name.
+        *args: of the function.
+        timeout: seconds.
+        cpu_platform: call it where the CPU platform is on, in workers of their own.
 
     Raises:
         WorkerError: with the traceback of every rank that failed, or the ranks that hang.
     """
-    if world_size not in _pools:
-        _pools[world_size] = WorkerPool(world_size)
+    key = (world_size, cpu_platform)
+    if key not in _pools:
+        _pools[key] = WorkerPool(world_size)
+        if cpu_platform:
+            _pools[key].run(_activate_cpu_platform, (), _START_SECONDS)
     try:
-        return _pools[world_size].run(function, args, timeout)
+        return _pools[key].run(function, args, timeout)
     except BaseException:
-        _pools.pop(world_size).close()
+        _pools.pop(key).close()
         raise
+
+
+def _activate_cpu_platform() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from megatron_tst import cpu
+
+    assert cpu.activate()
 
 
 class WorkerPool:

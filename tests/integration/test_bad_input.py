@@ -95,15 +95,25 @@ WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
         ("transformer_impl", "transformer_engine", "use local"),
         ("distributed_backend", "nccl", "use gloo"),
         ("cuda_graph_impl", "local", "use none"),
-        ("context_parallel_size", 2, "use 1"),
         ("fp8_format", "e4m3", "remove it"),
         ("fp4_format", "e2m1", "remove it"),
     ]
 ]
 
+HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"hybrid_layer_pattern": "M*-G"},
+        r"--hybrid-layer-pattern M\*-G has layers that need a GPU \(G M\) .*: use attention",
+    ),
+    (
+        {"hybrid_layer_pattern": "*E", "overlap_moe_expert_parallel_comm": True},
+        r"--overlap-moe-expert-parallel-comm .* --hybrid-layer-pattern \*E: .* Remove one",
+    ),
+]
+
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU]
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 
@@ -128,19 +138,20 @@ CONFLICTS: dict[str, Any] = {
     "--rampup-batch-size": [2, 2, 8],
     "--step-batch-size-schedule": "0:2 1B:4",
     "--phase-transition-iterations": "4,8",
-    "--overlap-moe-expert-parallel-comm": True,
-    "--hybrid-layer-pattern": "*-*-",
     "--use-megatron-fsdp": True,
     "--use-torch-fsdp2": True,
     "--logits-load-dir": "logits",
 }
 
 
-def test_conflicting_arguments(check: Check, small_run: SmallRun) -> None:
+def test_conflicting_arguments(
+    check: Check, small_run: SmallRun, record_property: Callable[[str, object], None]
+) -> None:
     assert {conflict.flag for conflict in _CONFLICTS} == CONFLICTS.keys()
     superposed, plain, refused, taken = [], [], [], []
-    for conflict in _CONFLICTS:
-        value = CONFLICTS[conflict.flag]
+    conflicts = {conflict.flag: conflict for conflict in _CONFLICTS}
+    for flag, value in CONFLICTS.items():
+        conflict = conflicts[flag]
         setting = {conflict.flag.removeprefix("--"): value}
         superposed.append(small_run.with_(**SUPERPOSED, **setting))
         plain.append(small_run.with_(**setting))
@@ -157,8 +168,12 @@ def test_conflicting_arguments(check: Check, small_run: SmallRun) -> None:
         )
         on_cpu = f"{written} needs " if gpu_only else None
         taken.append(always if conflict.at_any_bag_size else on_cpu)
-    assert_messages(check(superposed), refused)
+    messages = check(superposed)
+    assert_messages(messages, refused)
     assert_messages(check(plain), taken)
+    record_property("kind", "refused")
+    for flag, message in zip(CONFLICTS, messages, strict=True):
+        record_property(flag, message)
 
 
 def _text(values: list[Any]) -> str:

@@ -14,7 +14,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_tst.cpu.attention import QUERY_BLOCK, CausalAttention, FusedCoreAttention
+from megatron_tst.cpu.attention import FusedCoreAttention
+from megatron_tst.cpu.causal_attention import QUERY_BLOCK, CausalAttention
 
 BATCH, HEADS = 2, 3
 LENGTHS = [1, 7, QUERY_BLOCK, QUERY_BLOCK + 1, 300]
@@ -108,6 +109,19 @@ def test_derivative_matches_finite_differences() -> None:
     assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("queries", [1, QUERY_BLOCK + 3])
+@pytest.mark.parametrize("first_position", [1, QUERY_BLOCK, 90])
+def test_queries_may_be_those_of_a_later_part(first_position: int, queries: int) -> None:
+    keys = first_position + queries
+    whole = draw((BATCH, HEADS, keys, 16), 3, torch.float64)
+    (grad,) = draw((BATCH, HEADS, queries, 16), 1, torch.float64)
+    inputs = [whole[0][:, :, first_position:], *whole[1:]]
+    mask = causal_mask(keys)[first_position:]
+    actual = with_gradients(fused, inputs, grad)
+    expected = with_gradients(lambda q, k, v: oracle(q, k, v, mask), inputs, grad)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_inputs_may_be_views_and_stay_as_they_were() -> None:
     length, head_dim = QUERY_BLOCK + 5, 16
     (packed,) = draw((length, BATCH, HEADS, 3 * head_dim), 1, torch.float32)
@@ -186,8 +200,8 @@ def test_softmax_scale_can_be_chosen() -> None:
     ("flag", "settings"),
     [
         (
-            "--context-parallel-size",
-            {"context_parallel_size": 2, "pipeline_dtype": torch.float32},
+            "--attention-dropout is 0.1",
+            {"context_parallel_size": 2, "attention_dropout": 0.1},
         ),
         ("--window-size", {"window_size": (8, 0)}),
         ("--softmax-type", {"softmax_type": "off-by-one"}),

@@ -87,7 +87,7 @@ def reduce_over_groups() -> None:
     unreducible = torch.zeros(1, dtype=torch.int16)
     with pytest.raises(RuntimeError):
         dist.all_reduce(unreducible, group=alone)
-    upstream = dist.all_reduce
+    upstream = dist.all_reduce, dist.all_gather
     collectives.install()
     try:
         assert dist.all_reduce(unreducible, group=alone) is None
@@ -105,7 +105,7 @@ def reduce_over_groups() -> None:
             handle.wait()
             assert tensor.item() == expected
     finally:
-        dist.all_reduce = upstream
+        dist.all_reduce, dist.all_gather = upstream
 
 
 def test_only_groups_of_one_skip_the_reduction() -> None:
@@ -116,7 +116,7 @@ def test_only_groups_of_one_skip_the_reduction() -> None:
     ("fused", "stock"), [(FusedAdamW, torch.optim.AdamW), (FusedAdam, torch.optim.Adam)]
 )
 def test_fused_optimizers_take_the_steps_of_stock_ones(
-    fused: type[torch.optim.Adam], stock: type[torch.optim.Adam]
+    fused: type[FusedAdam], stock: type[torch.optim.Adam]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in ((5, 3), (7,))]
@@ -131,6 +131,19 @@ def test_fused_optimizers_take_the_steps_of_stock_ones(
             optimizer.step()
     # The fused kernel orders its operations differently: a few float32 roundings a step.
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # Where Megatron looks for it in the optimizers of Transformer Engine and apex.
+    assert [group["step"] for group in optimizers[0].param_groups] == [20]
+    assert all(state.keys() == {"exp_avg", "exp_avg_sq"} for state in optimizers[0].state.values())
+
+
+def test_a_fused_optimizer_leaves_parameters_without_gradient_alone() -> None:
+    with_gradient, without = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizer = FusedAdamW([{"params": [with_gradient]}, {"params": [without]}], weight_decay=0.1)
+    with_gradient.grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(with_gradient, torch.ones(2))
+    assert torch.equal(without, torch.ones(2))
+    assert without not in optimizer.state
 
 
 def megatron_like_parser() -> argparse.ArgumentParser:
@@ -148,7 +161,6 @@ WORKS = {
     "transformer_impl": "local",
     "distributed_backend": "gloo",
     "cuda_graph_impl": "none",
-    "context_parallel_size": 1,
     "fp8": None,
     "fp4": None,
     "moe_grouped_gemm": False,
@@ -160,6 +172,7 @@ WORKS = {
     "record_memory_history": False,
     "profile": False,
     "use_pytorch_profiler": False,
+    "hybrid_layer_pattern": None,
     "reset_attention_mask": False,
     "create_attention_mask_in_dataloader": False,
 }
@@ -180,6 +193,7 @@ def test_arguments_that_work_without_a_gpu_are_accepted() -> None:
         ("fp8", "hybrid", "--fp8-format hybrid .*: remove it"),
         ("log_straggler", True, "--log-straggler needs .*: remove it"),
         ("profile", True, "--profile .*: add --use-pytorch-profiler"),
+        ("hybrid_layer_pattern", "*EM-|G", r"--hybrid-layer-pattern \*EM-\|G .* GPU \(G M\)"),
         ("reset_attention_mask", True, "--reset-attention-mask .*: remove it"),
     ],
 )

@@ -1,0 +1,104 @@
+"""Batches of bags on every rank that needs them: the right part, sent once."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import run_distributed
+
+BATCH, LENGTH, BAG_SIZE = 2, 8, 3
+INT64, FLOAT32 = 8, 4
+
+
+def draw_sample(variant: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("tokens", "labels"), (BATCH, LENGTH))
+    for name, superposed in (("tokens", "output-only"), ("labels", "input-only")):
+        if variant != superposed:
+            shapes[name] = (BATCH, LENGTH, BAG_SIZE)
+    drawn = {n: torch.randint(99, shape, generator=generator) for n, shape in shapes.items()}
+    positions = torch.arange(LENGTH).expand(BATCH, -1).contiguous()
+    mask = torch.randint(2, (BATCH, LENGTH), generator=generator).float()
+    return {**drawn, "position_ids": positions, "loss_mask": mask}
+
+
+def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
+    """The batch of this rank and the bytes of the broadcasts that it took part in."""
+    from megatron.core import parallel_state
+
+    from megatron_tst.config import SuperpositionConfig
+    from megatron_tst.data.batch import get_batch
+
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
+    args = Namespace(
+        micro_batch_size=BATCH,
+        seq_length=LENGTH,
+        context_parallel_size=sizes.get("context_parallel_size", 1),
+        create_attention_mask_in_dataloader=False,
+    )
+    superposition = SuperpositionConfig(bag_size=BAG_SIZE, steps=1, variant=variant)  # type: ignore[arg-type]
+    has_loader = parallel_state.get_tensor_model_parallel_rank() == 0
+    sent: list[int] = []
+    broadcast = torch.distributed.broadcast
+
+    def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return broadcast(tensor, *args, **kwargs)
+
+    try:
+        with mock.patch.object(torch.distributed, "broadcast", record):
+            samples = iter([draw_sample(variant)]) if has_loader else None
+            batch = get_batch(samples, args, superposition)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return batch, sent
+
+
+def zig_zag(tensor: Tensor, rank: int, cp: int) -> Tensor:
+    chunks = tensor.chunk(2 * cp, dim=1)
+    return torch.cat((chunks[rank], chunks[2 * cp - 1 - rank]), dim=1)
+
+
+@pytest.mark.parametrize("variant", ["full", "input-only", "output-only"])
+@pytest.mark.parametrize("cp", [1, 2])
+def test_context_parallel_ranks_broadcast_their_own_positions(variant: str, cp: int) -> None:
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": cp}
+    sample = draw_sample(variant)
+    # Ranks are numbered tensor-parallel first.
+    for rank, (batch, sent) in enumerate(
+        run_distributed(2 * cp, get_batch_on_ranks, variant, sizes, cpu_platform=True)
+    ):
+        expected = {name: zig_zag(whole, rank // 2, cp) for name, whole in sample.items()}
+        for name, wanted in expected.items():
+            assert torch.equal(batch[name], wanted), name
+        assert sorted(sent) == sorted(wanted.nbytes for wanted in expected.values())
+        assert batch["attention_mask"] is None
+
+
+def test_pipeline_stages_get_only_what_they_need() -> None:
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    sample = draw_sample("full")
+    positions = BATCH * LENGTH
+    needed = {
+        0: {"tokens": positions * BAG_SIZE * INT64, "position_ids": positions * INT64},
+        1: {"labels": positions * BAG_SIZE * INT64, "loss_mask": positions * FLOAT32},
+    }
+    for rank, (batch, sent) in enumerate(
+        run_distributed(4, get_batch_on_ranks, "full", sizes, cpu_platform=True)
+    ):
+        names = needed[rank // 2]
+        assert {name for name, part in batch.items() if part is not None} == names.keys()
+        assert all(torch.equal(batch[name], sample[name]) for name in names)
+        assert sorted(sent) == sorted(names.values())
+
+
+def test_without_tensor_parallelism_nothing_is_sent() -> None:
+    sizes = {"context_parallel_size": 2}
+    for _, sent in run_distributed(2, get_batch_on_ranks, "full", sizes, cpu_platform=True):
+        assert sent == []
