@@ -1,6 +1,6 @@
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast check format quickstart clean
+.PHONY: help setup test test-fast support-matrix check format quickstart clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -13,6 +13,11 @@ test: setup ## Run all tests; narrow them with ARGS="-k name"
 
 test-fast: setup ## Run the tests not marked slow
 	$(PY) -m pytest -m "not slow" $(ARGS)
+
+support-matrix: setup ## Run the tests of parallel layouts and write docs/support-matrix.md
+	$(PY) -m pytest tests/integration/test_layouts.py tests/integration/test_resharding.py \
+	  tests/integration/test_bad_input.py --junitxml=runs/support-matrix.xml
+	$(PY) -m tests.support_matrix runs/support-matrix.xml
 
 check: setup ## Lint, check the format and the types
 	$(PY) -m ruff check

@@ -124,9 +124,9 @@ class SmallRun:
         result: dict[str, Any] = json.loads(text)
         return result
 
-    def checkpoint(self, step: int) -> dict[str, torch.Tensor]:
+    def checkpoint(self, step: int, folder_name: str = "checkpoints") -> dict[str, torch.Tensor]:
         """All tensors of a checkpoint, model and optimizer, by key."""
-        folder = self.folder / "checkpoints" / f"iter_{step:07d}"
+        folder = self.folder / folder_name / f"iter_{step:07d}"
         reader = FileSystemReader(str(folder))
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

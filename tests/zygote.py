@@ -6,9 +6,13 @@ has its own processes, environment, process group and log, and can be killed lik
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
+import inspect
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -21,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+_manager: Any = None
 
 
 @dataclass
@@ -141,9 +147,13 @@ class Launcher:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Below the ports that the kernel hands out: another process could get one of those before the
+    # ranks of this run have come so far as to listen.
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def _serve() -> None:
@@ -151,11 +161,7 @@ def _serve() -> None:
     # Reports keep their own channel: the imports and the children write to standard output.
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    from megatron_tst import cpu
-
-    cpu.activate()
-    import torch.utils.tensorboard  # noqa: F401
-
+    _import_everything()
     children: set[int] = set()
     while True:
         ready, _, _ = select.select([0], [], [], 0.02)
@@ -176,6 +182,27 @@ def _serve() -> None:
                 _kill_session(pid)
                 event = {"exited": pid, "code": os.waitstatus_to_exitcode(status)}
                 print(json.dumps(event), file=events)
+
+
+def _import_everything() -> None:
+    """Imports what a run imports, and starts what each run would start and wait for."""
+    global _manager
+    from megatron_tst import cpu
+
+    cpu.activate()
+    import megatron.core.tokenizers.text
+    import megatron.training.arguments
+    import torch._dynamo
+    import torch.multiprocessing
+    import torch.utils.tensorboard
+
+    import megatron_tst.training.pretrain  # noqa: F401
+
+    # Megatron makes its parser from the sources of its settings, several times a run.
+    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    # Megatron's checkpoint writer starts one a rank, which imports torch.
+    _manager = torch.multiprocessing.get_context("spawn").Manager()
 
 
 def _kill_session(leader: int) -> None:
@@ -214,6 +241,7 @@ def _fork_rank(request: dict[str, Any], rank: int) -> int:
             MASTER_PORT=str(request["port"]),
             **request["environment"],
         )
+        _adopt_manager()
         code = _call(request["main"], request["argv"])
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
@@ -226,6 +254,14 @@ def _fork_rank(request: dict[str, Any], rank: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _adopt_manager() -> None:
+    """Gives this rank a queue of its own with the manager that is already there."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    assert filesystem_async._results_queue is None
+    filesystem_async._results_queue = _manager.Queue()
 
 
 def _call(main: str, argv: list[str]) -> int:

@@ -1,0 +1,139 @@
+"""The models and parallel layouts that are compared with one process, and the ones that are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 32,
+    "moe_router_topk": 2,
+    "moe_router_score_function": "softmax",
+    "moe_router_dtype": "fp32",
+    # Of a micro-batch, so that it does not depend on how many there are on a rank.
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+    "moe_token_dispatcher_type": "alltoall",
+    "qk_layernorm": True,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {"num_layers": 4},
+    "Qwen3-MoE": {"num_layers": 4, **_EXPERTS},
+    "Llama, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*-*-*-*-"},
+    "Llama, tied embeddings": {"num_layers": 4, "untie_embeddings_and_output_weights": None},
+    "Qwen3-MoE, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*E*E*E*E", **_EXPERTS},
+}
+_GPT = ("Llama", "Qwen3-MoE")
+_MOE = ("Qwen3-MoE", "Qwen3-MoE, hybrid")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to spread a model over processes.
+
+    Attributes:
+        processes: how many.
+        arguments: Megatron arguments.
+        models: the models that are tested with it.
+        dtypes: of the model.
+    """
+
+    processes: int
+    arguments: dict[str, Any]
+    models: tuple[str, ...] = _GPT
+    dtypes: tuple[str, ...] = ("fp32",)
+
+
+_TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
+_SP: dict[str, Any] = {**_TP, "sequence_parallel": True}
+_PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+_CP: dict[str, Any] = {"context_parallel_size": 2}
+_EP: dict[str, Any] = {"expert_model_parallel_size": 2}
+SHARDED_OPTIMIZER: dict[str, Any] = {
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": True,
+}
+_OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+# Megatron has this schedule for 16-bit models only.
+_OVERLAPPED_EXPERTS: dict[str, Any] = {"overlap_moe_expert_parallel_comm": True}
+_INTERLEAVED: dict[str, Any] = {**_PP, "num_layers_per_virtual_pipeline_stage": 1}
+
+_ALL = ("Llama", "Llama, hybrid", "Qwen3-MoE", "Qwen3-MoE, hybrid")
+_ALL_AND_TIED = tuple(MODELS)
+
+LAYOUTS: dict[str, Layout] = {
+    "one process": Layout(1, {}, ()),
+    "DP 2": Layout(2, {}),
+    "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, _ALL),
+    "TP 2": Layout(2, _TP, ("Llama",)),
+    "TP 2 + SP": Layout(2, _SP, _ALL_AND_TIED),
+    "PP 2": Layout(2, _PP, _ALL_AND_TIED),
+    "PP 2, interleaved": Layout(2, _INTERLEAVED, _ALL_AND_TIED),
+    "CP 2": Layout(2, _CP, _ALL),
+    "EP 2, allgather": Layout(2, {**_EP, "moe_token_dispatcher_type": "allgather"}, _MOE),
+    "EP 2, alltoall": Layout(2, _EP, _MOE),
+    "EP 2, overlapped": Layout(2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)),
+    "TP 2 + SP, EP 2, ETP 1": Layout(
+        2, {**_SP, **_EP, "expert_tensor_parallel_size": 1}, ("Qwen3-MoE",)
+    ),
+    "DP 4, distributed optimizer": Layout(4, {**SHARDED_OPTIMIZER, **_OVERLAP}),
+    "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
+    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
+    "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
+    "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}),
+    "PP 2, CP 2": Layout(4, {**_PP, **_CP}),
+    "PP 2, interleaved, DP 2, distributed optimizer": Layout(
+        4, {**_INTERLEAVED, **SHARDED_OPTIMIZER, **_OVERLAP}
+    ),
+    "CP 4": Layout(4, {"context_parallel_size": 4}),
+    "CP 2, DP 2, distributed optimizer": Layout(4, {**_CP, **SHARDED_OPTIMIZER}),
+    "EP 4": Layout(4, {"expert_model_parallel_size": 4}, ("Qwen3-MoE",)),
+    "EP 2, DP 2, distributed optimizer": Layout(4, {**_EP, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)),
+    "EP 4, distributed optimizer": Layout(
+        4, {"expert_model_parallel_size": 4, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)
+    ),
+    "TP 2 + SP, EP 2, distributed optimizer": Layout(
+        4, {**_SP, **_EP, "expert_tensor_parallel_size": 1, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)
+    ),
+    "TP 2 + SP, EP 2, ETP 2": Layout(4, {**_SP, **_EP, "expert_tensor_parallel_size": 2}, _MOE),
+    "PP 2, EP 2": Layout(4, {**_PP, **_EP}, ("Qwen3-MoE",)),
+    "PP 2, interleaved, EP 2, overlapped": Layout(
+        4, {**_INTERLEAVED, **_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)
+    ),
+    "CP 2, EP 2": Layout(4, {**_CP, **_EP}, ("Qwen3-MoE",)),
+}
+
+# What differs from the full variant in fp32 or bf16, for the layouts that it might concern.
+RECIPES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "input-only": {"tst_variant": "input-only"},
+    "output-only": {"tst_variant": "output-only"},
+    "per-token loss": {"calculate_per_token_loss": True, "eod_mask_loss": True},
+}
+
+UNTESTED = (
+    "Any GPU: NCCL, Transformer Engine's modules, FP8, CUDA graphs, and what they overlap.",
+    "Expert dispatch through DeepEP or HybridEP (`--moe-token-dispatcher-type flex`).",
+    "The transports of `--cp-comm-type`, which is one gather on the CPU platform.",
+    "Mamba, gated delta net and latent attention layers of hybrid models.",
+    "fp16 with loss scaling.",
+    "`--moe-router-load-balancing-type global_aux_loss` against one process: by its definition it "
+    "depends on the number of micro-batches of a rank.",
+    "More than 4 processes.",
+)
+
+
+def arguments_of(model: str, layout: str) -> dict[str, Any]:
+    """Megatron arguments of a model in a layout."""
+    arguments = {**MODELS[model], **LAYOUTS[layout].arguments}
+    pattern = arguments.get("hybrid_layer_pattern")
+    stages = arguments.get("pipeline_model_parallel_size", 1)
+    if pattern and stages > 1:
+        # A hybrid model is cut at the pipes of its pattern, also into virtual stages.
+        if arguments.pop("num_layers_per_virtual_pipeline_stage", None):
+            stages *= 2
+        layers = len(pattern) // stages
+        segments = [pattern[i : i + layers] for i in range(0, len(pattern), layers)]
+        arguments["hybrid_layer_pattern"] = "|".join(segments)
+    return arguments

@@ -1,0 +1,162 @@
+"""Every parallel layout trains the same model as one process, through the switch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.layouts import LAYOUTS, MODELS, RECIPES, arguments_of
+from tests.runs import SmallRun
+from tests.zygote import Launcher
+
+SWITCH, STEPS, BAG_SIZE = 4, 8, 4
+
+# Relative deviation from one process. Losses and gradient norms are those of single steps; first
+# moments and weights are compared tensor by tensor, by the norm of the difference, for weights
+# against the way that they have moved since the start. fp32: sums run in another order. bf16: so do
+# sums that are rounded to 8 bits at every layer, and collectives round partial sums; after a few
+# steps a weight has moved by one unit in the last place or not at all.
+TOLERANCES = {
+    "fp32": {"loss": 1e-6, "gradient norm": 1e-6, "gradients": 1e-5, "weights": 1e-4},
+    "bf16": {"loss": 2e-4, "gradient norm": 3e-2, "gradients": 2e-1, "weights": 5e-1},
+}
+PHASES = {"phase 1": range(2, SWITCH + 1), "phase 2": range(SWITCH + 1, STEPS + 1)}
+
+_FEW = ("TP 2 + SP", "PP 2, interleaved", "CP 2", "DP 2, distributed optimizer", "EP 2, alltoall")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a layout."""
+
+    model: str
+    layout: str
+    dtype: str = "fp32"
+    recipe: str = "full"
+
+    def __str__(self) -> str:
+        return " | ".join([self.model, self.layout, self.dtype, self.recipe])
+
+
+def _cases() -> Iterator[Case]:
+    for layout, settings in LAYOUTS.items():
+        for model in settings.models:
+            for dtype in settings.dtypes:
+                yield Case(model, layout, dtype)
+            if layout in _FEW and model in ("Llama", "Qwen3-MoE"):
+                yield Case(model, layout, dtype="bf16")
+            if layout in _FEW and model == "Llama":
+                yield from (Case(model, layout, recipe=r) for r in RECIPES if r != "full")
+
+
+CASES = list(_cases())
+
+
+@pytest.fixture(scope="module")
+def reference(
+    launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], SmallRun]:
+    """Makes, once for all layouts, the run of one process: a first step, and from there the rest.
+
+    Layouts start from the weights of the first step, since pipeline stages draw theirs from seeds
+    of their own.
+    """
+    runs: dict[tuple[str, str, str], SmallRun] = {}
+
+    def get(case: Case) -> SmallRun:
+        key = (case.model, case.dtype, case.recipe)
+        if key not in runs:
+            runs[key] = _run_on_one_process(
+                launcher, SmallRun(corpus, tmp_path_factory.mktemp("one")), case
+            )
+        return runs[key]
+
+    return get
+
+
+def _run_on_one_process(launcher: Launcher, small_run: SmallRun, case: Case) -> SmallRun:
+    run = small_run.with_(
+        **MODELS[case.model],
+        **RECIPES[case.recipe],
+        tst_bag_size=BAG_SIZE,
+        tst_steps=SWITCH,
+        train_iters=STEPS,
+        eval_interval=STEPS,
+        bf16=case.dtype == "bf16",
+        micro_batch_size=1,
+    )
+    launcher.run(run.with_(exit_interval=1, eval_iters=0).argv, run.log)
+    shutil.copytree(run.folder / "checkpoints", run.folder / "first step")
+    # With experts over several ranks Megatron's optimizer is another object in a checkpoint.
+    run = run.with_(no_load_optim=True)
+    launcher.run(run.argv, run.log)
+    return run
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_layout_trains_as_one_process(
+    launcher: Launcher,
+    reference: Callable[[Case], SmallRun],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    case: Case,
+) -> None:
+    one = reference(case)
+    run = one.with_(tmp_path / "layout", **arguments_of(case.model, case.layout))
+    shutil.copytree(one.folder / "first step", run.folder / "checkpoints")
+    launcher.run(run.argv, run.log, world_size=LAYOUTS[case.layout].processes)
+
+    deviations = {
+        (phase, name): value
+        for phase, steps in PHASES.items()
+        for name, value in _deviations(run, one, steps).items()
+    }
+    for name, value in {"kind": "deviation", **asdict(case)}.items():
+        record_property(name, value)
+    for (phase, name), value in deviations.items():
+        record_property(f"{phase}, {name}", f"{value:.1e}")
+    tolerances = TOLERANCES[case.dtype]
+    assert {key: v for key, v in deviations.items() if not v <= tolerances[key[1]]} == {}
+    _same_scalars(run, one, "lm loss validation", tolerances["loss"])
+    _same_scalars(run, one, "tst/data tokens", 0)
+    if "MoE" in case.model:
+        _same_scalars(run, one, "load_balancing_loss", tolerances["loss"])
+
+
+def _deviations(run: SmallRun, one: SmallRun, steps: range) -> dict[str, float]:
+    """Worst deviations over the steps of a phase, and of the checkpoint at its end."""
+    actual, expected = run.scalars(), one.scalars()
+
+    def worst(tag: str) -> float:
+        return max(abs(actual[tag][s] / expected[tag][s] - 1) for s in steps)
+
+    start = one.checkpoint(1, "first step")
+    saved, wanted = run.checkpoint(steps[-1]), one.checkpoint(steps[-1])
+    weights = [name for name in wanted if not name.startswith("optimizer")]
+    moments = [name for name in wanted if ".exp_avg." in name]
+    assert weights
+    assert len(moments) == len(weights)
+    assert sorted(name for name in saved if not name.startswith("optimizer")) == sorted(weights)
+    return {
+        "loss": worst("lm loss"),
+        "gradient norm": worst("grad-norm"),
+        "gradients": max(_distance(saved[n], wanted[n], wanted[n]) for n in moments),
+        "weights": max(_distance(saved[n], wanted[n], wanted[n] - start[n]) for n in weights),
+    }
+
+
+def _distance(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> float:
+    difference = torch.linalg.vector_norm((actual - expected).double())
+    return float(difference / torch.linalg.vector_norm(scale.double()))
+
+
+def _same_scalars(run: SmallRun, one: SmallRun, tag: str, tolerance: float) -> None:
+    actual, expected = run.scalars()[tag], one.scalars()[tag]
+    assert actual, tag
+    wanted = {step: expected[step] for step in actual}
+    assert actual == pytest.approx(wanted, rel=tolerance), tag
