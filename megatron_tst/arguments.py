@@ -195,6 +195,10 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
         )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise ValueError(
+            "--async-save without --use-persistent-ckpt-worker is turned off by Megatron: add it."
+        )
     if args.overlap_moe_expert_parallel_comm and args.hybrid_layer_pattern:
         raise ValueError(
             "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "

@@ -17,6 +17,8 @@ _DEFAULTS = {
     "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "create_attention_mask_in_dataloader": False,
+    # The other one starts processes that know nothing of the CPU platform.
+    "async_strategy": "mcore",
     # Reading a sample takes microseconds; loader processes would compete for the cores.
     "num_workers": 0,
 }
@@ -29,6 +31,7 @@ _WITHOUT_GPU = (
     ("fp8", "--fp8-format", None),
     ("fp4", "--fp4-format", None),
     ("moe_grouped_gemm", "--moe-grouped-gemm", False),
+    ("async_strategy", "--async-strategy", "mcore"),
     ("tp_comm_overlap", "--tp-comm-overlap", False),
     ("use_megatron_fsdp", "--use-megatron-fsdp", False),
     ("nccl_ub", "--use-nccl-ub", False),

@@ -70,3 +70,7 @@ def install() -> None:
     hybrid = "megatron.training.models.hybrid"
     _replace(hybrid, "default_hybrid_stack_spec", HYBRID_STACK_SPEC)
     _replace("megatron.core.models.hybrid.hybrid_block", "TENorm", WrappedTorchNorm)
+
+    from megatron_tst.cpu.async_save import start_writer
+
+    _replace("megatron.training.initialize", "init_persistent_async_worker", start_writer)

@@ -21,6 +21,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args, parse_args
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst import cpu
 from megatron_tst.arguments import (
@@ -39,8 +40,10 @@ from megatron_tst.training.datasets import (
     check_data_files,
     check_data_vocabulary,
 )
+from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.optimizer_state import load_without_gradients
 from megatron_tst.training.reporting import (
     ProgressReporter,
     count_parameters,
@@ -53,18 +56,24 @@ from megatron_tst.training.switch import switch_phase
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def main() -> int:
+def main(after_step: Callable[[TrainingStep], None] | None = None) -> int:
     """Runs the training that the command line describes.
 
+    Args:
+        after_step: called after each optimizer step, once the step is reported.
+
     Returns:
-        The exit code; 2 after one line on standard error when the input is bad.
+        The exit code: 2 after one line on standard error when the input is bad, 1 after a traceback
+        and such a line when something else goes wrong.
     """
     try:
-        run()
-    except ValueError as error:
+        run(after_step)
+    # torch's own exception is no Exception.
+    except (Exception, CheckpointException) as error:
         # Once steps were done the input was good: what goes wrong then needs its traceback.
-        if _steps_were_done() or not _raised_by_this_package(error):
-            raise
+        is_input = isinstance(error, ValueError) and _raised_by_this_package(error)
+        if not is_input or _steps_were_done():
+            return report_failure(error)
         _print_error(error)
         return 2
     return 0
@@ -93,6 +102,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     reporter = ProgressReporter(schedule, clock, meter)
     step_end = _StepEnd(schedule, clock, reporter, after_step)
     run_after_each_step(step_end, before_next_step=clock.start)
+    load_without_gradients()
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),
@@ -121,7 +131,8 @@ class _StepEnd:
         self.after_step = after_step
         self._is_first_step = True
 
-    def __call__(self, step: TrainingStep) -> None:
+    def __call__(self, step: TrainingStep) -> bool:
+        """Returns whether the step must be saved: the last one of phase 1."""
         self.clock.stop()
         args = get_args()
         args.tst_seconds = self.clock.seconds
@@ -129,10 +140,12 @@ class _StepEnd:
             self._is_first_step = False
             write_run_description(args, self.schedule, count_parameters(step.model))
         self.reporter.report(step.iteration, args)
-        if self.schedule.config.enabled and step.iteration == self.schedule.switch_step:
-            switch_phase(step, self.schedule.config, args)
+        is_switch = self.schedule.config.enabled and step.iteration == self.schedule.switch_step
+        if is_switch:
+            switch_phase(step, self.schedule.config)
         if self.after_step is not None:
             self.after_step(step)
+        return is_switch
 
 
 def _steps_were_done() -> bool:
@@ -190,6 +203,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.usage = "%(prog)s [arguments of Megatron and --tst-*, listed by --help]"
     parser.formatter_class = _HelpFormatter
     parser = add_superposition_arguments(parser)
+    # By itself Megatron repeats a step with a NaN, saves, and exits without an error; and it checks
+    # no NaN in the first step after a start, whose weights a later checkpoint would then hold.
+    parser.set_defaults(rerun_mode="disabled")
     return set_cpu_defaults(parser) if cpu.is_active() else parser
 
 
@@ -228,7 +244,7 @@ def _refusing_in_one_line() -> Iterator[None]:
         ) from error
 
 
-def _print_error(error: ValueError) -> None:
+def _print_error(error: BaseException) -> None:
     # Before the process group exists every rank meets the same error, and one line is enough;
     # afterwards it may be the error of one rank.
     if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":

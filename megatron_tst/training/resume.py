@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes
@@ -26,7 +28,12 @@ _FLAGS = {
     "split": "--split",
     "eod_mask_loss": "--eod-mask-loss",
     "corpus_bytes": "--data-path with a corpus of this many bytes:",
+    "corpus_fingerprint": "--data-path with a corpus of other content, of fingerprint",
 }
+
+# What is read of each file of a corpus to tell it from others: 256 KiB, however large it is.
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 4096
 
 
 def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
@@ -55,20 +62,53 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> None:
             )
         return
     saved_args = _saved_arguments(folder)
+    _refuse_other_optimizer(args, saved_args)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
     current = _settings(args, schedule)
     args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
     if saved["bag_size"] == current["bag_size"] == 1:
         return
     for name in current:
-        if saved.get(name) != current[name]:
+        # A checkpoint of an earlier version does not hold every setting.
+        if saved.get(name, current[name]) != current[name]:
             flag = _FLAGS.get(name, f"--tst-{name.replace('_', '-')}")
             raise ValueError(
-                f"--load {args.load} was trained with {flag} {saved.get(name)}, and this command "
+                f"--load {args.load} was trained with {flag} {saved[name]}, and this command "
                 f"has {current[name]}: resume with the settings that it started with "
                 f"(--tst-bag-size {saved['bag_size']}, switch at step "
                 f"{saved.get('switch_step', 0)}), or start a new run from its weights with "
                 "--finetune."
+            )
+
+
+def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
+    """Refuses a layout that Megatron cannot load the saved state of the optimizer at."""
+    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    is_distributed = getattr(saved, "use_distributed_optimizer", False)
+    reasons = {}
+    if bool(is_distributed) != bool(args.use_distributed_optimizer):
+        reasons["use_distributed_optimizer"] = "its state has another form in a checkpoint"
+    experts = getattr(saved, "expert_model_parallel_size", 1), args.expert_model_parallel_size
+    if args.num_experts and 1 in experts:
+        reasons["expert_model_parallel_size"] = (
+            "Megatron has an optimizer of their own for experts on several ranks (sizes above 1 "
+            "may change)"
+        )
+    if is_distributed and not getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
+        reason = (
+            "it was saved without --dist-ckpt-optim-fully-reshardable, so that only the number of "
+            "data-parallel processes may change (save once with that flag in the old layout)"
+        )
+        reasons["tensor_model_parallel_size"] = reasons["pipeline_model_parallel_size"] = reason
+    for name, reason in reasons.items():
+        was, now = getattr(saved, name, 1), getattr(args, name)
+        if was != now:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--load {args.load} was saved with {flag} {was}, and this command has {now}: the "
+                f"state of the optimizer does not fit, {reason}. Keep the setting, or pass "
+                "--no-load-optim."
             )
 
 
@@ -82,19 +122,36 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
         "switch_sample": schedule.switch_sample,
         "sequence_length": schedule.sequence_length,
     }
-    # A corpus may move, so its size stands for it.
+    # A corpus may move, so its size and content stand for it.
+    files = _local_data_files(args)
     data = {
         "seed": args.seed,
         "split": args.split,
         "eod_mask_loss": args.eod_mask_loss,
-        "corpus_bytes": sum(os.path.getsize(path) for path in _local_data_files(args)),
+        "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
+        "corpus_fingerprint": _fingerprint(files),
     }
     return {**resolved, **phases, **data}
 
 
 def _local_data_files(args: Namespace) -> list[str]:
-    files = [f"{prefix}.bin" for prefix in data_path_prefixes(args)]
+    prefixes = data_path_prefixes(args)
+    files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
     return [file for file in files if os.path.isfile(file)]
+
+
+def _fingerprint(files: list[str]) -> str:
+    """Hash of the sizes of files and of blocks evenly spread over each of them."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(size.to_bytes(8, "little"))
+        last = max(size - _FINGERPRINT_BLOCK_BYTES, 0)
+        with open(path, "rb") as file:
+            for block in range(_FINGERPRINT_BLOCKS):
+                file.seek(last * block // (_FINGERPRINT_BLOCKS - 1))
+                digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _checkpoint_to_load(args: Namespace) -> Path | None:
@@ -143,16 +200,34 @@ def _saved_arguments(folder: Path) -> Any:
     """Megatron's arguments of the run that wrote a checkpoint."""
     try:
         # First, because torch logs a traceback when it finds no metadata on the way to the rest.
-        FileSystemReader(str(folder)).read_metadata()
+        metadata = FileSystemReader(str(folder)).read_metadata()
+        _check_shards(folder, metadata)
         return load_common_state_dict(str(folder)).get("args")
     # Damaged files raise all kinds, and torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
         raise _damaged(folder, error) from error
 
 
+def _check_shards(folder: Path, metadata: Metadata) -> None:
+    """Compares the size of each file of a checkpoint with what lies in it; reads none of them."""
+    expected: dict[str, int] = {}
+    for stored in (metadata.storage_data or {}).values():
+        end = stored.offset + stored.length
+        expected[stored.relative_path] = max(end, expected.get(stored.relative_path, 0))
+    for name, size in expected.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < size:
+            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise ValueError(f"{name} {problem}")
+
+
 def _damaged(folder: Path, error: BaseException) -> ValueError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
+    # Written last: a folder without it is half-written.
+    whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
+    others = sorted(path.name for path in whole - {folder})
     return ValueError(
         f"{folder} is damaged ({reason[-1]}): pass --ckpt-step with another checkpoint of its "
-        "folder."
+        f"folder ({', '.join(others) or 'there is none'})."
     )

@@ -7,13 +7,14 @@ place where the training loop is patched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from importlib.metadata import version
 from typing import Any
 
-from megatron.training import training
+from megatron.training import get_args, training
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,21 @@ class TrainingStep:
         iteration: number of steps done.
         model: model chunks of this rank, wrapped.
         optimizer: Megatron optimizer.
-        save_checkpoint: writes a checkpoint of this step.
     """
 
     iteration: int
     model: list[Any]
     optimizer: Any
-    save_checkpoint: Callable[[], None]
 
 
 def run_after_each_step(
-    callback: Callable[[TrainingStep], None], before_next_step: Callable[[], None]
+    callback: Callable[[TrainingStep], bool], before_next_step: Callable[[], None]
 ) -> None:
     """Calls functions around Megatron's own save after each step; the last call wins.
 
     Args:
-        callback: called when the step, its log line and its evaluation are done, before the save.
+        callback: called when the step, its log line and its evaluation are done, before the save;
+            returns whether this step must be saved, whatever the interval.
         before_next_step: called after the save.
 
     Raises:
@@ -63,31 +63,23 @@ def run_after_each_step(
         *args: Any,
         **kwargs: Any,
     ) -> bool:
-        step = (model, optimizer, opt_param_scheduler, iteration, *args)
-        save = partial(_save, *step, **kwargs)
-        callback(TrainingStep(iteration, model, optimizer, save))
-        is_to_exit = bool(upstream(*step, **kwargs))
+        must_save = callback(TrainingStep(iteration, model, optimizer))
+        with _due(iteration) if must_save else nullcontext():
+            is_to_exit = bool(
+                upstream(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
+            )
         before_next_step()
         return is_to_exit
 
     setattr(training, name, checkpoint_and_decide_exit)
 
 
-def _save(
-    model: list[Any],
-    optimizer: Any,
-    opt_param_scheduler: Any,
-    iteration: int,
-    floating_point_operations: float,
-    checkpointing_context: Any,
-    train_data_iterator: Any,
-) -> None:
-    training.save_checkpoint_and_time(
-        iteration,
-        model,
-        optimizer,
-        opt_param_scheduler,
-        floating_point_operations,
-        checkpointing_context,
-        train_data_iterator=train_data_iterator,
-    )
+@contextmanager
+def _due(iteration: int) -> Iterator[None]:
+    """Makes Megatron save this step as one of the interval, so that it does not do so again."""
+    args = get_args()
+    interval, args.save_interval = args.save_interval, iteration
+    try:
+        yield
+    finally:
+        args.save_interval = interval

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from megatron_tst.config import SuperpositionConfig
 from megatron_tst.training.step_hook import TrainingStep
 
 
-def switch_phase(step: TrainingStep, superposition: SuperpositionConfig, args: Namespace) -> None:
-    """Resets what the configuration says and writes a checkpoint; everything else carries over.
+def switch_phase(step: TrainingStep, superposition: SuperpositionConfig) -> None:
+    """Resets what the configuration says; everything else carries over.
 
     Args:
         step: the last step of phase 1, done.
         superposition: settings of the run.
-        args: Megatron's arguments.
     """
     print_rank_0(
         f"> switching to next-token prediction after {step.iteration} steps "
@@ -30,10 +28,6 @@ def switch_phase(step: TrainingStep, superposition: SuperpositionConfig, args: N
         reinitialize_embeddings(step.model, step.optimizer)
     elif superposition.reset_at_switch == "optimizer":
         reset_optimizer_state(step.optimizer)
-    # On a multiple of the interval Megatron saves by itself, right after this.
-    is_saved_by_megatron = args.save_interval and step.iteration % args.save_interval == 0
-    if args.save and not is_saved_by_megatron:
-        step.save_checkpoint()
 
 
 @torch.no_grad()

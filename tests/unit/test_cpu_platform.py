@@ -164,6 +164,7 @@ WORKS = {
     "fp8": None,
     "fp4": None,
     "moe_grouped_gemm": False,
+    "async_strategy": "mcore",
     "tp_comm_overlap": False,
     "use_megatron_fsdp": False,
     "nccl_ub": False,

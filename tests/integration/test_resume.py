@@ -1,0 +1,227 @@
+"""A checkpoint is continued by the right run only, on any number of processes, token by token."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus import write_corpus
+from tests.runs import SmallRun
+from tests.survival import (
+    BAG_SIZE,
+    BATCH,
+    MAIN,
+    SETTINGS,
+    SWITCH,
+    TOTAL,
+    error_lines,
+    kill,
+    last_checkpoint,
+    refusals,
+    wait_until_stopped,
+)
+from tests.zygote import Launcher
+
+LENGTH = 32
+# All the text that a run reads, once.
+TOKENS = BATCH * LENGTH * (SWITCH * BAG_SIZE + TOTAL - SWITCH)
+
+
+@pytest.fixture(scope="module")
+def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """Checkpoints at 3 and at the switch, by two processes with the distributed optimizer."""
+    run = SmallRun(corpus, tmp_path_factory.mktemp("trained"))
+    run = run.with_(**SETTINGS, use_distributed_optimizer=True)
+    launcher.run(run.with_(exit_interval=SWITCH).argv, run.log, 2)
+    return run
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# What happened to a file of the last checkpoint, and what is said about it.
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "truncated": ("__1_0.distcp", cut_in_half, r"__1_0\.distcp has \d+ bytes instead of \d+"),
+    "missing": ("__0_0.distcp", Path.unlink, r"__0_0\.distcp is missing"),
+    "index": (".metadata", lambda path: path.write_bytes(os.urandom(999)), ".*"),
+    "half an index": (".metadata", cut_in_half, ".*"),
+    "no index": (".metadata", Path.unlink, ".*metadata.*"),
+}
+
+
+def damage(trained: SmallRun, folder: Path, name: str) -> SmallRun:
+    file, harm, _ = DAMAGE[name]
+    shutil.copytree(trained.folder / "checkpoints", folder)
+    harm(folder / f"iter_{SWITCH:07d}" / file)
+    return trained.with_(load=folder)
+
+
+def test_damaged_checkpoints(launcher: Launcher, trained: SmallRun, tmp_path: Path) -> None:
+    runs = [damage(trained, tmp_path / name, name) for name in DAMAGE]
+    messages = refusals(launcher, [*runs, *(run.with_(ckpt_step=3) for run in runs)], tmp_path)
+    for name, message in zip(DAMAGE, messages, strict=False):
+        folder = re.escape(str(tmp_path / name / f"iter_{SWITCH:07d}"))
+        remedy = r"pass --ckpt-step with another checkpoint of its folder \(iter_0000003\)"
+        expected = rf"{folder} is damaged \({DAMAGE[name][2]}\): {remedy}"
+        assert message is not None
+        assert re.match(expected, message), message
+    assert messages[len(runs) :] == [None] * len(runs)
+
+
+def test_a_damaged_checkpoint_ends_a_launch_in_one_line(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    run = damage(trained, tmp_path / "truncated", "truncated")
+    started = launcher.start(run.argv, tmp_path / "log.txt", 2)
+    assert launcher.wait(started) == [2, 2]
+    assert "Traceback" not in started.text
+    assert "training ..." not in started.text.splitlines()
+    (line,) = error_lines(started)
+    assert "is damaged" in line
+
+
+def test_other_data_is_refused(launcher: Launcher, trained: SmallRun, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "small", [500])
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"seed": 12}, r"--seed 11, and this command has 12: resume with"),
+        ({"split": "80,20,0"}, r"--split 90,10,0, and this command has 80,20,0: resume with"),
+        ({"data_path": tmp_path / "small"}, r"this many bytes: \d+, and this command has 2000:"),
+        ({"eod_mask_loss": True}, r"--eod-mask-loss False, and this command has True:"),
+    ]
+    messages = refusals(launcher, [trained.with_(**settings) for settings, _ in cases], tmp_path)
+    for (_, expected), message in zip(cases, messages, strict=True):
+        assert message is not None
+        assert re.search(expected, message), message
+
+
+def test_other_text_is_refused_and_moved_text_is_not(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    for prefix in (moved, other):
+        for suffix in (".bin", ".idx"):
+            shutil.copyfile(f"{trained.corpus}{suffix}", f"{prefix}{suffix}")
+    text = other.with_suffix(".bin")
+    text.write_bytes(text.read_bytes()[::-1])
+    runs = [trained.with_(data_path=moved), trained.with_(data_path=other)]
+    accepted, refused = refusals(launcher, runs, tmp_path)
+    assert accepted is None
+    assert refused is not None
+    expected = r"was trained with --data-path .* of fingerprint (\w+), and this command has (\w+):"
+    found = re.search(expected, refused)
+    assert found
+    assert found[1] != found[2]
+
+
+def test_a_checkpoint_without_a_fingerprint_is_continued(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    """As versions wrote it that compared sizes only."""
+    folder = tmp_path / "old"
+    shutil.copytree(trained.folder / "checkpoints", folder)
+    renamed = 0
+    for path in (folder / f"iter_{SWITCH:07d}").glob("*.distcp"):
+        content = path.read_bytes()
+        renamed += content.count(b"corpus_fingerprint")
+        path.write_bytes(content.replace(b"corpus_fingerprint", b"corpus_fingerprin_"))
+    assert renamed == 1
+    assert refusals(launcher, [trained.with_(load=folder)], tmp_path) == [None]
+
+
+def test_layouts_that_the_optimizer_state_does_not_fit(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    bound = "it was saved without --dist-ckpt-optim-fully-reshardable"
+    cases: list[tuple[dict[str, Any], str | None]] = [
+        ({"tensor_model_parallel_size": 2}, f"--tensor-model-parallel-size 1, .* 2: .* {bound}"),
+        (
+            {"pipeline_model_parallel_size": 2},
+            f"--pipeline-model-parallel-size 1, .* 2: .* {bound}",
+        ),
+        ({"use_distributed_optimizer": None}, "--use-distributed-optimizer True, .* has False: "),
+        ({"tensor_model_parallel_size": 2, "no_load_optim": True}, None),
+        ({"use_distributed_optimizer": None, "no_load_optim": True}, None),
+    ]
+    messages = refusals(launcher, [trained.with_(**layout) for layout, _ in cases], tmp_path)
+    for (_, expected), message in zip(cases, messages, strict=True):
+        assert (message is None) == (expected is None), message
+        assert expected is None or re.search(expected, message or ""), message
+
+
+@pytest.fixture(scope="module")
+def reference(
+    launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SmallRun:
+    """One process in fp32 that reads its text to the last token, and was not interrupted."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_corpus(folder / "text", [1000, 7, TOKENS - 1007], vocabulary_size=256)
+    # No dropout, which differs by rank.
+    settings: dict[str, Any] = {**SETTINGS, "bf16": False, "hidden_dropout": 0, "save_interval": 2}
+    text: dict[str, Any] = {"data_path": folder / "text", "split": "100,0,0"}
+    run = SmallRun(corpus, folder).with_(**settings, **text)
+    launcher.run(run.argv, run.log)
+    return run
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"use_distributed_optimizer": True},
+        {"use_distributed_optimizer": True, "dist_ckpt_optim_fully_reshardable": True},
+    ],
+    ids=["plain", "distributed", "fully reshardable"],
+)
+def test_other_numbers_of_processes_read_each_token_once(
+    launcher: Launcher, reference: SmallRun, tmp_path: Path, optimizer: dict[str, Any]
+) -> None:
+    """1, 2 and 1 processes; killed a step after a checkpoint in phase 1, and again in phase 2."""
+    run = reference.with_(tmp_path, **optimizer)
+    reads: list[dict[str, int]] = []
+    done = 0
+    for world_size, stop, saved in ((1, 3, 2), (2, 7, 6), (1, None, TOTAL)):
+        folder = tmp_path / f"from step {done}"
+        environment = {"RECORD_READS": str(folder), "STOP_AFTER": str(stop)}
+        started = launcher.start(run.argv, run.log, world_size, main=MAIN, environment=environment)
+        if stop:
+            wait_until_stopped(started)
+            kill(launcher, started)
+        else:
+            assert launcher.wait(started) == [0], started.text[-4000:]
+        assert last_checkpoint(run) == saved
+        assert sorted(path.name for path in folder.iterdir()) == [
+            f"rank{rank}" for rank in range(world_size)
+        ]
+        new = [
+            json.loads(line) for path in folder.iterdir() for line in path.read_text().splitlines()
+        ]
+        # Every sample from the checkpoint on, none before it, and none ahead of the step.
+        steps_done = stop or TOTAL
+        assert sorted(read["index"] for read in new) == list(
+            range(done * BATCH, steps_done * BATCH)
+        )
+        # What was done after the last checkpoint is lost, and done again.
+        reads += [read for read in new if read["index"] < saved * BATCH]
+        done = saved
+
+    assert sorted(read["index"] for read in reads) == list(range(TOTAL * BATCH))
+    # The samples lie side by side in the stream: no token is left out and none comes twice.
+    position = 0
+    for read in sorted(reads, key=lambda read: read["begin"]):
+        assert read["begin"] == position
+        in_phase_1 = read["index"] < SWITCH * BATCH
+        assert read["tokens"] == LENGTH * (BAG_SIZE if in_phase_1 else 1)
+        position += read["tokens"]
+    assert position == TOKENS
+    expected, actual = reference.scalars(), run.scalars()
+    assert actual["tst/data tokens"][TOTAL] == TOKENS
+    # fp32: the gradients of two processes are summed in another order.
+    assert actual["lm loss"] == pytest.approx(expected["lm loss"], rel=1e-5)

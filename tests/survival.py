@@ -1,0 +1,189 @@
+"""What happens to long runs, done to small ones: stops, kills, full disks, damaged files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from tests.runs import SmallRun
+from tests.zygote import Launcher, Run
+
+MAIN = "tests.survival:main"
+BAG_SIZE = 4
+SWITCH = 4
+TOTAL = 8
+BATCH = 4
+# Checkpoints at 3, at the switch, at 6 and at the end; dropout, so that a random state lost at a
+# restart would show.
+SETTINGS: dict[str, Any] = {
+    "tst_bag_size": BAG_SIZE,
+    "tst_steps": SWITCH,
+    "train_iters": TOTAL,
+    "global_batch_size": BATCH,
+    "save_interval": 3,
+    "eval_iters": 0,
+    "hidden_dropout": 0.1,
+}
+
+
+def main() -> int:
+    """Trains as the entry point does, under the conditions in the environment.
+
+    STOP_AFTER: the step after whose log line each rank stops itself, until it gets SIGCONT.
+    LIMIT_FILES_AFTER: the step after which no file can grow beyond FILE_BYTES.
+    STARTED_SECONDS_AGO: how long the job has been running.
+    RECORD_READS: where each rank appends what it reads of the train split.
+    """
+    from megatron.training import set_startup_timestamps
+
+    from megatron_tst.training import pretrain
+
+    if ago := os.environ.get("STARTED_SECONDS_AGO"):
+        set_startup_timestamps(program_start=time.time() - float(ago))
+    if folder := os.environ.get("RECORD_READS"):
+        _record_reads(Path(folder))
+
+    def after_step(step: Any) -> None:
+        if os.environ.get("LIMIT_FILES_AFTER") == str(step.iteration):
+            size = int(os.environ["FILE_BYTES"])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        if os.environ.get("STOP_AFTER") == str(step.iteration):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return pretrain.main(after_step)
+
+
+def _record_reads(folder: Path) -> None:
+    from megatron_tst.data.dataset import SuperpositionGPTDataset
+
+    folder.mkdir(parents=True, exist_ok=True)
+    read = SuperpositionGPTDataset.__getitem__
+
+    @functools.wraps(read)
+    def recorded(self: Any, index: int | None) -> Any:
+        item = read(self, index)
+        if self.is_superposed and index is not None:
+            sample = self._sample(index)
+            begin, _ = self.layout.span(sample)
+            entry = {"index": int(index), "begin": begin, "tokens": item["tokens"].numel()}
+            with (folder / f"rank{os.environ['RANK']}").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return item
+
+    SuperpositionGPTDataset.__getitem__ = recorded  # type: ignore[method-assign]
+
+
+def wait_until(condition: Callable[[], bool], run: Run, seconds: float = 100) -> None:
+    """Waits for something that a run does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{run.log}:\n{run.text[-4000:]}")
+        time.sleep(0.002)
+
+
+def wait_until_stopped(run: Run) -> None:
+    """Waits for all ranks to stop themselves."""
+    wait_until(lambda: all(_is_stopped(pid, run) for pid in run.pids), run)
+
+
+def _is_stopped(pid: int, run: Run) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        raise AssertionError(f"rank {run.pids.index(pid)} ended\n{run.text[-4000:]}") from None
+
+
+def let_go(run: Run) -> None:
+    """Lets stopped ranks go on."""
+    for pid in run.pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def kill(launcher: Launcher, run: Run) -> None:
+    """Ends all ranks at once, as the loss of a node does."""
+    launcher.kill_all(run)
+    launcher.wait(run)
+
+
+def kill_while_saving(launcher: Launcher, run: Run, checkpoints: Path) -> int:
+    """Kills all ranks while a checkpoint is being written behind a whole one; returns its step.
+
+    The ranks are stopped to see whether the moment is right. A save that is not caught is let go.
+    """
+    halves: list[Path] = []
+    while not halves:
+        wait_until(lambda: bool(_half_written(checkpoints)), run)
+        for pid in run.pids:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until_stopped(run)
+        halves = _half_written(checkpoints)
+        if not halves:
+            let_go(run)
+    kill(launcher, run)
+    (half,) = halves
+    return int(half.name.removeprefix("iter_"))
+
+
+def _half_written(checkpoints: Path) -> list[Path]:
+    if not (checkpoints / "latest_checkpointed_iteration.txt").is_file():
+        return []
+    return [
+        folder
+        for folder in checkpoints.glob("iter_*")
+        if any(folder.glob("*.distcp")) and not (folder / ".metadata").exists()
+    ]
+
+
+def last_checkpoint(run: SmallRun) -> int:
+    """The step that the tracker names."""
+    return int((run.folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+
+
+def error_lines(run: Run) -> list[str]:
+    """What says why a run ended; another rank may have written half a line before it."""
+    return re.findall(r"error: (?:rank|/).*", run.text)
+
+
+def overwrite_weight(checkpoint: Path, name: str, value: float) -> None:
+    """Writes a value over all numbers of a bf16 tensor in the file of a checkpoint."""
+    stored = {
+        index.fqn: info
+        for index, info in FileSystemReader(str(checkpoint)).read_metadata().storage_data.items()
+    }[name]
+    path = checkpoint / stored.relative_path
+    content = path.read_bytes()
+    part = content[stored.offset : stored.offset + stored.length]
+    (checkpoint / "part").write_bytes(part)
+    tensor = torch.load(checkpoint / "part", weights_only=True)
+    (checkpoint / "part").unlink()
+    assert tensor.dtype is torch.bfloat16
+    old = tensor.view(torch.int16).numpy().tobytes()
+    new = torch.full_like(tensor, value).view(torch.int16).numpy().tobytes()
+    assert part.count(old) == 1
+    path.write_bytes(
+        content[: stored.offset] + part.replace(old, new) + content[stored.offset + stored.length :]
+    )
+
+
+def refusals(launcher: Launcher, runs: Sequence[SmallRun], folder: Path) -> list[str | None]:
+    """What the checks before training say about each run, all in one process."""
+    cases, results = folder / "cases.json", folder / "messages.json"
+    cases.write_text(json.dumps([run.argv for run in runs]))
+    launcher.run([str(cases), str(results)], folder / "log.txt", main="tests.refusals:main")
+    found: list[str | None] = json.loads(results.read_text())
+    return found
