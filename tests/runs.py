@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,3 +144,7 @@ def assert_bit_equal(
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different, different
+
+
+Check = Callable[[Sequence[SmallRun]], list[str | None]]
+"""What the checks before training say about each of some runs; None if nothing."""

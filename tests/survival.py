@@ -10,7 +10,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +178,3 @@ def overwrite_weight(checkpoint: Path, name: str, value: float) -> None:
     path.write_bytes(
         content[: stored.offset] + part.replace(old, new) + content[stored.offset + stored.length :]
     )
-
-
-def refusals(launcher: Launcher, runs: Sequence[SmallRun], folder: Path) -> list[str | None]:
-    """What the checks before training say about each run, all in one process."""
-    cases, results = folder / "cases.json", folder / "messages.json"
-    cases.write_text(json.dumps([run.argv for run in runs]))
-    launcher.run([str(cases), str(results)], folder / "log.txt", main="tests.refusals:main")
-    found: list[str | None] = json.loads(results.read_text())
-    return found

@@ -47,11 +47,21 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
 
 
 class SuperpositionModel(LanguageModule):
-    """What both models add to upstream's: an embedding of bags and a loss over bags of targets."""
+    """What both models add to upstream's: an embedding of bags and a loss over bags of targets.
+
+    Args:
+        *args: passed to the model of upstream.
+        superposition: settings of phase 1.
+        **kwargs: passed to the model of upstream.
+    """
 
     superposition: SuperpositionConfig
     offset_loss_meter: OffsetLossMeter | None = None
     _weights: Tensor | None = None
+
+    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._superpose(superposition)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes the loss of each latent position.
@@ -95,31 +105,11 @@ class SuperpositionModel(LanguageModule):
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):
-    """GPTModel whose embedding reads bags of tokens and whose loss takes bags of targets.
-
-    Args:
-        superposition: settings of phase 1.
-        *args: passed to ``GPTModel``.
-        **kwargs: passed to ``GPTModel``.
-    """
-
-    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._superpose(superposition)
+    """GPTModel whose embedding reads bags of tokens and whose loss takes bags of targets."""
 
 
 class SuperpositionHybridModel(SuperpositionModel, HybridModel):
-    """HybridModel whose embedding reads bags of tokens and whose loss takes bags of targets.
-
-    Args:
-        superposition: settings of phase 1.
-        *args: passed to ``HybridModel``.
-        **kwargs: passed to ``HybridModel``.
-    """
-
-    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._superpose(superposition)
+    """HybridModel whose embedding reads bags of tokens and whose loss takes bags of targets."""
 
 
 _SUPERPOSED: dict[type, type[SuperpositionModel]] = {

@@ -6,10 +6,10 @@ of them; in float32 they require gradients, and torch refuses: a run could not b
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_tst.training.upstream import unwrapped
 
 
 def load_without_gradients() -> None:
@@ -19,12 +19,4 @@ def load_without_gradients() -> None:
         RuntimeError: Megatron has no such function.
     """
     name = "load_parameter_state_from_dp_reshardable"
-    if not hasattr(DistributedOptimizer, name):
-        raise RuntimeError(
-            f"megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.{name} does not exist "
-            f"in megatron-core {version('megatron-core')}: install the version pinned in "
-            "pyproject.toml."
-        )
-    upstream = getattr(DistributedOptimizer, name)
-    upstream = getattr(upstream, "__wrapped__", upstream)
-    setattr(DistributedOptimizer, name, torch.no_grad()(upstream))
+    setattr(DistributedOptimizer, name, torch.no_grad()(unwrapped(DistributedOptimizer, name)))

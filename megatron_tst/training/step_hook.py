@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from importlib.metadata import version
 from typing import Any
 
 from megatron.training import get_args, training
+
+from megatron_tst.training.upstream import unwrapped
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,7 @@ def run_after_each_step(
         RuntimeError: Megatron has no such function.
     """
     name = "checkpoint_and_decide_exit"
-    if not hasattr(training, name):
-        raise RuntimeError(
-            f"megatron.training.training.{name} does not exist in megatron-core "
-            f"{version('megatron-core')}: install the version pinned in pyproject.toml."
-        )
-    upstream = getattr(training, name)
-    upstream = getattr(upstream, "__wrapped__", upstream)
+    upstream = unwrapped(training, name)
 
     @wraps(upstream)
     def checkpoint_and_decide_exit(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.runs import SmallRun, tokenize_standard_library
+from tests.runs import Check, SmallRun, tokenize_standard_library
 from tests.zygote import Launcher
 
 
@@ -26,3 +27,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_run(corpus: Path, tmp_path: Path) -> SmallRun:
     return SmallRun(corpus, tmp_path / "run")
+
+
+@pytest.fixture
+def check(launcher: Launcher, tmp_path: Path) -> Check:
+    """Gives what the checks before training say about each run, all in one process."""
+
+    def messages(runs: Sequence[SmallRun]) -> list[str | None]:
+        cases, results = tmp_path / "cases.json", tmp_path / "messages.json"
+        cases.write_text(json.dumps([run.argv for run in runs]))
+        launcher.run([str(cases), str(results)], tmp_path / "check.txt", main="tests.refusals:main")
+        found: list[str | None] = json.loads(results.read_text())
+        return found
+
+    return messages

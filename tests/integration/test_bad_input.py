@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -16,26 +15,10 @@ import pytest
 
 from megatron_tst.arguments import _CONFLICTS
 from tests.corpus import write_corpus
-from tests.runs import TOTAL_STEPS, SmallRun
+from tests.runs import TOTAL_STEPS, Check, SmallRun
 from tests.zygote import ROOT, Launcher
 
 SUPERPOSED: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": 5}
-
-Check = Callable[[Sequence[SmallRun]], list[str | None]]
-
-
-@pytest.fixture
-def check(launcher: Launcher, tmp_path: Path) -> Check:
-    """Gives what the checks before training say about each run, all in one process."""
-
-    def messages(runs: Sequence[SmallRun]) -> list[str | None]:
-        cases, results = tmp_path / "cases.json", tmp_path / "messages.json"
-        cases.write_text(json.dumps([run.argv for run in runs]))
-        launcher.run([str(cases), str(results)], tmp_path / "log.txt", main="tests.refusals:main")
-        found: list[str | None] = json.loads(results.read_text())
-        return found
-
-    return messages
 
 
 def assert_messages(found: list[str | None], expected: Sequence[str | None]) -> None:

@@ -11,6 +11,8 @@ from tests.integration.layouts import LAYOUTS, arguments_of
 from tests.runs import SmallRun, assert_bit_equal
 from tests.zygote import Launcher
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 # The layouts whose collectives could add up in another order each time.
 CASES = [

@@ -55,6 +55,7 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = list(_cases())
+_QUICK = (Case("Llama", "TP 2 + SP, PP 2"), Case("Qwen3-MoE", "CP 2, EP 2"))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,9 @@ def _run_on_one_process(launcher: Launcher, small_run: SmallRun, case: Case) -> 
     return run
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in _QUICK else pytest.mark.slow) for c in CASES], ids=str
+)
 def test_a_layout_trains_as_one_process(
     launcher: Launcher,
     reference: Callable[[Case], SmallRun],

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.layouts import LAYOUTS, arguments_of
-from tests.runs import SmallRun
-from tests.survival import refusals
+from tests.runs import Check, SmallRun
 from tests.zygote import Launcher
+
+pytestmark = pytest.mark.slow
 
 SWITCH, STEPS, BAG_SIZE = 4, 8, 4
 STOPS = {"phase 1": 2, "switch": SWITCH, "phase 2": 6}
@@ -111,11 +112,11 @@ def test_a_checkpoint_continues_at_another_layout(
 
 
 def test_experts_move_to_one_rank_without_optimizer_state_only(
-    launcher: Launcher, saved_run: Callable[[str, str], SmallRun], tmp_path: Path
+    check: Check, saved_run: Callable[[str, str], SmallRun]
 ) -> None:
     saved = saved_run("Qwen3-MoE", "PP 2, EP 2")
     run = saved.with_(expert_model_parallel_size=1, load=saved.folder / "checkpoints")
-    refused, taken = refusals(launcher, [run, run.with_(no_load_optim=True)], tmp_path)
+    refused, taken = check([run, run.with_(no_load_optim=True)])
     assert refused is not None
     assert "--expert-model-parallel-size 2, and this command has 1: " in refused
     assert taken is None

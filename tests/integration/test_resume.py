@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.corpus import write_corpus
-from tests.runs import SmallRun
+from tests.runs import Check, SmallRun
 from tests.survival import (
     BAG_SIZE,
     BATCH,
@@ -24,7 +24,6 @@ from tests.survival import (
     error_lines,
     kill,
     last_checkpoint,
-    refusals,
     wait_until_stopped,
 )
 from tests.zygote import Launcher
@@ -64,9 +63,9 @@ def damage(trained: SmallRun, folder: Path, name: str) -> SmallRun:
     return trained.with_(load=folder)
 
 
-def test_damaged_checkpoints(launcher: Launcher, trained: SmallRun, tmp_path: Path) -> None:
+def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) -> None:
     runs = [damage(trained, tmp_path / name, name) for name in DAMAGE]
-    messages = refusals(launcher, [*runs, *(run.with_(ckpt_step=3) for run in runs)], tmp_path)
+    messages = check([*runs, *(run.with_(ckpt_step=3) for run in runs)])
     for name, message in zip(DAMAGE, messages, strict=False):
         folder = re.escape(str(tmp_path / name / f"iter_{SWITCH:07d}"))
         remedy = r"pass --ckpt-step with another checkpoint of its folder \(iter_0000003\)"
@@ -88,7 +87,7 @@ def test_a_damaged_checkpoint_ends_a_launch_in_one_line(
     assert "is damaged" in line
 
 
-def test_other_data_is_refused(launcher: Launcher, trained: SmallRun, tmp_path: Path) -> None:
+def test_other_data_is_refused(check: Check, trained: SmallRun, tmp_path: Path) -> None:
     write_corpus(tmp_path / "small", [500])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"seed": 12}, r"--seed 11, and this command has 12: resume with"),
@@ -96,14 +95,14 @@ def test_other_data_is_refused(launcher: Launcher, trained: SmallRun, tmp_path: 
         ({"data_path": tmp_path / "small"}, r"this many bytes: \d+, and this command has 2000:"),
         ({"eod_mask_loss": True}, r"--eod-mask-loss False, and this command has True:"),
     ]
-    messages = refusals(launcher, [trained.with_(**settings) for settings, _ in cases], tmp_path)
+    messages = check([trained.with_(**settings) for settings, _ in cases])
     for (_, expected), message in zip(cases, messages, strict=True):
         assert message is not None
         assert re.search(expected, message), message
 
 
 def test_other_text_is_refused_and_moved_text_is_not(
-    launcher: Launcher, trained: SmallRun, tmp_path: Path
+    check: Check, trained: SmallRun, tmp_path: Path
 ) -> None:
     moved, other = tmp_path / "moved", tmp_path / "other"
     for prefix in (moved, other):
@@ -112,7 +111,7 @@ def test_other_text_is_refused_and_moved_text_is_not(
     text = other.with_suffix(".bin")
     text.write_bytes(text.read_bytes()[::-1])
     runs = [trained.with_(data_path=moved), trained.with_(data_path=other)]
-    accepted, refused = refusals(launcher, runs, tmp_path)
+    accepted, refused = check(runs)
     assert accepted is None
     assert refused is not None
     expected = r"was trained with --data-path .* of fingerprint (\w+), and this command has (\w+):"
@@ -122,7 +121,7 @@ def test_other_text_is_refused_and_moved_text_is_not(
 
 
 def test_a_checkpoint_without_a_fingerprint_is_continued(
-    launcher: Launcher, trained: SmallRun, tmp_path: Path
+    check: Check, trained: SmallRun, tmp_path: Path
 ) -> None:
     """As versions wrote it that compared sizes only."""
     folder = tmp_path / "old"
@@ -133,12 +132,10 @@ def test_a_checkpoint_without_a_fingerprint_is_continued(
         renamed += content.count(b"corpus_fingerprint")
         path.write_bytes(content.replace(b"corpus_fingerprint", b"corpus_fingerprin_"))
     assert renamed == 1
-    assert refusals(launcher, [trained.with_(load=folder)], tmp_path) == [None]
+    assert check([trained.with_(load=folder)]) == [None]
 
 
-def test_layouts_that_the_optimizer_state_does_not_fit(
-    launcher: Launcher, trained: SmallRun, tmp_path: Path
-) -> None:
+def test_layouts_that_the_optimizer_state_does_not_fit(check: Check, trained: SmallRun) -> None:
     bound = "it was saved without --dist-ckpt-optim-fully-reshardable"
     cases: list[tuple[dict[str, Any], str | None]] = [
         ({"tensor_model_parallel_size": 2}, f"--tensor-model-parallel-size 1, .* 2: .* {bound}"),
@@ -150,7 +147,7 @@ def test_layouts_that_the_optimizer_state_does_not_fit(
         ({"tensor_model_parallel_size": 2, "no_load_optim": True}, None),
         ({"use_distributed_optimizer": None, "no_load_optim": True}, None),
     ]
-    messages = refusals(launcher, [trained.with_(**layout) for layout, _ in cases], tmp_path)
+    messages = check([trained.with_(**layout) for layout, _ in cases])
     for (_, expected), message in zip(cases, messages, strict=True):
         assert (message is None) == (expected is None), message
         assert expected is None or re.search(expected, message or ""), message

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import SmallRun, assert_bit_equal
+from tests.runs import Check, SmallRun, assert_bit_equal
 from tests.survival import (
     MAIN,
     SETTINGS,
@@ -21,10 +21,11 @@ from tests.survival import (
     last_checkpoint,
     let_go,
     overwrite_weight,
-    refusals,
     wait_until_stopped,
 )
 from tests.zygote import Launcher
+
+pytestmark = pytest.mark.slow
 
 # Its state is saved by weight: by bucket, the file holds memory between the weights that was never
 # written, and no two checkpoints are equal.
@@ -137,10 +138,8 @@ def test_asynchronous_saves(launcher: Launcher, pair: SmallRun, tmp_path: Path) 
     assert_same_end(run, pair)
 
 
-def test_asynchronous_saves_need_their_worker(
-    launcher: Launcher, single: SmallRun, tmp_path: Path
-) -> None:
-    (message,) = refusals(launcher, [single.with_(async_save=True)], tmp_path)
+def test_asynchronous_saves_need_their_worker(check: Check, single: SmallRun) -> None:
+    (message,) = check([single.with_(async_save=True)])
     assert message is not None
     assert message.startswith("--async-save without --use-persistent-ckpt-worker ")
 
