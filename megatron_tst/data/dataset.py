@@ -1,7 +1,8 @@
 """The phase-aware GPT dataset: bags of tokens before the switch, plain samples from it on.
 
-The train split is one stream of tokens (``megatron_tst.data.stream``). The dataset alone knows
-where the switch lies: a sample's index decides whether it comes as bags or as a plain sample.
+The train split is one stream of tokens (``megatron_tst.data.stream``); of a blend, each corpus is.
+The dataset alone knows where the switch lies: a sample's index decides whether it comes as bags or
+as a plain sample.
 
 | variant     | tokens of a sample of phase 1 | labels of a sample of phase 1              |
 |-------------|-------------------------------|--------------------------------------------|
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
 from megatron_tst.data.files import check_indexed_dataset
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
@@ -94,18 +96,32 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
                 "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
                 f"that --tst-bag-size {bag_size} plans with. Leave it True."
             )
-        self._refuse_blend()
-
-    def _refuse_blend(self) -> None:
-        # One path without a weight: the builder hands it to the dataset without a BlendedDataset.
-        blend = self.blend or (self.blend_per_split or [None])[Split.train.value]
-        if blend is not None and (len(blend[0]) > 1 or blend[1] is not None):
+        paths, weights = self._train_blend
+        if len(paths) > 1 and weights is None:
             raise ValueError(
-                f"--data-path or --train-data-path {blend[0]} with weights {blend[1]}: "
-                f"--tst-bag-size {self.superposition.bag_size} reads one training corpus. Pass a "
-                "single path without a weight (merge the corpora beforehand), or use "
-                "--tst-bag-size 1."
+                f"--data-path or --train-data-path {' '.join(paths)}: --tst-bag-size {bag_size} "
+                "needs the weight of each of several corpora. Put it in front of its path."
             )
+        check_blend(paths, weights)
+
+    def switch_sample_of(self, path: str) -> int:
+        """Index of the first sample of phase 2 among those that the run takes from a corpus."""
+        if len(self._train_blend[0]) == 1:
+            return self.switch_sample
+        return self._switch_samples[path]
+
+    @cached_property
+    def _switch_samples(self) -> dict[str, int]:
+        paths, weights = self._train_blend
+        assert weights is not None
+        return dict(zip(paths, samples_by_corpus(weights, self.switch_sample), strict=True))
+
+    @property
+    def _train_blend(self) -> Blend:
+        blend: Blend | None = self.blend
+        if blend is None:
+            blend = (self.blend_per_split or [None])[Split.train.value]
+        return blend or ([], None)
 
 
 class SuperpositionGPTDataset(GPTDataset):
@@ -151,7 +167,7 @@ class SuperpositionGPTDataset(GPTDataset):
         superposition = self.config.superposition
         return SampleLayout(
             sequence_length=self.config.sequence_length,
-            switch_sample=self.config.switch_sample,
+            switch_sample=self.config.switch_sample_of(str(self.dataset_path)),
             tokens_per_position=superposition.bag_size if superposition.superposes_input else 1,
             look_ahead=superposition.bag_size,
         )
@@ -180,7 +196,7 @@ class SuperpositionGPTDataset(GPTDataset):
             for it attention_mask, [1, l, l] bool, true where attention is masked. A target in a
             bag that does not count is ``IGNORE_INDEX``.
         """
-        if not self.is_superposed or self._sample(idx) >= self.config.switch_sample:
+        if not self.is_superposed or self._sample(idx) >= self.layout.switch_sample:
             return super().__getitem__(idx)
         text, _, _ = self._query_document_sample_shuffle_indices(idx or 0)
         item = self._bags(torch.from_numpy(text))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,3 +135,52 @@ def check_vocabulary(
                 f"the vocabulary has {vocabulary_size}. Use the tokenizer that the corpus was made "
                 "with, or raise --padded-vocab-size."
             )
+
+
+def count_tokens(path_prefix: str) -> int:
+    """Tokens of a corpus whose files have passed ``check_indexed_dataset``."""
+    # Kept until the sum is done: the corpus unmaps its index when it goes.
+    corpus = IndexedDataset(path_prefix)
+    return int(corpus.sequence_lengths.sum(dtype=np.int64))
+
+
+def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:
+    """Checks that the corpora of a blend hold ids of one tokenizer.
+
+    Compares the token types of the .idx files, which follow the size of the vocabulary, and the
+    fingerprints that ``tools/preprocess_data.py`` leaves beside the corpora that it makes.
+
+    Args:
+        path_prefixes: paths without ``.bin`` or ``.idx``; the files have passed
+            ``check_indexed_dataset``.
+
+    Raises:
+        ValueError: naming two corpora that differ, in what, and the remedy.
+    """
+    local = [prefix for prefix in path_prefixes if not is_object_storage_path(prefix)]
+    for what, read in (("token type", _token_type), ("tokenizer", _tokenizer_fingerprint)):
+        found = [(value, prefix) for prefix in local if (value := read(prefix)) is not None]
+        for value, prefix in found[1:]:
+            first_value, first_prefix = found[0]
+            if value != first_value:
+                raise ValueError(
+                    f"--data-path {prefix} was made with the {what} {value}, and {first_prefix} "
+                    f"with {first_value}: run tools/preprocess_data.py with one tokenizer for all."
+                )
+
+
+def _token_type(path_prefix: str) -> str | None:
+    index_path = Path(get_idx_path(path_prefix))
+    with index_path.open("rb") as file:
+        code = file.read(_HEADER_BYTES)[len(_INDEX_HEADER) + struct.calcsize("<Q")]
+    return np.dtype(DType.dtype_from_code(code)).name
+
+
+def _tokenizer_fingerprint(path_prefix: str) -> str | None:
+    report = Path(f"{path_prefix}.json")
+    try:
+        content = json.loads(report.read_text())
+    except (OSError, ValueError):  # Another tool made the corpus.
+        return None
+    fingerprint = content.get("tokenizer_sha256") if isinstance(content, dict) else None
+    return str(fingerprint)[:16] if fingerprint else None

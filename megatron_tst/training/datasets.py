@@ -13,8 +13,14 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_tst.data.blend import Blend
 from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
-from megatron_tst.data.files import check_indexed_dataset, check_vocabulary
+from megatron_tst.data.files import (
+    check_indexed_dataset,
+    check_same_tokenizer,
+    check_vocabulary,
+    count_tokens,
+)
 from megatron_tst.data.validation import FixedValidationDataset
 from megatron_tst.schedule import SuperpositionSchedule
 
@@ -85,6 +91,7 @@ def check_data_files(args: Namespace) -> None:
         )
     for prefix in prefixes:
         check_indexed_dataset(prefix)
+    check_same_tokenizer(prefixes)
     tokenizer = args.tokenizer_model
     if tokenizer is not None and not _is_hub_name(tokenizer) and not Path(tokenizer).exists():
         raise ValueError(
@@ -110,6 +117,19 @@ def data_path_prefixes(args: Namespace) -> list[str]:
     return [prefix for paths in blends if paths is not None for prefix in paths[0]]
 
 
+def data_weights(args: Namespace) -> list[list[float] | None]:
+    """The weights of every blend that the command line names, None without weights."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return [b and b[1] for b in (blend, *(blend_per_split or []))]
+
+
+def _with_weights(blend: Blend | None) -> Blend | None:
+    """Weighs several corpora by their size, where the command line gives no weights."""
+    if blend is None or blend[1] is not None or len(blend[0]) == 1:
+        return blend
+    return blend[0], [float(count_tokens(prefix)) for prefix in blend[0]]
+
+
 def _is_hub_name(tokenizer: str) -> bool:
     """Whether it can name a tokenizer of the Hugging Face hub: NAME or OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", tokenizer) is not None
@@ -129,6 +149,9 @@ def dataset_config_from_args(
         ValueError: the data does not go together with superposition.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if schedule.config.enabled:
+        blend = _with_weights(blend)
+        blend_per_split = blend_per_split and [_with_weights(b) for b in blend_per_split]
     return SuperpositionGPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

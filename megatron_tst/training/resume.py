@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.schedule import SuperpositionSchedule
-from megatron_tst.training.datasets import data_path_prefixes
+from megatron_tst.training.datasets import data_path_prefixes, data_weights
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -26,6 +26,7 @@ _FLAGS = {
     "sequence_length": "--seq-length",
     "seed": "--seed",
     "split": "--split",
+    "data_weights": "--data-path with the weights",
     "eod_mask_loss": "--eod-mask-loss",
     "corpus_bytes": "--data-path with a corpus of this many bytes:",
     "corpus_fingerprint": "--data-path with a corpus of other content, of fingerprint",
@@ -127,6 +128,7 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
     data = {
         "seed": args.seed,
         "split": args.split,
+        "data_weights": data_weights(args),
         "eod_mask_loss": args.eod_mask_loss,
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
         "corpus_fingerprint": _fingerprint(files),

@@ -339,7 +339,7 @@ def test_later_refusals(
         *((small_run.with_(**{**SUPERPOSED, **settings}), line) for settings, line in LAUNCHES),
         (
             small_run.with_(**SUPERPOSED, data_path=blend),
-            r"with weights \[1.0, 2.0\]: .* a single path",
+            "--data-path names .* twice: .* sum of its weights",
         ),
         (short_run, TOO_SHORT),
     ]

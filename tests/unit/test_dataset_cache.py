@@ -114,8 +114,8 @@ def test_fast_cache_load_finds_a_built_cache(corpus: Corpus, tmp_path: Path) -> 
         ({"blend": None}, "--mock-data does not work"),
         ({"add_extra_token_to_sequence": False}, "add_extra_token_to_sequence is False"),
         ({"switch_sample": 0}, "switch_sample is 0"),
-        ({"blend": (["a", "b"], [0.5, 0.5])}, r"'a', 'b'\].*single path"),
-        ({"blend": (["a"], [1.0])}, "single path without a weight"),
+        ({"blend": (["a", "b"], None)}, "a b: --tst-bag-size 3 needs the weight of each"),
+        ({"blend": (["a", "a"], [0.5, 0.5])}, "names a twice"),
         (
             {
                 "blend": None,

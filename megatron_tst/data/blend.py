@@ -1,0 +1,61 @@
+"""How many samples of each phase a blend takes from each of its corpora."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from megatron.core.datasets import helpers
+from megatron.core.datasets.utils import normalize
+
+Blend = tuple[Sequence[str], Sequence[float] | None]
+"""Paths of corpora, without .bin or .idx, and their weights."""
+
+
+def check_blend(paths: Sequence[str], weights: Sequence[float] | None) -> None:
+    """Refuses what cannot be blended.
+
+    Raises:
+        ValueError: a corpus that comes twice, or a weight that is not a positive number.
+    """
+    for index, path in enumerate(paths):
+        if path in paths[:index]:
+            raise ValueError(
+                f"--data-path names {path} twice: each corpus is one stream. Name it once, with "
+                "the sum of its weights."
+            )
+        if weights is not None and not 0 < weights[index] < math.inf:
+            raise ValueError(
+                f"--data-path gives {path} the weight {weights[index]}: use a positive number, or "
+                "leave the corpus out."
+            )
+
+
+def samples_by_corpus(weights: Sequence[float], samples: int) -> list[int]:
+    """What the first ``samples`` of a blend take from each corpus.
+
+    Upstream's ``BlendedDataset`` gives each sample to the corpus that is furthest behind its
+    weight, so that the weights hold in every beginning of a run to within a sample or two. All
+    samples of a phase hold the same number of tokens: the weights hold in data tokens as well, in
+    each phase by itself.
+
+    Args:
+        weights: of the corpora, in the order of the blend.
+        samples: at least 0.
+
+    Returns:
+        One number a corpus.
+    """
+    corpus_of_sample = np.zeros(samples, dtype=np.int16)
+    helpers.build_blending_indices(
+        corpus_of_sample,
+        np.zeros(samples, dtype=np.int64),
+        # Twice, as upstream's builder and its dataset: the last bit decides ties.
+        normalize(normalize(list(weights))),
+        len(weights),
+        samples,
+        False,
+    )
+    counts: list[int] = np.bincount(corpus_of_sample, minlength=len(weights)).tolist()
+    return counts
