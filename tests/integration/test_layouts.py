@@ -128,7 +128,9 @@ def test_a_layout_trains_as_one_process(
     _same_scalars(run, one, "lm loss validation", tolerances["loss"])
     _same_scalars(run, one, "tst/data tokens", 0)
     if "MoE" in case.model:
-        _same_scalars(run, one, "load_balancing_loss", tolerances["loss"])
+        # It counts tokens by expert: bf16 rounding sends a few to another one.
+        of_counts = tolerances["loss"] if case.dtype == "fp32" else 5e-3
+        _same_scalars(run, one, "load_balancing_loss", of_counts)
 
 
 def _deviations(run: SmallRun, one: SmallRun, steps: range) -> dict[str, float]:
