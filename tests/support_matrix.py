@@ -102,8 +102,13 @@ def _layout_table(cases: list[Properties]) -> Iterator[str]:
             for model in MODELS
         }
         if any(tested.values()):
-            cells = [", ".join(found) or "untested" for found in tested.values()]
+            cells = [", ".join(tested[m]) or _without_tests(m, layout) for m in MODELS]
             yield _row(layout, str(settings.processes), *cells)
+
+
+def _without_tests(model: str, layout: str) -> str:
+    needs_experts = "expert_model_parallel_size" in LAYOUTS[layout].arguments
+    return "no experts" if needs_experts and "num_experts" not in MODELS[model] else "untested"
 
 
 def _what(case: Properties) -> str:
