@@ -44,13 +44,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
     add("--eod-token", help="end-of-document token (default: the tokenizer's eos_token)")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True)
     add("--workers", type=int, default=_available_cpus(), help="default: %(default)s, all CPUs")
-    add("--json-key", default="text", help="member of a JSON line that holds the text")
+    add("--json-key", default="text", help="JSON member or Parquet column that holds the text")
     add("--extensions", nargs="+", default=DEFAULT_EXTENSIONS, help="file extensions to read")
     add("--shuffle-seed", type=int, help="shuffle the order of the files")
     add("--max-documents", type=int, help="stop after this many documents")
     add("--max-bytes", type=int, help="stop before exceeding this much text")
     add("--max-bad-documents", type=int, default=0, help="malformed documents to leave out")
+    add("--max-empty-documents", type=int, help="empty documents to leave out (default: any)")
     add("--overwrite", action="store_true", help="replace existing outputs")
+    add("--start-anew", action="store_true", help="discard an interrupted run of this prefix")
     options = vars(parser.parse_args(arguments))
     options["inputs"] = tuple(options["inputs"])
     options["extensions"] = tuple(options["extensions"])
@@ -83,7 +85,8 @@ def run(config: PreprocessConfig) -> PreprocessResult:
         task = tasks[progress.stage]
         status = f"{progress.documents:,} documents"
         if progress.stage == "tokenize":
-            status += f", {progress.tokens / progress.seconds:,.0f} tokens/s"
+            tokens = progress.tokens - progress.tokens_before
+            status += f", {tokens / progress.seconds:,.0f} tokens/s"
         bar.update(task, completed=progress.bytes_read, total=progress.total_bytes, status=status)
 
     try:
@@ -94,7 +97,7 @@ def run(config: PreprocessConfig) -> PreprocessResult:
 
 
 def _terminate(signal_number: int, frame: object) -> NoReturn:
-    # As an exception, so that the temporary files are removed on the way out.
+    # As an exception, so that the worker processes are ended on the way out.
     raise SystemExit(128 + signal_number)
 
 
@@ -108,12 +111,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: the same command goes on with what was done", file=sys.stderr)
         return 128 + signal.SIGINT
     print(
         f"{config.output('.bin')}: {result.documents:,} documents, {result.tokens:,} tokens "
         f"({result.dtype}), vocabulary {result.vocab_size:,}, end of document {result.eod_id}"
     )
+    if result.empty_documents or result.bad_documents or result.skipped_files:
+        print(
+            f"{config.left_out_file}: left out {result.bad_documents:,} bad and "
+            f"{result.empty_documents:,} empty documents, {result.skipped_files:,} files of folders"
+        )
     return 0
 
 

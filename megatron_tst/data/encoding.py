@@ -10,44 +10,83 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 1 << 18
+from megatron_tst.data.documents import BadDocumentError, Outcome, decode
+from megatron_tst.data.readers import RawBatch, RawDocument
+from megatron_tst.data.tokenizer import CorpusTokenizer
+from megatron_tst.data.word_encoder import fast_encoder
+
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces cut at line ends: a token being made takes 200 bytes."""
 IN_FLIGHT_BATCHES_PER_WORKER = 4
 
-EncodedBatch = tuple[npt.NDArray[np.integer], list[int]]
-"""Ids of some documents, one after the other, and the number of ids of each."""
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Result of a batch.
+
+    Attributes:
+        ids: [tokens] of all its documents, one after the other.
+        outcomes: of each document, in order.
+    """
+
+    ids: npt.NDArray[np.integer]
+    outcomes: list[Outcome]
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What a worker needs to know.
+
+    Attributes:
+        definition: content of ``tokenizer.json``.
+        appended: ids to end each document with.
+        dtype: type of the ids in the corpus.
+        json_key: member of a JSON line that holds the text.
+    """
+
+    definition: str
+    appended: tuple[int, ...]
+    dtype: np.dtype[Any]
+    json_key: str = "text"
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: CorpusTokenizer,
+        dtype: np.dtype[Any],
+        append_eod: bool,
+        json_key: str = "text",
+    ) -> EncoderSettings:
+        """Settings for a corpus whose documents end with the tokenizer's end-of-document id."""
+        appended = (tokenizer.eod_id,) if append_eod else ()
+        return cls(tokenizer.definition, appended, dtype, json_key)
 
 
 def encode_in_order(
-    texts: Iterable[str],
-    definition: str,
-    appended: list[int],
-    dtype: np.dtype[Any],
-    workers: int,
-) -> Generator[EncodedBatch, None, None]:
-    """Encodes documents in parallel; the results do not depend on the number of workers.
+    batches: Iterable[RawBatch], settings: EncoderSettings, workers: int
+) -> Generator[tuple[RawBatch, EncodedBatch], None, None]:
+    """Decodes and encodes documents in parallel; the results do not depend on ``workers``.
 
-    Only a few batches of documents for each worker are in memory at a time.
+    Only a few batches for each worker are in memory at a time.
 
     Args:
-        texts: documents.
-        definition: content of ``tokenizer.json``.
-        appended: ids to end each document with.
-        dtype: integer type of the results; must hold every id.
+        batches: documents as read.
+        settings: how to encode them.
         workers: processes to spawn.
 
     Yields:
-        The documents in order, without those that have no tokens.
+        Each batch with its result, in order.
 
     Raises:
-        ValueError: the tokenizer cannot encode a document.
+        ValueError: the tokenizer cannot encode a document, or a file cannot be read; raised after
+            what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
@@ -55,16 +94,28 @@ def encode_in_order(
         workers,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(definition, appended, dtype),
+        initargs=(settings,),
     )
-    pending: deque[Future[EncodedBatch]] = deque()
+    pending: deque[tuple[RawBatch, Future[EncodedBatch]]] = deque()
+    unreadable: ValueError | None = None
+    reading = iter(batches)
     try:
-        for batch in _batches(texts):
-            pending.append(pool.submit(_encode_batch, batch))
+        while True:
+            # Reading is ahead of writing: an error there must not hide a limit that is met before.
+            try:
+                batch = next(reading, None)
+            except ValueError as error:
+                batch, unreadable = None, error
+            if batch is None:
+                break
+            pending.append((batch, pool.submit(_encode_batch, batch.documents)))
             if len(pending) == workers * IN_FLIGHT_BATCHES_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                batch, result = pending.popleft()
+                yield batch, result.result()
+        for batch, result in pending:
+            yield batch, result.result()
+        if unreadable is not None:
+            raise unreadable
     except BrokenProcessPool as error:
         raise ChildProcessError(
             f"a tokenizing process died, most likely for lack of memory: lower --workers {workers}."
@@ -73,47 +124,48 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 class Encoder:
-    """A worker's tokenizer: text is data, so it never yields control tokens of its own."""
+    """A tokenizer for documents: text is data, so it never yields control tokens of its own."""
 
-    def __init__(self, definition: str, appended: list[int], dtype: np.dtype[Any]) -> None:
-        self._tokenizer = Tokenizer.from_str(definition)
+    def __init__(self, settings: EncoderSettings) -> None:
+        self._tokenizer = Tokenizer.from_str(settings.definition)
         # Settings of inference that some files carry; here they would cut or lengthen documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A document that mentions the end-of-document token must not end there.
         self._tokenizer.encode_special_tokens = True
-        self._appended = np.array(appended, dtype=dtype)
-        self._dtype = dtype
+        self._fast = fast_encoder(self._tokenizer, settings.dtype)
+        self._appended = np.array(settings.appended, dtype=settings.dtype)
+        self.dtype = settings.dtype
 
     def encode(self, text: str) -> npt.NDArray[np.integer]:
-        """Ids of a document, empty if it has no tokens."""
-        ids = np.concatenate([self._encode_piece(piece) for piece in split_long(text)])
-        return np.append(ids, self._appended) if ids.size else ids
+        """Ids of a document, empty if it has no tokens.
+
+        Raises:
+            ValueError: the tokenizer cannot encode the text, or an id does not fit the dtype.
+        """
+        ids = [self._encode_piece(piece) for piece in split_long(text)]
+        if not any(piece.size for piece in ids):
+            return np.empty(0, self.dtype)
+        return np.concatenate([*ids, self._appended])
 
     def _encode_piece(self, text: str) -> npt.NDArray[np.integer]:
         try:
+            if self._fast is not None and (ids := self._fast.encode(text)) is not None:
+                return ids
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            return np.array(encoding.ids, dtype=self.dtype)
+        except OverflowError as error:
+            raise ValueError(
+                f"--tokenizer gives an id that {self.dtype} cannot hold ({error}): its ids must "
+                "lie below the size of its vocabulary."
+            ) from error
         # The library raises bare Exception, for example for a vocabulary without unknown token.
         except Exception as error:
             raise ValueError(
                 f"--tokenizer cannot encode the text that starts with {text[:40]!r} ({error}): "
                 "use a byte-level tokenizer or one with an unknown token."
             ) from error
-        return np.array(encoding.ids, dtype=self._dtype)
 
 
 def split_long(text: str) -> Iterator[str]:
@@ -128,15 +180,17 @@ def split_long(text: str) -> Iterator[str]:
 
 
 _encoder: Encoder
+_json_key: str
 
 
-def _start_worker(definition: str, appended: list[int], dtype: np.dtype[Any]) -> None:
-    global _encoder
+def _start_worker(settings: EncoderSettings) -> None:
+    global _encoder, _json_key
     # The processes are the parallelism, and the parent alone answers an interrupt.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _encoder = Encoder(definition, appended, dtype)
+    _encoder = Encoder(settings)
+    _json_key = settings.json_key
 
 
 def _exit_with_parent() -> None:
@@ -147,6 +201,16 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_batch(texts: list[str]) -> EncodedBatch:
-    encoded = [_encoder.encode(text) for text in texts]
-    return np.concatenate(encoded), [ids.size for ids in encoded if ids.size]
+def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
+    encoded: list[npt.NDArray[np.integer]] = []
+    outcomes: list[Outcome] = []
+    for document in documents:
+        try:
+            text, size = decode(document, _json_key)
+        except BadDocumentError as error:
+            outcomes.append(Outcome(0, 0, str(error)))
+            continue
+        ids = _encoder.encode(text)
+        encoded.append(ids)
+        outcomes.append(Outcome(size, ids.size))
+    return EncodedBatch(np.concatenate([np.empty(0, _encoder.dtype), *encoded]), outcomes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -12,9 +11,14 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
 
-from megatron_tst.data.encoding import encode_in_order
+import tokenizers
+
+from megatron_tst.data.documents import Selection, read_texts
+from megatron_tst.data.encoding import EncoderSettings, encode_in_order
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
-from megatron_tst.data.readers import DEFAULT_EXTENSIONS, DocumentReader, find_sources
+from megatron_tst.data.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
+from megatron_tst.data.preprocessing_config import PreprocessConfig
+from megatron_tst.data.readers import Source, find_sources, read_batches
 from megatron_tst.data.tokenizer import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -24,76 +28,10 @@ from megatron_tst.data.tokenizer import (
     train_byte_level_bpe,
 )
 
+__all__ = ["PreprocessConfig", "PreprocessProgress", "PreprocessResult", "preprocess"]
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """What to read, how to tokenize it and where to write it.
-
-    Attributes:
-        inputs: files, and folders that are searched recursively.
-        output_prefix: path of the outputs without extension.
-        tokenizer: ``tokenizer.json`` or a folder with one. Exactly one of ``tokenizer``,
-            ``train_bpe`` and ``byte_level`` is set.
-        train_bpe: train a byte-level BPE of this vocabulary size on the documents first.
-        byte_level: take the bytes as tokens (vocabulary 256).
-        eod_token: end-of-document token; by default the ``eos_token`` of ``tokenizer``.
-        append_eod: end each document with that token.
-        workers: tokenizing processes; the outputs do not depend on it.
-        json_key: member of a JSON line that holds the text.
-        extensions: file extensions to read, below any ``.gz`` or ``.zst``.
-        shuffle_seed: shuffles the order of the files reproducibly.
-        max_documents: stop after this many documents.
-        max_bytes: stop before exceeding this much text (UTF-8 bytes).
-        max_bad_documents: malformed documents to leave out before giving up.
-        overwrite: replace existing outputs.
-
-    Raises:
-        ValueError: naming the flag, its value and the remedy.
-    """
-
-    inputs: tuple[Path, ...]
-    output_prefix: Path
-    tokenizer: Path | None = None
-    train_bpe: int | None = None
-    byte_level: bool = False
-    eod_token: str | None = None
-    append_eod: bool = True
-    workers: int = 1
-    json_key: str = "text"
-    extensions: tuple[str, ...] = DEFAULT_EXTENSIONS
-    shuffle_seed: int | None = None
-    max_documents: int | None = None
-    max_bytes: int | None = None
-    max_bad_documents: int = 0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        choices = (self.tokenizer is not None, self.train_bpe is not None, self.byte_level)
-        if sum(choices) != 1:
-            raise ValueError(
-                f"{sum(choices)} tokenizers are chosen: pass exactly one of --tokenizer, "
-                "--train-bpe and --byte-level."
-            )
-        if self.eod_token is not None and self.tokenizer is None:
-            raise ValueError(
-                f"--eod-token {self.eod_token!r} goes with --tokenizer: drop it, a tokenizer made "
-                "here brings its own."
-            )
-        at_least = {"workers": 1, "max_documents": 1, "max_bytes": 1, "max_bad_documents": 0}
-        for name, minimum in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {value}: use {minimum} or more.")
-
-    def output(self, suffix: str) -> Path:
-        """An output file: the prefix with ``suffix`` appended."""
-        return self.output_prefix.with_name(self.output_prefix.name + suffix)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """Where a tokenizer made by this run is saved."""
-        return self.output("-tokenizer")
+CHECKPOINT_SECONDS = 10.0
+"""A killed run loses at most the work of this time."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +84,7 @@ class PreprocessProgress:
         documents: documents done.
         tokens: tokens written.
         seconds: time since the stage began.
+        tokens_before: tokens written by the interrupted run that this one goes on with.
     """
 
     stage: Literal["train", "tokenize"]
@@ -154,6 +93,7 @@ class PreprocessProgress:
     documents: int
     tokens: int
     seconds: float
+    tokens_before: int = 0
 
 
 ProgressCallback = Callable[[PreprocessProgress], None]
@@ -164,9 +104,10 @@ def preprocess(
 ) -> PreprocessResult:
     """Tokenizes a corpus into ``<prefix>.bin``, ``<prefix>.idx`` and the summary ``<prefix>.json``.
 
-    Everything is written under temporary names and renamed at the end, the index last: where
-    ``<prefix>.idx`` exists, the corpus is complete. The worker processes are spawned, so a script
-    that calls this needs the ``if __name__ == "__main__"`` guard.
+    Everything is written in the folder ``<prefix>.partial`` and renamed at the end, the index
+    last: where ``<prefix>.idx`` exists, the corpus is complete. A run that was killed is gone on
+    with where that folder was last brought to a consistent state. The worker processes are spawned,
+    so a script that calls this needs the ``if __name__ == "__main__"`` guard.
 
     Args:
         config: what to do.
@@ -176,20 +117,38 @@ def preprocess(
         ValueError: bad input; names the flag or file, the value and the remedy.
         ChildProcessError: a worker process was killed.
     """
-    _refuse_existing_outputs(config)
     sources = find_sources(config.inputs, config.extensions, config.shuffle_seed)
-    limits = (config.max_documents, config.max_bytes, config.max_bad_documents)
-    reader = DocumentReader(sources, config.json_key, *limits)
+    given = load_tokenizer(config.tokenizer, config.eod_token) if config.tokenizer else None
+    settings = _settings(config, sources, given)
     report = on_progress or (lambda progress: None)
-    with _staging_folder(config) as name:
-        staging = Path(name)
-        tokenizer = _make_tokenizer(config, reader, report)
-        result = _write_corpus(config, tokenizer, reader, report, staging)
-        if config.tokenizer is None:
-            tokenizer.save_files(staging)
-        (staging / "summary").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        _publish(config, staging)
-    return result
+    with PartialRun(config.output(".partial"), settings, config.start_anew) as partial:
+        if not partial.load().is_complete:
+            _refuse_existing_outputs(config)
+            tokenizer = given or _make_tokenizer(config, sources, report, partial.folder)
+            result = _write_corpus(config, tokenizer, sources, report, partial)
+            (partial.folder / "summary").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+            partial.save(RunProgress(is_complete=True))
+        _publish(config, partial.folder)
+        partial.remove()
+    return PreprocessResult(**json.loads(config.output(".json").read_text()))
+
+
+def _settings(
+    config: PreprocessConfig, sources: list[Source], given: CorpusTokenizer | None
+) -> dict[str, Any]:
+    """Everything that the output depends on."""
+    made = "bytes" if config.byte_level else f"byte-level BPE of {config.train_bpe}"
+    return {
+        "format": 1,
+        "inputs": fingerprint(sources),
+        "tokenizer": given.sha256 if given else made,
+        "end of document": given.eod_token if given else None,
+        "tokenizers library": tokenizers.__version__,
+        "--append-eod": config.append_eod,
+        "--json-key": config.json_key,
+        "--max-documents": config.max_documents,
+        "--max-bytes": config.max_bytes,
+    }
 
 
 def _refuse_existing_outputs(config: PreprocessConfig) -> None:
@@ -204,96 +163,137 @@ def _refuse_existing_outputs(config: PreprocessConfig) -> None:
         )
 
 
-def _staging_folder(config: PreprocessConfig) -> tempfile.TemporaryDirectory[str]:
-    # Next to the outputs, because a rename is atomic only within one file system.
-    folder = config.output_prefix.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=f".{config.output_prefix.name}-", dir=folder)
-    except OSError as error:
-        raise ValueError(
-            f"--output-prefix {config.output_prefix}: cannot write to {folder} "
-            f"({error.strerror}); choose a writable folder."
-        ) from error
-
-
 def _make_tokenizer(
-    config: PreprocessConfig, reader: DocumentReader, report: ProgressCallback
+    config: PreprocessConfig, sources: list[Source], report: ProgressCallback, partial: Path
 ) -> CorpusTokenizer:
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.eod_token)
+    folder = partial / "tokenizer"
+    if folder.exists():
+        return load_tokenizer(folder)
     if config.train_bpe is None:
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+    else:
+        texts = _training_texts(config, sources, report)
+        tokenizer = train_byte_level_bpe(texts, config.train_bpe)
+    new = partial / "tokenizer.new"
+    tokenizer.save_files(new)
+    os.replace(new, folder)
+    return tokenizer
 
+
+def _training_texts(
+    config: PreprocessConfig, sources: list[Source], report: ProgressCallback
+) -> Iterator[str]:
     start = monotonic()
+    total = _total_bytes(sources)
+    selection = Selection(config.limits)
+    batches = read_batches(sources, config.json_key)
+    for text, batch in read_texts(batches, config.json_key, selection):
+        documents, seconds = selection.counts.documents, monotonic() - start
+        report(PreprocessProgress("train", batch.file_bytes, total, documents, 0, seconds))
+        yield text
 
-    def texts() -> Iterator[str]:
-        for text in reader:
-            counts = reader.counts
-            total = reader.total_file_bytes
-            seconds = monotonic() - start
-            report(
-                PreprocessProgress("train", counts.file_bytes, total, counts.documents, 0, seconds)
-            )
-            yield text
 
-    return train_byte_level_bpe(texts(), config.train_bpe)
+def _total_bytes(sources: list[Source]) -> int:
+    return sum(source.path.stat().st_size for source in sources)
 
 
 def _write_corpus(
     config: PreprocessConfig,
     tokenizer: CorpusTokenizer,
-    reader: DocumentReader,
+    sources: list[Source],
     report: ProgressCallback,
-    staging: Path,
+    partial: PartialRun,
 ) -> PreprocessResult:
-    documents = tokens = 0
-    start = monotonic()
+    before = partial.load()
     dtype = token_dtype(tokenizer.vocab_size)
-    appended = [tokenizer.eod_id] if config.append_eod else []
-    encoded = encode_in_order(reader, tokenizer.definition, appended, dtype, config.workers)
-    # Closing stops the worker processes at once when writing fails or is interrupted.
-    with IndexedDatasetWriter(staging / "bin", staging / "idx", dtype) as writer, closing(encoded):
-        for ids, lengths in encoded:
-            writer.add_documents(ids, lengths)
-            documents += len(lengths)
-            tokens += ids.size
-            read, total = reader.counts.file_bytes, reader.total_file_bytes
-            seconds = monotonic() - start
-            report(PreprocessProgress("tokenize", read, total, documents, tokens, seconds))
-        counts = reader.counts
-        # Text that the tokenizer's normalizer removes altogether is empty too.
-        empty = counts.empty_documents + counts.documents - documents
-        if documents == 0:
-            raise ValueError(
-                f"--input {' '.join(map(str, config.inputs))} gave no documents ({empty} empty, "
-                f"{counts.bad_documents + counts.skipped_files} without usable text): "
-                "name files that hold text, or raise --max-bytes if it is set."
+    settings = EncoderSettings.of(tokenizer, dtype, config.append_eod, config.json_key)
+    batches = read_batches(sources, config.json_key, before.position)
+    encoded = encode_in_order(batches, settings, config.workers)
+    selection = Selection(config.limits, before.counts)
+    paths = (partial.folder / "bin", partial.folder / "idx")
+    start = saved = monotonic()
+    total = _total_bytes(sources)
+    with (
+        IndexedDatasetWriter(*paths, dtype, before.counts.documents, before.tokens) as writer,
+        LeftOutLog(partial.folder / "left-out", before.left_out_bytes) as log,
+        # Closing stops the worker processes at once when writing fails or is interrupted.
+        closing(encoded),
+    ):
+        for batch, result in encoded:
+            pairs = zip(batch.documents, result.outcomes, strict=True)
+            lengths = [outcome.tokens for raw, outcome in pairs if selection.take(raw, outcome)]
+            writer.add_documents(result.ids[: sum(lengths)], lengths)
+            log.add(selection.left_out)
+            now = monotonic()
+            report(
+                PreprocessProgress(
+                    "tokenize",
+                    batch.file_bytes,
+                    total,
+                    writer.documents,
+                    writer.tokens,
+                    now - start,
+                    before.tokens,
+                )
             )
+            if selection.finished:
+                break
+            if now - saved >= CHECKPOINT_SECONDS:
+                saved = now
+                writer.flush_to_disk()
+                size = log.flush_to_disk()
+                partial.save(RunProgress(batch.end, selection.counts, writer.tokens, size))
+        _refuse_nothing(config, selection)
+    return _result(config, tokenizer, selection, writer.tokens)
+
+
+def _refuse_nothing(config: PreprocessConfig, selection: Selection) -> None:
+    counts = selection.counts
+    if counts.documents == 0:
+        raise ValueError(
+            f"--input {' '.join(map(str, config.inputs))} gave no documents "
+            f"({counts.empty_documents} empty, {counts.bad_documents + counts.skipped_files} "
+            "without usable text): name files that hold text, or raise --max-bytes if it is set."
+        )
+
+
+def _result(
+    config: PreprocessConfig, tokenizer: CorpusTokenizer, selection: Selection, tokens: int
+) -> PreprocessResult:
     return PreprocessResult(
-        documents=documents,
+        **asdict(selection.counts),
         tokens=tokens,
-        text_bytes=counts.text_bytes,
-        empty_documents=empty,
-        bad_documents=counts.bad_documents,
-        skipped_files=counts.skipped_files,
         tokenizer=str(config.tokenizer or config.tokenizer_folder),
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eod_token=tokenizer.eod_token,
         eod_id=tokenizer.eod_id,
         append_eod=config.append_eod,
-        dtype=dtype.name,
+        dtype=token_dtype(tokenizer.vocab_size).name,
     )
 
 
-def _publish(config: PreprocessConfig, staging: Path) -> None:
+def _publish(config: PreprocessConfig, partial: Path) -> None:
+    """Renames the files of a complete run, except those that an interrupted call renamed."""
+    index = partial / "idx"
+    if not index.exists():
+        return
     # An old index must never describe new data, not even for a moment.
     config.output(".idx").unlink(missing_ok=True)
     if config.tokenizer is None:
         config.tokenizer_folder.mkdir(exist_ok=True)
-        for name in (TOKENIZER_FILE, CONFIG_FILE):
-            os.replace(staging / name, config.tokenizer_folder / name)
-    os.replace(staging / "bin", config.output(".bin"))
-    os.replace(staging / "summary", config.output(".json"))
-    os.replace(staging / "idx", config.output(".idx"))
+    left_out = partial / "left-out"
+    if left_out.exists() and left_out.stat().st_size == 0:
+        left_out.unlink()
+        config.left_out_file.unlink(missing_ok=True)
+    renamed = [
+        (partial / "tokenizer" / TOKENIZER_FILE, config.tokenizer_folder / TOKENIZER_FILE),
+        (partial / "tokenizer" / CONFIG_FILE, config.tokenizer_folder / CONFIG_FILE),
+        (left_out, config.left_out_file),
+        (partial / "bin", config.output(".bin")),
+        (partial / "summary", config.output(".json")),
+        (index, config.output(".idx")),
+    ]
+    for source, target in renamed:
+        if source.exists():
+            os.replace(source, target)

@@ -1,28 +1,33 @@
-"""Documents from files: plain text, source code and JSON lines, compressed or not.
+"""Documents as they lie in files: text, source code, JSON lines and Parquet, compressed or not.
 
 Everything here runs in one process and in a fixed order, so that the documents of a corpus and
-their order depend on the files and the settings alone.
+their order depend on the files and the settings alone. What a document says is looked at later, by
+``documents.py`` in worker processes: reading alone has to keep pace with all of them.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
-import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, cast
 
 import zstandard
+
+from megatron_tst.data.parquet import PARQUET_EXTENSION, read_column
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+BATCH_BYTES = 1 << 18
+_DOCUMENT_BYTES = 100  # of memory for a document however short
 JSON_LINES_EXTENSION = ".jsonl"
 COMPRESSION_EXTENSIONS = (".gz", ".zst")
 TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".tex")
@@ -31,11 +36,11 @@ SOURCE_EXTENSIONS = (
     *(".java", ".kt", ".scala", ".go", ".rs", ".swift", ".js", ".jsx", ".ts", ".tsx", ".rb"),
     *(".php", ".pl", ".lua", ".jl", ".r", ".hs", ".f90", ".cs", ".sh", ".sql"),
 )
-DEFAULT_EXTENSIONS = (JSON_LINES_EXTENSION, *TEXT_EXTENSIONS, *SOURCE_EXTENSIONS)
-
-
-class _BadDocumentError(ValueError):
-    """One document cannot be used; the rest of its file may be fine."""
+DEFAULT_EXTENSIONS = (
+    *(JSON_LINES_EXTENSION, PARQUET_EXTENSION),
+    *TEXT_EXTENSIONS,
+    *SOURCE_EXTENSIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -50,31 +55,61 @@ class Source:
     path: Path
     from_folder: bool
 
-    @cached_property  # asked once a line, and taking a path apart is slower than reading one
-    def is_json_lines(self) -> bool:
-        """Whether each line is a document, rather than the whole file."""
-        return _content_extension(self.path) == JSON_LINES_EXTENSION
+    @cached_property  # asked once a document, and taking a path apart is slower than reading one
+    def kind(self) -> Literal["lines", "rows", "text"]:
+        """JSON lines and Parquet rows are documents each; any other file is one document."""
+        extension = _content_extension(self.path)
+        if extension == JSON_LINES_EXTENSION:
+            return "lines"
+        return "rows" if extension == PARQUET_EXTENSION else "text"
 
 
-@dataclass
-class ReadCounts:
-    """What one pass over the files has met so far.
+class RawDocument(NamedTuple):
+    """A document as it lies in its file.
 
     Attributes:
-        documents: documents handed out.
-        text_bytes: their size in UTF-8.
-        empty_documents: documents without any text, left out.
-        bad_documents: documents left out under ``max_bad_documents``.
-        skipped_files: files of a searched folder that hold no UTF-8 text, left out.
-        file_bytes: bytes read from disk (compressed size where a file is compressed).
+        source: the file.
+        number: line or row, counted from 1; 0 for a file that is one document.
+        content: the line, the UTF-8 text of the row (None for a null), or the file.
     """
 
-    documents: int = 0
-    text_bytes: int = 0
-    empty_documents: int = 0
-    bad_documents: int = 0
-    skipped_files: int = 0
-    file_bytes: int = 0
+    source: Source
+    number: int
+    content: bytes | None
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.source.path}:{self.number}" if self.number else str(self.source.path)
+
+
+class Position(NamedTuple):
+    """A place between two documents.
+
+    Attributes:
+        source: number of the file.
+        records: lines or rows of it that lie before.
+        offset: its decompressed bytes that lie before, if it has lines.
+    """
+
+    source: int = 0
+    records: int = 0
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Consecutive documents, of several files if these are small.
+
+    Attributes:
+        documents: the documents.
+        end: where reading goes on behind them.
+        file_bytes: bytes of the input files up to there, compressed where they are.
+    """
+
+    documents: list[RawDocument]
+    end: Position
+    file_bytes: int
 
 
 def _content_extension(path: Path) -> str:
@@ -126,118 +161,86 @@ def find_sources(
     return sources
 
 
-class DocumentReader:
-    """Iterates over the text of the documents; every pass starts anew and yields the same.
-
-    A JSON-lines file holds one document a line, any other file is one document.
+def read_batches(
+    sources: list[Source], column: str = "text", start: Position | None = None
+) -> Iterator[RawBatch]:
+    """Reads documents from ``start`` on, in batches of about ``BATCH_BYTES``.
 
     Args:
         sources: files in reading order, from :func:`find_sources`.
-        json_key: member of each JSON line that holds the text.
-        max_documents: stop after this many documents.
-        max_bytes: stop before the document that would exceed this much text (UTF-8 bytes).
-        max_bad_documents: malformed documents to leave out before giving up. Files of a searched
-            folder that are not UTF-8 text do not count: such folders hold binary files too.
+        column: of Parquet files, with the text.
+        start: end of an earlier batch of the same sources.
 
     Raises:
-        ValueError: while iterating; names the file and, for JSON lines, the line.
+        ValueError: a file cannot be read; raised after what lies before has been handed out.
     """
+    documents: list[RawDocument] = []
+    size = file_bytes = 0
+    end = Position()
+    try:
+        for document, end, file_bytes in _documents(sources, column, start or Position()):
+            documents.append(document)
+            size += len(document.content or b"") + _DOCUMENT_BYTES
+            if size >= BATCH_BYTES:
+                yield RawBatch(documents, end, file_bytes)
+                documents, size = [], 0
+    except ValueError:
+        if documents:
+            yield RawBatch(documents, end, file_bytes)
+        raise
+    if documents:
+        yield RawBatch(documents, end, file_bytes)
 
-    def __init__(
-        self,
-        sources: list[Source],
-        json_key: str = "text",
-        max_documents: int | None = None,
-        max_bytes: int | None = None,
-        max_bad_documents: int = 0,
-    ) -> None:
-        self.sources = sources
-        self.total_file_bytes = sum(source.path.stat().st_size for source in sources)
-        self.counts = ReadCounts()
-        self._json_key = json_key
-        self._max_documents = max_documents
-        self._max_bytes = max_bytes
-        self._max_bad_documents = max_bad_documents
 
-    def __iter__(self) -> Iterator[str]:
-        counts = self.counts = ReadCounts()
-        for source in self.sources:
-            for where, raw in self._raw_documents(source):
-                try:
-                    text, size = self._decode(source, raw)
-                except _BadDocumentError as error:
-                    self._leave_out(source, where, error)
-                    continue
-                if not text:
-                    counts.empty_documents += 1
-                    continue
-                if self._max_bytes is not None and counts.text_bytes + size > self._max_bytes:
-                    return
-                counts.documents += 1
-                counts.text_bytes += size
-                yield text
-                if counts.documents == self._max_documents:
-                    return
-
-    def _raw_documents(self, source: Source) -> Iterator[tuple[str, bytes]]:
-        """Location and undecoded content of each document of a file."""
-        bytes_before = self.counts.file_bytes
+def _documents(
+    sources: list[Source], column: str, start: Position
+) -> Iterator[tuple[RawDocument, Position, int]]:
+    """Each document, the position behind it, and the bytes of the files read up to there."""
+    bytes_before = sum(source.path.stat().st_size for source in sources[: start.source])
+    for number, source in enumerate(sources[start.source :], start=start.source):
+        begin = start if number == start.source else Position(number)
+        read = {"lines": _lines, "rows": _rows, "text": _whole}[source.kind]
         try:
-            with _open(source.path) as (file, content):
-                if source.is_json_lines:
-                    for number, line in enumerate(content, start=1):
-                        self.counts.file_bytes = bytes_before + file.tell()
-                        if line.strip():
-                            yield f"{source.path}:{number}", line
-                else:
-                    whole = content.read()
-                    self.counts.file_bytes = bytes_before + file.tell()
-                    yield str(source.path), whole
+            for content, end, file_bytes in read(source.path, column, begin):
+                record = 0 if source.kind == "text" else end.records
+                yield RawDocument(source, record, content), end, bytes_before + file_bytes
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"{source.path} cannot be read ({error}): repair it or leave it out of --input."
             ) from error
+        bytes_before += source.path.stat().st_size
 
-    def _decode(self, source: Source, raw: bytes) -> tuple[str, int]:
-        """Text of a document and its size in UTF-8 bytes."""
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise _BadDocumentError(f"invalid UTF-8 at byte {error.start}") from error
-        if source.is_json_lines:
-            text = self._text_of_line(text)
-        # Binary files and UTF-16 pass for UTF-8 more often than not, and byte-level tokenizers
-        # without an id for NUL would drop it silently.
-        if "\0" in text:
-            raise _BadDocumentError("a NUL character, so this is no text")
-        try:
-            return text, len(text.encode())
-        except UnicodeEncodeError as error:
-            raise _BadDocumentError(f"a lone surrogate at character {error.start}") from error
 
-    def _text_of_line(self, line: str) -> str:
-        try:
-            value: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _BadDocumentError(f"malformed JSON, {error}") from error
-        if not isinstance(value, dict):
-            raise _BadDocumentError("a JSON value that is no object")
-        if self._json_key not in value:
-            raise _BadDocumentError(f"no member {self._json_key!r} (see --json-key)")
-        if not isinstance(value[self._json_key], str):
-            raise _BadDocumentError(f"a member {self._json_key!r} that is no string")
-        return cast(str, value[self._json_key])
+_Record = tuple[bytes | None, Position, int]
+"""Content, the position behind it, and the bytes of the file read up to there."""
 
-    def _leave_out(self, source: Source, where: str, error: _BadDocumentError) -> None:
-        if source.from_folder and not source.is_json_lines:
-            self.counts.skipped_files += 1
-            return
-        self.counts.bad_documents += 1
-        if self.counts.bad_documents > self._max_bad_documents:
-            raise ValueError(
-                f"{where} has {error}: repair it, or raise --max-bad-documents "
-                f"(now {self._max_bad_documents}) to leave such documents out."
-            ) from error
+
+def _lines(path: Path, column: str, start: Position) -> Iterator[_Record]:
+    offset = start.offset
+    with _open(path) as (file, content):
+        if content is file:
+            file.seek(offset)
+        else:
+            # Cheap beside tokenizing: nothing is kept or looked at.
+            for _ in islice(content, start.records):
+                pass
+        for number, line in enumerate(content, start=start.records + 1):
+            offset += len(line)
+            if line.strip():
+                yield line, Position(start.source, number, offset), file.tell()
+
+
+def _rows(path: Path, column: str, start: Position) -> Iterator[_Record]:
+    size = path.stat().st_size
+    for number, rows, content in read_column(path, column, start.records):
+        yield content, Position(start.source, number), size * number // rows
+
+
+def _whole(path: Path, column: str, start: Position) -> Iterator[_Record]:
+    if start.records == 0:
+        with _open(path) as (file, content):
+            whole = content.read()
+            yield whole, Position(start.source, 1), file.tell()
 
 
 @contextmanager

@@ -123,8 +123,8 @@ def _byte_level(model: models.BPE, split_words: bool) -> Tokenizer:
     return tokenizer
 
 
-def _characters_of_bytes() -> list[str]:
-    """The visible character by which byte-level tokenizers denote each byte (GPT-2's table)."""
+def characters_of_bytes() -> list[str]:
+    """[256] The visible character that byte-level tokenizers write for each byte (GPT-2's)."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     stand_ins = iter(range(0x100, 0x200))
     return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]
@@ -136,7 +136,7 @@ def byte_tokenizer() -> CorpusTokenizer:
     Id 0 is the end of a document: the NUL byte does not occur in text, and its slot keeps the
     vocabulary at 256. A NUL in a text has no id; the readers refuse such documents.
     """
-    vocab = {character: byte for byte, character in enumerate(_characters_of_bytes()) if byte}
+    vocab = {character: byte for byte, character in enumerate(characters_of_bytes()) if byte}
     tokenizer = _byte_level(models.BPE({END_OF_DOCUMENT: 0, **vocab}, []), split_words=False)
     tokenizer.add_special_tokens([AddedToken(END_OF_DOCUMENT, normalized=False)])
     return _corpus_tokenizer(tokenizer, tokenizer.to_str(pretty=True), END_OF_DOCUMENT, "bytes")

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import closing
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from shutil import rmtree
 from time import sleep
 from typing import Any
 
@@ -23,10 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megatron_tst.data import encoding
+from megatron_tst.data import encoding, readers
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.data.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
 from megatron_tst.data.tokenizer import (
@@ -103,7 +103,9 @@ def test_documents_come_back_from_the_dataset(
     assert json.loads(prefix.with_name("corpus.v1.json").read_text()) == result.to_dict()
     definition = Path(result.tokenizer, "tokenizer.json").read_bytes()
     assert sha256(definition).hexdigest() == result.tokenizer_sha256
-    assert len(list(prefix.parent.iterdir())) == 4  # .bin, .idx, .json, -tokenizer
+    left_out = prefix.with_name("corpus.v1.left-out.log")
+    assert left_out.read_text() == f"{corpus}:31: empty\n"
+    assert len(list(prefix.parent.iterdir())) == 5  # also .bin, .idx, .json, -tokenizer
 
 
 @pytest.mark.parametrize("choice", TOKENIZERS)
@@ -112,8 +114,8 @@ def test_output_does_not_depend_on_workers_or_batches(
 ) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
     written = set()
-    for workers, batch in [(1, 1 << 18), (1, 2000), (3, 2000)]:
-        monkeypatch.setattr(encoding, "BATCH_CHARACTERS", batch)
+    for workers, batch in [(1, 1 << 18), (1, 2000), (2, 2000), (3, 2000)]:
+        monkeypatch.setattr(readers, "BATCH_BYTES", batch)
         prefix = tmp_path / f"{workers}-{batch}"
         result = preprocess(config(corpus, prefix, workers=workers, **choice))
         files = [prefix.with_suffix(".bin"), prefix.with_suffix(".idx")]
@@ -156,7 +158,8 @@ def test_byte_tokenizer_has_exactly_the_bytes() -> None:
     assert set(range(1, 256)) - set(text.encode()) == {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
-BYTE_ENCODER = encoding.Encoder(byte_tokenizer().definition, [], np.dtype(np.uint16))
+BYTES = encoding.EncoderSettings(byte_tokenizer().definition, (), np.dtype(np.uint16))
+BYTE_ENCODER = encoding.Encoder(BYTES)
 BYTE_TOKENIZER = Tokenizer.from_str(byte_tokenizer().definition)
 
 
@@ -208,7 +211,7 @@ def test_inference_settings_of_a_tokenizer_do_not_change_documents(tmp_path: Pat
 def test_long_documents_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
     text = "a\nbcd\nefghijklmnopqrstuvwxyz\n\nä"
-    encoder = encoding.Encoder(byte_tokenizer().definition, [0], np.dtype(np.uint16))
+    encoder = encoding.Encoder(replace(BYTES, appended=(0,)))
     assert bytes(encoder.encode(text).tolist()) == text.encode() + b"\0"
     pieces = list(encoding.split_long(text))
     assert pieces == ["a\nbcd\n", "efghijklmn", "opqrstuvwx", "yz\n\nä"]
@@ -233,6 +236,7 @@ def test_progress_ends_at_the_totals(tmp_path: Path) -> None:
         ({"eod_token": "</s>"}, "--eod-token '</s>' goes with --tokenizer"),
         ({"workers": 0}, "--workers is 0: use 1 or more"),
         ({"max_bad_documents": -1}, "--max-bad-documents is -1: use 0 or more"),
+        ({"max_empty_documents": -1}, "--max-empty-documents is -1: use 0 or more"),
         ({"train_bpe": 256}, "--train-bpe is 256: .*use --byte-level"),
         ({"tokenizer": Path("missing")}, "--tokenizer missing does not exist"),
         ({"extensions": (".py", "txt")}, "--extensions has 'txt': .*like .py"),
@@ -287,17 +291,17 @@ def test_existing_outputs_are_replaced_on_request_only(tmp_path: Path) -> None:
 
 def test_output_folder_must_be_writable(tmp_path: Path) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["text"])
-    with pytest.raises(ValueError, match=r"--output-prefix .*cannot write to .*writable folder"):
+    with pytest.raises(ValueError, match=r"--output-prefix: cannot write to .*writable folder"):
         preprocess(config(corpus, corpus / "folder" / "out"))
 
 
-def test_few_batches_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
-    texts = iter(make_texts(100))
-    definition, dtype = byte_tokenizer().definition, np.dtype(np.uint16)
-    with closing(encoding.encode_in_order(texts, definition, [], dtype, workers=2)) as encoded:
+def test_few_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1)
+    corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
+    batches = readers.read_batches(readers.find_sources([corpus], (".jsonl",)))
+    with closing(encoding.encode_in_order(batches, BYTES, workers=2)) as encoded:
         next(encoded)
-        assert len(list(texts)) == 100 - 2 * encoding.IN_FLIGHT_BATCHES_PER_WORKER
+        assert len(list(batches)) == 100 - 2 * encoding.IN_FLIGHT_BATCHES_PER_WORKER
 
 
 def test_workers_import_neither_torch_nor_megatron() -> None:
@@ -308,7 +312,7 @@ def test_workers_import_neither_torch_nor_megatron() -> None:
 
 
 def test_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1)
     corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
 
     # Other tests of this session keep workers of their own.
@@ -349,17 +353,21 @@ def test_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_kill_leaves_no_output_and_no_process(tmp_path: Path, kill: signal.Signals) -> None:
-    corpus = write_json_lines(tmp_path / "a.jsonl", ["x" * 100_000] * 150)  # takes seconds
-    process = command("--input", corpus, "--output-prefix", tmp_path / "out", "--byte-level")
-    while not (partial := [path for path in tmp_path.glob(".out-*/bin") if path.stat().st_size]):
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["größe " * 100_000] * 100)  # takes seconds
+    # A tokenizer without a fast route.
+    words = Tokenizer(models.WordLevel({"größe": 0, "<eos>": 1}, unk_token="größe"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = save_tokenizer(tmp_path / "t", words, eos_token="<eos>")
+    prefix = tmp_path / "out"
+    process = command("--input", corpus, "--output-prefix", prefix, "--tokenizer", folder)
+    partial = prefix.with_name("out.partial")
+    while not (partial / "bin").exists() or not (partial / "bin").stat().st_size:
         assert process.poll() is None
         sleep(0.01)
     process.send_signal(kill)
     # The workers hold the output pipes open: this returns when they have ended too.
     process.communicate(timeout=30)
-    if kill == signal.SIGKILL:
-        assert process.returncode == -kill
-        rmtree(partial[0].parent)
-    else:
-        assert process.returncode == 128 + kill
-    assert list(tmp_path.iterdir()) == [corpus]
+    assert process.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
+    # Nothing had time to say that the work so far is worth keeping.
+    left = {corpus, folder} | ({partial} if kill == signal.SIGKILL else set())
+    assert set(tmp_path.iterdir()) == left
