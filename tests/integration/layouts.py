@@ -77,17 +77,17 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 + SP, EP 2, ETP 1": Layout(
         2, {**_SP, **_EP, "expert_tensor_parallel_size": 1}, ("Qwen3-MoE",)
     ),
-    "DP 4, distributed optimizer": Layout(4, {**SHARDED_OPTIMIZER, **_OVERLAP}),
+    "DP 4, distributed optimizer": Layout(4, {**SHARDED_OPTIMIZER, **_OVERLAP}, ("Llama",)),
     "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
     "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
     "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
-    "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}),
-    "PP 2, CP 2": Layout(4, {**_PP, **_CP}),
+    "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}, ("Llama",)),
+    "PP 2, CP 2": Layout(4, {**_PP, **_CP}, ("Llama",)),
     "PP 2, interleaved, DP 2, distributed optimizer": Layout(
         4, {**_INTERLEAVED, **SHARDED_OPTIMIZER, **_OVERLAP}
     ),
-    "CP 4": Layout(4, {"context_parallel_size": 4}),
-    "CP 2, DP 2, distributed optimizer": Layout(4, {**_CP, **SHARDED_OPTIMIZER}),
+    "CP 4": Layout(4, {"context_parallel_size": 4}, ("Llama",)),
+    "CP 2, DP 2, distributed optimizer": Layout(4, {**_CP, **SHARDED_OPTIMIZER}, ("Llama",)),
     "EP 4": Layout(4, {"expert_model_parallel_size": 4}, ("Qwen3-MoE",)),
     "EP 2, DP 2, distributed optimizer": Layout(4, {**_EP, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)),
     "EP 4, distributed optimizer": Layout(

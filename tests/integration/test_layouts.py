@@ -54,28 +54,52 @@ def _cases() -> Iterator[Case]:
                 yield from (Case(model, layout, recipe=r) for r in RECIPES if r != "full")
 
 
+Tensors = dict[str, torch.Tensor]
 CASES = list(_cases())
 _QUICK = (Case("Llama", "TP 2 + SP, PP 2"), Case("Qwen3-MoE", "CP 2, EP 2"))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a finished run has left, read once.
+
+    Attributes:
+        run: its command line.
+        scalars: values of TensorBoard scalars by step.
+        checkpoints: tensors by key, at the end of each phase.
+    """
+
+    run: SmallRun
+    scalars: dict[str, dict[int, float]]
+    checkpoints: dict[int, Tensors]
+
+    @classmethod
+    def of(cls, run: SmallRun) -> Results:
+        return cls(run, run.scalars(), {step: run.checkpoint(step) for step in (SWITCH, STEPS)})
+
+
+Reference = tuple[Results, Tensors]
+"""Of one process, and the weights that all layouts start from."""
 
 
 @pytest.fixture(scope="module")
 def reference(
     launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Case], SmallRun]:
+) -> Callable[[Case], Reference]:
     """Makes, once for all layouts, the run of one process: a first step, and from there the rest.
 
     Layouts start from the weights of the first step, since pipeline stages draw theirs from seeds
     of their own.
     """
-    runs: dict[tuple[str, str, str], SmallRun] = {}
+    found: dict[tuple[str, str, str], Reference] = {}
 
-    def get(case: Case) -> SmallRun:
+    def get(case: Case) -> Reference:
         key = (case.model, case.dtype, case.recipe)
-        if key not in runs:
-            runs[key] = _run_on_one_process(
-                launcher, SmallRun(corpus, tmp_path_factory.mktemp("one")), case
-            )
-        return runs[key]
+        if key not in found:
+            run = SmallRun(corpus, tmp_path_factory.mktemp("one"))
+            run = _run_on_one_process(launcher, run, case)
+            found[key] = Results.of(run), run.checkpoint(1, "first step")
+        return found[key]
 
     return get
 
@@ -104,20 +128,21 @@ def _run_on_one_process(launcher: Launcher, small_run: SmallRun, case: Case) -> 
 )
 def test_a_layout_trains_as_one_process(
     launcher: Launcher,
-    reference: Callable[[Case], SmallRun],
+    reference: Callable[[Case], Reference],
     tmp_path: Path,
     record_property: Callable[[str, object], None],
     case: Case,
 ) -> None:
-    one = reference(case)
-    run = one.with_(tmp_path / "layout", **arguments_of(case.model, case.layout))
-    shutil.copytree(one.folder / "first step", run.folder / "checkpoints")
+    one, start = reference(case)
+    run = one.run.with_(tmp_path / "layout", **arguments_of(case.model, case.layout))
+    shutil.copytree(one.run.folder / "first step", run.folder / "checkpoints")
     launcher.run(run.argv, run.log, world_size=LAYOUTS[case.layout].processes)
 
+    results = Results.of(run)
     deviations = {
         (phase, name): value
         for phase, steps in PHASES.items()
-        for name, value in _deviations(run, one, steps).items()
+        for name, value in _deviations(results, one, start, steps).items()
     }
     for name, value in {"kind": "deviation", **asdict(case)}.items():
         record_property(name, value)
@@ -125,23 +150,22 @@ def test_a_layout_trains_as_one_process(
         record_property(f"{phase}, {name}", f"{value:.1e}")
     tolerances = TOLERANCES[case.dtype]
     assert {key: v for key, v in deviations.items() if not v <= tolerances[key[1]]} == {}
-    _same_scalars(run, one, "lm loss validation", tolerances["loss"])
-    _same_scalars(run, one, "tst/data tokens", 0)
+    _same_scalars(results, one, "lm loss validation", tolerances["loss"])
+    _same_scalars(results, one, "tst/data tokens", 0)
     if "MoE" in case.model:
         # It counts tokens by expert: bf16 rounding sends a few to another one.
         of_counts = tolerances["loss"] if case.dtype == "fp32" else 5e-3
-        _same_scalars(run, one, "load_balancing_loss", of_counts)
+        _same_scalars(results, one, "load_balancing_loss", of_counts)
 
 
-def _deviations(run: SmallRun, one: SmallRun, steps: range) -> dict[str, float]:
+def _deviations(results: Results, one: Results, start: Tensors, steps: range) -> dict[str, float]:
     """Worst deviations over the steps of a phase, and of the checkpoint at its end."""
-    actual, expected = run.scalars(), one.scalars()
 
     def worst(tag: str) -> float:
-        return max(abs(actual[tag][s] / expected[tag][s] - 1) for s in steps)
+        actual, expected = results.scalars[tag], one.scalars[tag]
+        return max(abs(actual[step] / expected[step] - 1) for step in steps)
 
-    start = one.checkpoint(1, "first step")
-    saved, wanted = run.checkpoint(steps[-1]), one.checkpoint(steps[-1])
+    saved, wanted = results.checkpoints[steps[-1]], one.checkpoints[steps[-1]]
     weights = [name for name in wanted if not name.startswith("optimizer")]
     moments = [name for name in wanted if ".exp_avg." in name]
     assert weights
@@ -160,8 +184,8 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor)
     return float(difference / torch.linalg.vector_norm(scale.double()))
 
 
-def _same_scalars(run: SmallRun, one: SmallRun, tag: str, tolerance: float) -> None:
-    actual, expected = run.scalars()[tag], one.scalars()[tag]
+def _same_scalars(results: Results, one: Results, tag: str, tolerance: float) -> None:
+    actual, expected = results.scalars[tag], one.scalars[tag]
     assert actual, tag
     wanted = {step: expected[step] for step in actual}
     assert actual == pytest.approx(wanted, rel=tolerance), tag
