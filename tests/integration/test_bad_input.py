@@ -362,6 +362,7 @@ def test_help_lists_the_arguments(launcher: Launcher, tmp_path: Path) -> None:
     assert blank == ""
 
 
+@pytest.mark.slow
 def test_torchrun_ends_when_one_rank_finds_the_error(short_run: SmallRun) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(

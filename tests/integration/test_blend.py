@@ -13,6 +13,8 @@ from tests.corpus import write_corpus
 from tests.runs import TOTAL_STEPS, Check, SmallRun, assert_bit_equal
 from tests.zygote import Launcher
 
+pytestmark = pytest.mark.slow
+
 SWITCH, BAG_SIZE = 5, 4
 
 

@@ -11,6 +11,8 @@ import torch
 from tests.runs import TOTAL_STEPS, SmallRun
 from tests.zygote import Launcher
 
+pytestmark = pytest.mark.slow
+
 # What large runs set, in bundles: each run costs seconds.
 BUNDLES: dict[str, dict[str, Any]] = {
     "distributed optimizer": {

@@ -20,6 +20,8 @@ from megatron_tst.data.tokenizer import byte_tokenizer
 from tests.corpus import write_documents
 from tools import fit_target_weights, inspect_data
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 BAGS = ["--bag-size", "4", "--sequence-length", "16"]

@@ -21,6 +21,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
 from megatron_tst.data.tokenizer import train_byte_level_bpe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "data" / "tokenize_web_text.py"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}

@@ -28,6 +28,8 @@ from tests.survival import (
 )
 from tests.zygote import Launcher
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 32
 # All the text that a run reads, once.
 TOKENS = BATCH * LENGTH * (SWITCH * BAG_SIZE + TOTAL - SWITCH)

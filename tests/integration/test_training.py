@@ -15,6 +15,8 @@ import torch
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
 from tests.zygote import Launcher
 
+pytestmark = pytest.mark.slow
+
 SWITCH = 5
 BAG_SIZE = 4
 SUPERPOSED: dict[str, Any] = {"tst_bag_size": BAG_SIZE, "tst_steps": SWITCH}

@@ -108,6 +108,7 @@ def test_documents_come_back_from_the_dataset(
     assert len(list(prefix.parent.iterdir())) == 5  # also .bin, .idx, .json, -tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", TOKENIZERS)
 def test_output_does_not_depend_on_workers_or_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any]
@@ -311,6 +312,7 @@ def test_workers_import_neither_torch_nor_megatron() -> None:
     assert not {"torch", "megatron", "transformers"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "BATCH_BYTES", 1)
     corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
@@ -353,6 +355,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_kill_leaves_no_output_and_no_process(tmp_path: Path, kill: signal.Signals) -> None:
     corpus = write_json_lines(tmp_path / "a.jsonl", ["größe " * 100_000] * 100)  # takes seconds
