@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from megatron_tst.config import (
+    DocumentBoundary,
     Objective,
     ResetAtSwitch,
     SuperpositionConfig,
@@ -64,6 +65,13 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         default="none",
         help="State re-initialised at the switch (ablations).",
     )
+    group.add_argument(
+        "--tst-document-boundary",
+        choices=get_args(DocumentBoundary),
+        default="cross",
+        help="Whether bags run on from one document into the next, or each document begins a bag "
+        "and fills up its last one with padding, which is masked.",
+    )
     return parser
 
 
@@ -82,6 +90,7 @@ def superposition_config_from_args(args: argparse.Namespace) -> SuperpositionCon
         power_law_exponent=args.tst_power_law_exponent,
         objective=args.tst_objective,
         reset_at_switch=args.tst_reset_at_switch,
+        document_boundary=args.tst_document_boundary,
     )
 
 
@@ -123,6 +132,9 @@ class _Conflict:
 
 _OTHER_BATCHES = "its batches are not bags of tokens"
 _DOCUMENT_BOUNDARIES = "a bag may hold tokens of two documents"
+_DOCUMENT_MASKING = (
+    "(--dataloader-inter-document-masking with --tst-document-boundary align keeps them apart)"
+)
 _CONSTANT_BATCH = "the switch is defined for a constant batch size"
 _PLAIN_PARAMETERS = (
     "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
@@ -133,9 +145,8 @@ _CONFLICTS = (
     _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--mock-data", "there is no text to read in bags", at_any_bag_size=True),
-    _Conflict("--dataloader-inter-document-masking", _DOCUMENT_BOUNDARIES, at_any_bag_size=True),
-    _Conflict("--reset-attention-mask", _DOCUMENT_BOUNDARIES),
-    _Conflict("--reset-position-ids", _DOCUMENT_BOUNDARIES),
+    _Conflict("--reset-attention-mask", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
+    _Conflict("--reset-position-ids", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
     _Conflict(
         "--hybrid-context-parallel",
         "it packs sequences of different lengths",
@@ -204,8 +215,38 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
             "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
         )
+    if args.dataloader_inter_document_masking:
+        _refuse_document_masking(args)
     if is_superposed and args.tst_reset_at_switch == "embeddings":
         _refuse_embedding_reset(args)
+
+
+def _refuse_document_masking(args: argparse.Namespace) -> None:
+    flag = "--dataloader-inter-document-masking"
+    if args.tst_bag_size > 1 and args.tst_document_boundary != "align":
+        raise ValueError(
+            f"{flag} does not work with --tst-bag-size {args.tst_bag_size} and "
+            f"--tst-document-boundary {args.tst_document_boundary}: {_DOCUMENT_BOUNDARIES}. Use "
+            "--tst-document-boundary align."
+        )
+    stages, micro_batch = args.pipeline_model_parallel_size, args.micro_batch_size
+    refused = {
+        f"--context-parallel-size {args.context_parallel_size}": (
+            args.context_parallel_size > 1,
+            "documents are not multiples of two chunks a rank",
+        ),
+        f"--pipeline-model-parallel-size {stages} and --micro-batch-size {micro_batch}": (
+            stages > 1 and micro_batch > 1,
+            "Megatron's stages do not hand on packed samples (--micro-batch-size 1 works)",
+        ),
+        "--overlap-moe-expert-parallel-comm": (
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule is not told where documents begin",
+        ),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(f"{flag} does not work with {setting}: {reason}. Remove one of them.")
 
 
 def _refuse_embedding_reset(args: argparse.Namespace) -> None:

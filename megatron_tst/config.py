@@ -10,6 +10,7 @@ Variant = Literal["full", "input-only", "output-only"]
 TargetWeighting = Literal["uniform", "power-law", "exponential", "first-token"]
 Objective = Literal["mce", "mce-sum", "bce", "hinge"]
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
+DocumentBoundary = Literal["cross", "align"]
 
 POWER_LAW_FROM_BAG_SIZE = 8
 """Bag size from which power-law weights trained better than uniform ones (arXiv 2605.06546)."""
@@ -34,6 +35,8 @@ class SuperpositionConfig:
         power_law_exponent: p in ``w_i = i ** -p``.
         objective: the multi-label loss of phase 1.
         reset_at_switch: state thrown away at the switch (ablations).
+        document_boundary: whether bags run on from one document into the next (as published), or
+            each document begins a bag of its own.
 
     Raises:
         ValueError: naming the flag, its value and the remedy.
@@ -47,6 +50,7 @@ class SuperpositionConfig:
     power_law_exponent: float = 1.0
     objective: Objective = "mce"
     reset_at_switch: ResetAtSwitch = "none"
+    document_boundary: DocumentBoundary = "cross"
 
     def __post_init__(self) -> None:
         if self.bag_size < 1:
@@ -57,6 +61,9 @@ class SuperpositionConfig:
         _require_choice("--tst-variant", self.variant, get_args(Variant))
         _require_choice("--tst-objective", self.objective, get_args(Objective))
         _require_choice("--tst-reset-at-switch", self.reset_at_switch, get_args(ResetAtSwitch))
+        _require_choice(
+            "--tst-document-boundary", self.document_boundary, get_args(DocumentBoundary)
+        )
         if self.target_weighting is None:
             law: TargetWeighting = (
                 "power-law" if self._default_weighting_is_power_law else "uniform"
@@ -121,6 +128,11 @@ class SuperpositionConfig:
     def superposes_output(self) -> bool:
         """Whether phase 1 predicts bags of tokens."""
         return self.enabled and self.variant != "input-only"
+
+    @property
+    def aligns_documents(self) -> bool:
+        """Whether no bag of phase 1 holds tokens of two documents."""
+        return self.enabled and self.document_boundary == "align"
 
     def target_weights(self) -> tuple[float, ...]:
         """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one.

@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
 from megatron_tst import SuperpositionConfig
-from megatron_tst.config import Variant
+from megatron_tst.config import DocumentBoundary, Variant
 from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
 
 Corpus = tuple[Path, list[NDArray[np.int64]]]
@@ -33,9 +33,13 @@ def tokenizer(pad: int = -1) -> Any:
     )
 
 
-def superposition(bag_size: int, variant: Variant = "full") -> SuperpositionConfig:
+def superposition(
+    bag_size: int, variant: Variant = "full", document_boundary: DocumentBoundary = "cross"
+) -> SuperpositionConfig:
     # The dataset takes the switch as a sample; the step count here plays no part.
-    return SuperpositionConfig(bag_size=bag_size, steps=1, variant=variant)
+    return SuperpositionConfig(
+        bag_size=bag_size, steps=1, variant=variant, document_boundary=document_boundary
+    )
 
 
 def make_config(prefix: Path, config_class: Any = None, **changes: Any) -> Any:
@@ -59,9 +63,15 @@ def build(config: Any, sizes: Any, dataset_class: Any = SuperpositionGPTDataset)
 
 
 def build_train(
-    prefix: Path, num_samples: int, bag_size: int = 3, variant: Variant = "full", **changes: Any
+    prefix: Path,
+    num_samples: int,
+    bag_size: int = 3,
+    variant: Variant = "full",
+    document_boundary: DocumentBoundary = "cross",
+    **changes: Any,
 ) -> Any:
-    config = make_config(prefix, superposition=superposition(bag_size, variant), **changes)
+    settings = superposition(bag_size, variant, document_boundary)
+    config = make_config(prefix, superposition=settings, **changes)
     return build(config, (num_samples, 0, 0))[TRAIN]
 
 

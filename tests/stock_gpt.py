@@ -10,7 +10,9 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import flatten_batch_for_packed_sequences
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -34,6 +36,7 @@ def _datasets(num_samples: Any, vp_stage: int | None = None) -> Any:
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
     is_built = partial(lambda: mpu.get_tensor_model_parallel_rank() == 0)
     return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, is_built, config).build()
@@ -47,8 +50,25 @@ def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
 
 
 def _forward_step(data_iterator: Any, model: Any) -> Any:
-    batch = next(data_iterator)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    batch = flatten_batch_for_packed_sequences(next(data_iterator))
+    documents = None
+    if "cu_seqlens" in batch:
+        cu_seqlens, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
+        documents = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            tokens_per_sample=get_args().seq_length,
+        )
+    losses = model(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        packed_seq_params=documents,
+    )
     return losses, partial(_loss, batch["loss_mask"])
 
 

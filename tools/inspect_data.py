@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from megatron_tst.config import Variant
+from megatron_tst.config import DocumentBoundary, Variant
 from megatron_tst.data.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths, write_file
 
@@ -28,6 +28,7 @@ _SHOWN_TOKENS = 64
 _FIRST_POSITIONS, _LAST_POSITIONS = 6, 2
 _BAR_WIDTH = 30
 _PIPED_WIDTH = 160
+_PHASE_ONE_SETTINGS = ("variant", "document_boundary", "split", "seed")
 
 
 class TextDecoder:
@@ -46,9 +47,12 @@ class TextDecoder:
         kept = list(ids)
         if kept and all(token == ignored for token in kept):
             return "(does not count)"
-        if self._tokenizer is None or ignored in kept:
+        present = [token for token in kept if token != ignored]
+        missing = len(kept) - len(present)
+        # Without a tokenizer, or with gaps in the middle, numbers show which are missing.
+        if self._tokenizer is None or ignored in kept[: len(present)]:
             return " ".join("-" if token == ignored else str(token) for token in kept)
-        return repr(self._tokenizer.decode(kept, skip_special_tokens=False))
+        return repr(self._tokenizer.decode(present, skip_special_tokens=False)) + " -" * missing
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,6 +68,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     bags("--sequence-length", type=int, metavar="L", help="--seq-length")
     bags("--sample", type=int, nargs="+", metavar="I", help="samples, counted from 0 (default: 0)")
     bags("--variant", choices=get_args(Variant), help="--tst-variant (default: full)")
+    bags(
+        "--document-boundary",
+        choices=get_args(DocumentBoundary),
+        help="--tst-document-boundary (default: cross)",
+    )
     bags("--split", help="--split (default: all text is for training)")
     bags("--seed", type=int, help="--seed (default: 1234)")
     bags(
@@ -102,7 +111,7 @@ def show_corpus(args: argparse.Namespace, console: Console) -> None:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
-    names = ("sequence_length", "sample", "variant", "split", "seed", "phase_1_samples")
+    names = (*_PHASE_ONE_SETTINGS, "sequence_length", "sample", "phase_1_samples")
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     given = [flag for flag, value in flags.items() if value is not None]
     if args.bag_size is None and given:
@@ -215,8 +224,9 @@ def _show_bags(
 ) -> None:
     from megatron_tst.data.inspection import PhaseOne, read_phase_1
 
-    names = ("variant", "split", "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {
+        name: value for name in _PHASE_ONE_SETTINGS if (value := getattr(args, name)) is not None
+    }
     settings = PhaseOne(args.sequence_length, args.bag_size, samples=args.phase_1_samples, **given)
     places = args.sample or [0]
     for place, sample in zip(
@@ -224,8 +234,8 @@ def _show_bags(
     ):
         console.print(
             f"\nsample {place} of phase 1: {settings.variant}, bags of {settings.bag_size}, "
-            f"sequence length {settings.sequence_length}, seed {settings.seed}, "
-            f"split {settings.split}",
+            f"documents {settings.document_boundary}, sequence length {settings.sequence_length}, "
+            f"seed {settings.seed}, split {settings.split}",
             style="bold",
         )
         documents = ", ".join(map(str, sample.documents[:8]))
@@ -237,7 +247,7 @@ def _show_bags(
 
 
 def _bags(sample: PhaseOneSample, decode: TextDecoder) -> Table:
-    from megatron_tst.data.dataset import IGNORE_INDEX
+    from megatron_tst.data.bags import IGNORE_INDEX
 
     table = Table(box=None, pad_edge=False)
     table.add_column("position", justify="right")
@@ -252,7 +262,7 @@ def _bags(sample: PhaseOneSample, decode: TextDecoder) -> Table:
             continue
         table.add_row(
             str(position),
-            decode(sample.inputs[position].tolist()),
+            decode(sample.inputs[position].tolist(), ignored=IGNORE_INDEX),
             decode(sample.targets[position].tolist(), ignored=IGNORE_INDEX),
         )
     return table

@@ -6,6 +6,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -77,10 +78,12 @@ class FusedCoreAttention(MegatronModule):
                 parallelism.
             attn_mask_type: overrides the layer's mask type.
             attention_bias: not supported.
-            packed_seq_params: not supported.
+            packed_seq_params: documents of a packed sequence: query, key and value have no
+                dimension of the batch, and each document is attended to by itself alone, causally.
+                Not supported under context parallelism.
 
         Returns:
-            [l/cp, b, heads * head_dim].
+            [l/cp, b, heads * head_dim]; of a packed sequence [l, 1, heads * head_dim].
 
             Collectives: one all-gather within the context-parallel group; one reduce-scatter in
             the backward pass.
@@ -89,7 +92,10 @@ class FusedCoreAttention(MegatronModule):
             ValueError: an argument that is not supported, or causal attention of queries to a
                 different number of keys.
         """
-        _require_absent(attention_bias=attention_bias, packed_seq_params=packed_seq_params)
+        _require_absent(attention_bias=attention_bias)
+        if packed_seq_params is not None:
+            _require_absent(attention_mask=attention_mask)
+            return self._attend_within_documents(query, key, value, packed_seq_params)
         mask_type = attn_mask_type or self.attn_mask_type
         is_causal = attention_mask is None and mask_type == AttnMaskType.causal
         if is_causal:
@@ -120,6 +126,21 @@ class FusedCoreAttention(MegatronModule):
                     query, key, value, mask, dropout, is_causal, scale=self.softmax_scale
                 )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_within_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams
+    ) -> Tensor:
+        if self.cp_group is not None:
+            raise ValueError(
+                "Attention within documents is not computed under --context-parallel-size on the "
+                "CPU platform: set it to 1."
+            )
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        queries, keys, values = (x.unsqueeze(1).split(lengths) for x in (query, key, value))
+        documents = zip(queries, keys, values, strict=True)
+        return torch.cat(
+            [self.forward(q, k, v, None, AttnMaskType.causal) for q, k, v in documents]
+        )
 
     def _dropout_randomness(self) -> AbstractContextManager[None]:
         # Tensor-parallel ranks hold different heads, which must drop different weights. Under

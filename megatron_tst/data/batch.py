@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_tst.config import SuperpositionConfig
 
-BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask")
+_DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
+BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask", *_DOCUMENT_KEYS)
 Batch = dict[str, Tensor | None]
 
 
@@ -35,9 +41,12 @@ def get_batch(
     Returns:
         The entries of ``BATCH_KEYS``, None where this stage needs none. tokens [b, l/cp] or
         [b, l/cp, s]; labels [b, l/cp] or [b, l/cp, s]; loss_mask and position_ids [b, l/cp].
+        With inter-document masking the samples of a micro-batch become one packed sequence, so that
+        b is 1 and l is the sum of theirs; every stage gets cu_seqlens, [1, documents + 1], and
+        max_seqlen, [1], int32 in latent positions.
         Collectives: one broadcast an entry within the tensor-parallel group.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    if not reads_data_on_stage(args, vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     batch: Batch = dict.fromkeys(BATCH_KEYS)
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -48,15 +57,58 @@ def get_batch(
             for key in BATCH_KEYS
         }
     if superposition is None:
-        return _on_this_cp_rank(_plain_batch_on_this_tp_rank(batch, args))
-    # Bags are s times as large: a context-parallel rank broadcasts its own positions only.
-    return _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, superposition)
+        batch = _on_this_cp_rank(_plain_batch_on_this_tp_rank(batch, args))
+    else:
+        # Bags are s times as large: a context-parallel rank broadcasts its own positions only.
+        batch = _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, superposition)
+    return batch if batch["cu_seqlens"] is None else _packed(batch)
+
+
+def reads_data_on_stage(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this pipeline stage needs a part of the batch."""
+    # Attention needs the boundaries of documents in every layer.
+    return args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
+
+
+def packed_documents(batch: Batch, sequence_length: int) -> PackedSeqParams | None:
+    """What attention has to know of the documents of a packed batch; None of any other.
+
+    Args:
+        batch: from ``get_batch``.
+        sequence_length: latent positions a sample (l).
+    """
+    if batch["cu_seqlens"] is None:
+        return None
+    assert batch["max_seqlen"] is not None
+    cu_seqlens, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        # Lets layers that look at samples, such as a router's balance, tell them apart.
+        tokens_per_sample=sequence_length,
+    )
+
+
+def _packed(batch: Batch) -> Batch:
+    """Makes one packed sequence of the samples of a micro-batch."""
+    # Upstream's function would flatten the bags as well.
+    bags = {"tokens": batch["tokens"], "labels": batch["labels"]}
+    packed: Batch = flatten_batch_for_packed_sequences({**batch, **dict.fromkeys(bags)})
+    for key, tensor in bags.items():
+        packed[key] = None if tensor is None else tensor.flatten(0, 1).unsqueeze(0)
+    return packed
 
 
 def _on_this_cp_rank(batch: Batch) -> Batch:
     """Upstream's zig-zag slice of the latent positions, dimension 1 in both phases."""
     sliced = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=True,
     )
     return {key: sliced[key] for key in BATCH_KEYS}
 
@@ -64,7 +116,7 @@ def _on_this_cp_rank(batch: Batch) -> Batch:
 def _plain_batch_on_this_tp_rank(batch: Batch, args: Namespace) -> Batch:
     """Upstream's broadcast, for batches that are exactly upstream's."""
     absent_in_pretraining: dict[str, Any] = dict.fromkeys(
-        ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+        ("cu_seqlens_padded", "local_cp_size", "hybrid_cp_group")
     )
     micro_batch_size = args.micro_batch_size
     if not torch.is_grad_enabled():
@@ -73,7 +125,7 @@ def _plain_batch_on_this_tp_rank(batch: Batch, args: Namespace) -> Batch:
         {**batch, **absent_in_pretraining},
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
-        has_cu_seqlens=False,
+        has_cu_seqlens=args.dataloader_inter_document_masking,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         cp_size=args.context_parallel_size,
@@ -105,6 +157,9 @@ def _bags_on_this_tp_rank(
     if args.create_attention_mask_in_dataloader:
         mask_shape = (args.micro_batch_size, 1, local_length, args.seq_length)
         expected["attention_mask"] = (mask_shape, torch.bool)
+    if args.dataloader_inter_document_masking:
+        expected["cu_seqlens"] = ((args.micro_batch_size, args.seq_length + 1), torch.int32)
+        expected["max_seqlen"] = ((args.micro_batch_size,), torch.int32)
     result: Batch = dict.fromkeys(BATCH_KEYS)
     for key, (shape, dtype) in expected.items():
         result[key] = _broadcast(batch[key], shape, dtype)

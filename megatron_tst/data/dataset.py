@@ -36,22 +36,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
 from megatron_tst.data.files import check_indexed_dataset
 from megatron_tst.data.stream import SampleLayout, TokenStream
-
-IGNORE_INDEX = -100
-"""Label of a target in a bag that does not count."""
 
 # Field of the configuration, the flag that sets it, and why bags cannot have it.
 _UNSUPPORTED = (
     ("reset_position_ids", "--reset-position-ids", "a bag may hold tokens of two documents"),
     ("reset_attention_mask", "--reset-attention-mask", "a bag may hold tokens of two documents"),
-    (
-        "inter_document_masking",
-        "--dataloader-inter-document-masking",
-        "a bag may hold tokens of two documents",
-    ),
     (
         "hybrid_context_parallel",
         "--hybrid-context-parallel",
@@ -91,6 +84,12 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
                     f"{flag} does not work with --tst-bag-size {bag_size}: {reason}. "
                     "Remove it, or use --tst-bag-size 1."
                 )
+        if self.inter_document_masking and not self.superposition.aligns_documents:
+            raise ValueError(
+                f"--dataloader-inter-document-masking does not work with --tst-bag-size {bag_size} "
+                "and --tst-document-boundary cross: a bag may hold tokens of two documents. Use "
+                "--tst-document-boundary align."
+            )
         if not self.add_extra_token_to_sequence:
             raise ValueError(
                 "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
@@ -165,11 +164,13 @@ class SuperpositionGPTDataset(GPTDataset):
     def layout(self) -> SampleLayout:
         """Where the samples lie in the stream."""
         superposition = self.config.superposition
+        tokens_per_position = superposition.bag_size if superposition.superposes_input else 1
         return SampleLayout(
             sequence_length=self.config.sequence_length,
             switch_sample=self.config.switch_sample_of(str(self.dataset_path)),
-            tokens_per_position=superposition.bag_size if superposition.superposes_input else 1,
+            tokens_per_position=tokens_per_position,
             look_ahead=superposition.bag_size,
+            document_multiple=tokens_per_position if superposition.aligns_documents else 1,
         )
 
     @cached_property
@@ -194,12 +195,14 @@ class SuperpositionGPTDataset(GPTDataset):
             tokens and labels, [l, s] or [l] int64 (see the table above); loss_mask, [l] float32,
             zero where no target counts; position_ids, [l] int64; and where the configuration asks
             for it attention_mask, [1, l, l] bool, true where attention is masked. A target in a
-            bag that does not count is ``IGNORE_INDEX``.
+            bag that does not count is ``IGNORE_INDEX``, and so is a place of a bag that holds no
+            token. With inter-document masking also cu_seqlens, [l + 1] int32, and max_seqlen,
+            int32, in latent positions; position_ids then restart at each document.
         """
         if not self.is_superposed or self._sample(idx) >= self.layout.switch_sample:
             return super().__getitem__(idx)
-        text, _, _ = self._query_document_sample_shuffle_indices(idx or 0)
-        item = self._bags(torch.from_numpy(text))
+        text, _, lengths = self._query_document_sample_shuffle_indices(idx or 0)
+        item = self._bags(torch.from_numpy(text), lengths)
         if idx is None:
             item["loss_mask"].zero_()
             if item["labels"].dim() == 2:
@@ -217,51 +220,27 @@ class SuperpositionGPTDataset(GPTDataset):
             return super()._query_document_sample_shuffle_indices(idx)
         return self.stream.read(self.dataset, *self.layout.span(self._sample(idx)))
 
-    def _bags(self, text: Tensor) -> dict[str, Tensor]:
+    def _bags(self, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
         """A sample of phase 1 from its text with look-ahead, [s * l + s] or [l + s] int64."""
-        superposition = self.config.superposition
-        tokens = text[: self.layout.phase_1_tokens]
-        tokens = tokens.masked_fill(self._is_padding(tokens), 0)
-        if superposition.superposes_input:
-            tokens = tokens.view(-1, superposition.bag_size)
-
-        following = text[1:]
-        is_padding = self._is_padding(following)
-        ignored = is_padding
-        if self.config.eod_mask_loss:
-            # As upstream: the target behind the end of a document does not count.
-            ignored = is_padding | (text[:-1] == self.config.tokenizer.eod)
-        if superposition.superposes_output:
-            labels = self._fold(following.masked_fill(ignored, IGNORE_INDEX))
-            counts = ~self._fold(ignored).all(dim=-1)
-        else:
-            labels = self._fold(following.masked_fill(is_padding, 0))
-            counts = ~self._fold(ignored)
-
-        item = {
-            "tokens": tokens,
-            "labels": labels.contiguous(),
-            "loss_mask": counts.float(),
-            "position_ids": self._position_ids,
-        }
+        item = self._folder.fold(text, document_lengths)
+        if self.config.inter_document_masking:
+            return item | document_boundaries(
+                document_lengths, self.layout.tokens_per_position, self.config.sequence_length
+            )
+        item["position_ids"] = self._position_ids
         if self.config.create_attention_mask:
             item["attention_mask"] = self._attention_mask
         return item
 
-    def _is_padding(self, token_ids: Tensor) -> Tensor:
-        # A tokenizer without a padding token has None here, which equals no id.
-        if self._pad_token_id is None:
-            return torch.zeros_like(token_ids, dtype=torch.bool)
-        return token_ids == self._pad_token_id
-
-    def _fold(self, following: Tensor) -> Tensor:
-        """Arranges what belongs to all tokens but the first as labels: [l, s] or [l]."""
-        bag_size = self.config.superposition.bag_size
-        if self.config.superposition.variant == "full":
-            return following[bag_size - 1 :].view(-1, bag_size)
-        if self.config.superposition.variant == "input-only":
-            return following[bag_size - 1 :: bag_size]
-        return following.unfold(0, bag_size, 1)
+    @cached_property
+    def _folder(self) -> BagFolder:
+        return BagFolder(
+            self.config.superposition,
+            self.config.sequence_length,
+            self.config.tokenizer.eod,
+            self._pad_token_id,
+            self.config.eod_mask_loss,
+        )
 
     @cached_property
     def _position_ids(self) -> Tensor:

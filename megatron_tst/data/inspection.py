@@ -15,9 +15,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
-from megatron_tst.config import SuperpositionConfig, Variant
+from megatron_tst.config import DocumentBoundary, SuperpositionConfig, Variant
+from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import (
-    IGNORE_INDEX,
     SuperpositionGPTDataset,
     SuperpositionGPTDatasetConfig,
 )
@@ -139,6 +139,7 @@ class PhaseOne:
         sequence_length: ``--seq-length``.
         bag_size: ``--tst-bag-size``.
         variant: ``--tst-variant``.
+        document_boundary: ``--tst-document-boundary``.
         split: ``--split``; "1,0,0" for a corpus of ``--train-data-path``.
         seed: ``--seed``.
         samples: samples of phase 1, its steps times the global batch size; None for a phase 1 of
@@ -151,6 +152,7 @@ class PhaseOne:
     sequence_length: int
     bag_size: int
     variant: Variant = "full"
+    document_boundary: DocumentBoundary = "cross"
     split: str = "1,0,0"
     seed: int = 1234
     samples: int | None = None
@@ -176,7 +178,8 @@ class PhaseOneSample:
     """One sample as training reads it.
 
     Attributes:
-        inputs: [l, s] int64, or [l, 1] where bags are not read.
+        inputs: [l, s] int64, or [l, 1] where bags are not read; ``IGNORE_INDEX`` where a bag holds
+            no token.
         targets: [l, s] int64, or [l, 1] where bags are not predicted; ``IGNORE_INDEX`` where a
             target does not count.
         documents: the documents that its text and look-ahead come from, in order.
@@ -232,7 +235,10 @@ def _dataset_config(
         create_attention_mask=False,
         # The dataset is told where phase 1 ends by the sample; its steps play no part.
         superposition=SuperpositionConfig(
-            bag_size=settings.bag_size, steps=1, variant=settings.variant
+            bag_size=settings.bag_size,
+            steps=1,
+            variant=settings.variant,
+            document_boundary=settings.document_boundary,
         ),
         switch_sample=settings.samples or _ENDLESS,
     )
@@ -272,8 +278,11 @@ def _refuse_beyond(
     lengths = corpus.sequence_lengths
     train_documents = round(config.split_matrix[0][1] * len(lengths))
     schedule = SuperpositionSchedule(config.superposition, 2, 1, settings.sequence_length)
-    tokens = int(lengths[:train_documents].sum(dtype=np.int64))
-    per_epoch = -(-tokens // schedule.data_tokens(1))
+    positions = lengths[:train_documents].astype(np.int64)
+    if config.superposition.aligns_documents:
+        multiple = schedule.tokens_per_position_at(0)
+        positions = -(-positions // multiple) * multiple
+    per_epoch = -(-int(positions.sum()) // schedule.data_tokens(1))
     samples = settings.samples or max(per_epoch, 1)
     wrong = [place for place in places if not 0 <= place < samples]
     if wrong:

@@ -10,6 +10,9 @@ with intervals of ``l`` tokens where phase 1 stopped::
     [sample 0    [sample 1    [2  [3  [4  [5  [6  [7  [8  [9  ...
     phase 1: s * l tokens     phase 2: l tokens
 
+Where bags must not cross documents, each document of phase 1 fills up its last bag with
+``PADDING``; phase 2 goes on behind the last token that phase 1 has read, without padding.
+
 So a token is read once an epoch, across the switch as well. Behind its interval a sample reads a
 few tokens of look-ahead, which serve as targets only. The samples are then shuffled, but only
 within a phase and an epoch, so that an epoch is read to its end before any of its text comes again.
@@ -25,11 +28,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+PADDING = -100
+"""Stands in a bag where its document has no token left; targets know it as their ignore index."""
 
 # Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
 _DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
@@ -37,6 +44,11 @@ _DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
 
 class TokenSource(Protocol):
     """Documents that can be read in part, such as Megatron's IndexedDataset."""
+
+    @property
+    def sequence_lengths(self) -> NDArray[np.int32]:
+        """[documents] int32, in tokens."""
+        ...
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
         """``length`` tokens of document ``idx`` from token ``offset`` on."""
@@ -52,16 +64,18 @@ class SampleLayout:
         switch_sample: index of the first sample of phase 2.
         tokens_per_position: data tokens read for a latent position of phase 1.
         look_ahead: tokens read behind a sample of phase 1; 1 in phase 2.
+        document_multiple: positions of a document of phase 1 are a multiple of this.
     """
 
     sequence_length: int
     switch_sample: int
     tokens_per_position: int
     look_ahead: int
+    document_multiple: int = 1
 
     @property
     def phase_1_tokens(self) -> int:
-        """Data tokens of a sample of phase 1, without look-ahead."""
+        """Positions of a sample of phase 1, without look-ahead."""
         return self.sequence_length * self.tokens_per_position
 
     def span(self, sample: int) -> tuple[int, int]:
@@ -69,17 +83,18 @@ class SampleLayout:
         if sample < self.switch_sample:
             begin = sample * self.phase_1_tokens
             return begin, begin + self.phase_1_tokens + self.look_ahead
-        begin = self._switch_position + (sample - self.switch_sample) * self.sequence_length
+        begin = self.switch_position + (sample - self.switch_sample) * self.sequence_length
         return begin, begin + self.sequence_length + 1
 
     def first_sample_from(self, position: int) -> int:
         """Index of the first sample that begins at ``position`` or later."""
-        if position < self._switch_position:
+        if position < self.switch_position:
             return -(-position // self.phase_1_tokens)
-        return self.switch_sample - (self._switch_position - position) // self.sequence_length
+        return self.switch_sample - (self.switch_position - position) // self.sequence_length
 
     @property
-    def _switch_position(self) -> int:
+    def switch_position(self) -> int:
+        """Where phase 2 begins."""
         return self.switch_sample * self.phase_1_tokens
 
 
@@ -95,8 +110,23 @@ def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> N
     return order.reshape(-1)
 
 
+def pad_documents(lengths: NDArray[np.int32], layout: SampleLayout) -> NDArray[np.int64]:
+    """Positions of documents: those that phase 1 reads to their end fill up their last bag.
+
+    Args:
+        lengths: [n] int32, tokens of the documents in the order in which they are read.
+        layout: where the samples lie.
+
+    Returns:
+        [n] int64.
+    """
+    multiple = layout.document_multiple
+    padded = -(-lengths.astype(np.int64) // multiple) * multiple
+    return np.where(np.cumsum(padded) <= layout.switch_position, padded, lengths)
+
+
 def shuffle_samples(
-    layout: SampleLayout, num_samples: int, tokens_per_epoch: int, seed: int
+    layout: SampleLayout, num_samples: int, epoch_ends: NDArray[np.int64], seed: int
 ) -> NDArray[Any]:
     """The sample that is read in each place, shuffled within each phase of each epoch.
 
@@ -105,15 +135,21 @@ def shuffle_samples(
     next epoch. The last epoch is shuffled as a whole and then cut, so that a longer run continues
     a shorter one.
 
+    Args:
+        layout: where the samples lie.
+        num_samples: samples to be read.
+        epoch_ends: [epochs] int64, the position behind each epoch.
+        seed: random seed.
+
     Returns:
         [num_samples] uint32, or int64 where that is too small.
     """
-    epochs = layout.span(num_samples - 1)[0] // tokens_per_epoch + 1
-    count = layout.first_sample_from(epochs * tokens_per_epoch)
+    epochs = int(epoch_ends.searchsorted(layout.span(num_samples - 1)[0], side="right")) + 1
+    ends = epoch_ends[:epochs].tolist()
+    count = layout.first_sample_from(ends[-1])
     order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.int64)
-    for epoch in range(epochs):
-        epoch_end = (epoch + 1) * tokens_per_epoch
-        first = layout.first_sample_from(epoch * tokens_per_epoch)
+    for epoch, (epoch_begin, epoch_end) in enumerate(pairwise([0, *ends])):
+        first = layout.first_sample_from(epoch_begin)
         last = layout.first_sample_from(epoch_end)
         switch = min(max(layout.switch_sample, first), last)
         for phase, begin, end in ((_PHASE_1, first, switch), (_PHASE_2, switch, last)):
@@ -136,7 +172,7 @@ class TokenStream:
     Attributes:
         documents: [epochs * documents of the split] int32, the order in which they are read.
         starts: [len(documents) + 1] int64, the stream position at which each of them begins, and
-            the end of the stream.
+            the end of the stream. A document may have more positions than tokens.
         samples: [num_samples] uint32 or int64, the sample that is read in each place.
     """
 
@@ -176,11 +212,18 @@ class TokenStream:
                 "look-ahead). Use more text, a larger first share in --split, or a smaller "
                 "--tst-bag-size or --seq-length."
             )
-        epochs = -(-layout.span(num_samples - 1)[1] // tokens)
-        order = shuffle_documents(documents, epochs, seed)
+        end = layout.span(num_samples - 1)[1]
+        order = shuffle_documents(documents, -(-end // tokens), seed)
+        lengths: NDArray[Any] = document_lengths[order]
+        if layout.document_multiple > 1:
+            lengths = pad_documents(lengths, layout)
         starts = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(document_lengths[order], dtype=np.int64, out=starts[1:])
-        return cls(order, starts, shuffle_samples(layout, num_samples, tokens, seed))
+        np.cumsum(lengths, dtype=np.int64, out=starts[1:])
+        epoch_ends = starts[len(documents) :: len(documents)]
+        # Padding may make the last epochs dispensable.
+        used = (int(epoch_ends.searchsorted(end)) + 1) * len(documents)
+        samples = shuffle_samples(layout, num_samples, epoch_ends, seed)
+        return cls(order[:used], starts[: used + 1], samples)
 
     @staticmethod
     def paths(prefix: Path) -> dict[str, Path]:
@@ -215,8 +258,8 @@ class TokenStream:
         """Reads the positions from ``begin`` up to ``end``, excluded.
 
         Returns:
-            the tokens, [end - begin] int64; the documents they come from, [n] int64; and the
-            number of tokens from each of them.
+            the tokens, [end - begin] int64, ``PADDING`` behind the end of a document; the documents
+            they come from, [n] int64; and the number of positions from each of them.
         """
         # The last document that starts at or before ``begin``: of several that start there, all
         # but the last are empty.
@@ -226,11 +269,12 @@ class TokenStream:
         offsets = np.maximum(begin - starts, 0)
         lengths = np.minimum(self.starts[first + 1 : last + 1], end) - starts - offsets
         documents = self.documents[first:last]
-        pieces = [
-            source.get(document, offset, length)
-            for document, offset, length in zip(
-                documents.tolist(), offsets.tolist(), lengths.tolist(), strict=True
-            )
-        ]
-        text = np.concatenate(pieces, dtype=np.int64)
+        tokens = np.minimum(source.sequence_lengths[documents] - offsets, lengths)
+        text = np.full(end - begin, PADDING, dtype=np.int64)
+        at = 0
+        for document, offset, count, length in zip(
+            documents.tolist(), offsets.tolist(), tokens.tolist(), lengths.tolist(), strict=True
+        ):
+            text[at : at + count] = source.get(document, offset, count)
+            at += length
         return text, documents.astype(np.int64), lengths.tolist()

@@ -23,6 +23,7 @@ def bag_embedding(
     token_bags: Tensor,
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    ignore_index: int | None = None,
 ) -> Tensor:
     """Average the embeddings of each bag: ``e'[b, j] = (1/s) * sum_i E[token_bags[b, j, i]]``.
 
@@ -40,6 +41,8 @@ def bag_embedding(
         token_bags: [b, l, s] int64 global token ids, the same on every rank of the group.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         sequence_parallel: return this rank's slice of the latent positions.
+        ignore_index: negative id of places that hold no token; the mean is that of the others, and
+            zero where a bag has no others. ``None`` when every place holds one.
 
     Returns:
         [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism
@@ -52,12 +55,14 @@ def bag_embedding(
     Source: arXiv 2605.06546, input superposition; ``VocabParallelEmbedding`` in
     ``megatron/core/tensor_parallel/layers.py`` for the parallel layout.
     """
-    _validate(weight_shard, token_bags, tp_group, sequence_parallel)
-    local_ids, outside = _to_local_ids(token_bags, weight_shard.shape[0], tp_group)
+    is_absent = None if ignore_index is None else token_bags == ignore_index
+    _validate(weight_shard, token_bags, is_absent, tp_group, sequence_parallel)
+    local_ids, outside = _to_local_ids(token_bags, is_absent, weight_shard.shape[0], tp_group)
     if token_bags.shape[-1] == 1:
         partial = _single_token_embedding(weight_shard, local_ids, outside)
     else:
-        partial = _BagMean.apply(weight_shard, local_ids, outside)
+        sizes = None if is_absent is None else (~is_absent).sum(-1, keepdim=True).clamp_(min=1)
+        partial = _BagMean.apply(weight_shard, local_ids, outside, sizes)
     if sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
     return reduce_from_tensor_parallel(partial, tp_group)
@@ -66,6 +71,7 @@ def bag_embedding(
 def _validate(
     weight_shard: Tensor,
     token_bags: Tensor,
+    is_absent: Tensor | None,
     tp_group: ProcessGroup | None,
     sequence_parallel: bool,
 ) -> None:
@@ -82,7 +88,8 @@ def _validate(
         )
     if token_bags.device.type == "cpu" and token_bags.numel():
         vocabulary_size = weight_shard.shape[0] * tp_size
-        lowest, highest = (int(bound) for bound in token_bags.aminmax())
+        present = token_bags if is_absent is None else token_bags.masked_fill(is_absent, 0)
+        lowest, highest = (int(bound) for bound in present.aminmax())
         if lowest < 0 or highest >= vocabulary_size:
             raise ValueError(
                 f"token_bags holds ids from {lowest} to {highest}, outside the padded vocabulary "
@@ -91,14 +98,15 @@ def _validate(
 
 
 def _to_local_ids(
-    token_ids: Tensor, shard_size: int, tp_group: ProcessGroup | None
+    token_ids: Tensor, is_absent: Tensor | None, shard_size: int, tp_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Row of each token in this rank's shard, and which tokens belong to another rank."""
-    if group_size(tp_group) == 1:
+    """Row of each token in this rank's shard, and which places have none."""
+    if group_size(tp_group) == 1 and is_absent is None:
         return token_ids, None
+    # An id that holds no token is negative, so it is outside of the first shard; of the others too.
     shifted = token_ids - vocabulary_start(shard_size, tp_group)
     outside = (shifted < 0) | (shifted >= shard_size)
-    # Foreign tokens add zeros somewhere; spread over the shard they make no hot row, which would
+    # These tokens add zeros somewhere; spread over the shard they make no hot row, which would
     # serialise the gradient kernel.
     return shifted.remainder_(shard_size), outside
 
@@ -112,7 +120,9 @@ class _BagMean(torch.autograd.Function):
     """Mean over the bag of this rank's rows: [v, h], [b, l, s] -> [b, l, h]; no collective."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
         bag_size = bags.shape[-1]
         total = weight.new_zeros(
             *bags.shape[:-1], weight.shape[1], dtype=_accumulation_dtype(weight)
@@ -122,20 +132,21 @@ class _BagMean(torch.autograd.Function):
             if outside is not None:
                 rows.masked_fill_(outside[..., offset].unsqueeze(-1), 0)
             total.add_(rows)
-        ctx.save_for_backward(bags, outside)
+        ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
-        return total.div_(bag_size).to(weight.dtype)
+        return total.div_(bag_size if sizes is None else sizes).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        bags, outside = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        bags, outside, sizes = ctx.saved_tensors
         bag_size = bags.shape[-1]
-        share = grad_output.to(_accumulation_dtype(grad_output)).div(bag_size).flatten(0, -2)
+        divisor = bag_size if sizes is None else sizes
+        share = grad_output.to(_accumulation_dtype(grad_output)).div(divisor).flatten(0, -2)
         bags = bags.reshape(-1, bag_size)
         outside = None if outside is None else outside.reshape(-1, bag_size, 1)
         grad = _sum_into_rows(share, bags, outside, ctx.shard_size, grad_output.dtype)
-        return grad, None, None
+        return grad, None, None, None
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

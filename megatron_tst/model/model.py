@@ -18,13 +18,20 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.model.cross_entropy import IGNORE_INDEX
 from megatron_tst.model.embedding import bag_embedding
 from megatron_tst.model.objectives import superposition_loss
 from megatron_tst.model.offset_loss import OffsetLossMeter
 
 
 class BagVocabParallelEmbedding(VocabParallelEmbedding):
-    """Vocabulary-parallel embedding that averages over bags of tokens."""
+    """Vocabulary-parallel embedding that averages over bags of tokens.
+
+    Attributes:
+        ignore_index: id of places of a bag that hold no token; None where all hold one.
+    """
+
+    ignore_index: int | None = None
 
     def forward(self, input_: Tensor) -> Tensor:
         """Embeds tokens, or averages the embeddings of bags of tokens.
@@ -43,6 +50,7 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
             input_,
             tp_group=self.tp_group,
             sequence_parallel=self.reduce_scatter_embeddings,
+            ignore_index=self.ignore_index,
         )
 
 
@@ -101,7 +109,10 @@ class SuperpositionModel(LanguageModule):
     def _superpose(self, superposition: SuperpositionConfig) -> None:
         self.superposition = superposition
         if self.pre_process:
-            self.embedding.word_embeddings.__class__ = BagVocabParallelEmbedding
+            embedding = self.embedding.word_embeddings
+            embedding.__class__ = BagVocabParallelEmbedding
+            if superposition.aligns_documents:
+                embedding.ignore_index = IGNORE_INDEX
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):

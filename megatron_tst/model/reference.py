@@ -12,10 +12,16 @@ from torch import Tensor
 
 
 def bag_embedding_reference(
-    weight: Tensor, token_bags: Tensor, dtype: torch.dtype = torch.float64
+    weight: Tensor,
+    token_bags: Tensor,
+    dtype: torch.dtype = torch.float64,
+    ignore_index: int | None = None,
 ) -> Tensor:
-    """Mean of the rows of each bag: [V, h], [b, l, s] -> [b, l, h]."""
-    return weight.to(dtype)[token_bags].mean(-2)
+    """Mean of the rows of the tokens of each bag, 0 without any: [V, h], [b, l, s] -> [b, l, h]."""
+    present = torch.ones_like(token_bags) if ignore_index is None else token_bags != ignore_index
+    counts = present.sum(-1, keepdim=True).clamp(min=1)
+    rows = weight.to(dtype)[token_bags.where(present.bool(), 0)]
+    return (rows * present.unsqueeze(-1)).sum(-2) / counts
 
 
 def per_target_cross_entropy_reference(

@@ -11,8 +11,9 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_tst.data.batch import reads_data_on_stage
 from megatron_tst.data.blend import Blend
 from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import (
@@ -137,7 +138,7 @@ def _is_hub_name(tokenizer: str) -> bool:
 
 def _reads_data(vp_stage: int | None) -> bool:
     is_tp_source = mpu.get_tensor_model_parallel_rank() == 0
-    return is_tp_source and is_first_or_last_pipeline_stage(vp_stage)
+    return is_tp_source and reads_data_on_stage(get_args(), vp_stage)
 
 
 def dataset_config_from_args(
@@ -176,6 +177,7 @@ def dataset_config_from_args(
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
         superposition=schedule.config,
         switch_sample=schedule.switch_sample,
     )

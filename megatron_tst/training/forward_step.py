@@ -11,9 +11,10 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, unwrap_model
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
-from megatron_tst.data.batch import get_batch
+from megatron_tst.data.batch import get_batch, packed_documents
 from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.schedule import SuperpositionSchedule
@@ -77,6 +78,10 @@ class ForwardStep:
         with _straggler_detector(bdata=True):
             vp_stage = get_attr_wrapped_model(model, "vp_stage")
             batch = get_batch(data_iterator, args, superposition, vp_stage)
+            documents = packed_documents(batch, args.seq_length)
+            if documents is not None:
+                # Counts the FLOPs of attention.
+                update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens_q)
         timers("batch-generator").stop()
 
         self._choose_meter(model, args, in_phase_1)
@@ -88,6 +93,7 @@ class ForwardStep:
                 batch["attention_mask"],
                 labels=batch["labels"],
                 loss_mask=batch["loss_mask"],
+                packed_seq_params=documents,
             )
         return losses, partial(masked_mean_loss, batch["loss_mask"])
 

@@ -41,6 +41,7 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
         seq_length=LENGTH,
         context_parallel_size=sizes.get("context_parallel_size", 1),
         create_attention_mask_in_dataloader=False,
+        dataloader_inter_document_masking=False,
     )
     superposition = SuperpositionConfig(bag_size=BAG_SIZE, steps=1, variant=variant)  # type: ignore[arg-type]
     has_loader = parallel_state.get_tensor_model_parallel_rank() == 0

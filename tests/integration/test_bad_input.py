@@ -94,6 +94,33 @@ HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+_DOCUMENTS = "--dataloader-inter-document-masking does not work with"
+DOCUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({}, f"{_DOCUMENTS} --tst-bag-size 4 and --tst-document-boundary cross: .* Use .* align"),
+    (
+        {"tst_document_boundary": "align", "context_parallel_size": 2},
+        f"{_DOCUMENTS} --context-parallel-size 2: .* Remove one",
+    ),
+    (
+        {"tst_bag_size": 1, "tst_steps": None, "context_parallel_size": 2},
+        f"{_DOCUMENTS} --context-parallel-size 2: .* Remove one",
+    ),
+    (
+        {"tst_document_boundary": "align", "pipeline_model_parallel_size": 2},
+        f"{_DOCUMENTS} --pipeline-model-parallel-size 2 and --micro-batch-size 2: .* Remove one",
+    ),
+    (
+        {"tst_document_boundary": "align", "overlap_moe_expert_parallel_comm": True},
+        f"{_DOCUMENTS} --overlap-moe-expert-parallel-comm: .* Remove one",
+    ),
+]
+
+
+def test_documents_that_cannot_be_kept_apart(check: Check, small_run: SmallRun) -> None:
+    always = {**SUPERPOSED, "dataloader_inter_document_masking": True}
+    runs = [small_run.with_(**{**always, **settings}) for settings, _ in DOCUMENTS]
+    assert_messages(check(runs), [message for _, message in DOCUMENTS])
+
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
     cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS]
@@ -108,7 +135,6 @@ CONFLICTS: dict[str, Any] = {
     "--fim-data": True,
     "--perform-rl-step": True,
     "--mock-data": True,
-    "--dataloader-inter-document-masking": True,
     "--reset-attention-mask": True,
     "--reset-position-ids": True,
     "--hybrid-context-parallel": True,

@@ -55,7 +55,7 @@ def bag_rows(output: str) -> list[tuple[str, str, str]]:
 def test_bags_of_a_sample(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_data.main([str(corpus), *BAGS, "--sample", "5", "3"]) == 0
     output = capsys.readouterr().out
-    assert "sample 5 of phase 1: full, bags of 4, sequence length 16" in output
+    assert "sample 5 of phase 1: full, bags of 4, documents cross, sequence length 16" in output
     rows = bag_rows(output)
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5", "14", "15"]
     for (position, _, target), (next_position, following, _) in pairwise(rows):
@@ -74,6 +74,21 @@ def test_bags_of_the_variants(
     for _, tokens, targets in bag_rows(output):
         assert (len(tokens.split()), len(targets.split())) == lengths
         assert int(targets.split()[0]) == int(tokens.split()[-1]) + 1
+
+
+def test_bags_that_keep_to_their_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [np.array([*text.encode(), 0]) for text in ("one", "seven", "and", "eleven") * 20]
+    write_documents(tmp_path / "text", texts)
+    byte_tokenizer().save_files(tmp_path / "text-tokenizer")
+    assert inspect_data.main([str(tmp_path / "text"), *BAGS, "--document-boundary", "align"]) == 0
+    rows = bag_rows(capsys.readouterr().out)
+    bags = {text for row in rows for text in row[1:]}
+    end = "<|endoftext|>"
+    parts = ["one" + end, "seve", "n" + end, "and" + end, "elev", "en" + end]
+    assert bags <= {repr(part) + " -" * (4 - len(part.replace(end, "."))) for part in parts}
+    assert any(bag.endswith(" -") for bag in bags)
 
 
 def test_text_is_neither_markup_nor_control_code(

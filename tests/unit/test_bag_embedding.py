@@ -53,6 +53,35 @@ def test_equals_the_reference(dtype: torch.dtype, bag_size: int, vocabulary: int
         torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("vocabulary", [50, 1000])
+@pytest.mark.parametrize("bag_size", [2, 6, 16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_places_without_a_token_do_not_count(
+    dtype: torch.dtype, bag_size: int, vocabulary: int
+) -> None:
+    weight, bags, grad = case(bag_size, dtype, vocabulary)
+    present = torch.randint(1, bag_size + 1, bags.shape[:-1])
+    present[0, 0], present[1, 0] = bag_size, 0
+    bags[torch.arange(bag_size) >= present.unsqueeze(-1)] = -100
+    output = bag_embedding(weight, bags, ignore_index=-100)
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = bag_embedding_reference(exact_weight, bags, ignore_index=-100)
+    torch.testing.assert_close(output.double(), exact, **TOLERANCE[dtype])
+    assert not output[1, 0].any()
+    output.backward(grad)
+    exact.backward(grad.double())
+    assert weight.grad is not None
+    assert exact_weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **TOLERANCE[dtype])
+
+
+def test_full_bags_have_the_bits_of_bags_that_are_always_full() -> None:
+    weight, bags, grad = case(6, torch.bfloat16)
+    results = [bag_embedding(weight, bags, ignore_index=index) for index in (None, -100)]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
+
+
 @pytest.mark.parametrize("vocabulary", [5, 100])
 def test_gradcheck(vocabulary: int) -> None:
     weight = torch.randn(vocabulary, 3, dtype=torch.float64, requires_grad=True)

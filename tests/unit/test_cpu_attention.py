@@ -216,17 +216,38 @@ def test_settings_that_are_not_computed_are_refused(flag: str, settings: dict[st
         core_attention(**settings)
 
 
-@pytest.mark.parametrize(
-    ("name", "argument"),
-    [
-        ("attention_bias", torch.zeros(1)),
-        ("packed_seq_params", PackedSeqParams(qkv_format="thd")),
-    ],
-)
-def test_arguments_that_are_not_computed_are_refused(name: str, argument: object) -> None:
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("bounds", [[0, 9], [0, 1, 6, 9], [0, 3, 3, 9]])
+def test_documents_of_a_packed_sequence_do_not_see_each_other(
+    bounds: list[int], groups: int
+) -> None:
+    (query,) = draw((9, 4, 16), 1, torch.float64)
+    key, value = draw((9, groups, 16), 2, torch.float64)
+    (grad,) = draw((9, 1, 64), 1, torch.float64)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    documents = PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+    forbidden = causal_mask(9)
+    for begin in bounds:
+        forbidden[begin:, :begin] = True
+
+    def expected(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return oracle_layer(query[:, None], key[:, None], value[:, None], forbidden)
+
+    layer = core_attention(num_query_groups=groups)
+    inputs = [query, key, value]
+    actual = with_gradients(
+        lambda q, k, v: layer(q, k, v, None, packed_seq_params=documents), inputs, grad
+    )
+    torch.testing.assert_close(actual, with_gradients(expected, inputs, grad))
+
+
+def test_arguments_that_are_not_computed_are_refused() -> None:
     inputs = draw((5, BATCH, 4, 16), 3, torch.float32)
-    with pytest.raises(ValueError, match=name):
-        core_attention()(*inputs, None, **{name: argument})
+    with pytest.raises(ValueError, match="attention_bias"):
+        core_attention()(*inputs, None, attention_bias=torch.zeros(1))
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match="attention_mask"):
+        core_attention()(*inputs, causal_mask(5), packed_seq_params=packed)
 
 
 def test_causal_attention_over_a_cache_of_keys_is_refused() -> None:

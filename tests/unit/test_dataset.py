@@ -17,7 +17,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst import SuperpositionConfig
 from megatron_tst.config import Variant
-from megatron_tst.data.dataset import IGNORE_INDEX
+from megatron_tst.data.bags import IGNORE_INDEX
 from tests.corpus import write_corpus, write_documents
 from tests.datasets import (
     DOCUMENT_LENGTHS,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_tst.config import Variant
+from megatron_tst.config import DocumentBoundary, Variant
 from megatron_tst.data import inspection
-from megatron_tst.data.dataset import IGNORE_INDEX
+from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.inspection import (
     PhaseOne,
     length_distribution,
@@ -76,14 +76,18 @@ def assert_same_samples(prefix: Path, settings: PhaseOne, dataset: Any, count: i
         torch.testing.assert_close(torch.from_numpy(sample.targets), labels.reshape(length, -1))
 
 
+@pytest.mark.parametrize("boundary", get_args(DocumentBoundary))
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_samples_are_those_of_training(prefix: Path, variant: Variant) -> None:
-    settings = PhaseOne(LENGTH, BAG_SIZE, variant, split="80, 15, 5", seed=7, samples=11)
+def test_samples_are_those_of_training(
+    prefix: Path, variant: Variant, boundary: DocumentBoundary
+) -> None:
+    settings = PhaseOne(LENGTH, BAG_SIZE, variant, boundary, "80, 15, 5", seed=7, samples=11)
     dataset = build_train(
         prefix,
         20,
         BAG_SIZE,
         variant,
+        boundary,
         sequence_length=LENGTH,
         split="80,15,5",
         random_seed=7,

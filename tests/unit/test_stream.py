@@ -32,6 +32,7 @@ class Documents:
     def __init__(self, lengths: list[int]) -> None:
         tokens = np.arange(sum(lengths), dtype=np.int32)
         self.documents = np.split(tokens, np.cumsum(lengths)[:-1])
+        self.sequence_lengths = np.array(lengths, dtype=np.int32)
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> Any:
         assert length is not None
@@ -76,6 +77,11 @@ def test_an_epoch_orders_its_documents_by_itself(epochs: int) -> None:
     assert (shuffle_documents(documents, 1, seed=8) != rows[0]).any()
 
 
+def epoch_ends(tokens: int) -> Any:
+    """Of more epochs than any test reads."""
+    return np.arange(1, 4000) * tokens
+
+
 def long_enough(layout: SampleLayout, tokens: int) -> int:
     return max(tokens, layout.phase_1_tokens + layout.look_ahead)
 
@@ -86,7 +92,7 @@ def test_samples_are_shuffled_within_phase_and_epoch(
     layout: SampleLayout, tokens: int, num_samples: int
 ) -> None:
     tokens = long_enough(layout, tokens)
-    order = shuffle_samples(layout, num_samples, tokens, seed=3).tolist()
+    order = shuffle_samples(layout, num_samples, epoch_ends(tokens), seed=3).tolist()
     assert len(order) == len(set(order)) == num_samples
 
     def group(sample: int) -> tuple[int, bool]:
@@ -112,18 +118,18 @@ def test_a_longer_run_continues_a_shorter_one(
     layout: SampleLayout, tokens: int, num_samples: int, more: int
 ) -> None:
     tokens = long_enough(layout, tokens)
-    shorter = shuffle_samples(layout, num_samples, tokens, seed=3)
-    longer = shuffle_samples(layout, num_samples + more, tokens, seed=3)
+    shorter = shuffle_samples(layout, num_samples, epoch_ends(tokens), seed=3)
+    longer = shuffle_samples(layout, num_samples + more, epoch_ends(tokens), seed=3)
     np.testing.assert_array_equal(shorter, longer[:num_samples])
 
 
 def test_samples_do_not_stay_in_order() -> None:
     layout = SampleLayout(8, switch_sample=50, tokens_per_position=4, look_ahead=4)
-    order = shuffle_samples(layout, 150, tokens_per_epoch=10_000, seed=1)
+    order = shuffle_samples(layout, 150, epoch_ends=epoch_ends(10_000), seed=1)
     assert order.dtype == np.uint32
     assert (order[:50] != np.arange(50)).sum() > 40
     assert (order[50:] != np.arange(50, 150)).sum() > 90
-    other_seed = shuffle_samples(layout, 150, tokens_per_epoch=10_000, seed=2)
+    other_seed = shuffle_samples(layout, 150, epoch_ends=epoch_ends(10_000), seed=2)
     assert (order != other_seed).sum() > 100
 
 

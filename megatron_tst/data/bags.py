@@ -1,0 +1,121 @@
+"""Folds the text of a sample of phase 1 into bags of tokens, targets and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tst.config import SuperpositionConfig
+from megatron_tst.data.stream import PADDING
+
+IGNORE_INDEX = PADDING
+"""Label of a target in a bag that does not count, and token of a place that holds none."""
+
+
+@dataclass(frozen=True)
+class BagFolder:
+    """Folds text into bags.
+
+    Attributes:
+        superposition: settings of phase 1.
+        sequence_length: latent positions a sequence (l).
+        eod: id of the end of a document.
+        pad: id of padding in the text, which has no embedding and is no target.
+        eod_mask_loss: no loss for what follows the end of a document.
+    """
+
+    superposition: SuperpositionConfig
+    sequence_length: int
+    eod: int
+    pad: int | None
+    eod_mask_loss: bool
+
+    def fold(self, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
+        """Makes tokens, labels and loss mask.
+
+        Args:
+            text: [s * l + s] or [l + s] int64, a sample of phase 1 with its look-ahead.
+            document_lengths: positions of each document in it.
+
+        Returns:
+            tokens and labels, [l, s] or [l] int64, and loss_mask, [l] float32. Of bags, places that
+            hold no token, and targets that do not count, are ``IGNORE_INDEX``.
+        """
+        bag_size = self.superposition.bag_size
+        tokens = text[: len(text) - bag_size]
+        following = text[1:]
+        is_padding = self._is(following, self.pad) | (following == PADDING)
+        ignored = self._fold(is_padding)
+        tokens = tokens.masked_fill(self._is(tokens, self.pad), 0)
+        if self.superposition.superposes_input:
+            tokens = tokens.view(-1, bag_size)
+        if self.superposition.aligns_documents:
+            if self.superposition.superposes_output:
+                ignored = ignored | self._is_beyond_document(document_lengths)
+            if self.eod_mask_loss:
+                # The whole next bag belongs to the next document.
+                ends = self._is(tokens, self.eod).view(self.sequence_length, -1).any(dim=-1)
+                ignored = ignored | ends.view(-1, *[1] * (ignored.dim() - 1))
+        elif self.eod_mask_loss:
+            # As upstream: the target behind the end of a document does not count.
+            ignored = ignored | self._fold(self._is(text[:-1], self.eod))
+        if self.superposition.superposes_output:
+            labels = self._fold(following).masked_fill(ignored, IGNORE_INDEX)
+            counts = ~ignored.all(dim=-1)
+        else:
+            labels = self._fold(following.masked_fill(is_padding, 0))
+            counts = ~ignored
+        return {"tokens": tokens, "labels": labels.contiguous(), "loss_mask": counts.float()}
+
+    @staticmethod
+    def _is(token_ids: Tensor, special: int | None) -> Tensor:
+        # A tokenizer without a padding token has None here, which equals no id.
+        if special is None:
+            return torch.zeros_like(token_ids, dtype=torch.bool)
+        return token_ids == special
+
+    def _fold(self, following: Tensor) -> Tensor:
+        """Arranges what belongs to all tokens but the first as labels: [l, s] or [l]."""
+        bag_size = self.superposition.bag_size
+        if self.superposition.variant == "full":
+            return following[bag_size - 1 :].view(-1, bag_size)
+        if self.superposition.variant == "input-only":
+            return following[bag_size - 1 :: bag_size]
+        return following.unfold(0, bag_size, 1)
+
+    def _is_beyond_document(self, document_lengths: list[int]) -> Tensor:
+        """[l, s] Targets that belong to another document than the first of their bag."""
+        lengths = torch.tensor(document_lengths)
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        targets = self._fold(documents[1:])
+        return targets != targets[:, :1]
+
+
+def document_boundaries(
+    document_lengths: list[int], tokens_per_position: int, sequence_length: int
+) -> dict[str, Tensor]:
+    """Where documents begin in a sample of phase 1, in the form of upstream's packed sequences.
+
+    Args:
+        document_lengths: positions of each document in the text of the sample with its look-ahead.
+        tokens_per_position: positions of the text in a latent position; documents are multiples.
+        sequence_length: latent positions of the sample (l).
+
+    Returns:
+        cu_seqlens, [l + 1] int32, the latent position at which each document begins, filled up with
+        l; max_seqlen, int32; and position_ids, [l] int64, which restart at each document.
+    """
+    ends = torch.tensor(document_lengths).cumsum(0).div(tokens_per_position, rounding_mode="floor")
+    # Empty documents end where the one before does, and those of the look-ahead at or behind l.
+    bounds = torch.cat((torch.zeros_like(ends[:1]), ends.clamp(max=sequence_length))).unique()
+    cu_seqlens = torch.full((sequence_length + 1,), sequence_length, dtype=torch.int32)
+    cu_seqlens[: len(bounds)] = bounds
+    positions = torch.arange(sequence_length)
+    document = torch.searchsorted(cu_seqlens, positions.to(torch.int32), right=True) - 1
+    return {
+        "position_ids": positions - cu_seqlens[document],
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": cu_seqlens.diff().max(),
+    }
