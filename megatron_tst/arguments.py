@@ -72,6 +72,12 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         help="Whether bags run on from one document into the next, or each document begins a bag "
         "and fills up its last one with padding, which is masked.",
     )
+    group.add_argument(
+        "--tst-max-epochs",
+        type=float,
+        help="How many times a run may read the text of a corpus; default 1 with superposition, "
+        "unlimited without.",
+    )
     return parser
 
 
@@ -268,6 +274,19 @@ def _refuse_embedding_reset(args: argparse.Namespace) -> None:
 
 def _written(value: Any) -> str:
     return " ".join(str(part) for part in (value if isinstance(value, list) else [value]))
+
+
+def refuse_no_epochs(args: argparse.Namespace) -> None:
+    """Refuses a limit of epochs that no run can keep.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+    # A NaN fails this comparison too.
+    if args.tst_max_epochs is not None and not args.tst_max_epochs > 0:
+        raise ValueError(
+            f"--tst-max-epochs is {args.tst_max_epochs:g}: use a number above 0 (inf: no limit)."
+        )
 
 
 def refuse_empty_batches(args: argparse.Namespace) -> None:

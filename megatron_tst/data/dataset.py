@@ -95,7 +95,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
                 "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
                 f"that --tst-bag-size {bag_size} plans with. Leave it True."
             )
-        paths, weights = self._train_blend
+        paths, weights = self.train_blend
         if len(paths) > 1 and weights is None:
             raise ValueError(
                 f"--data-path or --train-data-path {' '.join(paths)}: --tst-bag-size {bag_size} "
@@ -105,18 +105,19 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
 
     def switch_sample_of(self, path: str) -> int:
         """Index of the first sample of phase 2 among those that the run takes from a corpus."""
-        if len(self._train_blend[0]) == 1:
+        if len(self.train_blend[0]) == 1:
             return self.switch_sample
         return self._switch_samples[path]
 
     @cached_property
     def _switch_samples(self) -> dict[str, int]:
-        paths, weights = self._train_blend
+        paths, weights = self.train_blend
         assert weights is not None
         return dict(zip(paths, samples_by_corpus(weights, self.switch_sample), strict=True))
 
     @property
-    def _train_blend(self) -> Blend:
+    def train_blend(self) -> Blend:
+        """Corpora of the train split and their weights; no corpora without data."""
         blend: Blend | None = self.blend
         if blend is None:
             blend = (self.blend_per_split or [None])[Split.train.value]

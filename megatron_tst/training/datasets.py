@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from megatron_tst.data.files import (
 )
 from megatron_tst.data.validation import FixedValidationDataset
 from megatron_tst.schedule import SuperpositionSchedule
+
+_DATA_ARGUMENTS = (
+    "data_path",
+    "data_args_path",
+    "train_data_path",
+    "valid_data_path",
+    "test_data_path",
+    "per_split_data_args_path",
+)
 
 
 class DatasetsProvider:
@@ -112,16 +122,52 @@ def check_data_vocabulary(args: Namespace) -> None:
 
 
 def data_path_prefixes(args: Namespace) -> list[str]:
-    """Every corpus that the command line names, in order."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(blend_per_split or [])]
-    return [prefix for paths in blends if paths is not None for prefix in paths[0]]
+    """Every corpus that the command line names, in order.
+
+    Raises:
+        ValueError: weights or files of arguments that cannot be read.
+    """
+    return [prefix for blend in _blends(args) if blend is not None for prefix in blend[0]]
 
 
-def data_weights(args: Namespace) -> list[list[float] | None]:
+def data_weights(args: Namespace) -> list[Sequence[float] | None]:
     """The weights of every blend that the command line names, None without weights."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return [b and b[1] for b in (blend, *(blend_per_split or []))]
+    return [blend and blend[1] for blend in _blends(args)]
+
+
+def _blends(args: Namespace) -> list[Blend | None]:
+    try:
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    # Megatron reports by assertion, and its files of arguments are text and JSON.
+    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        given = {name: getattr(args, name) for name in _DATA_ARGUMENTS}
+        named = [
+            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
+            for name, value in given.items()
+            if value is not None
+        ]
+        raise ValueError(
+            f"{' and '.join(named)} cannot be read ({type(error).__name__}: {error}): pass a path, "
+            "paths, or a number in front of each path, by one of these arguments; a file of "
+            "--per-split-data-args-path is a JSON object with train, valid and test."
+        ) from error
+    blends: list[Blend | None] = [blend, *(blend_per_split or [])]
+    for paths, weights in filter(None, blends):
+        numbers = [path for path in paths if weights is None and _is_number(path)]
+        if numbers:
+            raise ValueError(
+                f"--data-path {' '.join(paths)}: {numbers[0]} stands where a path should. Put one "
+                "number in front of each path, or in front of none."
+            )
+    return blends
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_weights(blend: Blend | None) -> Blend | None:

@@ -28,6 +28,7 @@ from megatron_tst.arguments import (
     add_superposition_arguments,
     refuse_conflicting_arguments,
     refuse_empty_batches,
+    refuse_no_epochs,
     superposition_config_from_args,
     superposition_schedule_from_args,
 )
@@ -35,6 +36,7 @@ from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.data_budget import check_data_budget
 from megatron_tst.training.datasets import (
     DatasetsProvider,
     check_data_files,
@@ -94,6 +96,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         is_hybrid = args.hybrid_layer_pattern is not None
         model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
         datasets_provider = DatasetsProvider(args, schedule)
+        check_data_budget(args, schedule, datasets_provider.config)
     if schedule.config.enabled:
         model_config.pre_wrap_hooks.append(
             partial(superpose_built_models, superposition=schedule.config)
@@ -188,6 +191,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.yaml_cfg is not None:
         raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags.")
     refuse_empty_batches(args)
+    refuse_no_epochs(args)
     superposition_config_from_args(args)
     if args.train_iters and args.global_batch_size:
         superposition_schedule_from_args(args)

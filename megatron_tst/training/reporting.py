@@ -173,6 +173,7 @@ def write_run_description(
         "total_steps": schedule.total_steps,
         "global_batch_size": schedule.global_batch_size,
         "sequence_length": schedule.sequence_length,
+        "data_budget": args.tst_data_budget,
         "parameters": parameters,
         "seed": args.seed,
         "settings": {name: getattr(args, name, None) for name in _SETTINGS},

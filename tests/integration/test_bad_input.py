@@ -61,6 +61,8 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
         for objective in ("bce", "hinge")
     ),
     ({"tst_power_law_exponent": "nan"}, "--tst-power-law-exponent is nan: use a finite number"),
+    ({"tst_max_epochs": 0}, "--tst-max-epochs is 0: use a number above 0"),
+    ({"tst_max_epochs": "nan"}, "--tst-max-epochs is nan: use a number above 0"),
     ({"seq_length": 0}, "--seq-length is 0: use 1 or more"),
     ({"seq_length": -32}, "--seq-length is -32: use 1 or more"),
     ({"micro_batch_size": 0}, "--micro-batch-size is 0: use 1 or more"),
@@ -235,6 +237,41 @@ def test_damaged_corpora(check: Check, small_run: SmallRun, tmp_path: Path) -> N
     assert_messages(check(runs), expected)
 
 
+# What cannot be read as corpora and weights, and a part of the message.
+BLENDS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"data_path": ["50", "a", "half", "b"]},
+        "--data-path 50 a half b: 50 stands where a path should. Put one number in front of each",
+    ),
+    ({"data_path": ["half", "a", "50", "b"]}, "--data-path half a 50 b cannot be read .*: pass"),
+    ({"data_path": ["50", "a", "50"]}, "--data-path 50 a 50: 50 stands where a path should"),
+    ({"data_args_path": "/none"}, "--data-path .* and --data-args-path /none cannot be read"),
+    (
+        {"data_path": None, "data_args_path": "/none"},
+        "--data-args-path /none cannot be read .*No such file",
+    ),
+    (
+        {"data_path": None, "per_split_data_args_path": "text.txt"},
+        "--per-split-data-args-path .*text.txt cannot be read .*JSONDecodeError",
+    ),
+    (
+        {"data_path": None, "per_split_data_args_path": "part.json"},
+        "--per-split-data-args-path .*part.json cannot be read .*KeyError.* train, valid and test",
+    ),
+]
+
+
+def test_blends_that_cannot_be_read(check: Check, small_run: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("50 a 50 b")
+    (tmp_path / "part.json").write_text('{"train": "a"}')
+    runs = []
+    for settings, _ in BLENDS:
+        file = settings.get("per_split_data_args_path")
+        own = {"per_split_data_args_path": tmp_path / file} if file else {}
+        runs.append(small_run.with_(**{**SUPERPOSED, **settings, **own}))
+    assert_messages(check(runs), [message for _, message in BLENDS])
+
+
 # How a superposed checkpoint at step 2 (bags of 4, switch at step 5) is continued.
 RESUMES: list[tuple[dict[str, Any], str | None]] = [
     ({}, None),
@@ -317,7 +354,11 @@ def short_run(small_run: SmallRun, tmp_path: Path) -> SmallRun:
     """A run on a corpus that is shorter than one sample."""
     write_corpus(tmp_path / "short", [5, 3, 12])
     return small_run.with_(
-        **SUPERPOSED, data_path=tmp_path / "short", split="100,0,0", eval_iters=0
+        **SUPERPOSED,
+        data_path=tmp_path / "short",
+        split="100,0,0",
+        eval_iters=0,
+        tst_max_epochs="inf",
     )
 
 
@@ -353,6 +394,11 @@ LAUNCHES: list[tuple[dict[str, Any], str]] = [
         "^error: --data-path .*its valid split holds no text. .*--split 99.999,0.001,0",
     ),
     ({"split": "100,0,0"}, "^error: --eval-iters is 2 and there is no text .* --eval-iters 0"),
+    (
+        {"train_iters": 2_000, "tst_steps": 800},
+        r"^error: --tst-max-epochs is 1 and this run reads .*text \d\.\d+ times: .* What fits: "
+        r"--tst-bag-size 2 or --tst-steps \d+\. --tst-variant output-only .* use more text",
+    ),
     ({"padded_vocab_size": 60}, r"the vocabulary has 60\. .* raise --padded-vocab-size"),
 ]
 

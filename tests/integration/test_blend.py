@@ -37,6 +37,7 @@ def reference(
         data_path=[75, other_corpus, 25, other_corpus.with_name("second")],
         tst_bag_size=BAG_SIZE,
         tst_steps=SWITCH,
+        tst_max_epochs=2,
         save_interval=3,
         bf16=False,
     )

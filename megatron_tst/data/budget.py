@@ -1,0 +1,169 @@
+"""How much text a run reads of each of its corpora, and how much there is."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_tst.config import SuperpositionConfig
+from megatron_tst.schedule import SuperpositionSchedule
+
+_CHUNK = 1 << 24
+# Of an epoch: rounding to whole tokens is no repetition.
+_ROUNDING = 1e-6
+
+_Fits = Callable[[SuperpositionConfig], bool]
+
+
+class TrainText:
+    """The text of a corpus that training may read.
+
+    Args:
+        path_prefix: path without ``.bin`` or ``.idx``; its files have passed
+            ``check_indexed_dataset``.
+        documents_share: share of its documents in the train split, from 0 to 1.
+
+    Attributes:
+        tokens: of the train split, found without reading the lengths of documents.
+    """
+
+    def __init__(self, path_prefix: str, documents_share: float = 1.0) -> None:
+        self.path_prefix = path_prefix
+        self._corpus = IndexedDataset(path_prefix)
+        index = self._corpus.index
+        # As upstream splits; documents lie behind each other.
+        self._documents = round(documents_share * len(index.sequence_lengths))
+        if self._documents == len(index.sequence_lengths):
+            last = self._documents - 1
+            end = int(index.sequence_pointers[last])
+            end += int(index.sequence_lengths[last]) * index.dtype_size
+        else:
+            end = int(index.sequence_pointers[self._documents])
+        self.tokens: int = end // index.dtype_size
+        self.positions = cache(self._positions)
+
+    def _positions(self, multiple: int) -> int:
+        """Places that an epoch takes where each document fills up its last bag of ``multiple``."""
+        if multiple == 1:
+            return self.tokens
+        lengths = self._corpus.index.sequence_lengths[: self._documents]
+        total = 0
+        for begin in range(0, len(lengths), _CHUNK):
+            chunk = lengths[begin : begin + _CHUNK].astype(np.int64)
+            total += int((-(-chunk // multiple) * multiple).sum())
+        return total
+
+
+@dataclass(frozen=True)
+class CorpusBudget:
+    """What a run reads of one corpus, in tokens of text.
+
+    Attributes:
+        path: of the corpus, without ``.bin`` or ``.idx``.
+        available: tokens of its train split.
+        phase_1: tokens read in phase 1; without the padding of aligned bags.
+        phase_1_padding: places of bags in phase 1 that hold no token.
+        phase_2: tokens read in phase 2, or in the whole of a run without superposition.
+    """
+
+    path: str
+    available: int
+    phase_1: int
+    phase_1_padding: int
+    phase_2: int
+
+    @property
+    def needed(self) -> int:
+        """Tokens read in both phases."""
+        return self.phase_1 + self.phase_2
+
+    @property
+    def epochs(self) -> float:
+        """How many times its text is read."""
+        return self.needed / self.available if self.available else math.inf
+
+
+def data_budget(
+    schedule: SuperpositionSchedule, texts: Sequence[TrainText], weights: Sequence[float]
+) -> list[CorpusBudget]:
+    """What a run needs of each corpus: its weight in each phase, to within two samples.
+
+    Args:
+        schedule: phases of the run.
+        texts: the corpora of the train split.
+        weights: of the corpora, in any unit.
+    """
+    in_phase_1 = schedule.data_tokens(schedule.switch_step)
+    in_phase_2 = schedule.data_tokens(schedule.total_steps) - in_phase_1
+    multiple = schedule.tokens_per_position_at(0) if schedule.config.aligns_documents else 1
+    budgets = []
+    for text, weight in zip(texts, weights, strict=True):
+        share = weight / sum(weights)
+        places = round(share * in_phase_1)
+        epoch = text.positions(multiple)
+        phase_1 = round(places * text.tokens / epoch) if epoch else places
+        budgets.append(
+            CorpusBudget(
+                text.path_prefix, text.tokens, phase_1, places - phase_1, round(share * in_phase_2)
+            )
+        )
+    return budgets
+
+
+def refuse_repetition(
+    schedule: SuperpositionSchedule,
+    texts: Sequence[TrainText],
+    weights: Sequence[float],
+    max_epochs: float,
+) -> None:
+    """Refuses a run that would read a corpus more often than it may.
+
+    Raises:
+        ValueError: naming the corpus, the largest settings that fit, and the ways out.
+    """
+    worst = max(data_budget(schedule, texts, weights), key=lambda budget: budget.epochs)
+    if worst.epochs <= max_epochs + _ROUNDING:
+        return
+
+    def fits(config: SuperpositionConfig) -> bool:
+        budgets = data_budget(replace(schedule, config=config), texts, weights)
+        return all(budget.epochs <= max_epochs + _ROUNDING for budget in budgets)
+
+    raised = math.ceil(worst.epochs * 100) / 100
+    raise ValueError(
+        f"--tst-max-epochs is {max_epochs:g} and this run reads {worst.path} {raised:g} times: "
+        f"{worst.needed:,} tokens ({worst.phase_1:,} in phase 1) of {worst.available:,}. "
+        f"{' '.join(_ways_out(schedule, fits))} Or use more text, or --tst-max-epochs {raised:g}."
+    )
+
+
+def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
+    config, steps = schedule.config, schedule.switch_step
+    as_steps = config.resolved(steps)
+    without_bags = replace(as_steps, variant="output-only")
+    if not fits(without_bags):
+        return ["Even without bags its text would not suffice: shorten the run."]
+    if not config.superposes_input:
+        return []
+    sizes = [s for s in range(2, config.bag_size) if fits(replace(as_steps, bag_size=s))]
+    longest = bisect_right(
+        range(1, steps), 0, key=lambda count: not fits(replace(as_steps, steps=count))
+    )
+    found = [f"What fits: --tst-bag-size {max(sizes)}"] if sizes else []
+    if longest:
+        found.append(f"{'or' if found else 'What fits:'} {_phase_length(schedule, longest)}")
+    fitting = " ".join(found) + "." if found else "No bag size and no length of phase 1 fits."
+    return [fitting, "--tst-variant output-only reads no more text than a run without phase 1."]
+
+
+def _phase_length(schedule: SuperpositionSchedule, steps: int) -> str:
+    ratio = math.floor(1000 * steps / schedule.total_steps) / 1000
+    if schedule.config.step_ratio is None or ratio == 0:
+        return f"--tst-steps {steps}"
+    return f"--tst-step-ratio {ratio:g}"

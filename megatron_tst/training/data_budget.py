@@ -1,0 +1,66 @@
+"""Prints and checks, before anything is built, what a run reads of each corpus."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
+from megatron.training import print_rank_0
+
+from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
+from megatron_tst.data.dataset import SuperpositionGPTDatasetConfig
+from megatron_tst.schedule import SuperpositionSchedule
+
+
+def check_data_budget(
+    args: Namespace, schedule: SuperpositionSchedule, config: SuperpositionGPTDatasetConfig
+) -> None:
+    """Prints the data budget, and puts it among Megatron's arguments, which checkpoints store.
+
+    Corpora in object storage are not looked at.
+
+    Args:
+        args: validated command line.
+        schedule: phases of the run.
+        config: of its datasets.
+
+    Raises:
+        ValueError: the run reads a corpus more often than ``--tst-max-epochs``, which is 1 with
+            superposition and unlimited without.
+    """
+    args.tst_data_budget = []
+    paths, weights = config.train_blend
+    # Paths of splits are read whole.
+    bounds = (0.0, 1.0) if config.split_matrix is None else config.split_matrix[Split.train.value]
+    if not paths or bounds is None or any(is_object_storage_path(path) for path in paths):
+        return
+    _, share = bounds
+    texts = [TrainText(path, share) for path in paths]
+    # Without weights upstream reads from each as much as it holds.
+    shares = weights or [text.tokens or 1 for text in texts]
+    budgets = data_budget(schedule, texts, shares)
+    args.tst_data_budget = [_as_dict(budget) for budget in budgets]
+    print_rank_0("> data budget, in tokens of text:")
+    for budget in budgets:
+        print_rank_0(f"    {_line(budget)}")
+    max_epochs = args.tst_max_epochs
+    if max_epochs is None and schedule.config.enabled:
+        max_epochs = 1.0
+    if max_epochs is not None:
+        refuse_repetition(schedule, texts, shares, max_epochs)
+
+
+def _as_dict(budget: CorpusBudget) -> dict[str, Any]:
+    return {**asdict(budget), "epochs": budget.epochs}
+
+
+def _line(budget: CorpusBudget) -> str:
+    places = budget.phase_1 + budget.phase_1_padding
+    padding = f", {budget.phase_1_padding / places:.1%} padding" if budget.phase_1_padding else ""
+    return (
+        f"{budget.path}: {budget.available:,} available, {budget.phase_1:,} in phase 1{padding}, "
+        f"{budget.phase_2:,} in phase 2, {budget.epochs:.3g} epochs"
+    )
