@@ -220,20 +220,21 @@ class SuperpositionGPTDataset(GPTDataset):
     def _bags(self, text: Tensor) -> dict[str, Tensor]:
         """A sample of phase 1 from its text with look-ahead, [s * l + s] or [l + s] int64."""
         superposition = self.config.superposition
-        tokens = text[: self.layout.phase_1_tokens]
-        tokens = tokens.masked_fill(self._is_padding(tokens), 0)
+        is_padding = self._is_padding(text)
+        data_tokens = self.layout.phase_1_tokens
+        tokens = text[:data_tokens].masked_fill(is_padding[:data_tokens], 0)
         if superposition.superposes_input:
             tokens = tokens.view(-1, superposition.bag_size)
 
-        following = text[1:]
-        is_padding = self._is_padding(following)
+        following, is_padding = text[1:], is_padding[1:]
         ignored = is_padding
         if self.config.eod_mask_loss:
             # As upstream: the target behind the end of a document does not count.
             ignored = is_padding | (text[:-1] == self.config.tokenizer.eod)
         if superposition.superposes_output:
             labels = self._fold(following.masked_fill(ignored, IGNORE_INDEX))
-            counts = ~self._fold(ignored).all(dim=-1)
+            # A sum, because torch is slow at all() over a short dimension.
+            counts = self._fold(ignored).sum(dim=-1) < superposition.bag_size
         else:
             labels = self._fold(following.masked_fill(is_padding, 0))
             counts = ~self._fold(ignored)
