@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 # Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
 _DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
+_DOCUMENTS_AT_ONCE = 1 << 20
 
 
 class TokenSource(Protocol):
@@ -120,7 +121,19 @@ def shuffle_samples(
             while end > begin and layout.span(end - 1)[1] > epoch_end:
                 end -= 1
             _random_state(seed, epoch, phase).shuffle(order[begin:end])
-    return order[:num_samples].copy()
+    return order[:num_samples]
+
+
+def _running_total(lengths: NDArray[np.int32], order: NDArray[np.int32]) -> NDArray[np.int64]:
+    """0, and the lengths in the given order added up: [len(order) + 1] int64."""
+    total = np.zeros(len(order) + 1, dtype=np.int64)
+    # In chunks: all lengths in order would take half as much memory as their total.
+    for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        documents = order[begin : begin + _DOCUMENTS_AT_ONCE]
+        ends = total[begin + 1 : begin + 1 + len(documents)]
+        np.cumsum(lengths[documents], dtype=np.int64, out=ends)
+        ends += total[begin]
+    return total
 
 
 def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
@@ -178,9 +191,8 @@ class TokenStream:
             )
         epochs = -(-layout.span(num_samples - 1)[1] // tokens)
         order = shuffle_documents(documents, epochs, seed)
-        starts = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(document_lengths[order], dtype=np.int64, out=starts[1:])
-        return cls(order, starts, shuffle_samples(layout, num_samples, tokens, seed))
+        samples = shuffle_samples(layout, num_samples, tokens, seed)
+        return cls(order, _running_total(document_lengths, order), samples)
 
     @staticmethod
     def paths(prefix: Path) -> dict[str, Path]:
