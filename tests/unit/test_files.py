@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.data.files import check_indexed_dataset, check_vocabulary
+from megatron_tst.data.files import check_indexed_dataset, check_vocabulary, count_tokens
 from tests.corpus import write_corpus, write_documents
 
 LENGTHS = [5, 3, 12]
@@ -66,6 +66,8 @@ def test_a_whole_corpus_passes(prefix: Path) -> None:
         # uint16 in place of int32: the lengths describe half of the bytes
         (overwrite("<B", 17, 8), r"text\.bin has 80 bytes and its index .* describes 56"),
         (overwrite("<Q", 18, 0), r"text\.idx describes no text"),
+        (overwrite("<Q", 18, 2**31 + 1), r"text\.idx has 2147483649 sequences.* several corpora"),
+        (overwrite("<i", 42, -12), r"text\.idx: document 2 has -12 tokens.* 2147483647.* split"),
         (overwrite("<Q", 94, 2), r"text\.idx does not end its last document at sequence 3"),
     ],
 )
@@ -75,6 +77,14 @@ def test_damaged_files_are_refused(
     damage(prefix)
     with pytest.raises(ValueError, match=message):
         check_indexed_dataset(str(prefix))
+
+
+@pytest.mark.parametrize("document", range(3))
+def test_negative_lengths_are_refused(prefix: Path, document: int) -> None:
+    assert count_tokens(str(prefix)) == 20
+    overwrite("<i", 34 + 4 * document, -2)(prefix)
+    with pytest.raises(ValueError, match=rf"text\.idx: document {document} has -2 tokens.* split"):
+        count_tokens(str(prefix))
 
 
 def test_the_index_of_another_corpus_is_refused(prefix: Path) -> None:
