@@ -19,7 +19,11 @@ from datatrove.utils.logging import logger
 
 from megatron_tst.data.documents import BadDocumentError, Counts, checked_size
 from megatron_tst.data.encoding import Encoder, EncoderSettings
-from megatron_tst.data.indexed_writer import IndexedDatasetWriter, check_document_tokens, token_dtype
+from megatron_tst.data.indexed_writer import (
+    IndexedDatasetWriter,
+    check_document_tokens,
+    token_dtype,
+)
 from megatron_tst.data.merging import merge_corpora, with_suffix
 from megatron_tst.data.tokenizer import CorpusTokenizer, load_tokenizer
 

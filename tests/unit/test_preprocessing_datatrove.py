@@ -59,6 +59,6 @@ def test_a_document_too_long_for_the_format_is_refused(
 ) -> None:
     monkeypatch.setattr(indexed_writer, "_MAX_DOCUMENT_TOKENS", 5)
     write = WriteMegatronPart(str(tmp_path / "parts"), tokenizer)
-    with pytest.raises(ValueError, match="^document web/1 has 6 tokens, .* at most 5: split it"):
+    with pytest.raises(ValueError, match=r"^document web/1 has 6 tokens, .* at most 5: split it"):
         list(write.run(documents(["1234", "12345"])))
     assert list((tmp_path / "parts").iterdir()) == []
