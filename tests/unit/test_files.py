@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.data.files import check_indexed_dataset, check_vocabulary, count_tokens
+from megatron_tst.data.files import (
+    check_document_lengths,
+    check_indexed_dataset,
+    check_vocabulary,
+    count_tokens,
+)
 from tests.corpus import write_corpus, write_documents
 
 LENGTHS = [5, 3, 12]
@@ -81,10 +86,15 @@ def test_damaged_files_are_refused(
 
 @pytest.mark.parametrize("document", range(3))
 def test_negative_lengths_are_refused(prefix: Path, document: int) -> None:
-    assert count_tokens(str(prefix)) == 20
-    overwrite("<i", 34 + 4 * document, -2)(prefix)
+    lengths = np.array(LENGTHS, dtype=np.int32)
+    check_document_lengths(str(prefix), lengths)
+    lengths[document] = -2
     with pytest.raises(ValueError, match=rf"text\.idx: document {document} has -2 tokens.* split"):
-        count_tokens(str(prefix))
+        check_document_lengths(str(prefix), lengths)
+
+
+def test_tokens_are_counted(prefix: Path) -> None:
+    assert count_tokens(str(prefix)) == sum(LENGTHS)
 
 
 def test_the_index_of_another_corpus_is_refused(prefix: Path) -> None:
