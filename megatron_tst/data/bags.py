@@ -43,31 +43,29 @@ class BagFolder:
             tokens and labels, [l, s] or [l] int64, and loss_mask, [l] float32. Of bags, places that
             hold no token, and targets that do not count, are ``IGNORE_INDEX``.
         """
-        bag_size = self.superposition.bag_size
-        tokens = text[: len(text) - bag_size]
-        following = text[1:]
-        is_padding = self._is(following, self.pad) | (following == PADDING)
-        ignored = self._fold(is_padding)
-        tokens = tokens.masked_fill(self._is(tokens, self.pad), 0)
+        is_padding = self._is(text, self.pad)
+        tokens = text[: len(text) - self.superposition.bag_size]
+        tokens = tokens.masked_fill(is_padding[: len(tokens)], 0)
         if self.superposition.superposes_input:
-            tokens = tokens.view(-1, bag_size)
+            tokens = tokens.view(self.sequence_length, -1)
+        following, is_padding = text[1:], is_padding[1:]
         if self.superposition.aligns_documents:
-            if self.superposition.superposes_output:
-                ignored = ignored | self._is_beyond_document(document_lengths)
-            if self.eod_mask_loss:
-                # The whole next bag belongs to the next document.
-                ends = self._is(tokens, self.eod).view(self.sequence_length, -1).any(dim=-1)
-                ignored = ignored | ends.view(-1, *[1] * (ignored.dim() - 1))
+            ignored = self._fold(is_padding) | self._crosses_documents(
+                tokens, following, document_lengths
+            )
         elif self.eod_mask_loss:
             # As upstream: the target behind the end of a document does not count.
-            ignored = ignored | self._fold(self._is(text[:-1], self.eod))
+            ignored = self._fold(is_padding | (text[:-1] == self.eod))
+        else:
+            ignored = self._fold(is_padding)
         if self.superposition.superposes_output:
             labels = self._fold(following).masked_fill(ignored, IGNORE_INDEX)
-            counts = ~ignored.all(dim=-1)
+            # A sum, because torch is slow at all() over a short dimension.
+            counts = ignored.sum(dim=-1) < self.superposition.bag_size
         else:
-            labels = self._fold(following.masked_fill(is_padding, 0))
+            labels = self._fold(following.masked_fill(is_padding, 0)).contiguous()
             counts = ~ignored
-        return {"tokens": tokens, "labels": labels.contiguous(), "loss_mask": counts.float()}
+        return {"tokens": tokens, "labels": labels, "loss_mask": counts.float()}
 
     @staticmethod
     def _is(token_ids: Tensor, special: int | None) -> Tensor:
@@ -85,12 +83,22 @@ class BagFolder:
             return following[bag_size - 1 :: bag_size]
         return following.unfold(0, bag_size, 1)
 
-    def _is_beyond_document(self, document_lengths: list[int]) -> Tensor:
-        """[l, s] Targets that belong to another document than the first of their bag."""
-        lengths = torch.tensor(document_lengths)
-        documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        targets = self._fold(documents[1:])
-        return targets != targets[:, :1]
+    def _crosses_documents(
+        self, tokens: Tensor, following: Tensor, document_lengths: list[int]
+    ) -> Tensor:
+        """Targets of aligned bags, [l, s] or [l], that a bag must not predict."""
+        crosses = self._fold(following == PADDING)
+        if self.superposition.superposes_output:
+            lengths = torch.tensor(document_lengths)
+            documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            targets = self._fold(documents[1:])
+            # A bag of targets belongs to the document of the first of them.
+            crosses = crosses | (targets != targets[:, :1])
+        if self.eod_mask_loss:
+            # What follows an end of document belongs to the next one as a whole.
+            ends = (tokens == self.eod).view(self.sequence_length, -1).any(dim=-1)
+            crosses = crosses | (ends if crosses.dim() == 1 else ends.unsqueeze(-1))
+        return crosses
 
 
 def document_boundaries(

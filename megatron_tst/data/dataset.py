@@ -38,7 +38,7 @@ from torch import Tensor
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
-from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.data.files import check_document_lengths, check_indexed_dataset
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
 # Field of the configuration, the flag that sets it, and why bags cannot have it.
@@ -262,7 +262,6 @@ class SuperpositionGPTDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Upstream's hook that builds or finds the cache."""
-        self._refuse_empty_split()
         if not self.is_superposed:
             return super()._build_document_sample_shuffle_indices()
         if not self.num_samples:
@@ -274,17 +273,22 @@ class SuperpositionGPTDataset(GPTDataset):
         missing = [p for p in TokenStream.paths(self._cache_prefix).values() if not p.is_file()]
         if missing:
             self._build_cache(missing[0])
+        # Only the builder needs them: four bytes for each document, on every rank.
+        self.indices = None
         # Upstream's own indices have no part in this split.
         return None, None, None
 
-    def _refuse_empty_split(self) -> None:
+    def _get_num_tokens_per_epoch(self) -> int:
+        """Upstream's hook that counts the tokens of the split, for a cache that is not there."""
+        check_document_lengths(str(self.dataset_path), self.dataset.sequence_lengths)
+        tokens = int(super()._get_num_tokens_per_epoch())
         # Upstream counts epochs until there is enough text, which never happens without any.
-        if self.indices is None or self.dataset.sequence_lengths[self.indices].any():
-            return
-        raise ValueError(
-            f"--data-path {self.dataset_path}: its {self.index_split.name} split holds no text. "
-            f"Give it a larger share than --split {self.config.split} does, or none (0)."
-        )
+        if not tokens:
+            raise ValueError(
+                f"--data-path {self.dataset_path}: its {self.index_split.name} split holds no "
+                f"text. Give it a larger share than --split {self.config.split} does, or none (0)."
+            )
+        return tokens
 
     def _identify_stream(self) -> None:
         """Makes the name of the cache depend on all that the stream depends on."""
@@ -316,6 +320,7 @@ class SuperpositionGPTDataset(GPTDataset):
                 "--dataloader-fast-cache-load."
             )
         assert self.num_samples is not None
+        check_document_lengths(str(self.dataset_path), self.dataset.sequence_lengths)
         stream = TokenStream.build(
             self.layout,
             self.indices,

@@ -19,7 +19,11 @@ from datatrove.utils.logging import logger
 
 from megatron_tst.data.documents import BadDocumentError, Counts, checked_size
 from megatron_tst.data.encoding import Encoder, EncoderSettings
-from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
+from megatron_tst.data.indexed_writer import (
+    IndexedDatasetWriter,
+    check_document_tokens,
+    token_dtype,
+)
 from megatron_tst.data.merging import merge_corpora, with_suffix
 from megatron_tst.data.tokenizer import CorpusTokenizer, load_tokenizer
 
@@ -69,7 +73,8 @@ class WriteMegatronPart(PipelineStep):
         """Writes the part of task ``rank``.
 
         Raises:
-            ValueError: one document too many is bad, or the tokenizer cannot be used.
+            ValueError: one document too many is bad, one is too long, or the tokenizer cannot be
+                used.
         """
         # The tasks are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -87,6 +92,7 @@ class WriteMegatronPart(PipelineStep):
                         continue
                     with self.track_time():
                         ids = encoder.encode(document.text)
+                    check_document_tokens(f"document {document.id}", ids.size)
                     if ids.size == 0:
                         counts.empty_documents += 1
                         continue

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from megatron_tst.data.documents import BadDocumentError, Outcome, decode
+from megatron_tst.data.indexed_writer import check_document_tokens
 from megatron_tst.data.readers import RawBatch, RawDocument
 from megatron_tst.data.tokenizer import CorpusTokenizer
 from megatron_tst.data.word_encoder import fast_encoder
@@ -85,8 +86,8 @@ def encode_in_order(
         Each batch with its result, in order.
 
     Raises:
-        ValueError: the tokenizer cannot encode a document, or a file cannot be read; raised after
-            what lies before has been handed out.
+        ValueError: the tokenizer cannot encode a document, it is too long, or a file cannot be
+            read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
@@ -211,6 +212,7 @@ def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
             outcomes.append(Outcome(0, 0, str(error)))
             continue
         ids = _encoder.encode(text)
+        check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))
     return EncodedBatch(np.concatenate([np.empty(0, _encoder.dtype), *encoded]), outcomes)

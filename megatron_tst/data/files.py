@@ -17,8 +17,10 @@ from megatron.core.datasets.indexed_dataset import (
     get_idx_path,
 )
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from numpy.typing import NDArray
 
 _VERSION = 1
+_MAX_SEQUENCES = 1 << 31
 _COUNTS_OFFSET = len(_INDEX_HEADER) + struct.calcsize("<QB")
 _HEADER_BYTES = _COUNTS_OFFSET + struct.calcsize("<QQ")
 _REMEDY = "Copy the file again, or run tools/preprocess_data.py again."
@@ -75,12 +77,39 @@ def _expected_data_bytes(index_path: Path) -> int:
             return value
 
         last_length, last_offset = last(lengths_end, "<i"), last(offsets_end, "<q")
+        if last_length < 0:
+            raise _negative_length(str(index_path), sequences - 1, last_length)
         if last(documents_end, "<q") != sequences:
             raise ValueError(
                 f"{index_path} does not end its last document at sequence {sequences}: it is "
                 f"damaged. {_REMEDY}"
             )
     return last_offset + last_length * dtype_size
+
+
+def check_document_lengths(path_prefix: str, lengths: NDArray[np.int32]) -> None:
+    """Looks for lengths that overflowed when a document of more than 2**31 - 1 tokens was written.
+
+    Reads all of them, unlike ``check_indexed_dataset``: for the one rank that builds an index.
+
+    Args:
+        path_prefix: path of the corpus without ``.bin`` or ``.idx``, for the error.
+        lengths: [documents] int32, such as ``IndexedDataset.sequence_lengths``.
+
+    Raises:
+        ValueError: naming the file, the document and the remedy.
+    """
+    if len(lengths) and lengths.min() < 0:
+        document = int(lengths.argmin())
+        raise _negative_length(get_idx_path(path_prefix), document, int(lengths[document]))
+
+
+def _negative_length(index_path: str, document: int, length: int) -> ValueError:
+    return ValueError(
+        f"{index_path}: document {document} has {length} tokens. The file is damaged, or the "
+        f"document has more than the {2**31 - 1} tokens that the format can hold and overflowed. "
+        "Copy the file again, or split the document and run tools/preprocess_data.py again."
+    )
 
 
 def _parse_header(index_path: Path, header: bytes) -> tuple[int, int, int]:
@@ -97,6 +126,12 @@ def _parse_header(index_path: Path, header: bytes) -> tuple[int, int, int]:
         raise ValueError(f"{index_path} has the unknown token type {code}. {_REMEDY}")
     if sequences == 0 or documents == 0:
         raise ValueError(f"{index_path} describes no text. {_REMEDY}")
+    if sequences > _MAX_SEQUENCES:
+        # Its numbers of documents are int32 and wrap around without an error.
+        raise ValueError(
+            f"{index_path} has {sequences} sequences, and Megatron reads at most {_MAX_SEQUENCES} "
+            "of a corpus: make several corpora of the text, and name them all with --data-path."
+        )
     return DType.size(code), sequences, documents
 
 
@@ -139,9 +174,11 @@ def check_vocabulary(
 
 def count_tokens(path_prefix: str) -> int:
     """Tokens of a corpus whose files have passed ``check_indexed_dataset``."""
-    # Kept until the sum is done: the corpus unmaps its index when it goes.
+    # Where the last document ends: every rank asks, and the lengths may be gigabytes.
+    # The corpus is kept until then, because it unmaps its index when it goes.
     corpus = IndexedDataset(path_prefix)
-    return int(corpus.sequence_lengths.sum(dtype=np.int64))
+    index = corpus.index
+    return int(index.sequence_pointers[-1]) // index.dtype_size + int(index.sequence_lengths[-1])
 
 
 def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:

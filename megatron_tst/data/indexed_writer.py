@@ -23,6 +23,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _LENGTH_BYTES = np.dtype(np.int32).itemsize
 _LENGTHS_AT_ONCE = 1 << 20
+_MAX_DOCUMENT_TOKENS = 2**31 - 1  # the format holds lengths as int32
 _DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 
 
@@ -35,6 +36,23 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     that disagrees; the first cannot, so the second is followed.
     """
     return np.dtype(np.uint16) if vocab_size <= 1 << 16 else np.dtype(np.int32)
+
+
+def check_document_tokens(where: str, tokens: int) -> None:
+    """Refuses a document whose length the format cannot hold.
+
+    Args:
+        where: what to call the document in the error.
+        tokens: its length.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if tokens > _MAX_DOCUMENT_TOKENS:
+        raise ValueError(
+            f"{where} has {tokens} tokens, and a document of a corpus at most "
+            f"{_MAX_DOCUMENT_TOKENS}: split it into several documents."
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,11 @@ class IndexedDatasetWriter:
         Args:
             tokens: [sum of lengths] ids in the writer's dtype.
             lengths: tokens of each document.
+
+        Raises:
+            ValueError: a document is too long for the format.
         """
+        check_document_tokens(f"a document of {self._idx_path}", max(lengths, default=0))
         assert tokens.dtype == self._dtype
         assert tokens.size == sum(lengths)
         self._bin.write(tokens.tobytes())

@@ -40,6 +40,7 @@ PADDING = -100
 
 # Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
 _DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
+_DOCUMENTS_AT_ONCE = 1 << 20
 
 
 class TokenSource(Protocol):
@@ -110,21 +111,6 @@ def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> N
     return order.reshape(-1)
 
 
-def pad_documents(lengths: NDArray[np.int32], layout: SampleLayout) -> NDArray[np.int64]:
-    """Positions of documents: those that phase 1 reads to their end fill up their last bag.
-
-    Args:
-        lengths: [n] int32, tokens of the documents in the order in which they are read.
-        layout: where the samples lie.
-
-    Returns:
-        [n] int64.
-    """
-    multiple = layout.document_multiple
-    padded = -(-lengths.astype(np.int64) // multiple) * multiple
-    return np.where(np.cumsum(padded) <= layout.switch_position, padded, lengths)
-
-
 def shuffle_samples(
     layout: SampleLayout, num_samples: int, epoch_ends: NDArray[np.int64], seed: int
 ) -> NDArray[Any]:
@@ -156,7 +142,30 @@ def shuffle_samples(
             while end > begin and layout.span(end - 1)[1] > epoch_end:
                 end -= 1
             _random_state(seed, epoch, phase).shuffle(order[begin:end])
-    return order[:num_samples].copy()
+    return order[:num_samples]
+
+
+def _document_starts(
+    lengths: NDArray[np.int32], order: NDArray[np.int32], layout: SampleLayout
+) -> NDArray[np.int64]:
+    """Where the documents begin in the given order, and where the last ends: [len(order) + 1]."""
+    starts = np.zeros(len(order) + 1, dtype=np.int64)
+    # In chunks: all lengths in order would take half as much memory as their total.
+    for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        positions: NDArray[Any] = lengths[order[begin : begin + _DOCUMENTS_AT_ONCE]]
+        if layout.document_multiple > 1:
+            room = layout.switch_position - starts[begin]
+            positions = _fill_up(positions, layout.document_multiple, room)
+        ends = starts[begin + 1 : begin + 1 + len(positions)]
+        np.cumsum(positions, dtype=np.int64, out=ends)
+        ends += starts[begin]
+    return starts
+
+
+def _fill_up(lengths: NDArray[np.int32], multiple: int, room: int) -> NDArray[np.int64]:
+    """Rounds up the lengths of the documents that end, rounded up, within ``room`` positions."""
+    filled = -(-lengths.astype(np.int64) // multiple) * multiple
+    return np.where(np.cumsum(filled) <= room, filled, lengths)
 
 
 def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
@@ -214,11 +223,7 @@ class TokenStream:
             )
         end = layout.span(num_samples - 1)[1]
         order = shuffle_documents(documents, -(-end // tokens), seed)
-        lengths: NDArray[Any] = document_lengths[order]
-        if layout.document_multiple > 1:
-            lengths = pad_documents(lengths, layout)
-        starts = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(lengths, dtype=np.int64, out=starts[1:])
+        starts = _document_starts(document_lengths, order, layout)
         epoch_ends = starts[len(documents) :: len(documents)]
         # Padding may make the last epochs dispensable.
         used = (int(epoch_ends.searchsorted(end)) + 1) * len(documents)

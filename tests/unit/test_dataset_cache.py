@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,27 @@ def test_only_rank_0_builds_the_cache(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--data-cache-path .*cache: rank 1 .* share"):
         build_train(corpus[0], 20, switch_sample=2, path_to_cache=cache)
     assert not os.path.exists(cache)
+
+
+def test_only_the_builder_reads_all_lengths(tmp_path: Path) -> None:
+    prefix = tmp_path / "text"
+    write_corpus(prefix, DOCUMENT_LENGTHS)
+    build_train(prefix, 20, switch_sample=2)
+    with prefix.with_suffix(".idx").open("r+b") as index:
+        index.seek(34)
+        index.write(struct.pack("<i", -7))
+    # Whoever looked at the lengths of all documents would find the damage.
+    assert build_train(prefix, 20, switch_sample=2).indices is None
+    for bag_size in (1, 3):
+        with pytest.raises(ValueError, match=r"text\.idx: document 0 has -7 tokens.* split the"):
+            build_train(prefix, 21, bag_size, switch_sample=2)
+
+
+def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "text", [12, 0, 0])
+    config = make_config(tmp_path / "text", split="34,33,33")
+    with pytest.raises(ValueError, match=r"text: its valid split holds no text\..* --split 34,33"):
+        build(config, (2, 1, 1))
 
 
 def per_split_blend(prefix: Path) -> dict[str, Any]:

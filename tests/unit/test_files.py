@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.data.files import check_indexed_dataset, check_vocabulary
+from megatron_tst.data.files import (
+    check_document_lengths,
+    check_indexed_dataset,
+    check_vocabulary,
+    count_tokens,
+)
 from tests.corpus import write_corpus, write_documents
 
 LENGTHS = [5, 3, 12]
@@ -66,6 +71,8 @@ def test_a_whole_corpus_passes(prefix: Path) -> None:
         # uint16 in place of int32: the lengths describe half of the bytes
         (overwrite("<B", 17, 8), r"text\.bin has 80 bytes and its index .* describes 56"),
         (overwrite("<Q", 18, 0), r"text\.idx describes no text"),
+        (overwrite("<Q", 18, 2**31 + 1), r"text\.idx has 2147483649 sequences.* several corpora"),
+        (overwrite("<i", 42, -12), r"text\.idx: document 2 has -12 tokens.* 2147483647.* split"),
         (overwrite("<Q", 94, 2), r"text\.idx does not end its last document at sequence 3"),
     ],
 )
@@ -75,6 +82,19 @@ def test_damaged_files_are_refused(
     damage(prefix)
     with pytest.raises(ValueError, match=message):
         check_indexed_dataset(str(prefix))
+
+
+@pytest.mark.parametrize("document", range(3))
+def test_negative_lengths_are_refused(prefix: Path, document: int) -> None:
+    lengths = np.array(LENGTHS, dtype=np.int32)
+    check_document_lengths(str(prefix), lengths)
+    lengths[document] = -2
+    with pytest.raises(ValueError, match=rf"text\.idx: document {document} has -2 tokens.* split"):
+        check_document_lengths(str(prefix), lengths)
+
+
+def test_tokens_are_counted(prefix: Path) -> None:
+    assert count_tokens(str(prefix)) == sum(LENGTHS)
 
 
 def test_the_index_of_another_corpus_is_refused(prefix: Path) -> None:

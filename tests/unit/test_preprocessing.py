@@ -26,7 +26,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megatron_tst.data import encoding, readers
+from megatron_tst.data import encoding, indexed_writer, readers
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.data.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
 from megatron_tst.data.tokenizer import (
@@ -216,6 +216,28 @@ def test_long_documents_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch)
     assert bytes(encoder.encode(text).tolist()) == text.encode() + b"\0"
     pieces = list(encoding.split_long(text))
     assert pieces == ["a\nbcd\n", "efghijklmn", "opqrstuvwx", "yz\n\nä"]
+
+
+def test_a_document_too_long_for_the_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = (tmp_path / "bin", tmp_path / "idx")
+    too_long = np.broadcast_to(np.uint16(0), 2**31)  # without memory of that size
+    message = r"idx has 2147483648 tokens, .* at most 2147483647: split"
+    with (
+        pytest.raises(ValueError, match=rf"^a document of .*{message}"),
+        IndexedDatasetWriter(*paths, np.dtype(np.uint16)) as writer,
+    ):
+        writer.add_documents(too_long, [too_long.size])
+    assert not paths[1].exists()
+
+    monkeypatch.setattr(indexed_writer, "_MAX_DOCUMENT_TOKENS", 5)
+    monkeypatch.setattr(encoding, "_encoder", encoding.Encoder(BYTES), raising=False)
+    monkeypatch.setattr(encoding, "_json_key", "text", raising=False)
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["12345", "123456"])
+    (batch,) = readers.read_batches(readers.find_sources((corpus,), (".jsonl",)))
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 has 6 tokens, .* at most 5: split it"):
+        encoding._encode_batch(batch.documents)
 
 
 def test_progress_ends_at_the_totals(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from datatrove.data import Document
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tst.data import indexed_writer
 from megatron_tst.data.datatrove_steps import MergeMegatronParts, WriteMegatronPart
 from megatron_tst.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
@@ -51,3 +52,13 @@ def test_bad_documents_are_fatal_or_counted(tmp_path: Path, tokenizer: str, bad:
     lenient = WriteMegatronPart(str(tmp_path / "parts"), tokenizer, max_bad_documents=1)
     assert len(list(lenient.run(documents(["a", bad, "b"])))) == 2
     assert json.loads((tmp_path / "parts" / "00000.json").read_text())["bad_documents"] == 1
+
+
+def test_a_document_too_long_for_the_format_is_refused(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexed_writer, "_MAX_DOCUMENT_TOKENS", 5)
+    write = WriteMegatronPart(str(tmp_path / "parts"), tokenizer)
+    with pytest.raises(ValueError, match=r"^document web/1 has 6 tokens, .* at most 5: split it"):
+        list(write.run(documents(["1234", "12345"])))
+    assert list((tmp_path / "parts").iterdir()) == []

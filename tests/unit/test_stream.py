@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tst.data import stream as stream_module
 from megatron_tst.data.stream import (
     SampleLayout,
     TokenStream,
@@ -121,6 +123,56 @@ def test_a_longer_run_continues_a_shorter_one(
     shorter = shuffle_samples(layout, num_samples, epoch_ends(tokens), seed=3)
     longer = shuffle_samples(layout, num_samples + more, epoch_ends(tokens), seed=3)
     np.testing.assert_array_equal(shorter, longer[:num_samples])
+
+
+def readable_documents(documents: list[int], epochs: int, seed: int) -> list[int]:
+    order = []
+    for epoch in range(epochs):
+        of_epoch = documents.copy()
+        np.random.RandomState([seed, epoch, 0]).shuffle(of_epoch)
+        order += of_epoch
+    return order
+
+
+def readable_samples(
+    layout: SampleLayout, num_samples: int, tokens_per_epoch: int, seed: int
+) -> list[int]:
+    order: list[int] = []
+    samples = count()
+    sample = next(samples)
+    for epoch in count():
+        epoch_end = (epoch + 1) * tokens_per_epoch
+        of_phase: tuple[list[int], list[int]] = ([], [])
+        while layout.span(sample)[0] < epoch_end:
+            of_phase[sample >= layout.switch_sample].append(sample)
+            sample = next(samples)
+        for phase, group in enumerate(of_phase, start=1):
+            whole = [member for member in group if layout.span(member)[1] <= epoch_end]
+            np.random.RandomState([seed, epoch, phase]).shuffle(whole)
+            order += whole + group[len(whole) :]
+        if len(order) >= num_samples:
+            return order[:num_samples]
+    raise AssertionError
+
+
+@settings(deadline=None)
+@given(
+    layout=layouts,
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=20),
+    num_samples=st.integers(1, 60),
+)
+def test_the_order_is_the_readable_one(
+    layout: SampleLayout, lengths: list[int], num_samples: int
+) -> None:
+    lengths.append(long_enough(layout, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream_module, "_DOCUMENTS_AT_ONCE", 7)  # several chunks
+        stream = build(layout, lengths, num_samples)
+    epochs = len(stream.documents) // len(lengths)
+    assert stream.documents.tolist() == readable_documents(list(range(len(lengths))), epochs, 5)
+    ends = accumulate(lengths[document] for document in stream.documents.tolist())
+    assert stream.starts.tolist() == [0, *ends]
+    assert stream.samples.tolist() == readable_samples(layout, num_samples, sum(lengths), 5)
 
 
 def test_samples_do_not_stay_in_order() -> None:
