@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from megatron_tst.batch_arguments import batch_sizes_from_args, total_steps_from_args
 from megatron_tst.config import (
     Objective,
     ResetAtSwitch,
@@ -91,11 +92,10 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
     Raises:
         ValueError: a setting is out of range, or the switch is not inside the run.
     """
-    total_steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     return SuperpositionSchedule(
         config=superposition_config_from_args(args),
-        total_steps=total_steps,
-        global_batch_size=args.global_batch_size,
+        total_steps=total_steps_from_args(args),
+        batch_sizes=batch_sizes_from_args(args),
         sequence_length=args.seq_length,
     )
 
@@ -123,7 +123,6 @@ class _Conflict:
 
 _OTHER_BATCHES = "its batches are not bags of tokens"
 _DOCUMENT_BOUNDARIES = "a bag may hold tokens of two documents"
-_CONSTANT_BATCH = "the switch is defined for a constant batch size"
 _PLAIN_PARAMETERS = (
     "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
 )
@@ -156,14 +155,19 @@ _CONFLICTS = (
         "samples must be read in order for each token to be read once (single does)",
         lambda name: name not in (None, "single"),
     ),
-    _Conflict("--decrease-batch-size-if-needed", _CONSTANT_BATCH),
+    _Conflict(
+        "--decrease-batch-size-if-needed",
+        "the switch lies at a sample that follows from the batch sizes asked for",
+    ),
     _Conflict("--iterations-to-skip", "a skipped step could be the one at the switch"),
     _Conflict(
         "--non-persistent-ckpt-type",
         "only the settings in persistent checkpoints are compared on a resume",
     ),
-    _Conflict("--rampup-batch-size", _CONSTANT_BATCH),
-    _Conflict("--step-batch-size-schedule", _CONSTANT_BATCH),
+    _Conflict(
+        "--rampup-batch-size",
+        "Megatron ignores it (--step-batch-size-schedule ramps the batch size)",
+    ),
     _Conflict(
         "--phase-transition-iterations",
         "it restarts and reshuffles the data, and the switch happens inside the run",
@@ -227,15 +231,3 @@ def _refuse_embedding_reset(args: argparse.Namespace) -> None:
 
 def _written(value: Any) -> str:
     return " ".join(str(part) for part in (value if isinstance(value, list) else [value]))
-
-
-def refuse_empty_batches(args: argparse.Namespace) -> None:
-    """Refuses lengths and batch sizes below 1, which Megatron lets through or divides by.
-
-    Raises:
-        ValueError: naming the argument, its value and the remedy.
-    """
-    for name in ("seq_length", "micro_batch_size", "global_batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")

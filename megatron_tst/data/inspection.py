@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
+from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig, Variant
 from megatron_tst.data.dataset import (
     IGNORE_INDEX,
@@ -271,7 +272,9 @@ def _refuse_beyond(
     corpus = open_corpus(path_prefix)
     lengths = corpus.sequence_lengths
     train_documents = round(config.split_matrix[0][1] * len(lengths))
-    schedule = SuperpositionSchedule(config.superposition, 2, 1, settings.sequence_length)
+    schedule = SuperpositionSchedule(
+        config.superposition, 2, BatchSizes.constant(1), settings.sequence_length
+    )
     tokens = int(lengths[:train_documents].sum(dtype=np.int64))
     per_epoch = -(-tokens // schedule.data_tokens(1))
     samples = settings.samples or max(per_epoch, 1)
