@@ -65,7 +65,7 @@ def refuse_bad_batch_sizes(args: argparse.Namespace) -> None:
         )
 
 
-def refuse_batches_of_no_layout(args: argparse.Namespace, steps_done: int) -> None:
+def refuse_unusable_batch_sizes(args: argparse.Namespace, steps_done: int) -> None:
     """Refuses batch sizes ahead at which Megatron would end the run.
 
     Args:
@@ -77,22 +77,42 @@ def refuse_batches_of_no_layout(args: argparse.Namespace, steps_done: int) -> No
     """
     if args.step_batch_size_schedule is None:
         return
-    in_parallel = args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
-    flag = f"--step-batch-size-schedule {args.step_batch_size_schedule!r}"
     size_before = 0
     for step, _, batch_size in batch_sizes_from_args(args).stages_from(steps_done):
         if step >= total_steps_from_args(args):
             break
-        if batch_size % in_parallel:
-            raise ValueError(
-                f"{flag}: the batch size {batch_size} from step {step} on is not a multiple of "
-                f"{in_parallel}, the micro-batches of size {args.micro_batch_size} that are "
-                "computed at once: change one of them, or the number of processes."
-            )
+        problem = _misfit(args, batch_size)
         if batch_size < size_before:
+            problem = (
+                f"is smaller than {size_before} before, and Megatron only raises it within a "
+                "launch: leave this entry out, end the launch at that step (--exit-interval "
+                f"{step}), and resume with the entry"
+            )
+        if problem is not None:
             raise ValueError(
-                f"{flag}: the batch size falls from {size_before} to {batch_size} at step {step}, "
-                "and Megatron only raises it within a launch: leave this entry out, end the launch "
-                f"at that step (--exit-interval {step}), and resume with the entry."
+                f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: the batch size "
+                f"{batch_size} from step {step} on {problem}."
             )
         size_before = batch_size
+
+
+def _misfit(args: argparse.Namespace, batch_size: int) -> str | None:
+    """Why a batch cannot be spread over the processes, None if it can."""
+    at_once = args.micro_batch_size * args.data_parallel_size * args.gtp_weight_remat_size
+    micro_batches, rest = divmod(batch_size, at_once)
+    if rest:
+        return (
+            f"is not a multiple of {at_once}, one micro-batch of size {args.micro_batch_size} on "
+            "each data-parallel rank: change one of them"
+        )
+    if args.virtual_pipeline_model_parallel_size is None:
+        return None
+    # As forward_backward_pipelining_with_interleaving in core/pipeline_parallel/schedules.py.
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    if micro_batches < group or 0 < micro_batches % group < stages:
+        return (
+            f"makes {micro_batches} micro-batches, which {stages} pipeline stages with virtual "
+            f"ones take in groups of {group}: use a multiple of {group * at_once}"
+        )
+    return None

@@ -33,7 +33,7 @@ from megatron_tst.arguments import (
 from megatron_tst.batch_arguments import (
     batch_sizes_from_args,
     refuse_bad_batch_sizes,
-    refuse_batches_of_no_layout,
+    refuse_unusable_batch_sizes,
 )
 from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
 from megatron_tst.model.model import superpose_built_models
@@ -184,7 +184,7 @@ def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     schedule = superposition_schedule_from_args(args)
     check_data_vocabulary(args)
     record_settings(args, schedule)
-    refuse_batches_of_no_layout(args, steps_done=check_resume(args, schedule))
+    refuse_unusable_batch_sizes(args, steps_done=check_resume(args, schedule))
     _print_settings(schedule)
     return args, schedule
 

@@ -79,7 +79,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     is_superposed = not saved["bag_size"] == current["bag_size"] == 1
     if is_superposed:
         _refuse_other_settings(args, saved, current)
-    if steps_done:
+    if steps_done and not args.skip_train:
         refuse_other_past(args, schedule, saved_args, steps_done)
         refuse_other_learning_rate(args, schedule, saved_args)
     if is_superposed:
