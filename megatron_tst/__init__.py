@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_tst.batch_sizes import BatchSizes as BatchSizes
     from megatron_tst.config import SuperpositionConfig as SuperpositionConfig
     from megatron_tst.data.dataset import SuperpositionGPTDataset as SuperpositionGPTDataset
     from megatron_tst.model.cross_entropy import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "BatchSizes": "megatron_tst.batch_sizes",
     "SuperpositionConfig": "megatron_tst.config",
     "SuperpositionSchedule": "megatron_tst.schedule",
     "bag_embedding": "megatron_tst.model.embedding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
 
 Phase = Literal["superposition", "recovery"]
@@ -12,12 +13,12 @@ Phase = Literal["superposition", "recovery"]
 
 @dataclass(frozen=True)
 class SuperpositionSchedule:
-    """The two phases of a run with a constant batch size.
+    """The two phases of a run.
 
     Attributes:
         config: superposition settings.
         total_steps: optimizer steps of the whole run (N).
-        global_batch_size: sequences a step.
+        batch_sizes: sequences a step.
         sequence_length: latent positions a sequence (l), the same in both phases.
 
     Raises:
@@ -26,7 +27,7 @@ class SuperpositionSchedule:
 
     config: SuperpositionConfig
     total_steps: int
-    global_batch_size: int
+    batch_sizes: BatchSizes
     sequence_length: int
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class SuperpositionSchedule:
     @property
     def switch_sample(self) -> int:
         """Index of the first sample of phase 2."""
-        return self.switch_step * self.global_batch_size
+        return self.batch_sizes.samples_at(self.switch_step)
 
     def phase_at(self, step: int) -> Phase:
         """Phase of the optimizer step with this zero-based index."""
@@ -77,12 +78,10 @@ class SuperpositionSchedule:
 
     def equivalent_tokens(self, step: int) -> int:
         """Latent positions processed by the first ``step`` steps; FLOPs are proportional to it."""
-        return step * self.global_batch_size * self.sequence_length
+        return self.batch_sizes.samples_at(step) * self.sequence_length
 
     def data_tokens(self, step: int) -> int:
         """Tokens of text read by the first ``step`` steps."""
-        in_phase_1 = min(step, self.switch_step)
-        tokens_per_position = self.tokens_per_position_at(0)
-        return self.equivalent_tokens(in_phase_1) * tokens_per_position + self.equivalent_tokens(
-            step - in_phase_1
-        )
+        in_phase_1 = self.equivalent_tokens(min(step, self.switch_step))
+        in_phase_2 = self.equivalent_tokens(step) - in_phase_1
+        return in_phase_1 * self.tokens_per_position_at(0) + in_phase_2

@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
+from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import DocumentBoundary, SuperpositionConfig, Variant
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import (
@@ -277,7 +278,9 @@ def _refuse_beyond(
     corpus = open_corpus(path_prefix)
     lengths = corpus.sequence_lengths
     train_documents = round(config.split_matrix[0][1] * len(lengths))
-    schedule = SuperpositionSchedule(config.superposition, 2, 1, settings.sequence_length)
+    schedule = SuperpositionSchedule(
+        config.superposition, 2, BatchSizes.constant(1), settings.sequence_length
+    )
     positions = lengths[:train_documents].astype(np.int64)
     if config.superposition.aligns_documents:
         multiple = schedule.tokens_per_position_at(0)

@@ -198,7 +198,7 @@ def _flat_settings(info: dict[str, Any]) -> dict[str, Any]:
         "parameters",
         "total_steps",
         "switch_step",
-        "global_batch_size",
+        "batch_sizes",
         "sequence_length",
         "seed",
     )

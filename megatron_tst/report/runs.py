@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.schedule import SuperpositionSchedule
 
@@ -28,7 +29,7 @@ _REQUIRED_KEYS = (
     "superposition",
     "switch_step",
     "total_steps",
-    "global_batch_size",
+    "batch_sizes",
     "sequence_length",
     "parameters",
     "seed",
@@ -162,7 +163,7 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
         schedule = SuperpositionSchedule(
             config=SuperpositionConfig(**info["superposition"]),
             total_steps=info["total_steps"],
-            global_batch_size=info["global_batch_size"],
+            batch_sizes=BatchSizes(tuple((first, size) for first, size in info["batch_sizes"])),
             sequence_length=info["sequence_length"],
         )
     except (TypeError, ValueError) as error:

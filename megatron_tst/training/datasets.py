@@ -55,6 +55,7 @@ class DatasetsProvider:
 
     def __init__(self, args: Namespace, schedule: SuperpositionSchedule) -> None:
         self.config = dataset_config_from_args(args, schedule)
+        self.samples_read = schedule.batch_sizes.samples_at(schedule.total_steps)
 
     def __call__(
         self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None
@@ -67,6 +68,8 @@ class DatasetsProvider:
         """
         args = get_args()
         train_samples, valid_samples, test_samples = num_samples
+        # The last batch of a schedule of batch sizes may reach beyond --train-samples.
+        train_samples = max(train_samples, self.samples_read)
         samples_per_evaluation = None
         if valid_samples is not None:
             samples_per_evaluation = args.eval_iters * args.eval_global_batch_size

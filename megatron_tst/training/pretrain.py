@@ -26,12 +26,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tst import cpu
 from megatron_tst.arguments import (
     add_superposition_arguments,
-    refuse_conflicting_arguments,
-    refuse_empty_batches,
     refuse_no_epochs,
     superposition_config_from_args,
     superposition_schedule_from_args,
 )
+from megatron_tst.batch_arguments import (
+    batch_sizes_from_args,
+    refuse_bad_batch_sizes,
+    refuse_unusable_batch_sizes,
+)
+from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
@@ -135,7 +139,7 @@ class _StepEnd:
         self._is_first_step = True
 
     def __call__(self, step: TrainingStep) -> bool:
-        """Returns whether the step must be saved: the last one of phase 1."""
+        """Returns whether the step must be saved: before the switch or another batch size."""
         self.clock.stop()
         args = get_args()
         args.tst_seconds = self.clock.seconds
@@ -148,7 +152,12 @@ class _StepEnd:
             switch_phase(step, self.schedule.config)
         if self.after_step is not None:
             self.after_step(step)
-        return is_switch
+        # Megatron would do it between the steps, where the clock runs.
+        is_batch_change = (
+            step.iteration < self.schedule.total_steps
+            and self.schedule.batch_sizes.changes_at(step.iteration)
+        )
+        return is_switch or is_batch_change
 
 
 def _steps_were_done() -> bool:
@@ -170,16 +179,28 @@ def _rendezvous_alone() -> None:
 def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     # Parsed twice: Megatron's validation prints all arguments, builds the tokenizer and the
     # writers, and reports by assertion.
-    check_arguments(parse_args(add_arguments))
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    args = parse_args(add_arguments)
+    check_arguments(args)
+    args = parse_and_validate_args(add_arguments, args_defaults=_evaluation_defaults(args))
     # Validation resolves deprecated spellings and --use-checkpoint-args.
     refuse_conflicting_arguments(args)
     schedule = superposition_schedule_from_args(args)
     check_data_vocabulary(args)
     record_settings(args, schedule)
-    check_resume(args, schedule)
+    refuse_unusable_batch_sizes(args, steps_done=check_resume(args, schedule))
     _print_settings(schedule)
     return args, schedule
+
+
+def _evaluation_defaults(args: argparse.Namespace) -> dict[str, int]:
+    """Evaluates with the first batch size of a schedule.
+
+    Megatron's default is one micro-batch of each rank, with which the samples of an evaluation
+    would depend on the number of processes.
+    """
+    if args.step_batch_size_schedule is None:
+        return {}
+    return {"eval_global_batch_size": batch_sizes_from_args(args).size_at(0)}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -190,10 +211,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if args.yaml_cfg is not None:
         raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags.")
-    refuse_empty_batches(args)
+    refuse_bad_batch_sizes(args)
     refuse_no_epochs(args)
     superposition_config_from_args(args)
-    if args.train_iters and args.global_batch_size:
+    has_batch_sizes = args.global_batch_size or args.step_batch_size_schedule
+    if has_batch_sizes and (args.train_iters or args.train_samples):
         superposition_schedule_from_args(args)
     refuse_conflicting_arguments(args)
     if cpu.is_active():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
+from megatron_tst.training.resume_batches import (
+    refuse_other_learning_rate,
+    refuse_other_past,
+    refuse_other_switch,
+)
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+_RELEASE = "release"
 
 # What the user passes to change a setting, where it is not --tst- and the name of the setting.
 _FLAGS = {
-    "switch_step": "--tst-steps",
-    "switch_sample": "--tst-steps times --global-batch-size",
     "sequence_length": "--seq-length",
     "seed": "--seed",
     "split": "--split",
@@ -44,32 +49,51 @@ def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
     args.tst_seconds = 0.0
 
 
-def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> None:
+def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     """Compares the run with the checkpoint that it would continue, before anything is built.
 
     Fine-tuning (``--finetune``) starts a new run from the weights and is not compared.
+
+    Returns:
+        The steps that are done: 0 for a new run.
 
     Raises:
         ValueError: naming the setting, both values and the remedy.
     """
     folder = _checkpoint_to_load(args)
     if folder is None or args.finetune:
-        return
+        return 0
+    steps_done = 0 if folder.name == _RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
         if schedule.config.enabled:
             raise ValueError(
                 f"--load {args.load}: {folder.name} is not a torch_dist checkpoint, so its "
                 "superposition settings cannot be read: convert it, or pass --finetune."
             )
-        return
+        return steps_done
     saved_args = _saved_arguments(folder)
     _refuse_other_optimizer(args, saved_args)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
     current = _settings(args, schedule)
     args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
-    if saved["bag_size"] == current["bag_size"] == 1:
-        return
+    is_superposed = not saved["bag_size"] == current["bag_size"] == 1
+    if is_superposed:
+        _refuse_other_settings(args, saved, current)
+    if steps_done and not args.skip_train:
+        refuse_other_past(args, schedule, saved_args, steps_done)
+        refuse_other_learning_rate(args, schedule, saved_args)
+    if is_superposed:
+        refuse_other_switch(args, schedule, saved)
+    return steps_done
+
+
+def _refuse_other_settings(
+    args: Namespace, saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> None:
     for name in current:
+        # Another batch size may move the step of the switch; its sample is compared elsewhere.
+        if name in ("switch_step", "switch_sample"):
+            continue
         # A checkpoint of an earlier version does not hold every setting.
         if saved.get(name, current[name]) != current[name]:
             flag = _FLAGS.get(name, f"--tst-{name.replace('_', '-')}")
@@ -181,7 +205,7 @@ def _checkpoint_to_load(args: Namespace) -> Path | None:
 
 def _read_tracker(tracker: Path) -> str:
     latest = tracker.read_text(errors="replace").strip()
-    if latest == "release":
+    if latest == _RELEASE:
         return latest
     if not latest.isdecimal():
         raise ValueError(

@@ -3,6 +3,9 @@
 ``megatron.training.training.train`` offers no callback between steps. Its last call in each step is
 ``checkpoint_and_decide_exit``; this module puts a function in front of that call. It is the only
 place where the training loop is patched.
+
+Megatron saves by itself between two steps of different batch sizes, also when the step before was
+saved already. ``save_checkpoint_and_time`` is wrapped to save a step once.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ def run_after_each_step(
     """
     name = "checkpoint_and_decide_exit"
     upstream = unwrapped(training, name)
+    forget_saves = _save_each_step_once()
 
     @wraps(upstream)
     def checkpoint_and_decide_exit(
@@ -58,6 +62,7 @@ def run_after_each_step(
         *args: Any,
         **kwargs: Any,
     ) -> bool:
+        forget_saves()
         must_save = callback(TrainingStep(iteration, model, optimizer))
         with _due(iteration) if must_save else nullcontext():
             is_to_exit = bool(
@@ -67,6 +72,22 @@ def run_after_each_step(
         return is_to_exit
 
     setattr(training, name, checkpoint_and_decide_exit)
+
+
+def _save_each_step_once() -> Callable[[], None]:
+    """Returns what is to be called at the end of each step, when none is saved yet."""
+    name = "save_checkpoint_and_time"
+    upstream = unwrapped(training, name)
+    saved: set[int] = set()
+
+    @wraps(upstream)
+    def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> None:
+        if iteration not in saved:
+            upstream(iteration, *args, **kwargs)
+            saved.add(iteration)
+
+    setattr(training, name, save_checkpoint_and_time)
+    return saved.clear
 
 
 @contextmanager

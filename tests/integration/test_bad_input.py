@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.arguments import _CONFLICTS
+from megatron_tst.conflicts import _CONFLICTS
 from tests.corpus import write_corpus
 from tests.runs import TOTAL_STEPS, Check, SmallRun
 from tests.zygote import ROOT, Launcher
@@ -147,7 +147,6 @@ CONFLICTS: dict[str, Any] = {
     "--iterations-to-skip": [3, 5],
     "--non-persistent-ckpt-type": "global",
     "--rampup-batch-size": [2, 2, 8],
-    "--step-batch-size-schedule": "0:2 1B:4",
     "--phase-transition-iterations": "4,8",
     "--use-megatron-fsdp": True,
     "--use-torch-fsdp2": True,
@@ -278,9 +277,16 @@ RESUMES: list[tuple[dict[str, Any], str | None]] = [
     ({"tst_bag_size": 8}, "--tst-bag-size 4, and this command has 8"),
     ({"tst_bag_size": 1}, "--tst-bag-size 4, and this command has 1"),
     ({"tst_variant": "input-only"}, "--tst-variant full, and this command has input-only"),
-    ({"tst_steps": 6}, "--tst-steps 5, and this command has 6"),
-    ({"train_iters": 24, "tst_steps": None, "tst_step_ratio": 0.4}, "--tst-steps 5, .* has 10"),
-    ({"global_batch_size": 8}, "--tst-steps times --global-batch-size 20, .* has 40"),
+    ({"tst_steps": 6}, r"at sample 20 \(step 5\), .* at sample 24 \(step 6\): pass --tst-steps 5,"),
+    (
+        {"train_iters": 24, "tst_steps": None, "tst_step_ratio": 0.4},
+        r"\(step 10\): pass --tst-steps 5,",
+    ),
+    (
+        {"global_batch_size": 8},
+        "--global-batch-size 8 it would have been 16: pass --step-batch-size-schedule '0:4 256:8' "
+        r".* \(no --tst-steps keeps the switch at sample 20, .* threshold 640\)",
+    ),
     ({"seq_length": 16}, "--seq-length 32, and this command has 16"),
     ({"tst_bag_size": 8, "finetune": True}, None),
     ({"ckpt_step": 1}, "--ckpt-step 1 names the checkpoint iter_0000001, which is not there"),

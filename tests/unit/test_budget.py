@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tst import SuperpositionConfig, SuperpositionSchedule
+from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.config import DocumentBoundary, Variant
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.budget import TrainText, data_budget, refuse_repetition
@@ -37,7 +37,7 @@ def schedule(
     config = SuperpositionConfig(
         bag_size=bag_size, steps=tst_steps, variant=variant, document_boundary=boundary
     )
-    return SuperpositionSchedule(config, steps, 2, 4)
+    return SuperpositionSchedule(config, steps, BatchSizes.constant(2), 4)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
@@ -132,7 +132,7 @@ def test_the_settings_that_fit_are_the_largest(
 
 def test_a_ratio_is_answered_with_a_ratio_that_fits(prefix: Path) -> None:
     config = SuperpositionConfig(bag_size=4, step_ratio=0.4)
-    plan = SuperpositionSchedule(config, 20, 2, 4)
+    plan = SuperpositionSchedule(config, 20, BatchSizes.constant(2), 4)
     ratio = number_after("--tst-step-ratio", refusal(plan, prefix))
     good = replace(plan, config=replace(config, step_ratio=ratio))
     bad = replace(plan, config=replace(config, step_ratio=ratio + 1 / 20))

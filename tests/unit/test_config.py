@@ -173,8 +173,9 @@ def test_settings_and_schedule_import_neither_torch_nor_megatron() -> None:
     # Launch scripts plan runs on login nodes, where neither is installed.
     program = (
         "import sys\n"
-        "from megatron_tst import SuperpositionConfig, SuperpositionSchedule\n"
-        "SuperpositionSchedule(SuperpositionConfig(4, 0.3), 10, 8, 128).data_tokens(10)\n"
+        "from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule\n"
+        "s = SuperpositionConfig(4, 0.3)\n"
+        "SuperpositionSchedule(s, 10, BatchSizes.constant(8), 128).data_tokens(10)\n"
         "print(*sorted({'torch', 'megatron', 'numpy'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

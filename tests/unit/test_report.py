@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.report.comparison import Comparison, compare, first_reached, value_at
 from megatron_tst.report.html import write_report
@@ -33,7 +34,7 @@ Curve = Callable[[int], float]
 
 
 def schedule_of(config: SuperpositionConfig) -> SuperpositionSchedule:
-    return SuperpositionSchedule(config, TOTAL_STEPS, BATCH, LENGTH)
+    return SuperpositionSchedule(config, TOTAL_STEPS, BatchSizes.constant(BATCH), LENGTH)
 
 
 def write_events(
@@ -74,7 +75,7 @@ def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
         "superposition": config.to_dict(),
         "switch_step": schedule_of(config).switch_step,
         "total_steps": TOTAL_STEPS,
-        "global_batch_size": BATCH,
+        "batch_sizes": [[0, BATCH]],
         "sequence_length": LENGTH,
         "parameters": 1_234_567,
         "seed": 7,
@@ -245,7 +246,7 @@ def break_nothing_but(run: Path, what: str) -> None:
         del info["seed"]
         path.write_text(json.dumps(info))
     elif what == "other run":
-        write_info(run, BASELINE, global_batch_size=2 * BATCH)
+        write_info(run, BASELINE, batch_sizes=[[0, 2 * BATCH]])
     elif what == "other switch":
         write_info(run, BASELINE, switch_step=5)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tst import SuperpositionConfig, SuperpositionSchedule
+from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.config import Variant
 
 SEQUENCE_LENGTH = 4096
@@ -20,7 +20,7 @@ def published(batch_tokens: int, bag_size: int, tst_steps: int, steps: int) -> A
     return SuperpositionSchedule(
         SuperpositionConfig(bag_size=bag_size, steps=tst_steps or None),
         total_steps=steps,
-        global_batch_size=batch_tokens // SEQUENCE_LENGTH,
+        batch_sizes=BatchSizes.constant(batch_tokens // SEQUENCE_LENGTH),
         sequence_length=SEQUENCE_LENGTH,
     )
 
@@ -69,13 +69,15 @@ def test_equivalent_and_recovery_tokens_of_the_3b_run() -> None:
 )
 def test_ratio_is_rounded_to_a_step(step_ratio: float, total_steps: int, switch_step: int) -> None:
     config = SuperpositionConfig(bag_size=6, step_ratio=step_ratio)
-    schedule = SuperpositionSchedule(config, total_steps, 512, SEQUENCE_LENGTH)
+    schedule = SuperpositionSchedule(config, total_steps, BatchSizes.constant(512), SEQUENCE_LENGTH)
     assert schedule.switch_step == switch_step
     assert schedule.switch_sample == switch_step * 512
 
 
 def test_phase_and_bag_size_change_exactly_at_the_switch() -> None:
-    schedule = SuperpositionSchedule(SuperpositionConfig(bag_size=6, steps=30), 100, 8, 128)
+    schedule = SuperpositionSchedule(
+        SuperpositionConfig(bag_size=6, steps=30), 100, BatchSizes.constant(8), 128
+    )
     assert [schedule.phase_at(step) for step in (0, 29, 30, 99)] == [
         "superposition",
         "superposition",
@@ -86,7 +88,9 @@ def test_phase_and_bag_size_change_exactly_at_the_switch() -> None:
 
 
 def test_run_without_superposition_is_all_recovery() -> None:
-    schedule = SuperpositionSchedule(SuperpositionConfig(bag_size=1, steps=30), 100, 8, 128)
+    schedule = SuperpositionSchedule(
+        SuperpositionConfig(bag_size=1, steps=30), 100, BatchSizes.constant(8), 128
+    )
     assert (schedule.switch_step, schedule.switch_sample) == (0, 0)
     assert (schedule.phase_at(0), schedule.bag_size_at(0)) == ("recovery", 1)
     assert schedule.data_tokens(100) == schedule.equivalent_tokens(100)
@@ -106,8 +110,15 @@ def test_phase_without_a_step_is_refused(
 ) -> None:
     config = SuperpositionConfig(bag_size=4, **phase_length)
     with pytest.raises(ValueError, match=named) as refusal:
-        SuperpositionSchedule(config, total_steps, 8, 128)
+        SuperpositionSchedule(config, total_steps, BatchSizes.constant(8), 128)
     assert remedy in str(refusal.value)
+
+
+@st.composite
+def batch_sizes(draw: st.DrawFn) -> BatchSizes:
+    """A constant size, or a ramp that the run may or may not reach the end of."""
+    rest = draw(st.dictionaries(st.integers(1, 10**6), st.integers(1, 4096), max_size=4))
+    return BatchSizes(((0, draw(st.integers(1, 4096))), *sorted(rest.items())))
 
 
 @st.composite
@@ -119,17 +130,17 @@ def schedules(draw: st.DrawFn) -> SuperpositionSchedule:
         variant=draw(st.sampled_from(["full", "input-only", "output-only"])),
     )
     return SuperpositionSchedule(
-        config, total_steps, draw(st.integers(1, 4096)), draw(st.integers(1, 2**17))
+        config, total_steps, draw(batch_sizes()), draw(st.integers(1, 2**17))
     )
 
 
 @given(schedules())
 def test_data_tokens_are_the_sum_over_the_steps(schedule: SuperpositionSchedule) -> None:
-    step_tokens = schedule.global_batch_size * schedule.sequence_length
     read = 0
     for step in range(schedule.total_steps):
         assert schedule.data_tokens(step) == read
-        read += schedule.tokens_per_position_at(step) * step_tokens
+        positions = schedule.batch_sizes.size_at(step) * schedule.sequence_length
+        read += schedule.tokens_per_position_at(step) * positions
     assert schedule.data_tokens(schedule.total_steps) == read
 
 
@@ -157,7 +168,7 @@ def test_output_only_reads_no_extra_text_and_bags_read_s_times_as_much(
 def test_both_phases_have_a_step_or_the_run_is_refused(step_ratio: float, total_steps: int) -> None:
     config = SuperpositionConfig(bag_size=4, step_ratio=step_ratio)
     try:
-        schedule = SuperpositionSchedule(config, total_steps, 8, 128)
+        schedule = SuperpositionSchedule(config, total_steps, BatchSizes.constant(8), 128)
     except ValueError:
         # Refused only when the ratio is within half a step of either end.
         assert min(step_ratio, 1 - step_ratio) * total_steps <= 0.5 + 1e-9
@@ -169,6 +180,6 @@ def test_both_phases_have_a_step_or_the_run_is_refused(step_ratio: float, total_
 def test_published_formula_of_data_tokens(variant: Variant) -> None:
     # data = equivalent * (r * s + 1 - r), for the variants that read bags
     config = SuperpositionConfig(bag_size=6, step_ratio=0.3, variant=variant)
-    schedule = SuperpositionSchedule(config, 1000, 8, 128)
+    schedule = SuperpositionSchedule(config, 1000, BatchSizes.constant(8), 128)
     ratio = schedule.data_tokens(1000) / schedule.equivalent_tokens(1000)
     assert ratio == pytest.approx(1.0 if variant == "output-only" else 0.3 * 6 + 0.7, rel=1e-12)

@@ -1,0 +1,173 @@
+"""Megatron arguments that do not go together with superposition, or with this entry point."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class _Conflict:
+    """A Megatron argument that is refused.
+
+    Attributes:
+        flag: the argument.
+        reason: why, as the end of a sentence.
+        is_refused: whether a value of it is.
+        at_any_bag_size: whether a run without superposition cannot have it either, because this
+            entry point would silently leave out what it asks for.
+    """
+
+    flag: str
+    reason: str
+    is_refused: Callable[[Any], bool] = bool
+    at_any_bag_size: bool = False
+
+    def value(self, args: argparse.Namespace) -> Any:
+        return getattr(args, self.flag.removeprefix("--").replace("-", "_"))
+
+
+_OTHER_BATCHES = "its batches are not bags of tokens"
+_DOCUMENT_BOUNDARIES = "a bag may hold tokens of two documents"
+_DOCUMENT_MASKING = (
+    "(--dataloader-inter-document-masking with --tst-document-boundary align keeps them apart)"
+)
+_PLAIN_PARAMETERS = (
+    "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
+)
+_CONFLICTS = (
+    _Conflict("--mtp-num-layers", "its targets are single tokens", at_any_bag_size=True),
+    _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict("--mock-data", "there is no text to read in bags", at_any_bag_size=True),
+    _Conflict("--reset-attention-mask", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
+    _Conflict("--reset-position-ids", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
+    _Conflict(
+        "--hybrid-context-parallel",
+        "it packs sequences of different lengths",
+        at_any_bag_size=True,
+    ),
+    _Conflict(
+        "--cross-entropy-fusion-impl",
+        "it overwrites bf16 logits (native does not)",
+        lambda name: name == "te",
+    ),
+    _Conflict(
+        "--cuda-graph-impl",
+        "the batch changes its shape at the switch (local works)",
+        lambda name: name == "full_iteration",
+    ),
+    _Conflict(
+        "--dataloader-type",
+        "samples must be read in order for each token to be read once (single does)",
+        lambda name: name not in (None, "single"),
+    ),
+    _Conflict(
+        "--decrease-batch-size-if-needed",
+        "the switch lies at a sample that follows from the batch sizes asked for",
+    ),
+    _Conflict("--iterations-to-skip", "a skipped step could be the one at the switch"),
+    _Conflict(
+        "--non-persistent-ckpt-type",
+        "only the settings in persistent checkpoints are compared on a resume",
+    ),
+    _Conflict(
+        "--rampup-batch-size",
+        "Megatron ignores it (--step-batch-size-schedule ramps the batch size)",
+    ),
+    _Conflict(
+        "--phase-transition-iterations",
+        "it restarts and reshuffles the data, and the switch happens inside the run",
+    ),
+    _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
+    _Conflict("--use-torch-fsdp2", _PLAIN_PARAMETERS),
+    _Conflict(
+        "--logits-load-dir", "cached teacher logits belong to single tokens", at_any_bag_size=True
+    ),
+)
+
+
+def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
+    """Refuses Megatron arguments that superposition, or this entry point, does not work with.
+
+    Raises:
+        ValueError: naming the argument, its value, the reason and the remedy.
+    """
+    is_superposed = args.tst_bag_size > 1
+    for conflict in _CONFLICTS:
+        value = conflict.value(args)
+        if not conflict.is_refused(value) or not (is_superposed or conflict.at_any_bag_size):
+            continue
+        setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
+        if conflict.at_any_bag_size:
+            context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
+        else:
+            context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
+        raise ValueError(
+            f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
+        )
+    if args.async_save and not args.use_persistent_ckpt_worker:
+        raise ValueError(
+            "--async-save without --use-persistent-ckpt-worker is turned off by Megatron: add it."
+        )
+    if args.overlap_moe_expert_parallel_comm and args.hybrid_layer_pattern:
+        raise ValueError(
+            "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
+            f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
+        )
+    if args.dataloader_inter_document_masking:
+        _refuse_document_masking(args)
+    if is_superposed and args.tst_reset_at_switch == "embeddings":
+        _refuse_embedding_reset(args)
+
+
+def _refuse_document_masking(args: argparse.Namespace) -> None:
+    flag = "--dataloader-inter-document-masking"
+    if args.tst_bag_size > 1 and args.tst_document_boundary != "align":
+        raise ValueError(
+            f"{flag} does not work with --tst-bag-size {args.tst_bag_size} and "
+            f"--tst-document-boundary {args.tst_document_boundary}: {_DOCUMENT_BOUNDARIES}. Use "
+            "--tst-document-boundary align."
+        )
+    stages, micro_batch = args.pipeline_model_parallel_size, args.micro_batch_size
+    refused = {
+        f"--context-parallel-size {args.context_parallel_size}": (
+            args.context_parallel_size > 1,
+            "documents are not multiples of two chunks a rank",
+        ),
+        f"--pipeline-model-parallel-size {stages} and --micro-batch-size {micro_batch}": (
+            stages > 1 and micro_batch > 1,
+            "Megatron's stages do not hand on packed samples (--micro-batch-size 1 works)",
+        ),
+        "--overlap-moe-expert-parallel-comm": (
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule is not told where documents begin",
+        ),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(f"{flag} does not work with {setting}: {reason}. Remove one of them.")
+
+
+def _refuse_embedding_reset(args: argparse.Namespace) -> None:
+    is_tied_across_stages = (
+        not args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size > 1
+    )
+    refused = {
+        "--use-precision-aware-optimizer": args.use_precision_aware_optimizer,
+        "--data-parallel-random-init": args.data_parallel_random_init,
+        "--pipeline-model-parallel-size with tied embeddings": is_tied_across_stages,
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            raise ValueError(
+                f"{setting} does not work with --tst-reset-at-switch embeddings: not all copies "
+                "of the weights would be redrawn alike. Remove it, or reset nothing."
+            )
+
+
+def _written(value: Any) -> str:
+    return " ".join(str(part) for part in (value if isinstance(value, list) else [value]))

@@ -1,0 +1,165 @@
+"""Refuses to continue a checkpoint with batch sizes that would falsify its past or move its switch.
+
+A run whose batch size changes at a resume is one run: its batch sizes are written as one
+``--step-batch-size-schedule``, from sample 0 on.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_tst.batch_arguments import batch_sizes_from_args
+from megatron_tst.batch_sizes import BatchSizes
+from megatron_tst.schedule import SuperpositionSchedule
+
+
+def refuse_other_past(
+    args: Namespace, schedule: SuperpositionSchedule, saved: Any, steps_done: int
+) -> None:
+    """Refuses batch sizes with which the steps of a checkpoint would have read something else.
+
+    Args:
+        args: command line.
+        schedule: phases and batch sizes of the command line.
+        saved: Megatron's arguments in the checkpoint.
+        steps_done: steps of the checkpoint.
+
+    Raises:
+        ValueError: naming the arguments to pass instead.
+    """
+    samples_read = saved.consumed_train_samples
+    assumed = schedule.batch_sizes.samples_at(steps_done)
+    if assumed == samples_read or args.decrease_batch_size_if_needed:
+        return
+    past = batch_sizes_from_args(saved)
+    if past.samples_at(steps_done) == samples_read:
+        whole = past.continued_by(schedule.batch_sizes, samples_read)
+        remedy = f"pass {_flags_of(whole, schedule, saved)} instead"
+    else:
+        remedy = "write the batch sizes from its first step on as --step-batch-size-schedule"
+    raise ValueError(
+        f"--load {args.load} had read {samples_read} samples in {steps_done} steps, and with "
+        f"{_given(args)} it would have been {assumed}: {remedy}, or start a new run from its "
+        "weights with --finetune."
+    )
+
+
+def refuse_other_switch(
+    args: Namespace, schedule: SuperpositionSchedule, saved_settings: Mapping[str, Any]
+) -> None:
+    """Refuses a switch at another sample than that of the checkpoint.
+
+    Args:
+        args: command line.
+        schedule: phases and batch sizes of the command line.
+        saved_settings: ``tst_settings`` in the checkpoint.
+
+    Raises:
+        ValueError: naming the ``--tst-steps`` to pass, where one keeps the switch.
+    """
+    switch = saved_settings["switch_sample"]
+    if schedule.switch_sample == switch:
+        return
+    step = _step_at(switch, schedule.batch_sizes)
+    if step is None:
+        remedy = _no_step_at(switch, schedule.sequence_length)
+    else:
+        remedy = f"pass --tst-steps {step}"
+    raise ValueError(
+        f"--load {args.load} was trained with the switch at sample {switch} (step "
+        f"{saved_settings['switch_step']}), and this command has it at sample "
+        f"{schedule.switch_sample} (step {schedule.switch_step}): {remedy}, or start a new run "
+        "from its weights with --finetune."
+    )
+
+
+def refuse_other_learning_rate(
+    args: Namespace, schedule: SuperpositionSchedule, saved: Any
+) -> None:
+    """Refuses another learning rate schedule where the batch sizes or their unit have changed.
+
+    Megatron counts the schedule in samples. It ends after building the model when that of the
+    checkpoint differs (``OptimizerParamScheduler.load_state_dict``), and takes another length of
+    the WSD decay without a word.
+
+    Args:
+        args: command line.
+        schedule: phases and batch sizes of the command line.
+        saved: Megatron's arguments in the checkpoint.
+
+    Raises:
+        ValueError: naming the arguments to pass instead.
+    """
+    is_same_kind = bool(saved.train_samples) == bool(args.train_samples)
+    if is_same_kind and batch_sizes_from_args(saved) == schedule.batch_sizes:
+        return
+    if args.no_load_optim or args.override_opt_param_scheduler:
+        return
+    was, now = _learning_rate_samples(saved), _learning_rate_samples(args)
+    for name in was:
+        if was[name] != now[name]:
+            raise ValueError(
+                f"--load {args.load} was trained with the equivalent of {name} {was[name]}, and "
+                f"this command has {now[name]}, which changes the learning rate or its schedule: "
+                f"pass {_learning_rate_flags(saved)}, or --override-opt_param-scheduler."
+            )
+
+
+def _given(args: Namespace) -> str:
+    if args.step_batch_size_schedule is not None:
+        return f"--step-batch-size-schedule {args.step_batch_size_schedule!r}"
+    return f"--global-batch-size {args.global_batch_size}"
+
+
+def _flags_of(whole: BatchSizes, schedule: SuperpositionSchedule, saved: Any) -> str:
+    """What to pass for a run of these batch sizes that keeps switch and learning rate."""
+    length = schedule.sequence_length
+    flags = f"--step-batch-size-schedule {whole.text(length)!r} {_learning_rate_flags(saved)}"
+    switch = (getattr(saved, "tst_settings", None) or {}).get("switch_sample")
+    if not switch:
+        return flags
+    step = _step_at(switch, whole)
+    if step is None:
+        return f"{flags} ({_no_step_at(switch, length)})"
+    return f"{flags} --tst-steps {step}"
+
+
+def _step_at(sample: int, batch_sizes: BatchSizes) -> int | None:
+    """The step that starts at a sample, None without one."""
+    step = batch_sizes.steps_to(sample)
+    return step if batch_sizes.samples_at(step) == sample else None
+
+
+def _no_step_at(switch: int, sequence_length: int) -> str:
+    return (
+        f"no --tst-steps keeps the switch at sample {switch}, where no step begins: change the "
+        f"batch size at that sample instead, threshold {switch * sequence_length}"
+    )
+
+
+def _learning_rate_samples(args: Any) -> dict[str, float | None]:
+    """The schedule of the learning rate in samples, as ``get_optimizer_param_scheduler`` does."""
+    unit, scale = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
+    total = getattr(args, f"train_{unit}") * scale
+    decay, wsd_decay = (getattr(args, f"lr_{name}_{unit}") for name in ("decay", "wsd_decay"))
+    decay = total if decay is None else decay * scale
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    else:
+        warmup = getattr(args, f"lr_warmup_{unit}") * scale
+    return {
+        "--train-samples": total,
+        "--lr-decay-samples": decay,
+        "--lr-warmup-samples": warmup,
+        "--lr-wsd-decay-samples": None if wsd_decay is None else wsd_decay * scale,
+    }
+
+
+def _learning_rate_flags(saved: Any) -> str:
+    flags = _learning_rate_samples(saved)
+    if saved.lr_warmup_fraction is not None:
+        del flags["--lr-warmup-samples"]
+        flags["--lr-warmup-fraction"] = saved.lr_warmup_fraction
+    return " ".join(f"{name} {value}" for name, value in flags.items() if value)
