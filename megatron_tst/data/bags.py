@@ -41,11 +41,13 @@ class BagFolder:
 
         Returns:
             tokens and labels, [l, s] or [l] int64, and loss_mask, [l] float32. Of bags, places that
-            hold no token, and targets that do not count, are ``IGNORE_INDEX``.
+            hold no token, and targets that do not count, are ``IGNORE_INDEX``. Tokens and labels
+            may share the memory of the text.
         """
         is_padding = self._is(text, self.pad)
-        tokens = text[: len(text) - self.superposition.bag_size]
-        tokens = tokens.masked_fill(is_padding[: len(tokens)], 0)
+        # Copies only where something is masked, which is rare.
+        tokens = text.masked_fill(is_padding, 0) if is_padding.any() else text
+        tokens = tokens[: len(text) - self.superposition.bag_size]
         if self.superposition.superposes_input:
             tokens = tokens.view(self.sequence_length, -1)
         following, is_padding = text[1:], is_padding[1:]
@@ -59,13 +61,17 @@ class BagFolder:
         else:
             ignored = self._fold(is_padding)
         if self.superposition.superposes_output:
-            labels = self._fold(following).masked_fill(ignored, IGNORE_INDEX)
             # A sum, because torch is slow at all() over a short dimension.
             counts = ignored.sum(dim=-1) < self.superposition.bag_size
+            masked, instead = ignored, IGNORE_INDEX
         else:
-            labels = self._fold(following.masked_fill(is_padding, 0)).contiguous()
             counts = ~ignored
-        return {"tokens": tokens, "labels": labels, "loss_mask": counts.float()}
+            # A label of its own must be an id, as in upstream's samples.
+            masked, instead = self._fold(is_padding), 0
+        labels = self._fold(following)
+        if masked.any():
+            labels = labels.masked_fill(masked, instead)
+        return {"tokens": tokens, "labels": labels.contiguous(), "loss_mask": counts.float()}
 
     @staticmethod
     def _is(token_ids: Tensor, special: int | None) -> Tensor:

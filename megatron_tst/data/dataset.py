@@ -207,7 +207,7 @@ class SuperpositionGPTDataset(GPTDataset):
         if idx is None:
             item["loss_mask"].zero_()
             if item["labels"].dim() == 2:
-                item["labels"].fill_(IGNORE_INDEX)
+                item["labels"] = torch.full_like(item["labels"], IGNORE_INDEX)
         return item
 
     def _sample(self, idx: int | None) -> int:

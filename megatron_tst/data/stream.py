@@ -270,16 +270,18 @@ class TokenStream:
         # but the last are empty.
         first = int(self.starts.searchsorted(begin, side="right")) - 1
         last = int(self.starts.searchsorted(end, side="left"))
-        starts = self.starts[first:last]
-        offsets = np.maximum(begin - starts, 0)
-        lengths = np.minimum(self.starts[first + 1 : last + 1], end) - starts - offsets
+        bounds = self.starts[first : last + 1].tolist()
+        offset = begin - bounds[0]
+        bounds[0], bounds[-1] = begin, end
+        lengths = [stop - start for start, stop in pairwise(bounds)]
         documents = self.documents[first:last]
-        tokens = np.minimum(source.sequence_lengths[documents] - offsets, lengths)
-        text = np.full(end - begin, PADDING, dtype=np.int64)
-        at = 0
-        for document, offset, count, length in zip(
-            documents.tolist(), offsets.tolist(), tokens.tolist(), lengths.tolist(), strict=True
-        ):
-            text[at : at + count] = source.get(document, offset, count)
-            at += length
-        return text, documents.astype(np.int64), lengths.tolist()
+        present = source.sequence_lengths[documents].tolist()
+        pieces = []
+        for document, length, tokens in zip(documents.tolist(), lengths, present, strict=True):
+            missing = length - (tokens - offset)
+            pieces.append(source.get(document, offset, length - max(missing, 0)))
+            if missing > 0:
+                pieces.append(np.full(missing, PADDING))
+            offset = 0
+        text = np.concatenate(pieces, dtype=np.int64)
+        return text, documents.astype(np.int64), lengths
