@@ -30,7 +30,8 @@ from megatron.core.datasets.gpt_dataset import (
     GPTDatasetConfig,
     _get_ltor_masks_and_position_ids,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, get_idx_path
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
@@ -38,7 +39,7 @@ from torch import Tensor
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
-from megatron_tst.data.files import check_document_lengths, check_indexed_dataset
+from megatron_tst.data.files import check_document_lengths, check_indexed_dataset, fingerprint
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
 # Field of the configuration, the flag that sets it, and why bags cannot have it.
@@ -262,6 +263,7 @@ class SuperpositionGPTDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Upstream's hook that builds or finds the cache."""
+        self._identify()
         if not self.is_superposed:
             return super()._build_document_sample_shuffle_indices()
         if not self.num_samples:
@@ -269,7 +271,6 @@ class SuperpositionGPTDataset(GPTDataset):
                 f"The train split was asked for {self.num_samples} samples: superposition needs "
                 "their number. Pass --train-iters or --train-samples."
             )
-        self._identify_stream()
         missing = [p for p in TokenStream.paths(self._cache_prefix).values() if not p.is_file()]
         if missing:
             self._build_cache(missing[0])
@@ -290,13 +291,14 @@ class SuperpositionGPTDataset(GPTDataset):
             )
         return tokens
 
-    def _identify_stream(self) -> None:
-        """Makes the name of the cache depend on all that the stream depends on."""
-        index = self.dataset.index
-        self.unique_identifiers["sample_layout"] = asdict(self.layout)
+    def _identify(self) -> None:
+        """Makes the name of the cache depend on all that the order of the text depends on."""
         # A corpus rewritten under the same path must not be read in the order of the old one.
-        last_bytes = int(index.sequence_lengths[-1]) * index.dtype_size
-        self.unique_identifiers["data_bytes"] = int(index.sequence_pointers[-1]) + last_bytes
+        if not is_object_storage_path(str(self.dataset_path)):
+            index_path = get_idx_path(str(self.dataset_path))
+            self.unique_identifiers["index_fingerprint"] = fingerprint([index_path])
+        if self.is_superposed:
+            self.unique_identifiers["sample_layout"] = asdict(self.layout)
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -18,6 +19,10 @@ from megatron.core.datasets.indexed_dataset import (
 )
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from numpy.typing import NDArray
+
+# What is read of each file to tell it from others: 256 KiB, however large it is.
+_FINGERPRINT_BLOCKS = 64
+_FINGERPRINT_BLOCK_BYTES = 4096
 
 _VERSION = 1
 _MAX_SEQUENCES = 1 << 31
@@ -179,6 +184,20 @@ def count_tokens(path_prefix: str) -> int:
     corpus = IndexedDataset(path_prefix)
     index = corpus.index
     return int(index.sequence_pointers[-1]) // index.dtype_size + int(index.sequence_lengths[-1])
+
+
+def fingerprint(files: Sequence[str]) -> str:
+    """Hash of the sizes of files and of blocks evenly spread over each of them."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(size.to_bytes(8, "little"))
+        last = max(size - _FINGERPRINT_BLOCK_BYTES, 0)
+        with open(path, "rb") as file:
+            for block in range(_FINGERPRINT_BLOCKS):
+                file.seek(last * block // (_FINGERPRINT_BLOCKS - 1))
+                digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:

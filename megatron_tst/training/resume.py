@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.data.files import fingerprint
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
 from megatron_tst.training.resume_batches import (
@@ -36,10 +36,6 @@ _FLAGS = {
     "corpus_bytes": "--data-path with a corpus of this many bytes:",
     "corpus_fingerprint": "--data-path with a corpus of other content, of fingerprint",
 }
-
-# What is read of each file of a corpus to tell it from others: 256 KiB, however large it is.
-_FINGERPRINT_BLOCKS = 64
-_FINGERPRINT_BLOCK_BYTES = 4096
 
 
 def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
@@ -155,7 +151,7 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
         "data_weights": data_weights(args),
         "eod_mask_loss": args.eod_mask_loss,
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
-        "corpus_fingerprint": _fingerprint(files),
+        "corpus_fingerprint": fingerprint(files),
     }
     return {**resolved, **phases, **data}
 
@@ -164,20 +160,6 @@ def _local_data_files(args: Namespace) -> list[str]:
     prefixes = data_path_prefixes(args)
     files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
     return [file for file in files if os.path.isfile(file)]
-
-
-def _fingerprint(files: list[str]) -> str:
-    """Hash of the sizes of files and of blocks evenly spread over each of them."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = os.path.getsize(path)
-        digest.update(size.to_bytes(8, "little"))
-        last = max(size - _FINGERPRINT_BLOCK_BYTES, 0)
-        with open(path, "rb") as file:
-            for block in range(_FINGERPRINT_BLOCKS):
-                file.seek(last * block // (_FINGERPRINT_BLOCKS - 1))
-                digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _checkpoint_to_load(args: Namespace) -> Path | None:

@@ -62,12 +62,22 @@ def test_what_the_order_depends_on_names_the_cache(corpus: Corpus, change: dict[
     assert dataset.unique_description_hash != other.unique_description_hash
 
 
-def test_a_corpus_rewritten_in_place_is_not_read_in_the_old_order(tmp_path: Path) -> None:
+# The second one has as many documents and tokens.
+@pytest.mark.parametrize("lengths", [[*DOCUMENT_LENGTHS, 9], DOCUMENT_LENGTHS[::-1]])
+def test_a_corpus_rewritten_in_place_is_not_read_in_the_old_order(
+    tmp_path: Path, lengths: list[int]
+) -> None:
     prefix = tmp_path / "text"
     write_corpus(prefix, DOCUMENT_LENGTHS)
-    build_train(prefix, 20, switch_sample=2)
-    documents = write_corpus(prefix, [*DOCUMENT_LENGTHS, 9])
+    for bag_size in (1, 3):
+        build_train(prefix, 20, bag_size, switch_sample=2)
+    documents = write_corpus(prefix, lengths)
     flat_stream(build_train(prefix, 20, switch_sample=2), documents)
+    plain, fresh = (
+        build_train(prefix, 20, bag_size=1, path_to_cache=str(tmp_path / cache))
+        for cache in ("cache", "another")
+    )
+    assert_equal_batches(samples(plain, 20), samples(fresh, 20))
 
 
 @pytest.fixture
@@ -87,15 +97,16 @@ def test_only_rank_0_builds_the_cache(corpus: Corpus, tmp_path: Path) -> None:
 
 def test_only_the_builder_reads_all_lengths(tmp_path: Path) -> None:
     prefix = tmp_path / "text"
-    write_corpus(prefix, DOCUMENT_LENGTHS)
+    write_corpus(prefix, [2] * 20_000)
     build_train(prefix, 20, switch_sample=2)
     with prefix.with_suffix(".idx").open("r+b") as index:
-        index.seek(34)
+        # Between two of the blocks by which the cache knows the index.
+        index.seek(34 + 4 * 1250)
         index.write(struct.pack("<i", -7))
     # Whoever looked at the lengths of all documents would find the damage.
     assert build_train(prefix, 20, switch_sample=2).indices is None
     for bag_size in (1, 3):
-        with pytest.raises(ValueError, match=r"text\.idx: document 0 has -7 tokens.* split the"):
+        with pytest.raises(ValueError, match=r"text\.idx: document 1250 has -7 tokens.* split the"):
             build_train(prefix, 21, bag_size, switch_sample=2)
 
 
