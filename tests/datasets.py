@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from megatron_tst import SuperpositionConfig
 from megatron_tst.config import DocumentBoundary, Variant
-from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
+from megatron_tst.data.dataset import SuperpositionGPTDataset
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 
 Corpus = tuple[Path, list[NDArray[np.int64]]]
 VARIANTS: tuple[Variant, ...] = ("full", "input-only", "output-only")

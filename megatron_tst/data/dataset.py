@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,93 +36,10 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
-from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import check_document_lengths, check_indexed_dataset, fingerprint
 from megatron_tst.data.stream import SampleLayout, TokenStream
-
-# Field of the configuration, the flag that sets it, and why bags cannot have it.
-_UNSUPPORTED = (
-    ("reset_position_ids", "--reset-position-ids", "a bag may hold tokens of two documents"),
-    ("reset_attention_mask", "--reset-attention-mask", "a bag may hold tokens of two documents"),
-    (
-        "hybrid_context_parallel",
-        "--hybrid-context-parallel",
-        "it packs sequences of different lengths",
-    ),
-    ("mock", "--mock-data", "there is no text to read in bags"),
-)
-
-
-@dataclass
-class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
-    """Configuration of a phase-aware GPT dataset.
-
-    Attributes:
-        superposition: settings of phase 1.
-        switch_sample: index of the first sample of phase 2, from ``SuperpositionSchedule``.
-
-    Raises:
-        ValueError: a setting that does not go together with superposition.
-    """
-
-    superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
-    switch_sample: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.superposition.enabled:
-            return
-        if self.switch_sample < 1:
-            raise ValueError(
-                f"switch_sample is {self.switch_sample}: pass SuperpositionSchedule.switch_sample."
-            )
-        bag_size = self.superposition.bag_size
-        for name, flag, reason in _UNSUPPORTED:
-            if getattr(self, name):
-                raise ValueError(
-                    f"{flag} does not work with --tst-bag-size {bag_size}: {reason}. "
-                    "Remove it, or use --tst-bag-size 1."
-                )
-        if self.inter_document_masking and not self.superposition.aligns_documents:
-            raise ValueError(
-                f"--dataloader-inter-document-masking does not work with --tst-bag-size {bag_size} "
-                "and --tst-document-boundary cross: a bag may hold tokens of two documents. Use "
-                "--tst-document-boundary align."
-            )
-        if not self.add_extra_token_to_sequence:
-            raise ValueError(
-                "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
-                f"that --tst-bag-size {bag_size} plans with. Leave it True."
-            )
-        paths, weights = self.train_blend
-        if len(paths) > 1 and weights is None:
-            raise ValueError(
-                f"--data-path or --train-data-path {' '.join(paths)}: --tst-bag-size {bag_size} "
-                "needs the weight of each of several corpora. Put it in front of its path."
-            )
-        check_blend(paths, weights)
-
-    def switch_sample_of(self, path: str) -> int:
-        """Index of the first sample of phase 2 among those that the run takes from a corpus."""
-        if len(self.train_blend[0]) == 1:
-            return self.switch_sample
-        return self._switch_samples[path]
-
-    @cached_property
-    def _switch_samples(self) -> dict[str, int]:
-        paths, weights = self.train_blend
-        assert weights is not None
-        return dict(zip(paths, samples_by_corpus(weights, self.switch_sample), strict=True))
-
-    @property
-    def train_blend(self) -> Blend:
-        """Corpora of the train split and their weights; no corpora without data."""
-        blend: Blend | None = self.blend
-        if blend is None:
-            blend = (self.blend_per_split or [None])[Split.train.value]
-        return blend or ([], None)
 
 
 class SuperpositionGPTDataset(GPTDataset):

@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import DocumentBoundary, SuperpositionConfig, Variant
 from megatron_tst.data.bags import IGNORE_INDEX
-from megatron_tst.data.dataset import (
-    SuperpositionGPTDataset,
-    SuperpositionGPTDatasetConfig,
-)
+from megatron_tst.data.dataset import SuperpositionGPTDataset
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import check_indexed_dataset
 from megatron_tst.schedule import SuperpositionSchedule
 

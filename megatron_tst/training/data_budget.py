@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
-from megatron_tst.data.dataset import SuperpositionGPTDatasetConfig
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.schedule import SuperpositionSchedule
 
 

@@ -16,7 +16,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.data.batch import reads_data_on_stage
 from megatron_tst.data.blend import Blend
-from megatron_tst.data.dataset import SuperpositionGPTDataset, SuperpositionGPTDatasetConfig
+from megatron_tst.data.dataset import SuperpositionGPTDataset
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import (
     check_indexed_dataset,
     check_same_tokenizer,
