@@ -17,6 +17,9 @@ if TYPE_CHECKING:
         multi_hot_cross_entropy as multi_hot_cross_entropy,
     )
     from megatron_tst.model.embedding import bag_embedding as bag_embedding
+    from megatron_tst.model.linear_cross_entropy import (
+        linear_multi_hot_cross_entropy as linear_multi_hot_cross_entropy,
+    )
     from megatron_tst.model.model import SuperpositionGPTModel as SuperpositionGPTModel
     from megatron_tst.model.model import SuperpositionHybridModel as SuperpositionHybridModel
     from megatron_tst.schedule import SuperpositionSchedule as SuperpositionSchedule
@@ -29,6 +32,7 @@ _MODULE_OF = {
     "SuperpositionSchedule": "megatron_tst.schedule",
     "bag_embedding": "megatron_tst.model.embedding",
     "multi_hot_cross_entropy": "megatron_tst.model.cross_entropy",
+    "linear_multi_hot_cross_entropy": "megatron_tst.model.linear_cross_entropy",
     "SuperpositionGPTModel": "megatron_tst.model.model",
     "SuperpositionHybridModel": "megatron_tst.model.model",
     "SuperpositionGPTDataset": "megatron_tst.data.dataset",

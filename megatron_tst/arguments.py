@@ -8,6 +8,7 @@ from typing import get_args
 from megatron_tst.batch_arguments import batch_sizes_from_args, total_steps_from_args
 from megatron_tst.config import (
     DocumentBoundary,
+    LossImplementation,
     Objective,
     ResetAtSwitch,
     SuperpositionConfig,
@@ -70,6 +71,14 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         default="cross",
         help="Whether bags run on from one document into the next, or each document begins a bag "
         "and fills up its last one with padding, which is masked.",
+    )
+    group.add_argument(
+        "--tst-loss-impl",
+        choices=get_args(LossImplementation),
+        default="auto",
+        help="How the loss is computed: a pass over the logits in torch or, on a GPU, Triton (auto "
+        "takes it there); linear: together with the output layer, without whole logits, in both "
+        "phases.",
     )
     group.add_argument(
         "--tst-max-epochs",

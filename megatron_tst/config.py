@@ -11,6 +11,7 @@ TargetWeighting = Literal["uniform", "power-law", "exponential", "first-token"]
 Objective = Literal["mce", "mce-sum", "bce", "hinge"]
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
 DocumentBoundary = Literal["cross", "align"]
+LossImplementation = Literal["auto", "torch", "triton", "linear"]
 
 POWER_LAW_FROM_BAG_SIZE = 8
 """Bag size from which power-law weights trained better than uniform ones (arXiv 2605.06546)."""

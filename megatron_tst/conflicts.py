@@ -120,6 +120,8 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
         )
     if args.dataloader_inter_document_masking:
         _refuse_document_masking(args)
+    if args.tst_loss_impl == "linear":
+        _refuse_linear_loss(args)
     if is_superposed and args.tst_reset_at_switch == "embeddings":
         _refuse_embedding_reset(args)
 
@@ -150,6 +152,26 @@ def _refuse_document_masking(args: argparse.Namespace) -> None:
     for setting, (is_set, reason) in refused.items():
         if is_set:
             raise ValueError(f"{flag} does not work with {setting}: {reason}. Remove one of them.")
+
+
+def _refuse_linear_loss(args: argparse.Namespace) -> None:
+    objective = args.tst_objective
+    refused = {
+        f"--tst-objective {objective}": (objective != "mce", "it needs the logits as a whole"),
+        "--overlap-moe-expert-parallel-comm": (
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule runs the output layer by itself",
+        ),
+        "--defer-embedding-wgrad-compute": (
+            args.defer_embedding_wgrad_compute,
+            "the gradient of the weight is computed with the loss",
+        ),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set:
+            raise ValueError(
+                f"--tst-loss-impl linear does not work with {setting}: {reason}. Remove one."
+            )
 
 
 def _refuse_embedding_reset(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What all tests share: tests marked ``gpu`` are skipped where there is no CUDA device."""
+"""What all tests share: no deadlines, and tests marked ``gpu`` only where there is a CUDA device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Time is not what these tests are about, and other work shares the cores.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
 
 
 def _has_cuda_device() -> bool:

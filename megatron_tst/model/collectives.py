@@ -38,6 +38,16 @@ def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def all_gather_from_sequence_parallel(local: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The slices of all ranks along dimension 0, without a gradient: [l / tp, ...] -> [l, ...]."""
+    if group_size(group) == 1:
+        return local
+    assert group is not None
+    whole = local.new_empty(local.shape[0] * group.size(), *local.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, local.contiguous(), group=group)
+    return whole
+
+
 class _ReduceFromTensorParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
@@ -70,13 +80,7 @@ class _ReduceScatterToSequenceParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        gathered = grad_output.new_empty(
-            grad_output.shape[0] * ctx.group.size(), *grad_output.shape[1:]
-        )
-        torch.distributed.all_gather_into_tensor(
-            gathered, grad_output.contiguous(), group=ctx.group
-        )
-        return gathered, None
+        return all_gather_from_sequence_parallel(grad_output, ctx.group), None
 
 
 def reduce_from_tensor_parallel(partial: Tensor, group: ProcessGroup | None) -> Tensor:

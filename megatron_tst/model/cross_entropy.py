@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def multi_hot_cross_entropy(
     target_weights: Tensor | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
+    reuse_logits: bool = False,
 ) -> Tensor:
     """Weighted mean of the cross-entropies of a bag of targets, sharing one log-sum-exp.
 
@@ -40,8 +41,9 @@ def multi_hot_cross_entropy(
 
     Exactly two all-reduces, whatever s: one number a position for the maximum, then two (sum of
     exponentials, weighted target logit). Statistics are float32 (float64 for float64 logits).
-    The logits are not modified; they are what is saved for the backward, which recomputes the
-    exponentials chunk by chunk, unless all fit one chunk and are kept. At s = 1 loss and gradient
+    The logits are what is saved for the backward, which recomputes the exponentials chunk by chunk,
+    unless all fit one chunk and are kept. The forward does not modify them, and neither does the
+    backward unless it may reuse them. At s = 1 loss and gradient
     have the bits of the host's unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with
     more, the order of the ranks' sums is up to the collective).
 
@@ -55,6 +57,9 @@ def multi_hot_cross_entropy(
         target_weights: [s], not negative; ``None`` means uniform.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
+        reuse_logits: the backward may overwrite the logits with their gradient, which then takes no
+            memory of its own. For logits that nobody reads after this loss, such as those of an
+            output layer; the graph can be used once.
 
     Returns:
         [...] loss a position, float32 (float64 for float64 logits), the same on every rank.
@@ -65,15 +70,56 @@ def multi_hot_cross_entropy(
 
     Source: arXiv 2605.06546, multi-hot cross-entropy.
     """
-    validate_targets(logits, target_bags, target_weights, tp_group, ignore_index)
-    loss = _MultiHotCrossEntropy.apply(
+    loss, _ = _multi_hot_cross_entropy(
+        logits, target_bags, target_weights, tp_group, ignore_index, reuse_logits, by_offset=False
+    )
+    return loss
+
+
+def multi_hot_cross_entropy_by_offset(
+    logits: Tensor,
+    target_bags: Tensor,
+    target_weights: Tensor | None = None,
+    tp_group: ProcessGroup | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reuse_logits: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The loss of :func:`multi_hot_cross_entropy`, and those of each target without a gradient.
+
+    The latter cost no pass over the logits, and one more all-reduce, of s numbers a position.
+
+    Returns:
+        The loss, and what :func:`per_target_cross_entropy` returns.
+    """
+    loss, by_offset = _multi_hot_cross_entropy(
+        logits, target_bags, target_weights, tp_group, ignore_index, reuse_logits, by_offset=True
+    )
+    assert by_offset is not None
+    return loss, by_offset
+
+
+def _multi_hot_cross_entropy(
+    logits: Tensor,
+    target_bags: Tensor,
+    target_weights: Tensor | None,
+    tp_group: ProcessGroup | None,
+    ignore_index: int,
+    reuse_logits: bool,
+    by_offset: bool,
+) -> tuple[Tensor, Tensor | None]:
+    validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
+    loss, offset_losses = _MultiHotCrossEntropy.apply(
         logits.reshape(-1, logits.shape[-1]),
         target_bags.reshape(-1, target_bags.shape[-1]),
         target_weights,
         tp_group,
         ignore_index,
+        reuse_logits,
+        by_offset,
     )
-    return loss.view(logits.shape[:-1])
+    if offset_losses is not None:
+        offset_losses = offset_losses.view(target_bags.shape)
+    return loss.view(logits.shape[:-1]), offset_losses
 
 
 @torch.no_grad()
@@ -85,30 +131,18 @@ def per_target_cross_entropy(
 ) -> Tensor:
     """The s ordinary cross-entropies of each bag, for logging the loss by offset; no gradient.
 
-    Two all-reduces: one number a position, then 1 + s. Arguments and errors are those of
-    :func:`multi_hot_cross_entropy`.
+    Three all-reduces: of one, of two and of s numbers a position. Arguments and errors are those
+    of :func:`multi_hot_cross_entropy`.
 
     Returns:
         [..., s] in float32 (float64 for float64 logits), the same on every rank. Ignored targets
         are 0: leave them out of a mean by counting ``target_bags != ignore_index``.
     """
-    validate_targets(logits, target_bags, None, tp_group, ignore_index)
-    logits_2d = logits.reshape(-1, logits.shape[-1])
-    valid = target_bags != ignore_index
-    local, inside = to_local_targets(target_bags, valid, logits.shape[-1], tp_group)
-    maximum = _global_maximum(logits_2d, tp_group).view(logits.shape[:-1])
-    statistics = maximum.new_empty(*maximum.shape, 1 + target_bags.shape[-1])
-    relative = logits.gather(-1, local).to(maximum.dtype).sub_(maximum.unsqueeze(-1))
-    statistics[..., 1:] = relative.masked_fill_(~inside, 0)
-    sums, _ = _sum_exponentials(logits_2d, maximum.view(-1), keep=False)
-    statistics[..., 0] = sums.view(maximum.shape)
-    all_reduce_sum_(statistics, tp_group)
-    losses = statistics[..., :1].log() - statistics[..., 1:]
-    return losses.masked_fill_(~valid, 0)
+    return multi_hot_cross_entropy_by_offset(logits, target_bags, None, tp_group, ignore_index)[1]
 
 
 def validate_targets(
-    logits: Tensor,
+    logits_shape: Sequence[int],
     target_bags: Tensor,
     target_weights: Tensor | None,
     tp_group: ProcessGroup | None,
@@ -119,9 +153,10 @@ def validate_targets(
     Raises:
         ValueError: naming the shapes, or the target and the vocabulary size.
     """
-    if target_bags.shape[:-1] != logits.shape[:-1] or target_bags.shape[-1:] in ((), (0,)):
+    positions, vocabulary_size = tuple(logits_shape[:-1]), logits_shape[-1] * group_size(tp_group)
+    if target_bags.shape[:-1] != positions or target_bags.shape[-1:] in ((), (0,)):
         raise ValueError(
-            f"target_bags {tuple(target_bags.shape)} do not fit logits {tuple(logits.shape)}: "
+            f"target_bags {tuple(target_bags.shape)} do not fit logits {tuple(logits_shape)}: "
             "pass targets [..., s], s >= 1, for logits [..., v] with the same leading dimensions."
         )
     if target_weights is not None and target_weights.shape != target_bags.shape[-1:]:
@@ -131,7 +166,6 @@ def validate_targets(
         )
     if target_bags.device.type != "cpu" or target_bags.numel() == 0:
         return
-    vocabulary_size = logits.shape[-1] * group_size(tp_group)
     lowest, highest = (int(bound) for bound in target_bags.aminmax())
     if lowest < 0 or highest >= vocabulary_size:
         foreign = (target_bags < 0) | (target_bags >= vocabulary_size)
@@ -184,7 +218,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         target_weights: Tensor | None,
         tp_group: ProcessGroup | None,
         ignore_index: int,
-    ) -> Tensor:
+        reuse_logits: bool,
+        by_offset: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         # 1. Share of each target, zero on the ranks that do not hold it.
         dtype = torch.promote_types(logits.dtype, torch.float32)
         coefficients, live = bag_coefficients(targets, target_weights, ignore_index, dtype)
@@ -201,13 +237,26 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             logits, local, coefficients, live, maximum, statistics[0], exponentials
         )
-        return (statistics[0].log() - statistics[1]).masked_fill_(~live, 0)
+        ctx.reuse_logits = reuse_logits
+        log_sum = statistics[0].log()
+        loss = (log_sum - statistics[1]).masked_fill_(~live, 0)
+        if not by_offset:
+            return loss, None
+        # Targets without weight have no part in the loss, but one of their own.
+        valid = targets != ignore_index
+        local, inside = to_local_targets(targets, valid, logits.shape[-1], tp_group)
+        relative = logits.gather(-1, local).to(dtype).sub_(maximum.unsqueeze(-1))
+        relative = all_reduce_sum_(relative.masked_fill_(~inside, 0), tp_group)
+        offset_losses = (log_sum.unsqueeze(-1) - relative).masked_fill_(~valid, 0)
+        ctx.mark_non_differentiable(offset_losses)
+        return loss, offset_losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, local, coefficients, live, maximum, sums, exponentials = ctx.saved_tensors
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        # Each chunk is read before it is written.
+        grad = logits if ctx.reuse_logits else _contiguous_like(logits)
         scale = grad_output.masked_fill(~live, 0).unsqueeze(-1)
         chunks = _chunks(
             logits, grad, maximum.unsqueeze(-1), sums.unsqueeze(-1), local, -coefficients, scale
@@ -223,7 +272,11 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
             wide.scatter_add_(-1, columns, negated).mul_(chunk_scale)
             if wide is not out:
                 out.copy_(wide)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None, None
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _rows_per_chunk(logits: Tensor) -> int:
@@ -255,8 +308,24 @@ def _sum_exponentials(logits: Tensor, maximum: Tensor, keep: bool) -> tuple[Tens
     Also returns the exponentials [n, v] if they are to be kept and fit one chunk.
     """
     sums = torch.empty_like(maximum)
-    scratch = _scratch(logits, maximum.dtype)
-    for chunk, chunk_max, out in _chunks(logits, maximum.unsqueeze(-1), sums):
-        wide = scratch[: chunk.shape[0]].copy_(chunk).sub_(chunk_max).exp_()
-        torch.sum(wide, -1, out=out)
-    return sums, scratch if keep and scratch.shape[0] == logits.shape[0] else None
+    wide = None
+    for wide, rows in exponentials(logits, maximum):
+        torch.sum(wide, -1, out=sums[rows])
+    return sums, wide if keep and wide is not None and len(wide) == len(logits) else None
+
+
+def exponentials(logits: Tensor, shift: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """``exp(z - shift)`` of some rows at a time, in the dtype of the shift and in one buffer.
+
+    Args:
+        logits: [n, v].
+        shift: [n].
+
+    Yields:
+        [rows, v], to be overwritten at will, and which rows they are.
+    """
+    scratch = _scratch(logits, shift.dtype)
+    for first in range(0, len(logits), len(scratch)):
+        rows = slice(first, first + len(scratch))
+        chunk = logits[rows]
+        yield scratch[: len(chunk)].copy_(chunk).sub_(shift[rows].unsqueeze(-1)).exp_(), rows

@@ -13,13 +13,22 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_tst.config import SuperpositionConfig
-from megatron_tst.model.cross_entropy import IGNORE_INDEX
+from megatron_tst.config import LossImplementation, SuperpositionConfig
+from megatron_tst.model.cross_entropy import (
+    IGNORE_INDEX,
+    multi_hot_cross_entropy,
+    multi_hot_cross_entropy_by_offset,
+    per_target_cross_entropy,
+)
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.linear_cross_entropy import (
+    linear_multi_hot_cross_entropy,
+    linear_multi_hot_cross_entropy_by_offset,
+)
 from megatron_tst.model.objectives import superposition_loss
 from megatron_tst.model.offset_loss import OffsetLossMeter
 
@@ -54,22 +63,59 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
         )
 
 
+class LossOutputLayer(ColumnParallelLinear):
+    """Output layer that can leave its product to the loss.
+
+    Attributes:
+        is_left_to_the_loss: return the input in place of the logits.
+    """
+
+    is_left_to_the_loss: bool = False
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [l, b, v] of hidden states [l, b, h], or these as they are, and no bias."""
+        if self.is_left_to_the_loss:
+            return input_, None
+        return cast(
+            tuple[Tensor, Tensor | None], super().forward(input_, weight, runtime_gather_output)
+        )
+
+
 class SuperpositionModel(LanguageModule):
     """What both models add to upstream's: an embedding of bags and a loss over bags of targets.
 
     Args:
         *args: passed to the model of upstream.
         superposition: settings of phase 1.
+        loss_implementation: how the loss is computed; ``linear`` in both phases.
         **kwargs: passed to the model of upstream.
     """
 
     superposition: SuperpositionConfig
+    loss_implementation: LossImplementation
     offset_loss_meter: OffsetLossMeter | None = None
     _weights: Tensor | None = None
 
-    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        superposition: SuperpositionConfig,
+        loss_implementation: LossImplementation = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._superpose(superposition)
+        self._superpose(superposition, loss_implementation)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs upstream's forward pass; without ``labels``, given by name, it returns logits."""
+        if self.post_process and self.loss_implementation == "linear":
+            self.output_layer.is_left_to_the_loss = kwargs.get("labels") is not None
+        return cast(Tensor, super().forward(*args, **kwargs))
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Computes the loss of each latent position.
@@ -77,25 +123,53 @@ class SuperpositionModel(LanguageModule):
         Args:
             labels: next tokens, [b, l], or next bags, [b, l, s]; int64, -100 where a target of a
                 bag does not count.
-            logits: [l, b, v], local to a tensor-parallel rank; not modified when ``labels`` are
-                bags.
+            logits: [l, b, v], local to a tensor-parallel rank. With ``linear`` the hidden states
+                that they would be made from. The backward pass overwrites those of bags.
 
         Returns:
             [b, l], float32.
         """
-        if labels.dim() == 2:
+        is_linear = self.loss_implementation == "linear"
+        if labels.dim() == 2 and not is_linear:
             return cast(Tensor, super().compute_language_model_loss(labels, logits))
-        targets = labels.transpose(0, 1).contiguous()
-        if self.offset_loss_meter is not None:
-            self.offset_loss_meter.add(logits.detach(), targets, self.tp_group)
-        loss = superposition_loss(
-            logits,
-            targets,
-            objective=self.superposition.objective,
-            target_weights=self._target_weights(logits.device),
-            tp_group=self.tp_group,
-        )
+        bags = labels if labels.dim() == 3 else labels.unsqueeze(-1)
+        targets = bags.transpose(0, 1).contiguous()
+        loss = self._linear_loss(logits, targets) if is_linear else self._loss(logits, targets)
         return loss.transpose(0, 1).contiguous()
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = self._target_weights(logits.device)
+        if self.superposition.objective != "mce":
+            if self.offset_loss_meter is not None:
+                losses = per_target_cross_entropy(logits, targets, self.tp_group)
+                self.offset_loss_meter.add(losses, targets)
+            objective = self.superposition.objective
+            return superposition_loss(logits, targets, objective, weights, self.tp_group)
+        # Nobody else reads what the output layer returns.
+        settings: dict[str, Any] = {"tp_group": self.tp_group, "reuse_logits": True}
+        if self.offset_loss_meter is None:
+            return multi_hot_cross_entropy(logits, targets, weights, **settings)
+        loss, by_offset = multi_hot_cross_entropy_by_offset(logits, targets, weights, **settings)
+        self.offset_loss_meter.add(by_offset, targets)
+        return loss
+
+    def _linear_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        layer = self.output_layer
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else layer.weight
+        weights = self._target_weights(hidden.device) if targets.shape[-1] > 1 else None
+        settings: dict[str, Any] = {
+            "tp_group": self.tp_group,
+            "sequence_parallel": layer.sequence_parallel,
+            "accumulate_into_main_grad": layer.gradient_accumulation_fusion,
+        }
+        if self.offset_loss_meter is None:
+            return linear_multi_hot_cross_entropy(hidden, weight, targets, weights, **settings)
+        loss, by_offset = linear_multi_hot_cross_entropy_by_offset(
+            hidden, weight, targets, weights, **settings
+        )
+        self.offset_loss_meter.add(by_offset, targets)
+        return loss
 
     def _target_weights(self, device: torch.device) -> Tensor | None:
         if self.superposition.target_weighting == "uniform":
@@ -106,8 +180,13 @@ class SuperpositionModel(LanguageModule):
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights
 
-    def _superpose(self, superposition: SuperpositionConfig) -> None:
+    def _superpose(
+        self, superposition: SuperpositionConfig, loss_implementation: LossImplementation
+    ) -> None:
         self.superposition = superposition
+        self.loss_implementation = loss_implementation
+        if self.post_process and loss_implementation == "linear":
+            self.output_layer.__class__ = LossOutputLayer
         if self.pre_process:
             embedding = self.embedding.word_embeddings
             embedding.__class__ = BagVocabParallelEmbedding
@@ -130,7 +209,9 @@ _SUPERPOSED: dict[type, type[SuperpositionModel]] = {
 
 
 def superpose_built_models(
-    models: list[MegatronModule], superposition: SuperpositionConfig
+    models: list[MegatronModule],
+    superposition: SuperpositionConfig,
+    loss_implementation: LossImplementation = "auto",
 ) -> list[MegatronModule]:
     """Turns the pipeline chunks that upstream's builder made into superposition models, in place.
 
@@ -140,6 +221,11 @@ def superpose_built_models(
 
     Raises:
         ValueError: a model that is neither a GPTModel nor a HybridModel.
+
+    Args:
+        models: built chunks of this rank.
+        superposition: settings of phase 1.
+        loss_implementation: how the loss is computed.
     """
     for model in models:
         superposed = _SUPERPOSED.get(type(model))
@@ -150,5 +236,5 @@ def superpose_built_models(
                 "--tst-bag-size 1."
             )
         model.__class__ = superposed
-        cast(SuperpositionModel, model)._superpose(superposition)
+        cast(SuperpositionModel, model)._superpose(superposition, loss_implementation)
     return models

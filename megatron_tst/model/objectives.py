@@ -89,7 +89,7 @@ def summed_probability_loss(
     Two all-reduces: one number a position, then 1 + s. Arguments, result, dtypes and errors are
     those of :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
     """
-    validate_targets(logits, target_bags, target_weights, tp_group, ignore_index)
+    validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
     wide = _widen(logits)
     coefficients, live = bag_coefficients(target_bags, target_weights, ignore_index, wide.dtype)
     maximum = all_reduce_max_(wide.detach().amax(-1, keepdim=True), tp_group)
@@ -117,7 +117,7 @@ def multi_label_bce(
     number a position. Arguments, result, dtypes and errors are those of
     :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
     """
-    validate_targets(logits, target_bags, None, tp_group, ignore_index)
+    validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)
     wide = _widen(logits)
     own_targets = _own_target_logits(wide, targets, distinct, tp_group)
@@ -142,7 +142,7 @@ def multi_label_hinge(
     number a position, and one of s in the backward. Arguments, result, dtypes and errors are those
     of :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
     """
-    validate_targets(logits, target_bags, None, tp_group, ignore_index)
+    validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)
     wide = _widen(logits)
     own_targets = _own_target_logits(wide, targets, distinct, tp_group)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tst.model.cross_entropy import per_target_cross_entropy
-
 
 class OffsetLossMeter:
     """Cross-entropy of the i-th token of the target bags, averaged over one optimizer step."""
@@ -14,9 +12,8 @@ class OffsetLossMeter:
     def __init__(self) -> None:
         self._sum_and_count: Tensor | None = None
 
-    def add(self, logits: Tensor, targets: Tensor, tp_group: object) -> None:
-        """Adds a micro-batch: logits [l, b, v] of this rank, targets [l, b, s]."""
-        losses = per_target_cross_entropy(logits, targets, tp_group)  # type: ignore[arg-type]
+    def add(self, losses: Tensor, targets: Tensor) -> None:
+        """Adds a micro-batch: losses of each target and targets, [l, b, s]."""
         valid = targets >= 0
         positions = (0, 1)
         losses = torch.where(valid, losses, torch.zeros_like(losses))

@@ -101,10 +101,13 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
         datasets_provider = DatasetsProvider(args, schedule)
         check_data_budget(args, schedule, datasets_provider.config)
-    if schedule.config.enabled:
-        model_config.pre_wrap_hooks.append(
-            partial(superpose_built_models, superposition=schedule.config)
+    if schedule.config.enabled or args.tst_loss_impl == "linear":
+        superpose = partial(
+            superpose_built_models,
+            superposition=schedule.config,
+            loss_implementation=args.tst_loss_impl,
         )
+        model_config.pre_wrap_hooks.append(superpose)
     clock, meter = StepClock(args.tst_seconds), OffsetLossMeter()
     reporter = ProgressReporter(schedule, clock, meter)
     step_end = _StepEnd(schedule, clock, reporter, after_step)

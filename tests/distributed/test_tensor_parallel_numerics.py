@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
 from megatron_tst.model.objectives import superposition_loss
 from tests.distributed.harness import run_distributed
 
@@ -87,6 +88,45 @@ def test_embedding_equals_one_rank(ranks: int, bag_size: int, sequence_parallel:
     for output in outputs:
         torch.testing.assert_close(output, expected, **SAME)
     torch.testing.assert_close(torch.cat([g for _, g in results]), weight.grad, **SAME)
+
+
+def linear_case(bag_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, targets, weights, grad = loss_case_with_ignored(bag_size)
+    torch.manual_seed(2)
+    return torch.randn(LENGTH, BATCH, HIDDEN), torch.randn(48, HIDDEN), targets, weights, grad
+
+
+def linear_loss_on_ranks(bag_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, targets, weights, grad = linear_case(bag_size)
+    hidden = shard(hidden, 0) if sequence_parallel else hidden.requires_grad_()
+    weight_shard = shard(weight, 0)
+    group = torch.distributed.group.WORLD
+    loss = linear_multi_hot_cross_entropy(
+        hidden, weight_shard, targets, weights, group, sequence_parallel=sequence_parallel
+    )
+    loss.backward(grad)
+    assert hidden.grad is not None
+    assert weight_shard.grad is not None
+    return loss.detach(), hidden.grad, weight_shard.grad
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("bag_size", [1, 5])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_linear_loss_equals_one_rank(ranks: int, bag_size: int, sequence_parallel: bool) -> None:
+    hidden, weight, targets, weights, grad = linear_case(bag_size)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    expected = linear_multi_hot_cross_entropy(hidden, weight, targets, weights)
+    expected.backward(grad)
+    results = run_distributed(ranks, linear_loss_on_ranks, bag_size, sequence_parallel)
+    for loss, _, _ in results:
+        torch.testing.assert_close(loss, expected, **SAME)
+    hidden_grads = [grad for _, grad, _ in results]
+    whole = [torch.cat(hidden_grads)] if sequence_parallel else hidden_grads
+    for actual in whole:
+        torch.testing.assert_close(actual, hidden.grad, **SAME)
+    torch.testing.assert_close(torch.cat([g for _, _, g in results]), weight.grad, **SAME)
 
 
 def loss_on_ranks(objective: str, bag_size: int) -> tuple[Tensor, Tensor, bool]:

@@ -124,6 +124,25 @@ def test_documents_that_cannot_be_kept_apart(check: Check, small_run: SmallRun) 
     assert_messages(check(runs), [message for _, message in DOCUMENTS])
 
 
+LINEAR_LOSS: list[tuple[dict[str, Any], str]] = [
+    ({"tst_objective": "bce"}, "--tst-loss-impl linear does not work with --tst-objective bce"),
+    (
+        {"overlap_moe_expert_parallel_comm": True},
+        "--tst-loss-impl linear does not work with --overlap-moe-expert-parallel-comm",
+    ),
+    (
+        {"defer_embedding_wgrad_compute": True},
+        "--tst-loss-impl linear does not work with --defer-embedding-wgrad-compute",
+    ),
+]
+
+
+def test_what_needs_whole_logits(check: Check, small_run: SmallRun) -> None:
+    always = {**SUPERPOSED, "tst_loss_impl": "linear"}
+    runs = [small_run.with_(**{**always, **settings}) for settings, _ in LINEAR_LOSS]
+    assert_messages(check(runs), [message for _, message in LINEAR_LOSS])
+
+
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
     cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]

@@ -57,7 +57,7 @@ def naive_item(
     return tokens, labels
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     document_lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     length=st.integers(1, 6),

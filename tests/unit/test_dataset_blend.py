@@ -142,7 +142,7 @@ def test_data_parallel_ranks_share_the_samples(
     assert len(blend) >= SAMPLES
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6),
     samples_before=st.integers(0, 300),

@@ -74,7 +74,7 @@ def ids(places: list[list[Place | None]]) -> Any:
     return np.array([[IGNORE_INDEX if p is None else p[1] for p in row] for row in places])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     document_lengths=st.lists(st.integers(0, 25), min_size=1, max_size=12),
     length=st.integers(1, 6),

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tst.model import cross_entropy
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
+from megatron_tst.model.cross_entropy import (
+    multi_hot_cross_entropy,
+    multi_hot_cross_entropy_by_offset,
+    per_target_cross_entropy,
+)
 from megatron_tst.model.reference import (
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
@@ -77,6 +81,33 @@ def test_equals_the_reference(dtype: torch.dtype, weights: tuple[float, ...] | N
 
 
 @pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE))
+def test_the_gradient_may_take_the_place_of_the_logits(dtype: torch.dtype) -> None:
+    leaf, targets, grad = case(dtype)
+    expected = torch.autograd.grad(multi_hot_cross_entropy(leaf, targets), leaf, grad)[0]
+    logits = leaf * 1  # of an operation that does not read its output again
+    (actual,) = torch.autograd.grad(
+        multi_hot_cross_entropy(logits, targets, reuse_logits=True), logits, grad
+    )
+    assert torch.equal(actual, expected)
+    assert actual.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_losses_by_offset_come_with_the_same_loss(weights: tuple[float, ...] | None) -> None:
+    logits, targets, grad = case(torch.float32)
+    loss, by_offset = multi_hot_cross_entropy_by_offset(logits, targets, as_tensor(weights))
+    exact = per_target_cross_entropy_reference(logits.detach(), targets)
+    torch.testing.assert_close(by_offset.double(), exact, **LOSS_TOLERANCE)
+    assert not by_offset.requires_grad
+    alone = multi_hot_cross_entropy(logits, targets, as_tensor(weights))
+    assert torch.equal(loss, alone)
+    grads = [torch.autograd.grad(each, logits, grad)[0] for each in (loss, alone)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.usefixtures("chunking")
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_gradcheck(weights: tuple[float, ...] | None) -> None:
     logits, targets, _ = case(torch.float64, leading=(5,))
@@ -85,7 +116,7 @@ def test_gradcheck(weights: tuple[float, ...] | None) -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     bag=st.lists(st.sampled_from([-100, *range(5)]), min_size=1, max_size=6),
     seed=st.integers(0, 1000),

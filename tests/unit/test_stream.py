@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst.data import stream as stream_module
@@ -43,7 +43,6 @@ class Documents:
         return piece
 
 
-@settings(deadline=None)
 @given(layout=layouts)
 def test_samples_tile_the_stream(layout: SampleLayout) -> None:
     position = 0
@@ -56,7 +55,6 @@ def test_samples_tile_the_stream(layout: SampleLayout) -> None:
         position = begin + tokens
 
 
-@settings(deadline=None)
 @given(layout=layouts, position=st.integers(0, 300))
 def test_first_sample_from_a_position(layout: SampleLayout, position: int) -> None:
     sample = 0
@@ -88,7 +86,6 @@ def long_enough(layout: SampleLayout, tokens: int) -> int:
     return max(tokens, layout.phase_1_tokens + layout.look_ahead)
 
 
-@settings(deadline=None)
 @given(layout=layouts, tokens=st.integers(1, 150), num_samples=st.integers(1, 80))
 def test_samples_are_shuffled_within_phase_and_epoch(
     layout: SampleLayout, tokens: int, num_samples: int
@@ -109,7 +106,6 @@ def test_samples_are_shuffled_within_phase_and_epoch(
             assert sample == place
 
 
-@settings(deadline=None)
 @given(
     layout=layouts,
     tokens=st.integers(1, 150),
@@ -155,7 +151,6 @@ def readable_samples(
     raise AssertionError
 
 
-@settings(deadline=None)
 @given(
     layout=layouts,
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=20),
@@ -196,7 +191,6 @@ def build(layout: SampleLayout, lengths: list[int], num_samples: int) -> TokenSt
     )
 
 
-@settings(deadline=None)
 @given(
     layout=layouts,
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=20),
