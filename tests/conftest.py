@@ -1,4 +1,4 @@
-"""What all tests share: no deadlines, and tests marked ``gpu`` only where there is a CUDA device."""
+"""What all tests share: no deadlines, and tests marked ``gpu`` need a CUDA device."""
 
 from __future__ import annotations
 
