@@ -73,7 +73,7 @@ class PlainLlama(nn.Module):
 class PlainTrainer:
     """One optimizer step: bf16 autocast, clipped gradients, AdamW."""
 
-    def __init__(self, model: PlainLlama) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -82,12 +82,17 @@ class PlainTrainer:
     def step(self, tokens: Tensor, labels: Tensor) -> float:
         """Trains on tokens and labels [b, l] and returns the loss."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = self.model(tokens, labels)
+            loss = self.loss(tokens, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of tokens and labels [b, l]."""
+        result: Tensor = self.model(tokens, labels)
+        return result
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

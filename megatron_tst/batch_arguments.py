@@ -49,6 +49,11 @@ def refuse_bad_batch_sizes(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
     if args.step_batch_size_schedule is None:
         return
+    if args.seq_length is None:
+        raise ValueError(
+            f"--step-batch-size-schedule {args.step_batch_size_schedule!r} has thresholds in "
+            "tokens, and --seq-length is missing: add it, also with --use-checkpoint-args."
+        )
     batch_sizes = batch_sizes_from_args(args)
     if args.train_iters:
         raise ValueError(

@@ -148,6 +148,15 @@ def _refuse_document_masking(args: argparse.Namespace) -> None:
             args.overlap_moe_expert_parallel_comm,
             "its schedule is not told where documents begin",
         ),
+        f"--moe-router-load-balancing-type seq_aux_loss, --sequence-parallel and "
+        f"--micro-batch-size {micro_batch}": (
+            "seq_aux_loss" in _written(args.moe_router_load_balancing_type).split()
+            and args.sequence_parallel
+            and args.tensor_model_parallel_size > 1
+            and micro_batch > 1,
+            "Megatron does not find the samples in a part of a packed sequence "
+            "(--micro-batch-size 1 works)",
+        ),
     }
     for setting, (is_set, reason) in refused.items():
         if is_set:

@@ -20,6 +20,8 @@ class SuperpositionSchedule:
         total_steps: optimizer steps of the whole run (N).
         batch_sizes: sequences a step.
         sequence_length: latent positions a sequence (l), the same in both phases.
+        text_share: share of the places in the bags of phase 1 that hold text; below 1 where
+            documents are aligned, whose last bags are filled up with padding.
 
     Raises:
         ValueError: the switch falls on step 0 or on the last step.
@@ -29,6 +31,7 @@ class SuperpositionSchedule:
     total_steps: int
     batch_sizes: BatchSizes
     sequence_length: int
+    text_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.config.enabled:
@@ -84,4 +87,7 @@ class SuperpositionSchedule:
         """Tokens of text read by the first ``step`` steps."""
         in_phase_1 = self.equivalent_tokens(min(step, self.switch_step))
         in_phase_2 = self.equivalent_tokens(step) - in_phase_1
-        return in_phase_1 * self.tokens_per_position_at(0) + in_phase_2
+        places = in_phase_1 * self.tokens_per_position_at(0)
+        # Exact without padding, however many tokens there are.
+        text = places if self.text_share == 1.0 else round(places * self.text_share)
+        return text + in_phase_2

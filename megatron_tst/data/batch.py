@@ -70,12 +70,12 @@ def reads_data_on_stage(args: Namespace, vp_stage: int | None) -> bool:
     return args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
 
 
-def packed_documents(batch: Batch, sequence_length: int) -> PackedSeqParams | None:
-    """What attention has to know of the documents of a packed batch; None of any other.
+def packed_documents(batch: Batch, args: Namespace) -> PackedSeqParams | None:
+    """What the layers have to know of the documents of a packed batch; None of any other.
 
     Args:
         batch: from ``get_batch``.
-        sequence_length: latent positions a sample (l).
+        args: Megatron's arguments.
     """
     if batch["cu_seqlens"] is None:
         return None
@@ -88,7 +88,9 @@ def packed_documents(batch: Batch, sequence_length: int) -> PackedSeqParams | No
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         # Lets layers that look at samples, such as a router's balance, tell them apart.
-        tokens_per_sample=sequence_length,
+        tokens_per_sample=args.seq_length,
+        # Attention takes cu_seqlens; state-space layers need the document of each position.
+        total_tokens=int(cu_seqlens[-1]) if args.hybrid_layer_pattern is not None else None,
     )
 
 

@@ -6,12 +6,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
-import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.data.stream import fill_up
 from megatron_tst.schedule import SuperpositionSchedule
 
 _CHUNK = 1 << 24
@@ -46,17 +45,22 @@ class TrainText:
         else:
             end = int(index.sequence_pointers[self._documents])
         self.tokens: int = end // index.dtype_size
-        self.positions = cache(self._positions)
+        self._positions = {1: self.tokens}
 
-    def _positions(self, multiple: int) -> int:
-        """Places that an epoch takes where each document fills up its last bag of ``multiple``."""
-        if multiple == 1:
-            return self.tokens
+    def positions(self, multiple: int) -> int:
+        """Places that an epoch takes where each document fills up its last bag of ``multiple``.
+
+        Reads all lengths for each multiple above 1, once.
+        """
+        if multiple not in self._positions:
+            self._positions[multiple] = self._count_positions(multiple)
+        return self._positions[multiple]
+
+    def _count_positions(self, multiple: int) -> int:
         lengths = self._corpus.index.sequence_lengths[: self._documents]
         total = 0
         for begin in range(0, len(lengths), _CHUNK):
-            chunk = lengths[begin : begin + _CHUNK].astype(np.int64)
-            total += int((-(-chunk // multiple) * multiple).sum())
+            total += int(fill_up(lengths[begin : begin + _CHUNK], multiple).sum())
         return total
 
 
@@ -94,13 +98,18 @@ def data_budget(
 ) -> list[CorpusBudget]:
     """What a run needs of each corpus: its weight in each phase, to within two samples.
 
+    Of aligned bags it knows the padding of the whole corpus, and of the part that phase 1 reads
+    only that it is about as much.
+
     Args:
         schedule: phases of the run.
         texts: the corpora of the train split.
         weights: of the corpora, in any unit.
     """
-    in_phase_1 = schedule.data_tokens(schedule.switch_step)
-    in_phase_2 = schedule.data_tokens(schedule.total_steps) - in_phase_1
+    switch, total = (
+        schedule.equivalent_tokens(step) for step in (schedule.switch_step, schedule.total_steps)
+    )
+    in_phase_1, in_phase_2 = switch * schedule.tokens_per_position_at(0), total - switch
     multiple = schedule.tokens_per_position_at(0) if schedule.config.aligns_documents else 1
     budgets = []
     for text, weight in zip(texts, weights, strict=True):

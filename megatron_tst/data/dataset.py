@@ -198,7 +198,9 @@ class SuperpositionGPTDataset(GPTDataset):
 
     def _get_num_tokens_per_epoch(self) -> int:
         """Upstream's hook that counts the tokens of the split, for a cache that is not there."""
-        check_document_lengths(str(self.dataset_path), self.dataset.sequence_lengths)
+        # With deferred mapping every rank asks, each time that it wants to know the length.
+        if not self.config.defer_npy_index_mmap:
+            check_document_lengths(str(self.dataset_path), self.dataset.sequence_lengths)
         tokens = int(super()._get_num_tokens_per_epoch())
         # Upstream counts epochs until there is enough text, which never happens without any.
         if not tokens:

@@ -21,6 +21,7 @@ from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.data.stream import fill_up
 from megatron_tst.schedule import SuperpositionSchedule
 
 _CHUNK = 1 << 22
@@ -279,10 +280,8 @@ def _refuse_beyond(
     schedule = SuperpositionSchedule(
         config.superposition, 2, BatchSizes.constant(1), settings.sequence_length
     )
-    positions = lengths[:train_documents].astype(np.int64)
-    if config.superposition.aligns_documents:
-        multiple = schedule.tokens_per_position_at(0)
-        positions = -(-positions // multiple) * multiple
+    multiple = schedule.tokens_per_position_at(0) if config.superposition.aligns_documents else 1
+    positions = fill_up(lengths[:train_documents], multiple)
     per_epoch = -(-int(positions.sum()) // schedule.data_tokens(1))
     samples = settings.samples or max(per_epoch, 1)
     wrong = [place for place in places if not 0 <= place < samples]

@@ -154,18 +154,18 @@ def _document_starts(
     for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
         positions: NDArray[Any] = lengths[order[begin : begin + _DOCUMENTS_AT_ONCE]]
         if layout.document_multiple > 1:
-            room = layout.switch_position - starts[begin]
-            positions = _fill_up(positions, layout.document_multiple, room)
+            filled = fill_up(positions, layout.document_multiple)
+            is_in_phase_1 = starts[begin] + np.cumsum(filled) <= layout.switch_position
+            positions = np.where(is_in_phase_1, filled, positions)
         ends = starts[begin + 1 : begin + 1 + len(positions)]
         np.cumsum(positions, dtype=np.int64, out=ends)
         ends += starts[begin]
     return starts
 
 
-def _fill_up(lengths: NDArray[np.int32], multiple: int, room: int) -> NDArray[np.int64]:
-    """Rounds up the lengths of the documents that end, rounded up, within ``room`` positions."""
-    filled = -(-lengths.astype(np.int64) // multiple) * multiple
-    return np.where(np.cumsum(filled) <= room, filled, lengths)
+def fill_up(lengths: NDArray[np.int32], multiple: int) -> NDArray[np.int64]:
+    """Positions of documents of these lengths that fill up their last bag of ``multiple``."""
+    return -(-lengths.astype(np.int64) // multiple) * multiple
 
 
 def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:

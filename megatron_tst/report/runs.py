@@ -31,6 +31,7 @@ _REQUIRED_KEYS = (
     "total_steps",
     "batch_sizes",
     "sequence_length",
+    "text_share",
     "parameters",
     "seed",
     "settings",
@@ -165,6 +166,7 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
             total_steps=info["total_steps"],
             batch_sizes=BatchSizes(tuple((first, size) for first, size in info["batch_sizes"])),
             sequence_length=info["sequence_length"],
+            text_share=info["text_share"],
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
@@ -17,26 +17,38 @@ from megatron_tst.schedule import SuperpositionSchedule
 
 def check_data_budget(
     args: Namespace, schedule: SuperpositionSchedule, config: SuperpositionGPTDatasetConfig
-) -> None:
+) -> SuperpositionSchedule:
     """Prints the data budget, and puts it among Megatron's arguments, which checkpoints store.
 
-    Corpora in object storage are not looked at.
+    Corpora in object storage are not looked at. A run that does not train is not refused.
 
     Args:
         args: validated command line.
         schedule: phases of the run.
         config: of its datasets.
 
+    Returns:
+        The schedule, which knows how much of phase 1 is text.
+
     Raises:
         ValueError: the run reads a corpus more often than ``--tst-max-epochs``, which is 1 with
-            superposition and unlimited without.
+            superposition and unlimited without; or an explicit limit cannot be checked.
     """
     args.tst_data_budget = []
     paths, weights = config.train_blend
     # Paths of splits are read whole.
     bounds = (0.0, 1.0) if config.split_matrix is None else config.split_matrix[Split.train.value]
-    if not paths or bounds is None or any(is_object_storage_path(path) for path in paths):
-        return
+    if not paths or bounds is None:
+        return schedule
+    remote = [path for path in paths if is_object_storage_path(path)]
+    if remote:
+        if args.tst_max_epochs is not None:
+            raise ValueError(
+                f"--tst-max-epochs {args.tst_max_epochs:g} cannot be checked for {remote[0]}, as "
+                "corpora in object storage are not counted: remove it, or copy the corpus."
+            )
+        print_rank_0(f"> data budget: not counted, as {remote[0]} is in object storage")
+        return schedule
     _, share = bounds
     texts = [TrainText(path, share) for path in paths]
     # Without weights upstream reads from each as much as it holds.
@@ -49,8 +61,11 @@ def check_data_budget(
     max_epochs = args.tst_max_epochs
     if max_epochs is None and schedule.config.enabled:
         max_epochs = 1.0
-    if max_epochs is not None:
+    if max_epochs is not None and not args.skip_train:
         refuse_repetition(schedule, texts, shares, max_epochs)
+    text = sum(budget.phase_1 for budget in budgets)
+    places = text + sum(budget.phase_1_padding for budget in budgets)
+    return replace(schedule, text_share=text / places) if places > text else schedule
 
 
 def _as_dict(budget: CorpusBudget) -> dict[str, Any]:
@@ -59,7 +74,9 @@ def _as_dict(budget: CorpusBudget) -> dict[str, Any]:
 
 def _line(budget: CorpusBudget) -> str:
     places = budget.phase_1 + budget.phase_1_padding
-    padding = f", {budget.phase_1_padding / places:.1%} padding" if budget.phase_1_padding else ""
+    padding = ""
+    if budget.phase_1_padding:
+        padding = f" (about: {budget.phase_1_padding / places:.1%} of its places are padding)"
     return (
         f"{budget.path}: {budget.available:,} available, {budget.phase_1:,} in phase 1{padding}, "
         f"{budget.phase_2:,} in phase 2, {budget.epochs:.3g} epochs"

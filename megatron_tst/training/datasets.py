@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -178,6 +179,12 @@ def _with_weights(blend: Blend | None) -> Blend | None:
     """Weighs several corpora by their size, where the command line gives no weights."""
     if blend is None or blend[1] is not None or len(blend[0]) == 1:
         return blend
+    for prefix in blend[0]:
+        if is_object_storage_path(prefix):
+            raise ValueError(
+                f"--data-path {prefix} has no weight, and corpora in object storage are not "
+                "counted: put a number in front of each path."
+            )
     return blend[0], [float(count_tokens(prefix)) for prefix in blend[0]]
 
 

@@ -78,7 +78,7 @@ class ForwardStep:
         with _straggler_detector(bdata=True):
             vp_stage = get_attr_wrapped_model(model, "vp_stage")
             batch = get_batch(data_iterator, args, superposition, vp_stage)
-            documents = packed_documents(batch, args.seq_length)
+            documents = packed_documents(batch, args)
             if documents is not None:
                 # Counts the FLOPs of attention.
                 update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens_q)

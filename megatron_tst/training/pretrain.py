@@ -100,7 +100,8 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         is_hybrid = args.hybrid_layer_pattern is not None
         model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
         datasets_provider = DatasetsProvider(args, schedule)
-        check_data_budget(args, schedule, datasets_provider.config)
+        schedule = check_data_budget(args, schedule, datasets_provider.config)
+        _print_settings(schedule)
     if schedule.config.enabled or args.tst_loss_impl == "linear":
         superpose = partial(
             superpose_built_models,
@@ -191,7 +192,6 @@ def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     check_data_vocabulary(args)
     record_settings(args, schedule)
     refuse_unusable_batch_sizes(args, steps_done=check_resume(args, schedule))
-    _print_settings(schedule)
     return args, schedule
 
 
@@ -201,9 +201,20 @@ def _evaluation_defaults(args: argparse.Namespace) -> dict[str, int]:
     Megatron's default is one micro-batch of each rank, with which the samples of an evaluation
     would depend on the number of processes.
     """
-    if args.step_batch_size_schedule is None:
+    if args.step_batch_size_schedule is None or args.eval_global_batch_size is not None:
         return {}
-    return {"eval_global_batch_size": batch_sizes_from_args(args).size_at(0)}
+    size = batch_sizes_from_args(args).size_at(0)
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    ranks = args.world_size // (model * args.context_parallel_size)
+    at_once = (args.eval_micro_batch_size or args.micro_batch_size) * max(ranks, 1)
+    if size % at_once:
+        raise ValueError(
+            f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: evaluations read "
+            f"batches of its first size, {size}, which {ranks} data-parallel ranks cannot share. "
+            f"Pass --eval-global-batch-size with a multiple of {at_once}; other sizes than before "
+            "change the samples that evaluations read."
+        )
+    return {"eval_global_batch_size": size}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -223,6 +234,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     refuse_conflicting_arguments(args)
     if cpu.is_active():
         refuse_gpu_arguments(args)
+    elif args.dataloader_inter_document_masking and args.transformer_impl == "local":
+        raise ValueError(
+            "--dataloader-inter-document-masking does not work with --transformer-impl local on a "
+            "GPU, whose attention takes no packed sequences: use transformer_engine."
+        )
     check_data_files(args)
 
 

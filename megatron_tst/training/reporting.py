@@ -174,6 +174,7 @@ def write_run_description(
         "total_steps": schedule.total_steps,
         "batch_sizes": schedule.batch_sizes.entries,
         "sequence_length": schedule.sequence_length,
+        "text_share": schedule.text_share,
         "data_budget": args.tst_data_budget,
         "parameters": parameters,
         "seed": args.seed,

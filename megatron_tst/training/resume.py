@@ -25,6 +25,8 @@ from megatron_tst.training.resume_batches import (
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
+# What a checkpoint was made with that does not hold the setting.
+_BEFORE = {"document_boundary": "cross", "inter_document_masking": False}
 
 # What the user passes to change a setting, where it is not --tst- and the name of the setting.
 _FLAGS = {
@@ -33,6 +35,7 @@ _FLAGS = {
     "split": "--split",
     "data_weights": "--data-path with the weights",
     "eod_mask_loss": "--eod-mask-loss",
+    "inter_document_masking": "--dataloader-inter-document-masking",
     "corpus_bytes": "--data-path with a corpus of this many bytes:",
     "corpus_fingerprint": "--data-path with a corpus of other content, of fingerprint",
 }
@@ -75,7 +78,10 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     is_superposed = not saved["bag_size"] == current["bag_size"] == 1
     if is_superposed:
         _refuse_other_settings(args, saved, current)
-    if steps_done and not args.skip_train:
+    has_ramp = args.step_batch_size_schedule or getattr(
+        saved_args, "step_batch_size_schedule", None
+    )
+    if steps_done and not args.skip_train and (is_superposed or has_ramp):
         refuse_other_past(args, schedule, saved_args, steps_done)
         refuse_other_learning_rate(args, schedule, saved_args)
     if is_superposed:
@@ -91,10 +97,10 @@ def _refuse_other_settings(
         if name in ("switch_step", "switch_sample"):
             continue
         # A checkpoint of an earlier version does not hold every setting.
-        if saved.get(name, current[name]) != current[name]:
+        if (was := saved.get(name, _BEFORE.get(name, current[name]))) != current[name]:
             flag = _FLAGS.get(name, f"--tst-{name.replace('_', '-')}")
             raise ValueError(
-                f"--load {args.load} was trained with {flag} {saved[name]}, and this command "
+                f"--load {args.load} was trained with {flag} {was}, and this command "
                 f"has {current[name]}: resume with the settings that it started with "
                 f"(--tst-bag-size {saved['bag_size']}, switch at step "
                 f"{saved.get('switch_step', 0)}), or start a new run from its weights with "
@@ -150,6 +156,7 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
         "split": args.split,
         "data_weights": data_weights(args),
         "eod_mask_loss": args.eod_mask_loss,
+        "inter_document_masking": args.dataloader_inter_document_masking,
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
         "corpus_fingerprint": fingerprint(files),
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import get_args, training
 
 from megatron_tst.training.upstream import unwrapped
@@ -51,7 +52,7 @@ def run_after_each_step(
     """
     name = "checkpoint_and_decide_exit"
     upstream = unwrapped(training, name)
-    forget_saves = _save_each_step_once()
+    _save_once_before_a_batch_change()
 
     @wraps(upstream)
     def checkpoint_and_decide_exit(
@@ -62,7 +63,6 @@ def run_after_each_step(
         *args: Any,
         **kwargs: Any,
     ) -> bool:
-        forget_saves()
         must_save = callback(TrainingStep(iteration, model, optimizer))
         with _due(iteration) if must_save else nullcontext():
             is_to_exit = bool(
@@ -74,20 +74,25 @@ def run_after_each_step(
     setattr(training, name, checkpoint_and_decide_exit)
 
 
-def _save_each_step_once() -> Callable[[], None]:
-    """Returns what is to be called at the end of each step, when none is saved yet."""
+def _save_once_before_a_batch_change() -> None:
+    """Drops the save before a step with more micro-batches, if the step before is saved already.
+
+    Other saves of the same step stay: the rerun state machine has something to add to it.
+    """
     name = "save_checkpoint_and_time"
     upstream = unwrapped(training, name)
-    saved: set[int] = set()
+    micro_batches: dict[int, int] = {}
 
     @wraps(upstream)
     def save_checkpoint_and_time(iteration: int, *args: Any, **kwargs: Any) -> None:
-        if iteration not in saved:
-            upstream(iteration, *args, **kwargs)
-            saved.add(iteration)
+        now = get_num_microbatches()
+        if micro_batches.pop(iteration, now) != now:
+            return
+        upstream(iteration, *args, **kwargs)
+        micro_batches.clear()
+        micro_batches[iteration] = now
 
     setattr(training, name, save_checkpoint_and_time)
-    return saved.clear
 
 
 @contextmanager

@@ -103,3 +103,45 @@ def test_without_tensor_parallelism_nothing_is_sent() -> None:
     sizes = {"context_parallel_size": 2}
     for _, sent in run_distributed(2, get_batch_on_ranks, "full", sizes, cpu_platform=True):
         assert sent == []
+
+
+def packed_on_a_rank(pattern: str | None) -> Any:
+    from megatron.core import parallel_state
+
+    from megatron_tst.config import SuperpositionConfig
+    from megatron_tst.data.batch import get_batch, packed_documents
+
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+    args = Namespace(
+        micro_batch_size=BATCH,
+        seq_length=LENGTH,
+        context_parallel_size=1,
+        create_attention_mask_in_dataloader=False,
+        dataloader_inter_document_masking=True,
+        hybrid_layer_pattern=pattern,
+    )
+    # Documents of 3 and 5 positions in the first sample, of 8 in the second.
+    cu_seqlens = torch.full((BATCH, LENGTH + 1), LENGTH, dtype=torch.int32)
+    cu_seqlens[:, 0], cu_seqlens[0, 1] = 0, 3
+    documents = {"cu_seqlens": cu_seqlens, "max_seqlen": torch.tensor([5, 8], dtype=torch.int32)}
+    superposition = SuperpositionConfig(bag_size=BAG_SIZE, steps=1, document_boundary="align")
+    try:
+        batch = get_batch(iter([draw_sample("full") | documents]), args, superposition)
+        return batch, packed_documents(batch, args)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("pattern", [None, "*-M-"])
+def test_samples_with_documents_become_one_sequence(pattern: str | None) -> None:
+    sample = draw_sample("full")
+    ((batch, packed),) = run_distributed(1, packed_on_a_rank, pattern, cpu_platform=True)
+    for name, tensor in sample.items():
+        assert torch.equal(batch[name], tensor.flatten(0, 1)[None]), name
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 8, 16]
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == 8
+    assert packed.tokens_per_sample == LENGTH
+    # State-space layers start anew where this changes.
+    expected = None if pattern is None else [[0] * 3 + [1] * 5 + [2] * 8]
+    assert (packed.seq_idx if pattern is None else packed.seq_idx.tolist()) == expected

@@ -112,6 +112,15 @@ DOCUMENTS: list[tuple[dict[str, Any], str]] = [
         f"{_DOCUMENTS} --pipeline-model-parallel-size 2 and --micro-batch-size 2: .* Remove one",
     ),
     (
+        {
+            "tst_document_boundary": "align",
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+        },
+        f"{_DOCUMENTS} --moe-router-load-balancing-type seq_aux_loss, .* --micro-batch-size 2: ",
+    ),
+    (
         {"tst_document_boundary": "align", "overlap_moe_expert_parallel_comm": True},
         f"{_DOCUMENTS} --overlap-moe-expert-parallel-comm: .* Remove one",
     ),

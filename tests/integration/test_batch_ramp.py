@@ -218,13 +218,20 @@ def test_continuing_with_other_batch_sizes(check: Check, trained: SmallRun) -> N
     assert_messages(check(runs), [message for _, message in RESUMES])
 
 
-def test_a_baseline_keeps_its_past_too(
+def test_a_baseline_with_a_schedule_keeps_its_past_too(
     launcher: Launcher, check: Check, small_run: SmallRun
 ) -> None:
-    run = small_run.with_(eval_iters=0, exit_interval=2)
+    run = small_run.with_(**IN_SAMPLES, eval_iters=0, exit_interval=2)
     launcher.run(run.argv, run.log)
-    expected = r"pass --step-batch-size-schedule '0:4 256:8' --train-samples 48 .* 8 instead, or"
-    assert_messages(check([run.with_(global_batch_size=8), run]), [expected, None])
+    schedules = ("0:8", "0:4 256:8")
+    others = [
+        run.with_(global_batch_size=None, step_batch_size_schedule=schedule)
+        for schedule in schedules
+    ]
+    expected = "had read 8 samples in 2 steps, and with --step-batch-size-schedule '0:8'"
+    # Without a schedule Megatron decides.
+    plain = run.with_(global_batch_size=8)
+    assert_messages(check([*others, plain, run]), [expected, None, None, None])
 
 
 def test_batch_sizes_that_megatron_would_end_at(launcher: Launcher, small_run: SmallRun) -> None:
@@ -242,3 +249,18 @@ def test_a_smaller_batch_is_taken_at_a_resume(launcher: Launcher, small_run: Sma
     ramp: dict[str, Any] = {"global_batch_size": None, "step_batch_size_schedule": "0:4 256:2"}
     launcher.run(run.with_(**ramp).argv, run.log)
     assert [run.scalars()["batch-size"][step] for step in (1, 2, 3, 18)] == [4, 4, 2, 2]
+
+
+def test_what_a_schedule_of_batch_sizes_needs(check: Check, reference: SmallRun) -> None:
+    (message,) = check([reference.with_(seq_length=None)])
+    assert "--step-batch-size-schedule" in (message or "")
+    assert "--seq-length is missing" in (message or "")
+
+
+def test_a_first_size_that_the_processes_cannot_evaluate_with(
+    launcher: Launcher, reference: SmallRun, tmp_path: Path
+) -> None:
+    run = reference.with_(tmp_path / "run", micro_batch_size=4)
+    started = launcher.start(run.argv, tmp_path / "log.txt", world_size=2)
+    assert launcher.wait(started) == [2, 2]
+    assert "Pass --eval-global-batch-size with a multiple of 8" in started.text

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.report.runs import read_run
 from tests.integration.layouts import MODELS
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
 from tests.zygote import Launcher
@@ -45,7 +46,7 @@ def single(
 ) -> SmallRun:
     """One process in fp32, with a checkpoint after its first step."""
     run = SmallRun(paragraphs, tmp_path_factory.mktemp("single"))
-    run = run.with_(**DOCUMENTS, bf16=False)
+    run = run.with_(**DOCUMENTS, bf16=False, num_layers=4)
     launcher.run(run.with_(exit_interval=1).argv, run.log)
     shutil.copytree(run.folder / "checkpoints", run.folder / "first step")
     launcher.run(run.argv, run.log)
@@ -60,8 +61,10 @@ def single(
         (2, {"tensor_model_parallel_size": 2}),
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_model_parallel_size": 2, "micro_batch_size": 1}),
+        # Stages in the middle get nothing of a batch but where its documents begin.
+        (4, {"pipeline_model_parallel_size": 4, "micro_batch_size": 1}),
     ],
-    ids=["micro-batches", "data parallel", "tensor parallel", "sequence parallel", "pipeline"],
+    ids=["micro-batches", "data", "tensor", "sequence", "2 stages", "4 stages"],
 )
 def test_layouts_train_as_one_process(
     launcher: Launcher, single: SmallRun, tmp_path: Path, processes: int, layout: dict[str, Any]
@@ -78,18 +81,52 @@ def test_layouts_train_as_one_process(
         assert actual[tag] == pytest.approx(wanted, rel=1e-6), tag
 
 
-@pytest.mark.parametrize("model", ["Llama, hybrid", "Qwen3-MoE"])
-def test_other_models(launcher: Launcher, paragraphs: Path, tmp_path: Path, model: str) -> None:
-    # The balance of experts is that of a micro-batch, which must stay what it is.
-    run = SmallRun(paragraphs, tmp_path / "one").with_(**DOCUMENTS, **MODELS[model], bf16=False)
+# Experts are balanced within each sample, and samples are parts of a packed sequence.
+BALANCED = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "other_settings"),
+    [
+        ("Llama, hybrid", {}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("Qwen3-MoE", {}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("Qwen3-MoE", BALANCED, {"micro_batch_size": 1}),
+    ],
+    ids=["hybrid", "experts", "balanced experts"],
+)
+def test_other_models(
+    launcher: Launcher,
+    paragraphs: Path,
+    tmp_path: Path,
+    model: str,
+    settings: dict[str, Any],
+    other_settings: dict[str, Any],
+) -> None:
+    run = SmallRun(paragraphs, tmp_path / "one").with_(
+        **{**DOCUMENTS, **MODELS[model], **settings}, bf16=False
+    )
     launcher.run(run.with_(exit_interval=1).argv, run.log)
-    other = run.with_(tmp_path / "two", tensor_model_parallel_size=2, sequence_parallel=True)
+    other = run.with_(tmp_path / "two", **other_settings)
     shutil.copytree(run.folder / "checkpoints", other.folder / "checkpoints")
     launcher.run(run.argv, run.log)
     launcher.run(other.argv, other.log, world_size=2)
     expected, actual = run.scalars()["lm loss"], other.scalars()["lm loss"]
     assert expected[TOTAL_STEPS] < expected[1]
     assert actual == pytest.approx({step: expected[step] for step in actual}, rel=1e-6)
+
+
+def test_padding_is_no_text(single: SmallRun) -> None:
+    """Of bags of 4 on documents of a few lines, a few percent are padding."""
+    scalars, description = single.scalars(), single.description()
+    (budget,) = description["data_budget"]
+    places = budget["phase_1"] + budget["phase_1_padding"]
+    assert places == SWITCH * 4 * 32 * 4
+    assert budget["phase_1_padding"] > 0.005 * places
+    assert description["text_share"] == budget["phase_1"] / places
+    in_phase_2 = (TOTAL_STEPS - SWITCH) * 4 * 32
+    assert scalars["tst/data tokens"][SWITCH] == budget["phase_1"]
+    assert scalars["tst/data tokens"][TOTAL_STEPS] == budget["phase_1"] + in_phase_2
+    assert read_run(single.folder).spent("data tokens", SWITCH) == budget["phase_1"]
 
 
 def test_without_superposition_the_run_is_upstreams(
@@ -114,5 +151,9 @@ def test_a_stopped_run_resumes_bit_equal_and_at_no_other_boundary(
     refused = launcher.start(crossing.argv, tmp_path / "refused.txt")
     assert launcher.wait(refused) == [2]
     assert "--tst-document-boundary align" in refused.text
+    unmasked = run.with_(dataloader_inter_document_masking=None)
+    refused = launcher.start(unmasked.argv, tmp_path / "unmasked.txt")
+    assert launcher.wait(refused) == [2]
+    assert "--dataloader-inter-document-masking True, and this command has False" in refused.text
     launcher.run(run.argv, run.log)
     assert_bit_equal(run.checkpoint(TOTAL_STEPS), single.checkpoint(TOTAL_STEPS))

@@ -137,6 +137,23 @@ def test_a_checkpoint_without_a_fingerprint_is_continued(
     assert check([trained.with_(load=folder)]) == [None]
 
 
+def test_a_checkpoint_without_a_document_boundary_was_made_across_documents(
+    check: Check, trained: SmallRun, tmp_path: Path
+) -> None:
+    """As versions wrote it that had no other."""
+    folder = tmp_path / "old"
+    shutil.copytree(trained.folder / "checkpoints", folder)
+    for path in (folder / f"iter_{SWITCH:07d}").glob("*.distcp"):
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"document_boundary", b"document_boundar_"))
+    old = trained.with_(load=folder)
+    aligned = old.with_(tst_document_boundary="align")
+    refused = "--tst-document-boundary cross, and this command has align"
+    messages = check([old, aligned])
+    assert messages[0] is None
+    assert refused in (messages[1] or "")
+
+
 def test_layouts_that_the_optimizer_state_does_not_fit(check: Check, trained: SmallRun) -> None:
     bound = "it was saved without --dist-ckpt-optim-fully-reshardable"
     cases: list[tuple[dict[str, Any], str | None]] = [

@@ -77,6 +77,7 @@ def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
         "total_steps": TOTAL_STEPS,
         "batch_sizes": [[0, BATCH]],
         "sequence_length": LENGTH,
+        "text_share": 1.0,
         "parameters": 1_234_567,
         "seed": 7,
         "settings": {"lr": 0.001, "num_layers": 2},

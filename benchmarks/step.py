@@ -1,0 +1,299 @@
+"""A training step on the CPU platform: baseline, both phases, plain PyTorch and transformers.
+
+    python benchmarks/step.py [--models 127k 9M 270M-layer] [--rounds N] [--json FILE]
+
+Every contestant is a process of its own on the same core, and they take turns, a step each, so that
+all see the same machine. Ratios are those of the medians over all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP_ROUNDS = 5
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-shaped model and its batch.
+
+    Attributes:
+        vocabulary: rows of the embedding and of the output head, which are not tied.
+        hidden: hidden size.
+        layers: decoder layers.
+        heads: attention heads, as many for keys and values.
+        ffn: hidden size of the feed-forward.
+        length: latent positions a sequence.
+        batch: sequences a step, in one micro-batch.
+        bag_size: of the superposition run.
+        rounds: steps of each contestant.
+        plain_bar: Megatron's step may take this many times that of plain PyTorch.
+    """
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    length: int
+    batch: int
+    bag_size: int
+    rounds: int
+    plain_bar: float = 1.15
+
+
+MODELS = {
+    # The quickstart's.
+    "127k": Model(256, 64, 2, 1, 160, 128, 8, bag_size=2, rounds=300),
+    "9M": Model(8192, 256, 6, 4, 704, 256, 8, bag_size=4, rounds=24),
+    # One layer of the paper's 270M model with its whole vocabulary.
+    "270M-layer": Model(128256, 576, 1, 9, 1536, 512, 2, bag_size=6, rounds=12),
+}
+# Contestant, what it is compared with, and the bar of the ratio; None is by model.
+COMPARISONS = (
+    ("phase 1", BASELINE, 1.03),
+    ("phase 2", BASELINE, 1.03),
+    ("phase 1, linear loss", BASELINE, None),
+    (BASELINE, "plain PyTorch", "plain_bar"),
+    (BASELINE, "transformers", 1.0),
+)
+MEGATRON: dict[str, dict[str, Any]] = {
+    BASELINE: {"tst_bag_size": 1},
+    "phase 1": {"tst_steps": 1_000_000},
+    "phase 2": {"tst_steps": 1},
+    "phase 1, linear loss": {"tst_steps": 1_000_000, "tst_loss_impl": "linear"},
+}
+PLAIN = ("plain PyTorch", "transformers")
+
+
+def main() -> None:
+    """Measures every model and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, help="steps of each contestant (default: by model)")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        take_turns(options.contestant, MODELS[options.models[0]])
+        return
+    results = {name: measure(name, options.rounds) for name in options.models}
+    if options.json:
+        temporary = options.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        os.replace(temporary, options.json)
+
+
+# --- the contest ----------------------------------------------------------------------------------
+
+
+def measure(name: str, rounds: int | None) -> dict[str, Any]:
+    """Lets all contestants take turns, prints their table and returns it."""
+    model = MODELS[name]
+    rounds = WARM_UP_ROUNDS + (rounds or model.rounds)
+    contestants = {who: Contestant(who, name) for who in (*MEGATRON, *PLAIN)}
+    try:
+        for _ in range(rounds):
+            for contestant in contestants.values():
+                contestant.step()
+        medians = {
+            who: statistics.median(contestant.seconds[WARM_UP_ROUNDS:])
+            for who, contestant in contestants.items()
+        }
+        peaks = {who: contestant.peak_bytes() for who, contestant in contestants.items()}
+    finally:
+        for contestant in contestants.values():
+            contestant.process.kill()
+    return print_table(name, model, medians, peaks)
+
+
+class Contestant:
+    """A process that does a step whenever it is told to."""
+
+    def __init__(self, who: str, model: str) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--contestant", who, "--models", model]
+        core = max(os.sched_getaffinity(0))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.who = who
+        self.seconds: list[float] = []
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+        self.process = subprocess.Popen(
+            ["taskset", "-c", str(core), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+        )
+
+    def step(self) -> None:
+        """Lets it do a step, and takes the time that it measured."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("STEP "):
+                self.seconds.append(float(line.split()[1]))
+                return
+        self.errors.seek(0)
+        sys.exit(f"{self.who} failed:\n{self.errors.read()[-4000:]}")
+
+    def peak_bytes(self) -> int:
+        """Largest resident memory so far."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def print_table(
+    name: str, model: Model, medians: dict[str, float], peaks: dict[str, int]
+) -> dict[str, Any]:
+    shape = (
+        f"hidden {model.hidden}, {model.layers} layers, {model.batch} x {model.length} positions"
+    )
+    print(f"\n{name}: {shape}, vocabulary {model.vocabulary}, bags of {model.bag_size}\n")
+    print("| step | ms | peak memory, MB |")
+    print("|---|---|---|")
+    for who, seconds in medians.items():
+        print(f"| {who} | {1e3 * seconds:.1f} | {peaks[who] / 1e6:.0f} |")
+    print("\n| comparison | ratio | bar |")
+    print("|---|---|---|")
+    ratios = {}
+    for who, other, bar in COMPARISONS:
+        limit = getattr(model, bar) if isinstance(bar, str) else bar
+        ratio = medians[who] / medians[other]
+        ratios[f"{who} / {other}"] = ratio
+        print(f"| {who} / {other} | {ratio:.3f} | {limit or ''} |")
+    sys.stdout.flush()
+    return {"model": asdict(model), "seconds": medians, "peak_bytes": peaks, "ratios": ratios}
+
+
+# --- the contestants ------------------------------------------------------------------------------
+
+
+def take_turns(who: str, model: Model) -> None:
+    """Does steps as told, as one of the contestants."""
+    from megatron_tst.cpu.platform import restart_with_allocator_settings
+
+    restart_with_allocator_settings()
+    if who in MEGATRON:
+        run_megatron(who, model)
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, model.vocabulary, (model.batch, model.length + 1))
+    step = plain_step(model) if who == "plain PyTorch" else transformers_step(model)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step(tokens[:, :-1], tokens[:, 1:])
+        print(f"STEP {time.perf_counter() - started}", flush=True)
+
+
+def plain_step(model: Model) -> Callable[..., Any]:
+    from benchmarks.plain_llama import PlainLlama, PlainTrainer
+
+    network = PlainLlama(
+        model.vocabulary, model.hidden, model.layers, model.heads, model.ffn, model.length
+    )
+    return PlainTrainer(network).step
+
+
+def transformers_step(model: Model) -> Callable[..., Any]:
+    from torch.nn.functional import cross_entropy
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks.plain_llama import PlainTrainer
+
+    config = LlamaConfig(
+        vocab_size=model.vocabulary,
+        hidden_size=model.hidden,
+        intermediate_size=model.ffn,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        max_position_embeddings=model.length,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    network: Any = LlamaForCausalLM(config)
+
+    class Trainer(PlainTrainer):
+        def loss(self, tokens: Any, labels: Any) -> Any:
+            logits = network(tokens).logits
+            return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    return Trainer(network).step
+
+
+def run_megatron(who: str, model: Model) -> None:
+    """Trains on Megatron's own loop, which waits for its turn after each step."""
+    from megatron_tst import cpu
+
+    cpu.activate()
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_tst.training.pretrain import run
+
+    # Megatron prints to standard output, and forked processes write there as well.
+    turns = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    started = 0.0
+
+    def wait_for_turn(_: Any = None) -> None:
+        nonlocal started
+        if started:
+            print(f"STEP {time.perf_counter() - started}", file=turns, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+        started = time.perf_counter()
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        sys.argv = ["step", *megatron_arguments(model, MEGATRON[who], Path(folder))]
+        # The first step is not timed: it starts with the model that is yet to be built.
+        run(after_step=wait_for_turn)
+
+
+def megatron_arguments(model: Model, settings: dict[str, Any], folder: Path) -> list[str]:
+    from tests.runs import SmallRun, tokenize_standard_library
+
+    run = SmallRun(tokenize_standard_library(folder), folder / "run").with_(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.heads,
+        group_query_attention=None,
+        num_query_groups=None,
+        seq_length=model.length,
+        max_position_embeddings=model.length,
+        micro_batch_size=model.batch,
+        global_batch_size=model.batch,
+        padded_vocab_size=model.vocabulary,
+        train_iters=2_000_000,
+        log_interval=100,
+        eval_iters=0,
+        save=None,
+        load=None,
+        tst_max_epochs="inf",
+    )
+    return run.with_(**{"tst_bag_size": model.bag_size, **settings}).argv
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
