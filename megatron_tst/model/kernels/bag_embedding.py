@@ -80,7 +80,8 @@ def bag_mean_backward(
     once, so that they repeat bit for bit. Where the divisor is s, it divides the sum.
 
     Args:
-        grad: [n, h] float32, bfloat16 or float16; any row stride. Local to the rank.
+        grad: [n, h] float32, bfloat16 or float16, local to the rank; copied where its columns do
+            not lie next to each other, as in the expanded gradient of a sum.
         rows: [n, s] int64; a row outside of the weight gets nothing.
         absent: [n, s] bool or ``None``, as in the forward.
         divisors: [n] float32 or ``None``, as in the forward.
@@ -92,6 +93,7 @@ def bag_mean_backward(
     Raises:
         ValueError: a dtype, shape or stride that the kernel does not take.
     """
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     require_rows("grad", grad)
     _require_bags(rows, absent, divisors)
     if len(grad) != len(rows):
