@@ -1,0 +1,246 @@
+"""Triton kernels of the multi-hot cross-entropy over one vocabulary shard.
+
+One program a row walks over the vocabulary in blocks. The s targets are read by their index, so
+that the cost hardly grows with s. Nothing is auto-tuned: timing a kernel that writes in place
+would run it more than once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_tst.model.kernels.launch import next_power_of_2, on_device, require_rows
+
+# A block of the vocabulary is `_DEPTH` reads of 16 bytes for each thread of at most 8 warps.
+_READ_BYTES = 16
+_DEPTH = 4
+_MAX_WARPS = 8
+
+
+def shard_statistics(
+    logits: Tensor, columns: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What one vocabulary shard contributes to the loss, in one pass over its logits.
+
+    Reads each logit once (2 or 4 bytes), and 16 bytes a target; writes 12 bytes a row. Local to the
+    rank, no collective. The shards are joined by the caller: with ``M = max over shards of m``,
+    ``logsumexp = M + log(sum over shards of sums * exp(m - M))``; target logits add up.
+
+    Args:
+        logits: [n, v] float32, bfloat16 or float16; any row stride.
+        columns: [n, s] int64 column of each target in this shard; not read where the coefficient
+            is 0. Another column outside of the shard makes the target logit NaN.
+        coefficients: [n, s] float32, ``w_i / sum w``; 0 for ignored targets and other shards'.
+
+    Returns:
+        float32, [n] each: the maximum m (-inf where all logits are), ``sum_v exp(z_v - m)`` (0
+        there), and ``sum_i c_i z[column_i]``, not relative to the maximum.
+
+    Raises:
+        ValueError: a dtype, shape or stride that the kernel does not take.
+    """
+    _require_targets(logits, columns, coefficients)
+    n, v = logits.shape
+    maximum, sums, target_logits = torch.empty(
+        3, n, dtype=torch.float32, device=logits.device
+    ).unbind()
+    if n:
+        lanes, num_warps = block_shape(v, logits.dtype)
+        with on_device(logits):
+            _statistics_kernel[(n,)](
+                logits,
+                columns.contiguous(),
+                coefficients.contiguous(),
+                maximum,
+                sums,
+                target_logits,
+                v,
+                columns.shape[1],
+                logits.stride(0),
+                depth=_DEPTH,
+                lanes=lanes,
+                padded_bag=next_power_of_2(columns.shape[1]),
+                num_warps=num_warps,
+            )
+    return maximum, sums, target_logits
+
+
+def shard_gradient(
+    logits: Tensor,
+    columns: Tensor,
+    coefficients: Tensor,
+    log_sum_exp: Tensor,
+    scale: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gradient of one vocabulary shard: ``(exp(z - lse) - sum_i c_i onehot(column_i)) * scale``.
+
+    Reads each logit once and writes each gradient once (2 or 4 bytes each), and touches the s
+    targets of a row twice. Computed in float32, rounded once. Deterministic: the coefficients of a
+    token that occurs twice are subtracted in the order of the bag, without atomics.
+
+    Args:
+        logits: [n, v] as for :func:`shard_statistics`.
+        columns: [n, s] as there; a column outside of the shard gets no gradient.
+        coefficients: [n, s] as there.
+        log_sum_exp: [n] float32, over the whole vocabulary.
+        scale: [n] float32, the gradient of each row's loss; 0 for rows that do not count.
+        out: where to write, of the logits' shape and dtype; the logits themselves, or memory that
+            does not overlap them. ``None`` allocates.
+
+    Returns:
+        [n, v] in the logits' dtype, local to the rank; ``out`` if given.
+
+    Raises:
+        ValueError: a dtype, shape or stride that the kernel does not take.
+    """
+    _require_targets(logits, columns, coefficients)
+    if out is None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    require_rows("out", out)
+    if out.shape != logits.shape or out.dtype != logits.dtype:
+        raise ValueError(
+            f"out {tuple(out.shape)} {out.dtype} does not fit logits {tuple(logits.shape)} "
+            f"{logits.dtype}: pass a tensor of their shape and dtype."
+        )
+    n, v = logits.shape
+    if log_sum_exp.shape != (n,) or scale.shape != (n,):
+        raise ValueError(
+            f"log_sum_exp {tuple(log_sum_exp.shape)} and scale {tuple(scale.shape)} do not fit "
+            f"logits {tuple(logits.shape)}: pass one number a row, [n]."
+        )
+    if n:
+        lanes, num_warps = block_shape(v, logits.dtype)
+        with on_device(logits):
+            _gradient_kernel[(n,)](
+                logits,
+                columns.contiguous(),
+                coefficients.contiguous(),
+                log_sum_exp.contiguous(),
+                scale.contiguous(),
+                out,
+                v,
+                columns.shape[1],
+                logits.stride(0),
+                out.stride(0),
+                block=_DEPTH * lanes,
+                padded_bag=next_power_of_2(columns.shape[1]),
+                num_warps=num_warps,
+            )
+    return out
+
+
+def block_shape(v: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Lanes (columns that all threads read at once) and warps, for a shard of v columns."""
+    warp_lanes = 32 * _READ_BYTES // dtype.itemsize
+    num_warps = min(_MAX_WARPS, next_power_of_2(triton.cdiv(v, _DEPTH * warp_lanes)))
+    return num_warps * warp_lanes, num_warps
+
+
+def _require_targets(logits: Tensor, columns: Tensor, coefficients: Tensor) -> None:
+    require_rows("logits", logits)
+    fits = columns.dim() == 2 and columns.shape[0] == logits.shape[0] and columns.shape[1] > 0
+    if not fits or coefficients.shape != columns.shape or coefficients.dtype != torch.float32:
+        raise ValueError(
+            f"columns {tuple(columns.shape)} and coefficients {tuple(coefficients.shape)} "
+            f"{coefficients.dtype} do not fit logits {tuple(logits.shape)}: pass [n, s] and "
+            "float32 [n, s], s >= 1, for logits [n, v]."
+        )
+
+
+@triton.jit(do_not_specialize=["s"])
+def _statistics_kernel(
+    logits: tl.tensor,
+    columns: tl.tensor,
+    coefficients: tl.tensor,
+    maximum: tl.tensor,
+    sums: tl.tensor,
+    target_logits: tl.tensor,
+    v: tl.tensor,
+    s: tl.tensor,
+    row_stride: tl.tensor,
+    depth: tl.constexpr,
+    lanes: tl.constexpr,
+    padded_bag: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
+    logits += row * row_stride
+    # Each lane keeps a maximum and a sum of its own. It lies within a thread, so that threads
+    # exchange nothing before the end, and rescaling costs one exponential for `depth` others.
+    lane_max = tl.full([lanes], float("-inf"), tl.float32)
+    lane_sum = tl.zeros([lanes], tl.float32)
+    places = tl.arange(0, depth)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+    for start in range(0, v, depth * lanes):
+        inside = start + places < v
+        z = tl.load(logits + start + places, mask=inside, other=float("-inf")).to(tl.float32)
+        new_max = tl.maximum(lane_max, tl.max(z, 0))
+        # Not -inf, from which to subtract -inf would give NaN: these exponentials are 0.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        lane_sum = lane_sum * tl.exp(lane_max - shift) + tl.sum(tl.exp(z - shift[None, :]), 0)
+        lane_max = new_max
+    row_max = tl.max(lane_max, 0)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    tl.store(maximum + row, row_max)
+    tl.store(sums + row, tl.sum(lane_sum * tl.exp(lane_max - shift), 0))
+
+    i = tl.arange(0, padded_bag)
+    share = tl.load(coefficients + row * s + i, mask=i < s, other=0.0)
+    column = tl.load(columns + row * s + i, mask=i < s, other=0)
+    held = (share != 0.0) & (column >= 0) & (column < v)
+    z_target = tl.load(logits + column, mask=held, other=float("nan")).to(tl.float32)
+    # Where nothing counts the logit may be -inf, and 0 * -inf is not 0.
+    tl.store(target_logits + row, tl.sum(tl.where(share != 0.0, share * z_target, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["s"])
+def _gradient_kernel(
+    logits: tl.tensor,
+    columns: tl.tensor,
+    coefficients: tl.tensor,
+    log_sum_exp: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    v: tl.tensor,
+    s: tl.tensor,
+    row_stride: tl.tensor,
+    out_stride: tl.tensor,
+    block: tl.constexpr,
+    padded_bag: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
+    logits += row * row_stride
+    out += row * out_stride
+    columns += row * s
+    coefficients += row * s
+    lse = tl.load(log_sum_exp + row)
+    factor = tl.load(scale + row)
+
+    # 1. The gradient at the targets, from their logits, which step 2 may overwrite. Those of a
+    # token that occurs twice go through the same operations: whichever is stored last, no matter.
+    i = tl.arange(0, padded_bag)
+    share = tl.load(coefficients + i, mask=i < s, other=0.0)
+    column = tl.load(columns + i, mask=i < s, other=0)
+    held = (share != 0.0) & (column >= 0) & (column < v)
+    z_target = tl.load(logits + column, mask=held, other=0.0).to(tl.float32)
+    at_target = tl.exp(z_target - lse)
+    for j in range(s):
+        same = column == tl.load(columns + j)
+        at_target -= tl.where(same, tl.load(coefficients + j), 0.0)
+    # Other threads of this program must not overwrite a target's logit before it is read.
+    tl.debug_barrier()
+
+    # 2. The softmax everywhere.
+    places = tl.arange(0, block)
+    for start in range(0, v, block):
+        inside = start + places < v
+        z = tl.load(logits + start + places, mask=inside).to(tl.float32)
+        grad = tl.exp(z - lse) * factor
+        tl.store(out + start + places, grad.to(out.dtype.element_ty), mask=inside)
+    # Nor must their softmax land on a target's gradient.
+    tl.debug_barrier()
+
+    # 3. The targets again, rounded once.
+    tl.store(out + column, (at_target * factor).to(out.dtype.element_ty), mask=held)

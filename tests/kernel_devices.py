@@ -1,0 +1,45 @@
+"""Where the Triton kernels are tested: in an interpreter on the CPU, and on a GPU if there is one.
+
+Triton decides when it is imported, for the whole process, whether kernels are interpreted. So the
+interpreter gets a process of its own, and no other test ever runs interpreted. What a test checks
+is a function of its module that takes the device first; it runs there, and its failure comes back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+# Calls ``check(device, *args)``.
+Runner = Callable[..., None]
+
+
+class Interpreter:
+    """A process where ``TRITON_INTERPRET=1``, started by the first check."""
+
+    def __init__(self) -> None:
+        # Spawned, not forked: this process may have imported Triton.
+        self._executor = ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn"), initializer=_enter_interpreter
+        )
+
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        self._executor.submit(check, "cpu", *args).result(120)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
+def run_on_gpu(check: Callable[..., None], *args: Any) -> None:
+    check("cuda", *args)
+
+
+def _enter_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,83 @@
+"""What the Triton kernels become on Hopper and Blackwell: compiled by ptxas, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernel_resources import CAPABILITIES, Resources, compile_for, specialisations
+from megatron_tst.model.kernels.launch import is_interpreted
+
+ROOT = Path(__file__).resolve().parents[2]
+# What ptxas reports, and the PTX it was given.
+Compiled = list[tuple[Resources, str]]
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None or is_interpreted(), reason="needs Triton, compiling"
+)
+
+
+# The largest bag takes the most; python benchmarks/kernel_resources.py compiles them all.
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def compiled(request: pytest.FixtureRequest) -> Compiled:
+    chosen = specialisations(bag_sizes=[16], vocabularies=[128256, 50257])
+    return [compile_for(each, request.param) for each in chosen]
+
+
+def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
+    kernels = {resources.kernel for resources, _ in compiled}
+    assert kernels == {
+        f"{name}_kernel" for name in ("statistics", "gradient", "mean", "piece", "row")
+    }
+    architectures = {resources.architecture for resources, _ in compiled}
+    assert len(architectures) == 1
+    assert architectures <= {"sm_90a", "sm_100a"}
+    for resources, _ in compiled:
+        assert resources.spill_bytes == resources.stack_bytes == 0, resources
+        assert resources.shared_bytes <= 4096, resources
+        # Where rows are aligned, registers leave room for at least half of the threads.
+        assert resources.registers <= 64 or "v=50257" in resources.label, resources
+
+
+def test_aligned_rows_are_read_16_bytes_at_once(compiled: Compiled) -> None:
+    for resources, ptx in compiled:
+        assert ("ld.global.v4.b32" in ptx) == ("v=50257" not in resources.label), resources
+
+
+def test_targets_are_read_before_and_written_after_the_row(compiled: Compiled) -> None:
+    """In place, another order would read a logit that is overwritten, or lose a target."""
+    for resources, ptx in compiled:
+        if resources.kernel == "gradient_kernel":
+            steps = re.split(r"bar(?:rier)?\.sync", ptx)
+            accesses = [set(re.findall(r"(?:ld|st)\.global", step)) for step in steps]
+            assert accesses == [{"ld.global"}, {"ld.global", "st.global"}, {"st.global"}]
+
+
+def test_statistics_exchange_nothing_within_the_loop(compiled: Compiled) -> None:
+    for resources, ptx in compiled:
+        if resources.kernel == "statistics_kernel":
+            (label,) = re.findall(r"^(\S+):\s+// =>This", ptx, re.MULTILINE)
+            loop = ptx[ptx.index(f"{label}:") : ptx.rindex(f"bra \t{label};")]
+            assert "ld.global" in loop
+            assert "ex2" in loop
+            assert not re.search(r"shfl|bar\.sync|shared", loop)
+
+
+def test_benchmark_refuses_to_run_without_a_gpu() -> None:
+    result = subprocess.run(
+        [sys.executable, "benchmarks/gpu_kernels.py", "--positions", "64"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "CUDA" in result.stderr
