@@ -76,9 +76,9 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         "--tst-loss-impl",
         choices=get_args(LossImplementation),
         default="auto",
-        help="How the loss is computed: a pass over the logits in torch or, on a GPU, Triton (auto "
-        "takes it there); linear: together with the output layer, without whole logits, in both "
-        "phases.",
+        help="How phase 1 computes the loss and the embedding of bags: in torch or by Triton "
+        "kernels, which auto takes on a GPU; linear: the loss together with the output layer, "
+        "without whole logits, in both phases.",
     )
     group.add_argument(
         "--tst-max-epochs",

@@ -38,6 +38,26 @@ def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return tensor
 
 
+def join_shards(
+    maximum: Tensor, sums: Tensor, target_logit: Tensor, tp_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """What all vocabulary shards make of their statistics, by two all-reduces.
+
+    Args:
+        maximum: [n] of the shard.
+        sums: [n] sum of the exponentials of the shard, relative to its maximum.
+        target_logit: [n] weighted sum of the logits of the targets in the shard.
+        tp_group: ranks that share the vocabulary.
+
+    Returns:
+        [n] each: the log-sum-exp and the weighted target logit of the whole vocabulary.
+    """
+    whole = all_reduce_max_(maximum.clone(), tp_group)
+    statistics = torch.stack((sums * (maximum - whole).exp_(), target_logit))
+    sums, target_logit = all_reduce_sum_(statistics, tp_group)
+    return sums.log().add_(whole), target_logit
+
+
 def all_gather_from_sequence_parallel(local: Tensor, group: ProcessGroup | None) -> Tensor:
     """The slices of all ranks along dimension 0, without a gradient: [l / tp, ...] -> [l, ...]."""
     if group_size(group) == 1:

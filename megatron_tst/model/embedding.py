@@ -16,6 +16,7 @@ from megatron_tst.model.collectives import (
     reduce_scatter_to_sequence_parallel,
     vocabulary_start,
 )
+from megatron_tst.model.kernels.launch import Implementation, uses_triton
 
 
 def bag_embedding(
@@ -24,6 +25,7 @@ def bag_embedding(
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     ignore_index: int | None = None,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """Average the embeddings of each bag: ``e'[b, j] = (1/s) * sum_i E[token_bags[b, j, i]]``.
 
@@ -43,6 +45,7 @@ def bag_embedding(
         sequence_parallel: return this rank's slice of the latent positions.
         ignore_index: negative id of places that hold no token; the mean is that of the others, and
             zero where a bag has no others. ``None`` when every place holds one.
+        implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed.
 
     Returns:
         [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism
@@ -62,7 +65,8 @@ def bag_embedding(
         partial = _single_token_embedding(weight_shard, local_ids, outside)
     else:
         sizes = None if is_absent is None else (~is_absent).sum(-1, keepdim=True).clamp_(min=1)
-        partial = _BagMean.apply(weight_shard, local_ids, outside, sizes)
+        function = _FusedBagMean if uses_triton(implementation, weight_shard) else _BagMean
+        partial = function.apply(weight_shard, local_ids, outside, sizes)
     if sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
     return reduce_from_tensor_parallel(partial, tp_group)
@@ -147,6 +151,32 @@ class _BagMean(torch.autograd.Function):
         outside = None if outside is None else outside.reshape(-1, bag_size, 1)
         grad = _sum_into_rows(share, bags, outside, ctx.shard_size, grad_output.dtype)
         return grad, None, None, None
+
+
+class _FusedBagMean(torch.autograd.Function):
+    """As ``_BagMean``, by Triton kernels: one pass over the rows of a bag each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
+        from megatron_tst.model.kernels.bag_embedding import bag_mean
+
+        rows = bags.reshape(-1, bags.shape[-1])
+        absent = None if outside is None else outside.reshape(rows.shape)
+        divisors = None if sizes is None else sizes.flatten().float()
+        ctx.save_for_backward(rows, absent, divisors)
+        ctx.shard_size = weight.shape[0]
+        return bag_mean(weight, rows, absent, divisors).view(*bags.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        from megatron_tst.model.kernels.bag_embedding import bag_mean_backward
+
+        rows, absent, divisors = ctx.saved_tensors
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        return bag_mean_backward(grad, rows, absent, divisors, ctx.shard_size), None, None, None
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -12,18 +12,18 @@ from torch.distributed import ProcessGroup
 
 from megatron_tst.model.collectives import (
     all_gather_from_sequence_parallel,
-    all_reduce_max_,
     all_reduce_sum_,
     group_size,
+    join_shards,
     reduce_scatter_to_sequence_parallel,
 )
-from megatron_tst.model.cross_entropy import (
+from megatron_tst.model.targets import (
     IGNORE_INDEX,
     bag_coefficients,
-    exponentials,
     to_local_targets,
     validate_targets,
 )
+from megatron_tst.model.torch_cross_entropy import exponentials
 
 # Logits of a block: large enough for efficient products, small beside the activations of a model.
 _BLOCK_ELEMENTS_CPU = 1 << 24
@@ -199,20 +199,16 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
             sums.mul_((maximum - higher).exp_()).add_(_sum_exponentials(logits, higher))
             maximum = higher
         # 3. The whole vocabulary.
-        whole_maximum = all_reduce_max_(maximum.clone(), layout.tp_group)
-        sums.mul_((maximum - whole_maximum).exp_())
-        relative = (target_logits - whole_maximum.unsqueeze(-1)).masked_fill_(~inside, 0)
-        statistics = torch.stack((sums, (relative * coefficients).sum(-1)))
-        sums, target_logit = all_reduce_sum_(statistics, layout.tp_group)
-        log_sum = sums.log()
-        ctx.save_for_backward(hidden, weight, columns, coefficients, live, log_sum + whole_maximum)
+        weighted = (target_logits * coefficients).sum(-1)
+        log_sum_exp, target_logit = join_shards(maximum, sums, weighted, layout.tp_group)
+        ctx.save_for_backward(hidden, weight, columns, coefficients, live, log_sum_exp)
         ctx.layout = layout
         ctx.main_grad = cast(Any, weight).main_grad if layout.accumulates_into_main_grad else None
-        loss = (log_sum - target_logit).masked_fill_(~live, 0).view(target_bags.shape[:-1])
+        loss = (log_sum_exp - target_logit).masked_fill_(~live, 0).view(target_bags.shape[:-1])
         if not by_offset:
             return loss, None
-        relative = all_reduce_sum_(relative, layout.tp_group)
-        offset_losses = (log_sum.unsqueeze(-1) - relative).masked_fill_(~valid, 0)
+        target_logits = all_reduce_sum_(target_logits, layout.tp_group)
+        offset_losses = (log_sum_exp.unsqueeze(-1) - target_logits).masked_fill_(~valid, 0)
         offset_losses = offset_losses.view(target_bags.shape)
         ctx.mark_non_differentiable(offset_losses)
         return loss, offset_losses

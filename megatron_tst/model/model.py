@@ -19,18 +19,19 @@ from torch import Tensor
 
 from megatron_tst.config import LossImplementation, SuperpositionConfig
 from megatron_tst.model.cross_entropy import (
-    IGNORE_INDEX,
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
     per_target_cross_entropy,
 )
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.kernels.launch import Implementation
 from megatron_tst.model.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
     linear_multi_hot_cross_entropy_by_offset,
 )
 from megatron_tst.model.objectives import superposition_loss
 from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.model.targets import IGNORE_INDEX
 
 
 class BagVocabParallelEmbedding(VocabParallelEmbedding):
@@ -38,9 +39,11 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
 
     Attributes:
         ignore_index: id of places of a bag that hold no token; None where all hold one.
+        implementation: of the average, as ``bag_embedding`` takes it.
     """
 
     ignore_index: int | None = None
+    implementation: Implementation = "auto"
 
     def forward(self, input_: Tensor) -> Tensor:
         """Embeds tokens, or averages the embeddings of bags of tokens.
@@ -60,6 +63,7 @@ class BagVocabParallelEmbedding(VocabParallelEmbedding):
             tp_group=self.tp_group,
             sequence_parallel=self.reduce_scatter_embeddings,
             ignore_index=self.ignore_index,
+            implementation=self.implementation,
         )
 
 
@@ -146,7 +150,11 @@ class SuperpositionModel(LanguageModule):
             objective = self.superposition.objective
             return superposition_loss(logits, targets, objective, weights, self.tp_group)
         # Nobody else reads what the output layer returns.
-        settings: dict[str, Any] = {"tp_group": self.tp_group, "reuse_logits": True}
+        settings: dict[str, Any] = {
+            "tp_group": self.tp_group,
+            "reuse_logits": True,
+            "implementation": self.loss_implementation,
+        }
         if self.offset_loss_meter is None:
             return multi_hot_cross_entropy(logits, targets, weights, **settings)
         loss, by_offset = multi_hot_cross_entropy_by_offset(logits, targets, weights, **settings)
@@ -192,6 +200,8 @@ class SuperpositionModel(LanguageModule):
             embedding.__class__ = BagVocabParallelEmbedding
             if superposition.aligns_documents:
                 embedding.ignore_index = IGNORE_INDEX
+            if loss_implementation != "linear":
+                embedding.implementation = loss_implementation
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):

@@ -18,10 +18,10 @@ from megatron_tst.model.collectives import (
     group_size,
     reduce_from_tensor_parallel,
 )
-from megatron_tst.model.cross_entropy import (
+from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.model.targets import (
     IGNORE_INDEX,
     bag_coefficients,
-    multi_hot_cross_entropy,
     to_local_targets,
     validate_targets,
 )

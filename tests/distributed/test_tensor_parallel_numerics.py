@@ -246,7 +246,7 @@ def cross_entropy_bits(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
 
 
 def cross_entropy_bits_in_chunks(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
-    with mock.patch("megatron_tst.model.cross_entropy._CHUNK_ELEMENTS_CPU", 5 * VOCABULARY):
+    with mock.patch("megatron_tst.model.torch_cross_entropy._CHUNK_ELEMENTS_CPU", 5 * VOCABULARY):
         return cross_entropy_bits(dtype)
 
 

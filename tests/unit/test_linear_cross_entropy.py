@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.model import cross_entropy, linear_cross_entropy
+from megatron_tst.model import linear_cross_entropy, torch_cross_entropy
 from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
 from megatron_tst.model.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
@@ -30,7 +30,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """All rows of the vocabulary at a time, or 256 of them, in chunks of a few positions."""
     if request.param == "several blocks":
         monkeypatch.setattr(linear_cross_entropy, "_BLOCK_ELEMENTS_CPU", 1)
-        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS_CPU", 4 * 256)
+        monkeypatch.setattr(torch_cross_entropy, "_CHUNK_ELEMENTS_CPU", 4 * 256)
 
 
 def case(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tst.model import cross_entropy
+from megatron_tst.model import torch_cross_entropy
 from megatron_tst.model.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
@@ -39,7 +39,7 @@ WEIGHTS = [None, (1.0, 0.5, 0.25, 0.125), (1.0, 0.0, 0.0, 0.0), (0.0, 3.0, 0.0, 
 def chunking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways through the backward: exponentials kept, or recomputed chunk by chunk."""
     if request.param == "several chunks":
-        monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS_CPU", 4 * VOCABULARY)
+        monkeypatch.setattr(torch_cross_entropy, "_CHUNK_ELEMENTS_CPU", 4 * VOCABULARY)
 
 
 def case(
@@ -232,7 +232,7 @@ def test_another_ignore_index() -> None:
 def test_only_the_logits_are_saved_for_backward(
     dtype: torch.dtype, saved_per_logit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS_CPU", 1024)
+    monkeypatch.setattr(torch_cross_entropy, "_CHUNK_ELEMENTS_CPU", 1024)
     logits = torch.randn(16, 4096).to(dtype).requires_grad_()
     storages: dict[int, int] = {}
 

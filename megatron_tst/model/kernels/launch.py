@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Implementation = Literal["auto", "torch", "triton"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,6 +25,27 @@ def available(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     return device.type == "cuda" or (device.type == "cpu" and is_interpreted())
+
+
+def uses_triton(implementation: Implementation, tensor: Tensor) -> bool:
+    """Whether an operation on this tensor takes its kernel.
+
+    Args:
+        implementation: ``auto`` takes it on CUDA, where Triton is installed and for the dtypes that
+            it has; ``torch`` never; ``triton`` always.
+        tensor: what it reads.
+
+    Raises:
+        ValueError: ``triton`` where it cannot run.
+    """
+    if implementation == "auto":
+        return tensor.is_cuda and tensor.dtype in _DTYPES and available(tensor.device)
+    if implementation == "triton" and not available(tensor.device):
+        raise ValueError(
+            f"implementation is 'triton', and tensors are on {tensor.device.type}: Triton kernels "
+            "need a GPU and Triton installed. Use 'auto' or 'torch'."
+        )
+    return implementation == "triton"
 
 
 def is_interpreted() -> bool:

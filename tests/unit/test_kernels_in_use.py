@@ -1,0 +1,144 @@
+"""The loss and the embedding by their Triton kernels, through the public functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tst.model.cross_entropy import (
+    multi_hot_cross_entropy,
+    multi_hot_cross_entropy_by_offset,
+)
+from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.reference import (
+    bag_embedding_reference,
+    multi_hot_cross_entropy_reference,
+    per_target_cross_entropy_reference,
+)
+from tests.distributed.harness import WorkerPool
+from tests.kernel_devices import Runner
+
+# float32 against float64: float32 noise.
+SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+TRITON: dict[str, Any] = {"implementation": "triton"}
+
+
+def loss_case(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, 300).mul(4)
+    targets = torch.randint(0, 300, (3, 4, 5))
+    targets[0, 0] = 7
+    targets[0, 1, 2:] = -100
+    targets[1, 1] = -100
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0])
+    return logits.to(device), targets.to(device), weights.to(device), torch.rand(3, 4).to(device)
+
+
+def check_loss(device: str, is_weighted: bool, reuse: bool) -> None:
+    logits, targets, weights, grad = loss_case(device)
+    shares = weights if is_weighted else None
+    leaf = logits.clone().requires_grad_()
+    own = leaf * 1
+    loss, by_offset = multi_hot_cross_entropy_by_offset(
+        own, targets, shares, reuse_logits=reuse, **TRITON
+    )
+    exact_leaf = logits.double().requires_grad_()
+    exact = multi_hot_cross_entropy_reference(exact_leaf, targets, shares)
+    offsets = per_target_cross_entropy_reference(logits, targets)
+    torch.testing.assert_close(loss.double(), exact, **SAME)
+    torch.testing.assert_close(by_offset.double(), offsets, **SAME)
+    assert not by_offset.requires_grad
+    (own_grad,) = torch.autograd.grad(loss, own, grad)
+    assert (own_grad.data_ptr() == own.data_ptr()) == reuse
+    exact.backward(grad.double())
+    assert exact_leaf.grad is not None
+    torch.testing.assert_close(own_grad.double(), exact_leaf.grad, **SAME)
+    assert torch.equal(leaf, logits)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_loss(on_device: Runner, is_weighted: bool, reuse: bool) -> None:
+    on_device(check_loss, is_weighted, reuse)
+
+
+def check_layouts_that_are_copied(device: str) -> None:
+    logits, targets, _, grad = loss_case(device)
+    strided = logits.transpose(-1, 0).contiguous().transpose(-1, 0).requires_grad_()
+    plain = logits.clone().requires_grad_()
+    for leaf in (strided, plain):
+        multi_hot_cross_entropy(leaf, targets, **TRITON).backward(grad)
+    assert strided.grad is not None
+    assert plain.grad is not None
+    assert torch.equal(strided.grad, plain.grad)
+
+
+def test_layouts_that_are_copied(on_device: Runner) -> None:
+    on_device(check_layouts_that_are_copied)
+
+
+def check_embedding(device: str, has_gaps: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(50, 24, device=device, requires_grad=True)
+    bags = torch.randint(0, 50, (3, 7, 6), device=device)
+    if has_gaps:
+        bags[0, :, 4:] = -100
+        bags[1, 0] = -100
+    ignore_index = -100 if has_gaps else None
+    output = bag_embedding(weight, bags, ignore_index=ignore_index, **TRITON)
+    exact_weight = weight.detach().double().requires_grad_()
+    exact = bag_embedding_reference(exact_weight, bags, ignore_index=ignore_index)
+    torch.testing.assert_close(output.double(), exact, **SAME)
+    grad = torch.randn(3, 7, 24, device=device)
+    output.backward(grad)
+    exact.backward(grad.double())
+    assert weight.grad is not None
+    assert exact_weight.grad is not None
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **SAME)
+
+
+@pytest.mark.parametrize("has_gaps", [False, True])
+def test_embedding(on_device: Runner, has_gaps: bool) -> None:
+    on_device(check_embedding, has_gaps)
+
+
+def on_ranks() -> list[torch.Tensor]:
+    """Losses, gradients and losses by offset of this rank, by kernels and without."""
+    group: Any = torch.distributed.group.WORLD
+    logits, targets, weights, grad = loss_case("cpu")
+    embedding = torch.randn(48, 16)
+    bags = torch.randint(0, 48, (3, 4, 6))
+    rank, results = torch.distributed.get_rank(), []
+    for implementation in ("triton", "torch"):
+        settings: dict[str, Any] = {"tp_group": group, "implementation": implementation}
+        shard = logits.chunk(2, -1)[rank].clone().requires_grad_()
+        loss, by_offset = multi_hot_cross_entropy_by_offset(shard, targets, weights, **settings)
+        loss.backward(grad)
+        rows = embedding.chunk(2)[rank].clone().requires_grad_()
+        output = bag_embedding(rows, bags, sequence_parallel=False, **settings)
+        output.square().sum().backward()
+        assert shard.grad is not None
+        assert rows.grad is not None
+        results.append([loss.detach(), by_offset, shard.grad, output.detach(), rows.grad])
+    return [torch.cat([tensor.flatten() for tensor in result]) for result in results]
+
+
+def test_tensor_parallel_ranks_join_what_kernels_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Processes of their own: Triton decides for a whole process whether it interprets.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pool = WorkerPool(2)
+    try:
+        for by_kernels, without in pool.run(on_ranks, (), 120):
+            torch.testing.assert_close(by_kernels, without, **SAME)
+    finally:
+        pool.close()
+
+
+def test_what_cannot_run_is_refused() -> None:
+    logits, targets, _, _ = loss_case("cpu")
+    with pytest.raises(ValueError, match=r"'triton', and tensors are on cpu: .* Use 'auto'"):
+        multi_hot_cross_entropy(logits, targets, **TRITON)
+    with pytest.raises(ValueError, match=r"'triton', and tensors are on cpu: .* Use 'auto'"):
+        bag_embedding(torch.zeros(5, 2), torch.zeros(1, 1, 2, dtype=torch.int64), **TRITON)
