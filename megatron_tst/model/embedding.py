@@ -18,6 +18,11 @@ from megatron_tst.model.collectives import (
 )
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
 
+_BAGS_AT_ONCE = 256
+# Above this many tokens for each row of the shard nearly all rows occur.
+_OCCURRENCES_PER_ROW = 4
+_ACCUMULATOR_ELEMENTS = 1 << 23
+
 
 def bag_embedding(
     weight_shard: Tensor,
@@ -127,18 +132,18 @@ class _BagMean(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
     ) -> Tensor:
-        bag_size = bags.shape[-1]
-        total = weight.new_zeros(
-            *bags.shape[:-1], weight.shape[1], dtype=_accumulation_dtype(weight)
-        )
-        for offset in range(bag_size):
-            rows = F.embedding(bags[..., offset], weight)
-            if outside is not None:
-                rows.masked_fill_(outside[..., offset].unsqueeze(-1), 0)
-            total.add_(rows)
+        rows = bags.reshape(-1, bags.shape[-1])
+        result = weight.new_empty(len(rows), weight.shape[1])
+        # In chunks whose sums stay in a CPU's cache; a GPU takes them all at once.
+        chunk = max(len(rows), 1) if weight.is_cuda else _BAGS_AT_ONCE
+        for first in range(0, len(rows), chunk):
+            part = slice(first, first + chunk)
+            absent = None if outside is None else outside.reshape(rows.shape)[part]
+            divisor = bags.shape[-1] if sizes is None else sizes.reshape(-1, 1)[part]
+            result[part] = _sum_rows(weight, rows[part], absent).div_(divisor)
         ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
-        return total.div_(bag_size if sizes is None else sizes).to(weight.dtype)
+        return result.view(*bags.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -183,23 +188,42 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _sum_rows(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
+    """Sum of the rows of each bag, in the accumulation dtype: [v, h], [n, s] -> [n, h]."""
+    total = weight.new_zeros(len(bags), weight.shape[1], dtype=_accumulation_dtype(weight))
+    for offset in range(bags.shape[1]):
+        rows = F.embedding(bags[:, offset], weight)
+        if outside is not None:
+            rows.masked_fill_(outside[:, offset].unsqueeze(-1), 0)
+        total.add_(rows)
+    return total
+
+
 def _sum_into_rows(
     share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Add ``share[n]`` to the row of each token of bag n: [n, h], [n, s] -> [v, h] in ``dtype``."""
-    # With fewer tokens than rows, a wide accumulator for the rows that occur saves one for the
-    # whole shard, which would cost more than the sum. Finding them would make a GPU wait.
-    compact = not share.is_cuda and bags.numel() < shard_size
-    rows, slots = torch.unique(bags, return_inverse=True) if compact else (None, bags)
-    total = share.new_zeros(shard_size if rows is None else len(rows), share.shape[1])
-    for offset in range(bags.shape[1]):
+    # A wide accumulator for the rows that occur, a few columns at a time, saves one for the whole
+    # shard, which would cost more than the sum. Finding the rows would make a GPU wait.
+    if share.is_cuda or bags.numel() > _OCCURRENCES_PER_ROW * shard_size:
+        return _add_up(share, bags, outside, shard_size).to(dtype)
+    rows, slots = torch.unique(bags, return_inverse=True)
+    grad = share.new_zeros(shard_size, share.shape[1], dtype=dtype)
+    width = max(_ACCUMULATOR_ELEMENTS // max(len(rows), 1) // 64 * 64, 64)
+    for first in range(0, share.shape[1], width):
+        columns = slice(first, first + width)
+        grad[rows, columns] = _add_up(share[:, columns], slots, outside, len(rows)).to(dtype)
+    return grad
+
+
+def _add_up(share: Tensor, slots: Tensor, outside: Tensor | None, rows: int) -> Tensor:
+    """[n, h], [n, s] -> [rows, h], offset by offset."""
+    total = share.new_zeros(rows, share.shape[1])
+    share = share.contiguous()
+    for offset in range(slots.shape[1]):
         addend = share if outside is None else share.masked_fill(outside[:, offset], 0)
         _add_into_rows_(total, slots[:, offset], addend)
-    if rows is None:
-        return total.to(dtype)
-    return share.new_zeros(shard_size, share.shape[1], dtype=dtype).index_copy_(
-        0, rows, total.to(dtype)
-    )
+    return total
 
 
 def _add_into_rows_(total: Tensor, index: Tensor, addend: Tensor) -> None:

@@ -1,0 +1,86 @@
+"""Output layer and loss in one against whole logits, and the loss alone: memory and time.
+
+    OMP_NUM_THREADS=1 python benchmarks/linear_loss.py [--positions 4096] [--json FILE]
+
+Forward and backward in bf16 on one CPU thread. "dense" multiplies out all logits and takes
+multi_hot_cross_entropy of them; "dense, logits reused" lets their gradient take their place, as
+training does; "linear" is linear_multi_hot_cross_entropy. The gradients of hidden states and weight
+are part of the memory of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BAG_SIZE = 6
+HIDDEN = 576
+# Vocabulary, and whether its time is measured.
+VOCABULARIES = ((32768, True), (128256, True), (262144, False))
+MEMORY_BAR, TIME_BAR = 1 / 8, 1.15
+
+
+def contestants(n: int, vocabulary: int) -> dict[str, Callable[[], object]]:
+    from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
+    from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(n, HIDDEN).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, HIDDEN).div_(8).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocabulary, (n, BAG_SIZE))
+    grad = torch.ones(n)
+
+    def train(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        def step() -> None:
+            hidden.grad = weight.grad = None
+            loss().backward(grad)
+
+        return step
+
+    return {
+        "dense": train(lambda: multi_hot_cross_entropy(hidden @ weight.t(), targets)),
+        "dense, logits reused": train(
+            lambda: multi_hot_cross_entropy(hidden @ weight.t(), targets, reuse_logits=True)
+        ),
+        "linear": train(lambda: linear_multi_hot_cross_entropy(hidden, weight, targets)),
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args()
+    from benchmarks.measuring import peak_bytes, seconds_by_turns, write_json
+
+    torch.set_num_threads(1)
+    results: list[dict[str, Any]] = []
+    print(f"{options.positions} positions, hidden {HIDDEN}, bags of {BAG_SIZE}\n")
+    print("| vocabulary | loss | peak memory, MB | of dense | s | of dense |")
+    print("|---|---|---|---|---|---|")
+    for vocabulary, is_timed in VOCABULARIES:
+        steps = contestants(options.positions, vocabulary)
+        # Before any of them has run here.
+        peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        times = seconds_by_turns(steps, options.rounds) if is_timed else {}
+        for name, peak in peaks.items():
+            memory, seconds = peak / peaks["dense"], times.get(name)
+            took = f"{seconds:.2f} | {seconds / times['dense']:.2f}" if seconds else "|"
+            print(f"| {vocabulary} | {name} | {peak / 1e6:.0f} | {memory:.3f} | {took} |")
+        results.append({"vocabulary": vocabulary, "peak_bytes": peaks, "seconds": times})
+        sys.stdout.flush()
+    print(f"\nbars of linear at 128256: {MEMORY_BAR} of the memory, {TIME_BAR} times the time")
+    write_json(options.json, {"positions": options.positions, "results": results})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    main()
