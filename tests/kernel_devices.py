@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 # Calls ``check(device, *args)``.
@@ -31,6 +32,31 @@ class Interpreter:
 
     def close(self) -> None:
         self._executor.shutdown()
+
+
+def run_interpreted_on_ranks(ranks: int, function: Callable[[], Any], folder: Path) -> list[Any]:
+    """What a function returns on each of some gloo ranks, in processes that interpret kernels."""
+    with ProcessPoolExecutor(
+        ranks, mp_context=multiprocessing.get_context("spawn"), initializer=_enter_interpreter
+    ) as executor:
+        # Each rank waits for the others, so that none of the processes gets two.
+        running = [
+            executor.submit(_as_rank, rank, ranks, folder / "store", function)
+            for rank in range(ranks)
+        ]
+        return [rank.result(120) for rank in running]
+
+
+def _as_rank(rank: int, ranks: int, store: Path, function: Callable[[], Any]) -> Any:
+    import torch
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
+    try:
+        return function()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def run_on_gpu(check: Callable[..., None], *args: Any) -> None:

@@ -87,6 +87,12 @@ class SampleLayout:
         begin = self.switch_position + (sample - self.switch_sample) * self.sequence_length
         return begin, begin + self.sequence_length + 1
 
+    def end(self, num_samples: int) -> int:
+        """Position behind all that the first samples read."""
+        # The look-ahead of the last bags may reach further than a short phase 2.
+        last_of_phase_1 = min(num_samples, self.switch_sample) - 1
+        return max(self.span(last_of_phase_1)[1], self.span(num_samples - 1)[1])
+
     def first_sample_from(self, position: int) -> int:
         """Index of the first sample that begins at ``position`` or later."""
         if position < self.switch_position:
@@ -221,7 +227,7 @@ class TokenStream:
                 "look-ahead). Use more text, a larger first share in --split, or a smaller "
                 "--tst-bag-size or --seq-length."
             )
-        end = layout.span(num_samples - 1)[1]
+        end = layout.end(num_samples)
         order = shuffle_documents(documents, -(-end // tokens), seed)
         starts = _document_starts(document_lengths, order, layout)
         epoch_ends = starts[len(documents) :: len(documents)]

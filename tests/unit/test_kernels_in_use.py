@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,7 @@ from megatron_tst.model.reference import (
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
 )
-from tests.distributed.harness import WorkerPool
-from tests.kernel_devices import Runner
+from tests.kernel_devices import Runner, run_interpreted_on_ranks
 
 # float32 against float64: float32 noise.
 SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -125,15 +125,9 @@ def on_ranks() -> list[torch.Tensor]:
     return [torch.cat([tensor.flatten() for tensor in result]) for result in results]
 
 
-def test_tensor_parallel_ranks_join_what_kernels_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Processes of their own: Triton decides for a whole process whether it interprets.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    pool = WorkerPool(2)
-    try:
-        for by_kernels, without in pool.run(on_ranks, (), 120):
-            torch.testing.assert_close(by_kernels, without, **SAME)
-    finally:
-        pool.close()
+def test_tensor_parallel_ranks_join_what_kernels_give(tmp_path: Path) -> None:
+    for by_kernels, without in run_interpreted_on_ranks(2, on_ranks, tmp_path):
+        torch.testing.assert_close(by_kernels, without, **SAME)
 
 
 def test_what_cannot_run_is_refused() -> None:

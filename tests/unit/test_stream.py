@@ -239,3 +239,14 @@ def test_saved_arrays_are_mapped_back(tmp_path: Path) -> None:
         assert path.is_file()
     assert not loaded.samples.flags.owndata
     assert sorted(prefix.parent.iterdir()) == sorted(TokenStream.paths(prefix).values())
+
+
+def test_a_phase_2_shorter_than_the_look_ahead_of_the_last_bags() -> None:
+    layout = SampleLayout(2, switch_sample=4, tokens_per_position=5, look_ahead=5)
+    lengths = [7, 15]
+    assert layout.span(3)[1] == 45
+    assert layout.span(4)[1] == 43
+    stream = build(layout, lengths, 5)
+    assert stream.starts[-1] >= 45
+    text, _, _ = stream.read(Documents(lengths), *layout.span(3))
+    assert (text >= 0).all()
