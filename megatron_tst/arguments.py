@@ -21,6 +21,13 @@ from megatron_tst.schedule import SuperpositionSchedule
 def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds the token superposition group to Megatron's parser."""
     group = parser.add_argument_group(title="token superposition")
+    _add_method_arguments(group)
+    _add_run_arguments(group)
+    return parser
+
+
+def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the run trains: a resume must have the same."""
     group.add_argument(
         "--tst-bag-size",
         type=int,
@@ -72,6 +79,10 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         help="Whether bags run on from one document into the next, or each document begins a bag "
         "and fills up its last one with padding, which is masked.",
     )
+
+
+def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
+    """How it is computed, and what is refused: a resume may have others."""
     group.add_argument(
         "--tst-loss-impl",
         choices=get_args(LossImplementation),
@@ -86,7 +97,6 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         help="How many times a run may read the text of a corpus; default 1 with superposition, "
         "unlimited without.",
     )
-    return parser
 
 
 def superposition_config_from_args(args: argparse.Namespace) -> SuperpositionConfig:

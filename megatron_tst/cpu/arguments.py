@@ -73,6 +73,8 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
             named = flag if given is True else f"{flag} {given}"
             remedy = f"use {value}" if value else "remove it"
             raise ValueError(f"{named} needs a GPU and none is visible: {remedy}.")
+    if args.tst_loss_impl == "triton":
+        raise ValueError("--tst-loss-impl triton needs a GPU and none is visible: use auto.")
     if args.profile and not args.use_pytorch_profiler:
         raise ValueError(
             "--profile starts a GPU profiler and no GPU is visible: add --use-pytorch-profiler."

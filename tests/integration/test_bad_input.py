@@ -82,6 +82,7 @@ WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
         ("cuda_graph_impl", "local", "use none"),
         ("fp8_format", "e4m3", "remove it"),
         ("fp4_format", "e2m1", "remove it"),
+        ("tst_loss_impl", "triton", "use auto"),
     ]
 ]
 

@@ -176,6 +176,7 @@ WORKS = {
     "hybrid_layer_pattern": None,
     "reset_attention_mask": False,
     "create_attention_mask_in_dataloader": False,
+    "tst_loss_impl": "linear",
 }
 
 
@@ -193,6 +194,7 @@ def test_arguments_that_work_without_a_gpu_are_accepted() -> None:
         ("distributed_backend", "nccl", "--distributed-backend nccl .*: use gloo"),
         ("fp8", "hybrid", "--fp8-format hybrid .*: remove it"),
         ("log_straggler", True, "--log-straggler needs .*: remove it"),
+        ("tst_loss_impl", "triton", "--tst-loss-impl triton needs .*: use auto"),
         ("profile", True, "--profile .*: add --use-pytorch-profiler"),
         ("hybrid_layer_pattern", "*EM-|G", r"--hybrid-layer-pattern \*EM-\|G .* GPU \(G M\)"),
         ("reset_attention_mask", True, "--reset-attention-mask .*: remove it"),
