@@ -9,6 +9,7 @@ all see the same machine. Ratios are those of the medians over all rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ MEGATRON: dict[str, dict[str, Any]] = {
     "phase 1, linear loss": {"tst_steps": 1_000_000, "tst_loss_impl": "linear"},
 }
 PLAIN = ("plain PyTorch", "transformers")
+# Who takes turns with whom: all at once would not fit into the memory of a small machine.
+GROUPS = (tuple(MEGATRON), (BASELINE, *PLAIN))
 
 
 def main() -> None:
@@ -101,10 +104,24 @@ def main() -> None:
 
 
 def measure(name: str, rounds: int | None) -> dict[str, Any]:
-    """Lets all contestants take turns, prints their table and returns it."""
+    """Lets the contestants of each group take turns, prints the tables and returns the numbers."""
     model = MODELS[name]
-    rounds = WARM_UP_ROUNDS + (rounds or model.rounds)
-    contestants = {who: Contestant(who, name) for who in (*MEGATRON, *PLAIN)}
+    print(
+        f"\n{name}: hidden {model.hidden}, {model.layers} layers, {model.batch} x {model.length} "
+        f"positions, vocabulary {model.vocabulary}, bags of {model.bag_size}"
+    )
+    groups = []
+    for group in GROUPS:
+        medians, peaks = hold_contest(group, name, WARM_UP_ROUNDS + (rounds or model.rounds))
+        groups.append(print_tables(model, medians, peaks))
+    return {"model": asdict(model), "groups": groups}
+
+
+def hold_contest(
+    group: Sequence[str], name: str, rounds: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds and peak bytes of each contestant."""
+    contestants = {who: Contestant(who, name) for who in group}
     try:
         for _ in range(rounds):
             for contestant in contestants.values():
@@ -113,11 +130,11 @@ def measure(name: str, rounds: int | None) -> dict[str, Any]:
             who: statistics.median(contestant.seconds[WARM_UP_ROUNDS:])
             for who, contestant in contestants.items()
         }
-        peaks = {who: contestant.peak_bytes() for who, contestant in contestants.items()}
+        return medians, {who: contestant.peak_bytes() for who, contestant in contestants.items()}
     finally:
         for contestant in contestants.values():
             contestant.process.kill()
-    return print_table(name, model, medians, peaks)
+            contestant.process.wait()
 
 
 class Contestant:
@@ -143,14 +160,16 @@ class Contestant:
         """Lets it do a step, and takes the time that it measured."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # its end is reported below
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("STEP "):
                 self.seconds.append(float(line.split()[1]))
                 return
         self.errors.seek(0)
-        sys.exit(f"{self.who} failed:\n{self.errors.read()[-4000:]}")
+        ended = f"{self.who} ended with {self.process.wait()} (-9: out of memory, most likely)"
+        sys.exit(f"{ended}\n{self.errors.read()[-4000:]}")
 
     def peak_bytes(self) -> int:
         """Largest resident memory so far."""
@@ -158,14 +177,8 @@ class Contestant:
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def print_table(
-    name: str, model: Model, medians: dict[str, float], peaks: dict[str, int]
-) -> dict[str, Any]:
-    shape = (
-        f"hidden {model.hidden}, {model.layers} layers, {model.batch} x {model.length} positions"
-    )
-    print(f"\n{name}: {shape}, vocabulary {model.vocabulary}, bags of {model.bag_size}\n")
-    print("| step | ms | peak memory, MB |")
+def print_tables(model: Model, medians: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
+    print("\n| step | ms | peak memory, MB |")
     print("|---|---|---|")
     for who, seconds in medians.items():
         print(f"| {who} | {1e3 * seconds:.1f} | {peaks[who] / 1e6:.0f} |")
@@ -173,12 +186,12 @@ def print_table(
     print("|---|---|---|")
     ratios = {}
     for who, other, bar in COMPARISONS:
-        limit = getattr(model, bar) if isinstance(bar, str) else bar
-        ratio = medians[who] / medians[other]
-        ratios[f"{who} / {other}"] = ratio
-        print(f"| {who} / {other} | {ratio:.3f} | {limit or ''} |")
+        if who in medians and other in medians:
+            limit = getattr(model, bar) if isinstance(bar, str) else bar
+            ratio = ratios[f"{who} / {other}"] = medians[who] / medians[other]
+            print(f"| {who} / {other} | {ratio:.3f} | {limit or ''} |")
     sys.stdout.flush()
-    return {"model": asdict(model), "seconds": medians, "peak_bytes": peaks, "ratios": ratios}
+    return {"seconds": medians, "peak_bytes": peaks, "ratios": ratios}
 
 
 # --- the contestants ------------------------------------------------------------------------------
