@@ -36,7 +36,8 @@ class TrainText:
         self.path_prefix = path_prefix
         self._corpus = IndexedDataset(path_prefix)
         index = self._corpus.index
-        # As upstream splits; documents lie behind each other.
+        # As upstream splits. Documents lie behind each other, so that the text ends where the last
+        # one does: every rank asks, and the lengths may be gigabytes.
         self._documents = round(documents_share * len(index.sequence_lengths))
         if self._documents == len(index.sequence_lengths):
             last = self._documents - 1

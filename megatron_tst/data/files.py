@@ -177,15 +177,6 @@ def check_vocabulary(
             )
 
 
-def count_tokens(path_prefix: str) -> int:
-    """Tokens of a corpus whose files have passed ``check_indexed_dataset``."""
-    # Where the last document ends: every rank asks, and the lengths may be gigabytes.
-    # The corpus is kept until then, because it unmaps its index when it goes.
-    corpus = IndexedDataset(path_prefix)
-    index = corpus.index
-    return int(index.sequence_pointers[-1]) // index.dtype_size + int(index.sequence_lengths[-1])
-
-
 def fingerprint(files: Sequence[str]) -> str:
     """Hash of the sizes of files and of blocks evenly spread over each of them."""
     digest = hashlib.sha256()

@@ -31,9 +31,9 @@ def multi_hot_cross_entropy(
     exponentials, weighted target logit). Statistics are float32 (float64 for float64 logits).
     The logits are what is saved for the backward, which recomputes the exponentials chunk by chunk,
     unless all fit one chunk and are kept. The forward does not modify them, and neither does the
-    backward unless it may reuse them. At s = 1 loss and gradient
-    have the bits of the host's unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with
-    more, the order of the ranks' sums is up to the collective).
+    backward unless it may reuse them. At s = 1 loss and gradient have the bits of the host's
+    unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with more, the order of the ranks'
+    sums is up to the collective).
 
     The Triton kernels read the logits once in each pass, and their results repeat bit for bit. The
     torch implementation adds the gradients of repeated tokens of unequal weight in no fixed order

@@ -17,13 +17,13 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.data.batch import reads_data_on_stage
 from megatron_tst.data.blend import Blend
+from megatron_tst.data.budget import TrainText
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import (
     check_indexed_dataset,
     check_same_tokenizer,
     check_vocabulary,
-    count_tokens,
 )
 from megatron_tst.data.validation import FixedValidationDataset
 from megatron_tst.schedule import SuperpositionSchedule
@@ -185,7 +185,7 @@ def _with_weights(blend: Blend | None) -> Blend | None:
                 f"--data-path {prefix} has no weight, and corpora in object storage are not "
                 "counted: put a number in front of each path."
             )
-    return blend[0], [float(count_tokens(prefix)) for prefix in blend[0]]
+    return blend[0], [float(TrainText(prefix).tokens) for prefix in blend[0]]
 
 
 def _is_hub_name(tokenizer: str) -> bool:

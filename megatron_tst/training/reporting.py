@@ -59,6 +59,7 @@ _SETTINGS = (
     "split",
     "seed",
     "transformer_impl",
+    "tst_loss_impl",
 )
 
 

@@ -14,7 +14,6 @@ from megatron_tst.data.files import (
     check_document_lengths,
     check_indexed_dataset,
     check_vocabulary,
-    count_tokens,
 )
 from tests.corpus import write_corpus, write_documents
 
@@ -91,10 +90,6 @@ def test_negative_lengths_are_refused(prefix: Path, document: int) -> None:
     lengths[document] = -2
     with pytest.raises(ValueError, match=rf"text\.idx: document {document} has -2 tokens.* split"):
         check_document_lengths(str(prefix), lengths)
-
-
-def test_tokens_are_counted(prefix: Path) -> None:
-    assert count_tokens(str(prefix)) == sum(LENGTHS)
 
 
 def test_the_index_of_another_corpus_is_refused(prefix: Path) -> None:
