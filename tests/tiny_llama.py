@@ -9,8 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_tst.data.tokenizer import byte_tokenizer
+from megatron_tst.evaluation.folder import LoadedModel
 
 CONTEXT = 64
+CPU = torch.device("cpu")
 
 
 def save_tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -33,3 +35,10 @@ def save_tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_files(folder)
     return folder
+
+
+def log_probabilities(loaded: LoadedModel, tokens: list[int]) -> list[float]:
+    """Of each token but the first, from all before it, in one pass."""
+    with torch.no_grad():
+        logits = loaded.model(torch.tensor([tokens])).logits[0, :-1].double()
+    return torch.log_softmax(logits, -1)[range(len(tokens) - 1), tokens[1:]].tolist()

@@ -76,29 +76,30 @@ def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
         raise ValueError(
             f"lm-eval cannot be imported ({error}): pip install 'megatron-tst[eval]'."
         ) from error
-    own = Path(lm_eval.tasks.__file__).parent
-    folders = [own / folder for folder in _FOLDERS]
+    folders = [Path(lm_eval.tasks.__file__).parent / folder for folder in _FOLDERS]
     if tasks_dir is not None:
         if not tasks_dir.is_dir():
             raise ValueError(f"--tasks-dir {tasks_dir} is not a folder.")
         local = lm_eval.tasks.TaskManager(include_path=tasks_dir, include_defaults=False)
         if not local.all_subtasks:
             raise ValueError(f"--tasks-dir {tasks_dir} holds no task file of lm-eval (.yaml).")
-        if names is None:
+        if not _unknown(names or (), local):
             return local
         folders.append(tasks_dir)
     manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
-    unknown = [name for name in names or () if name not in manager.all_tasks]
-    if unknown:
+    if _unknown(names or (), manager):
         manager = lm_eval.tasks.TaskManager(include_path=tasks_dir)
-        unknown = [name for name in unknown if name not in manager.all_tasks]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], manager.all_tasks)
+    for name in _unknown(names or (), manager):
+        close = difflib.get_close_matches(name, manager.all_tasks)
         raise ValueError(
-            f"--tasks {unknown[0]} is no task of lm-eval or --tasks-dir"
+            f"--tasks {name} is no task of lm-eval or --tasks-dir"
             + (f" (close: {', '.join(close)})." if close else ".")
         )
     return manager
+
+
+def _unknown(names: Sequence[str], manager: Any) -> list[str]:
+    return [name for name in names if name not in manager.all_tasks]
 
 
 def _no_data(name: str, error: Exception) -> str:

@@ -70,7 +70,8 @@ def stock(launcher: Launcher, superposed: dict[str, SmallRun], folder: Path) -> 
             target,
             ckpt_step=step,
             load=run.folder / "checkpoints",
-            save=target / "checkpoints",
+            # Saving takes longer than training here.
+            save=target / "checkpoints" if step == SWITCH else None,
             tensorboard_dir=target / "tensorboard",
             data_cache_path=cache,
         )
