@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from megatron_tst import __version__
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import (
     DtypeName,
@@ -30,7 +31,7 @@ from megatron_tst.evaluation.results import (
     write_results,
 )
 
-_PACKAGES = ("megatron-tst", "lm-eval", "transformers", "tokenizers", "torch", "datasets")
+_PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,10 @@ def _description(folder: ModelFolder, model: Any) -> Results:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "megatron-tst": __version__,
+    }
     for name in _PACKAGES:
         try:
             versions[name] = version(name)
