@@ -7,9 +7,7 @@ of a :class:`TokenStream` in these terms.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,11 +39,7 @@ class StockIndices:
     def save(self, prefix: str) -> None:
         """Replaces the arrays of upstream's cache whose files begin with ``prefix``."""
         for name in ("document_index", "sample_index", "shuffle_index"):
-            path = Path(f"{prefix}-{name}.npy")
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
-                np.save(file, getattr(self, name), allow_pickle=False)
-            os.replace(temporary, path)
+            np.save(f"{prefix}-{name}.npy", getattr(self, name), allow_pickle=False)
 
 
 def stock_indices(

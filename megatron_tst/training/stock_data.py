@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,7 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
         raise ValueError(f"--data-cache-path {cache} exists: choose a folder that does not.")
     common = TorchDistCheckpoint(folder).read_common()
     args = common["args"]
-    _refuse_other_checkpoints(args, folder)
+    refuse_other_checkpoints(args, folder)
     check_data_files(args)
     schedule = superposition_schedule_from_args(args)
     set_args(args)
@@ -77,7 +79,16 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
     )
 
 
-def _refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
+def refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
+    """Refuses what plain Megatron would continue in another way, or without any help.
+
+    Args:
+        args: arguments in a checkpoint.
+        folder: of that checkpoint.
+
+    Raises:
+        ValueError: no superposition, or a blend without weights.
+    """
     if getattr(args, "tst_settings", {}).get("bag_size", 1) == 1:
         raise ValueError(f"{folder} was made without superposition: plain Megatron reads on.")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -106,25 +117,33 @@ def write_cache(
     Returns:
         The configuration with which upstream's datasets find the cache.
     """
-    settings = {f.name: getattr(config, f.name) for f in fields(GPTDatasetConfig) if f.init}
-    stock_config = GPTDatasetConfig(**{**settings, "path_to_cache": str(cache)})
-    stock, planned = (
-        _build(GPTDataset, counts, stock_config),
-        _build(SuperpositionGPTDataset, (counts[0], 0, 0), config),
-    )
     paths, weights = config.train_blend
     read = [samples_read]
     if len(paths) > 1:
         assert weights is not None
         read = samples_by_corpus(weights, samples_read)
-    for upstream, ours, done in zip(stock, planned, read, strict=True):
-        assert upstream.dataset_path == ours.dataset_path
-        indices = stock_indices(ours.stream, ours.layout, done, config.random_seed)
-        name = f"{upstream.unique_description_hash}-{type(upstream).__name__}-train"
-        indices.save(f"{cache}/{name}")
-    # A run with other arguments would not find its index here, and make one that starts over.
-    cache.chmod(0o555)
-    return stock_config
+    planned = _build(SuperpositionGPTDataset, (counts[0], 0, 0), config)
+    rest = [
+        stock_indices(dataset.stream, dataset.layout, done, config.random_seed)
+        for dataset, done in zip(planned, read, strict=True)
+    ]
+    settings = {f.name: getattr(config, f.name) for f in fields(GPTDatasetConfig) if f.init}
+    # Elsewhere first: half a cache would hold upstream's order.
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    try:
+        stock_config = GPTDatasetConfig(**{**settings, "path_to_cache": str(temporary)})
+        for ours, stock, indices in zip(
+            planned, _build(GPTDataset, counts, stock_config), rest, strict=True
+        ):
+            assert stock.dataset_path == ours.dataset_path
+            name = f"{stock.unique_description_hash}-{type(stock).__name__}-train"
+            indices.save(f"{temporary}/{name}")
+        # A run with other arguments would not find its index, and make one that starts over.
+        temporary.chmod(0o555)
+        os.replace(temporary, cache)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return replace(stock_config, path_to_cache=str(cache))
 
 
 def _build(dataset_class: Any, counts: Any, config: GPTDatasetConfig) -> list[Any]:

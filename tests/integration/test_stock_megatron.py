@@ -17,7 +17,7 @@ from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
 
-SWITCH, EARLIER = 5, 3
+SWITCH, EARLIER = 5, 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "plain": {},
     # Whose state is then saved by parameter: the buffers have gaps that hold anything.
@@ -41,7 +41,7 @@ def superposed(launcher: Launcher, corpus: Path, folder: Path) -> dict[str, Smal
     for name, optimizer in OPTIMIZERS.items():
         run = SmallRun(corpus, folder / name)
         # Dropout, so that a random state that does not carry over would show.
-        run = run.with_(hidden_dropout=0.1, **optimizer)
+        run = run.with_(hidden_dropout=0.1, eval_interval=TOTAL_STEPS, **optimizer)
         runs[name] = run
         launcher.run(run.with_(**SUPERPOSED).argv, run.log)
     return runs
@@ -65,7 +65,7 @@ def stock(launcher: Launcher, superposed: dict[str, SmallRun], folder: Path) -> 
         cache = target / "data"
         said = write_cache(launcher, run, step, cache)
         assert f"--ckpt-step {step} --data-cache-path {cache}" in said
-        assert ("phase 1 was to last 5 steps and ends after 3" in said) == (step == EARLIER)
+        assert ("phase 1 was to last 5 steps and ends after 4" in said) == (step == EARLIER)
         runs[target.name] = run.with_(
             target,
             ckpt_step=step,
@@ -123,3 +123,24 @@ def test_an_earlier_checkpoint_goes_on(
     losses = plain.scalars()["lm loss"]
     assert sorted(losses) == list(range(EARLIER + 1, TOTAL_STEPS + 1))
     assert losses[TOTAL_STEPS] < losses[EARLIER + 1]
+
+
+def test_checkpoints_that_the_tool_refuses(
+    launcher: Launcher, superposed: dict[str, SmallRun], stock: dict[str, SmallRun], tmp_path: Path
+) -> None:
+    ours, plain = superposed["plain"], stock[f"plain from {SWITCH}"]
+    there = tmp_path / "there"
+    there.mkdir()
+    cases = [
+        (ours.folder / "checkpoints" / f"iter_{SWITCH:07d}", there, "exists: choose a folder that"),
+        (ours.folder / "checkpoints", tmp_path / "new", "is the end of its run"),
+        (plain.folder / "checkpoints", tmp_path / "new", "was made without superposition"),
+        (ours.folder, tmp_path / "new", "holds no torch_dist checkpoint"),
+    ]
+    for number, (checkpoint, cache, message) in enumerate(cases):
+        argv = ["--checkpoint", str(checkpoint), "--data-cache-path", str(cache)]
+        log, main = tmp_path / f"{number}.txt", "tools.write_stock_data_cache:main"
+        started = launcher.start(argv, log, main=main)
+        assert launcher.wait(started) == [2], started.text
+        assert message in started.text.splitlines()[-1]
+        assert not (tmp_path / "new").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from megatron_tst.config import DocumentBoundary, Variant
-from megatron_tst.training.stock_data import write_cache
+from megatron_tst.training.stock_data import refuse_other_checkpoints, write_cache
 from tests.corpus import write_corpus
 from tests.datasets import (
     TRAIN,
@@ -39,7 +40,7 @@ def datasets(config: Any, num_samples: int, samples_read: int) -> tuple[Any, Any
     return build(config, (num_samples, 0, 0))[TRAIN], stock
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     document_lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     variant=st.sampled_from(VARIANTS),
@@ -134,3 +135,15 @@ def test_left_over_bags_with_padding_are_refused(corpus: Corpus, tmp_path: Path)
         ValueError, match=r"3 samples of phase 1 are left, .* checkpoint of the swi"
     ):
         datasets(config, 30, 2)
+
+
+def test_a_blend_without_weights_is_refused(tmp_path: Path) -> None:
+    """Which plain Megatron reads in another way than the run."""
+    args = Namespace(
+        tst_settings={"bag_size": BAG_SIZE}, data_path=["one", "two"], data_args_path=None
+    )
+    for name in ("train", "valid", "test"):
+        setattr(args, f"{name}_data_path", None)
+    args.per_split_data_args_path = None
+    with pytest.raises(ValueError, match="--data-path one two has no weights"):
+        refuse_other_checkpoints(args, tmp_path)
