@@ -44,11 +44,13 @@ def main(cases: Path) -> int:
     sys.meta_path.insert(0, _NotThisProject())
     importlib.import_module("cpu_for_megatron").activate()
     stock_gpt = importlib.import_module("stock_gpt")
-    codes = [_fork(stock_gpt, **case) for case in json.loads(cases.read_text())]
+    # Megatron's checkpoint writer would start one a run, which imports torch.
+    manager = importlib.import_module("torch.multiprocessing").get_context("spawn").Manager()
+    codes = [_fork(stock_gpt, manager, **case) for case in json.loads(cases.read_text())]
     return max(codes)
 
 
-def _fork(stock_gpt: Any, argv: list[str], log: str) -> int:
+def _fork(stock_gpt: Any, manager: Any, argv: list[str], log: str) -> int:
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -62,6 +64,8 @@ def _fork(stock_gpt: Any, argv: list[str], log: str) -> int:
             port = str(probe.getsockname()[1])
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        writer = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+        importlib.import_module(writer)._results_queue = manager.Queue()  # type: ignore[attr-defined]
         sys.argv = ["stock_gpt.py", *argv]
         code = stock_gpt.main()
         imported = [name for name in sys.modules if name.startswith(_PROJECT)]
