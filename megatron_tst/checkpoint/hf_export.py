@@ -14,13 +14,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from megatron_tst.checkpoint.hf_mapping import (
-    LlamaShape,
-    check_stored_shapes,
-    llama_config,
-    llama_shape,
-    to_llama,
-)
+from megatron_tst.checkpoint.hf_config import huggingface_config
+from megatron_tst.checkpoint.hf_mapping import check_stored_shapes, find_layout, weight_slices
+from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint, find_checkpoint
 
 DtypeName = Literal["float32", "bfloat16"]
@@ -50,7 +46,7 @@ class ExportResult:
 
     checkpoint: Path
     iteration: int
-    shape: LlamaShape
+    shape: ModelShape
     parameters: int
     warnings: tuple[str, ...]
 
@@ -84,12 +80,12 @@ def export_to_huggingface(
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
     vocabulary, bos_id, eos_id = _read_tokenizer(tokenizer)
-    shape = llama_shape(args, vocabulary)
-    check_stored_shapes(shape, source.shapes())
+    shape = shape_from_arguments(args, vocabulary)
+    check_stored_shapes(shape, find_layout(source.shapes()), source.shapes())
 
     weights = _read_weights(source, shape, dtype)
     stored_dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
-    config = llama_config(shape, args, stored_dtype, bos_id, eos_id)
+    config = huggingface_config(shape, args, stored_dtype, bos_id, eos_id)
     _write(output, config, weights, tokenizer, max_shard_size)
     return ExportResult(
         checkpoint=source.folder,
@@ -130,13 +126,13 @@ def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
 
 
 def _read_weights(
-    source: TorchDistCheckpoint, shape: LlamaShape, dtype: DtypeName | None
+    source: TorchDistCheckpoint, shape: ModelShape, dtype: DtypeName | None
 ) -> dict[str, Tensor]:
     weights = {}
-    for key in shape.megatron_shapes():
-        stored = source.read_tensor(key)
+    for piece in weight_slices(shape, find_layout(source.shapes())):
+        stored = source.read_tensor(piece.key)[piece.index]
         target = stored.dtype if dtype is None else getattr(torch, dtype)
-        for name, part in to_llama(shape, key, stored):
+        for name, part in piece.split(stored).items():
             # Copied even where the dtype stays: weights that share memory are written as one.
             weights[name] = part.to(target, copy=True, memory_format=torch.contiguous_format)
     return weights
@@ -186,7 +182,7 @@ def _move_into_place(temporary: Path, output: Path) -> None:
         shutil.rmtree(old)
 
 
-def _warnings(args: Namespace, iteration: int, shape: LlamaShape) -> list[str]:
+def _warnings(args: Namespace, iteration: int, shape: ModelShape) -> list[str]:
     warnings = []
     switch_step = getattr(args, "tst_switch_step", 0)
     if iteration < switch_step:
