@@ -6,6 +6,7 @@ launcher.run([folder, "gqa-untied", ...], log, main="tests.llama_checkpoints:mai
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -168,3 +169,30 @@ def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     if not last:
         torch.distributed.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
     return output if last else None
+
+
+def rename_as_transformer_engine(folder: Path) -> None:
+    """Renames what a mixture of experts of Transformer Engine's modules saves under other names.
+
+    Those modules need a GPU: the names are from Megatron's sources and the weights are the same.
+    """
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    file = folder / ".metadata"
+    index = pickle.loads(file.read_bytes())
+
+    def rename(key: str) -> str:
+        return key.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+
+    index.state_dict_metadata = {
+        rename(key): entry for key, entry in index.state_dict_metadata.items()
+    }
+    index.storage_data = {
+        MetadataIndex(rename(place.fqn), place.offset, place.index): stored
+        for place, stored in index.storage_data.items()
+    }
+    # Each of its modules has a state besides the weights.
+    state = "decoder.layers.self_attention.linear_qkv._extra_state/shard_0_4"
+    index.state_dict_metadata[state] = BytesStorageMetadata()
+    index.storage_data[MetadataIndex(state)] = next(iter(index.storage_data.values()))
+    file.write_bytes(pickle.dumps(index))
