@@ -23,8 +23,10 @@ VARIANTS = (*DENSE_VARIANTS, "gqa-untied-moe", "hybrid-gqa-untied", "hybrid-gqa-
 """Names say what a model has; ``gqa`` stands for two query heads a group, ``hybrid`` for
 Megatron's HybridModel."""
 PARALLEL_VARIANTS = (
+    "gqa-untied-dp2",
     "gqa-untied-tp2",
     "gqa-untied-pp2",
+    "gqa-tied-pp2",
     "gqa-untied-moe-pp2",
     "gqa-untied-moe-ep2",
     "hybrid-gqa-untied-moe-pp2",
@@ -95,6 +97,10 @@ def parse_variant(variant: str) -> Namespace:
 def build_and_save(folder: Path, args: Namespace) -> None:
     """Saves a model of random weights and, in ``expected.pt``, its logits of random tokens."""
     from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.training.checkpointing import generate_state_dict
 
@@ -116,7 +122,12 @@ def build_and_save(folder: Path, args: Namespace) -> None:
     checkpoint = folder / f"iter_{ITERATION:07d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     state = generate_state_dict(args, [model], None, None, None, iteration=ITERATION)
-    dist_checkpointing.save(state, str(checkpoint))
+    # Megatron's default: replicas share the work of writing.
+    strategy = FullyParallelSaveStrategyWrapper(
+        get_default_save_sharded_strategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    dist_checkpointing.save(state, str(checkpoint), strategy)
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         (folder / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
         torch.save({"tokens": tokens, "logits": logits}, folder / "expected.pt")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Architecture = Literal["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
-_Rule = tuple[str, Callable[[Namespace], bool]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
             tokenizer has more entries than the model has rows.
     """
     has_experts = _has_experts(args)
-    rules = _UNSUPPORTED + (_UNSUPPORTED_EXPERTS if has_experts else ())
-    unsupported = [description for description, applies in rules if applies(args)]
+    unsupported = list(_unsupported(args, has_experts))
     if unsupported:
         raise ValueError(
             f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen3 nor "
@@ -103,85 +101,73 @@ def _has_experts(args: Namespace) -> bool:
     return "E" in pattern if pattern else bool(getattr(args, "num_experts", None))
 
 
-def _is_foreign_pattern(args: Namespace) -> bool:
+def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
+    """Flags, with their values, that no class of transformers has a setting for."""
+    rules = _SETTINGS + (_SETTINGS_OF_EXPERTS if has_experts else ())
+    for flag, name, *allowed in rules:
+        # A checkpoint of another release may lack an argument.
+        value = getattr(args, name, allowed[0])
+        if value not in allowed:
+            yield flag if isinstance(value, bool) else f"{flag} {value}"
     pattern = _pattern(args)
-    return pattern not in {block * (len(pattern) // 2) for block in ("*-", "*E")}
-
-
-def _is_foreign_spec(args: Namespace) -> bool:
+    if pattern not in {block * (len(pattern) // 2) for block in ("*-", "*E")}:
+        yield f"--hybrid-layer-pattern {args.hybrid_layer_pattern} (not *-*-... or *E*E...)"
     spec = getattr(args, "spec", None)
     # Stock launch scripts of HybridModel name Megatron's own specification.
-    return spec is not None and not (
-        _pattern(args)
-        and spec[0].startswith(("megatron.core.models.hybrid.", "megatron.core.models.mamba."))
-    )
+    own = ("megatron.core.models.hybrid.", "megatron.core.models.mamba.")
+    if spec is not None and not (pattern and spec[0].startswith(own)):
+        yield f"--spec {' '.join(spec)}"
+    balancing = getattr(args, "moe_router_load_balancing_type", "")
+    if has_experts and "sinkhorn" in balancing:
+        yield "--moe-router-load-balancing-type sinkhorn"
 
 
-def _is(name: str, *allowed: object) -> Callable[[Namespace], bool]:
-    """Whether an argument that the checkpoint has is none of the allowed values."""
-    return lambda args: getattr(args, name, allowed[0]) not in allowed
-
-
-_UNSUPPORTED: tuple[_Rule, ...] = (
-    ("--normalization other than RMSNorm", _is("normalization", "RMSNorm")),
-    ("an MLP without --swiglu", _is("swiglu", True)),
-    ("biases (no --disable-bias-linear)", _is("add_bias_linear", False)),
-    ("--add-qkv-bias", _is("add_qkv_bias", False)),
-    ("--multi-latent-attention", _is("multi_latent_attention", False)),
-    ("--position-embedding-type other than rope", _is("position_embedding_type", "rope")),
-    ("--rotary-percent other than 1", _is("rotary_percent", 1.0)),
-    ("--rotary-interleaved", _is("rotary_interleaved", False)),
-    ("--rotary-seq-len-interpolation-factor", _is("rotary_seq_len_interpolation_factor", None)),
-    ("--use-rope-scaling", _is("use_rope_scaling", False)),
-    ("--no-rope-freq", _is("no_rope_freq", None)),
-    ("--qk-l2-norm", _is("qk_l2_norm", False)),
-    ("--apply-layernorm-1p", _is("layernorm_zero_centered_gamma", False)),
+# Flag as the message has it, name of the argument, values that can be expressed.
+_SETTINGS: tuple[tuple[Any, ...], ...] = (
+    ("--normalization", "normalization", "RMSNorm"),
+    ("an MLP without --swiglu", "swiglu", True),
+    ("biases (no --disable-bias-linear)", "add_bias_linear", False),
+    ("--add-qkv-bias", "add_qkv_bias", False),
+    ("--multi-latent-attention", "multi_latent_attention", False),
+    ("--position-embedding-type", "position_embedding_type", "rope"),
+    ("--rotary-percent", "rotary_percent", 1.0),
+    ("--rotary-interleaved", "rotary_interleaved", False),
+    ("--rotary-seq-len-interpolation-factor", "rotary_seq_len_interpolation_factor", None),
+    ("--use-rope-scaling", "use_rope_scaling", False),
+    ("--no-rope-freq", "no_rope_freq", None),
+    ("--qk-l2-norm", "qk_l2_norm", False),
+    ("--apply-layernorm-1p", "layernorm_zero_centered_gamma", False),
     (
         "--apply-residual-connection-post-layernorm",
-        _is("apply_residual_connection_post_layernorm", False),
+        "apply_residual_connection_post_layernorm",
+        False,
     ),
-    ("--attention-output-gate", _is("attention_output_gate", False)),
-    ("--softmax-type other than vanilla", _is("softmax_type", "vanilla")),
-    ("--softmax-scale", _is("softmax_scale", None)),
-    ("--window-size", _is("window_size", None)),
-    ("--experimental-attention-variant", _is("experimental_attention_variant", None)),
-    ("--linear-attention-freq", _is("linear_attention_freq", None)),
-    ("--activation-func-clamp-value", _is("activation_func_clamp_value", None)),
-    ("--glu-linear-offset", _is("glu_linear_offset", 0.0)),
-    ("--use-mup", _is("use_mup", False)),
-    ("--mtp-num-layers", _is("mtp_num_layers", None, 0)),
-    (
-        "a --hybrid-layer-pattern that is not *- or *E over and over",
-        _is_foreign_pattern,
-    ),
-    ("--heterogeneous-layers-config", _is("heterogeneous_layers_config_path", None)),
-    ("--spec", _is_foreign_spec),
+    ("--attention-output-gate", "attention_output_gate", False),
+    ("--softmax-type", "softmax_type", "vanilla"),
+    ("--softmax-scale", "softmax_scale", None),
+    ("--window-size", "window_size", None),
+    ("--experimental-attention-variant", "experimental_attention_variant", None),
+    ("--linear-attention-freq", "linear_attention_freq", None),
+    ("--activation-func-clamp-value", "activation_func_clamp_value", None),
+    ("--glu-linear-offset", "glu_linear_offset", 0.0),
+    ("--use-mup", "use_mup", False),
+    ("--mtp-num-layers", "mtp_num_layers", None, 0),
+    ("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None),
 )
-
-_UNSUPPORTED_EXPERTS: tuple[_Rule, ...] = (
-    ("--num-experts without --qk-layernorm", _is("qk_layernorm", True)),
-    ("--moe-layer-freq other than 1", _is("moe_layer_freq", 1)),
-    (
-        "--moe-shared-expert-intermediate-size",
-        _is("moe_shared_expert_intermediate_size", None, 0),
-    ),
-    ("--moe-router-pre-softmax", _is("moe_router_pre_softmax", False)),
-    (
-        "--moe-router-score-function other than softmax",
-        _is("moe_router_score_function", "softmax"),
-    ),
-    ("--moe-router-enable-expert-bias", _is("moe_router_enable_expert_bias", False)),
-    ("--moe-router-topk-scaling-factor", _is("moe_router_topk_scaling_factor", None, 1.0)),
-    ("--moe-router-num-groups", _is("moe_router_num_groups", None)),
-    ("--moe-router-group-topk", _is("moe_router_group_topk", None)),
-    (
-        "--moe-router-load-balancing-type sinkhorn",
-        lambda args: "sinkhorn" in getattr(args, "moe_router_load_balancing_type", ""),
-    ),
-    ("--moe-router-force-load-balancing", _is("moe_router_force_load_balancing", False)),
-    ("--moe-expert-capacity-factor", _is("moe_expert_capacity_factor", None)),
-    ("--moe-apply-probs-on-input", _is("moe_apply_probs_on_input", False)),
-    ("--moe-latent-size", _is("moe_latent_size", None)),
+_SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
+    ("--num-experts without --qk-layernorm", "qk_layernorm", True),
+    ("--moe-layer-freq", "moe_layer_freq", 1),
+    ("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, 0),
+    ("--moe-router-pre-softmax", "moe_router_pre_softmax", False),
+    ("--moe-router-score-function", "moe_router_score_function", "softmax"),
+    ("--moe-router-enable-expert-bias", "moe_router_enable_expert_bias", False),
+    ("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor", None, 1.0),
+    ("--moe-router-num-groups", "moe_router_num_groups", None),
+    ("--moe-router-group-topk", "moe_router_group_topk", None),
+    ("--moe-router-force-load-balancing", "moe_router_force_load_balancing", False),
+    ("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None),
+    ("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
+    ("--moe-latent-size", "moe_latent_size", None),
     # It changes the order of the rows of gate and up.
-    ("--moe-mlp-glu-interleave-size", _is("moe_mlp_glu_interleave_size", None)),
+    ("--moe-mlp-glu-interleave-size", "moe_mlp_glu_interleave_size", None),
 )

@@ -293,12 +293,16 @@ def test_the_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(checkpoint: Path) -> int:
+    def run(checkpoint: Path, *options: str) -> int:
         folders = {"checkpoint": checkpoint, "tokenizer": tokenizer, "output": tmp_path / "hf"}
         paths = [f"--{name}={folder}" for name, folder in folders.items()]
-        return main([*paths, "--dtype", "bfloat16"])
+        return main([*paths, "--dtype", "bfloat16", *options])
 
     assert run(checkpoints / "mha-tied" / f"iter_{ITERATION:07d}") == 0
-    assert "vocabulary 250 of 256 rows" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "vocabulary 250 of 256 rows" in printed.out
+    assert "Exporting" not in printed.err
+    assert run(checkpoints / "gqa-tied", "--overwrite", "--progress") == 0
+    assert "Exporting" in capsys.readouterr().err
     assert run(checkpoints / "none") == 2
     assert capsys.readouterr().err.startswith("error: ")
