@@ -81,7 +81,8 @@ def largest_logit_difference(checkpoint: Path, exported: Path) -> float:
     """Runs both models on random tokens, on the CPU in fp32.
 
     Holds both models in memory, 8 bytes a parameter. Uses the default process group, of one process
-    and on gloo, for as long as it takes.
+    and on gloo, for as long as it takes. Where there is a GPU, hide it from the process first
+    (``CUDA_VISIBLE_DEVICES=``).
 
     Args:
         checkpoint: folder of an iteration, or a folder of ``--save``, as it was exported.
