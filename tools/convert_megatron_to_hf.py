@@ -1,18 +1,53 @@
-"""Converts a dense, Llama-shaped Megatron checkpoint (torch_dist) to Hugging Face format."""
+"""Converts a Megatron checkpoint (torch_dist) to Hugging Face format: Llama, Qwen3, Qwen3-MoE."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 
+_TOLERANCE = 1e-3
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for input that cannot be used."""
+    """Returns the exit code: 0, 1 if --verify finds a difference, 2 for input that is no use."""
+    options = _parser().parse_args(arguments)
+    if options.verify:
+        # Both models run on the CPU. Before anything looks for a GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        result = export_to_huggingface(
+            options.checkpoint,
+            options.tokenizer,
+            options.output,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            max_shard_size=options.max_shard_size,
+            progress=options.progress or sys.stderr.isatty(),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(
+        f"{result.checkpoint} (step {result.iteration}, {result.parameters:,} parameters, "
+        f"vocabulary {result.shape.vocabulary:,} of {result.shape.padded_vocabulary:,} rows) as "
+        f"{result.shape.architecture}: {options.output}"
+    )
+    if not options.verify:
+        return 0
+    return _verify(result.checkpoint, options.output, options.verify_tolerance)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="an iter_... folder, or a --save folder")
@@ -21,18 +56,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=get_args(DtypeName), help="of the weights (default: as stored)")
     add("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     add("--overwrite", action="store_true", help="replace an existing output")
-    try:
-        result = export_to_huggingface(**vars(parser.parse_args(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(
-        f"{result.checkpoint} (step {result.iteration}, {result.parameters:,} parameters, "
-        f"vocabulary {result.shape.vocabulary:,} of {result.shape.padded_vocabulary:,} rows)"
+    add("--progress", action="store_true", help="draw a progress bar where there is no terminal")
+    add(
+        "--verify",
+        action="store_true",
+        help="run both models in fp32 on the CPU, on random tokens, and compare their logits "
+        "(memory: 8 bytes a parameter)",
     )
-    return 0
+    add(
+        "--verify-tolerance",
+        type=float,
+        default=_TOLERANCE,
+        help=f"largest difference of two logits that passes (default: {_TOLERANCE})",
+    )
+    return parser
+
+
+def _verify(checkpoint: Path, output: Path, tolerance: float) -> int:
+    # Here, because the imports take seconds.
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_tst.checkpoint.hf_verify import largest_logit_difference
+
+    disable_progress_bar()
+    # It recommends another model class for every model that is built.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        difference = largest_logit_difference(checkpoint, output)
+    # Not above: a difference that is no number fails.
+    passes = difference <= tolerance
+    print(
+        f"largest difference of two logits: {difference:.2e}, "
+        f"{'within' if passes else 'ABOVE'} the tolerance of {tolerance:g}"
+    )
+    if not passes:
+        print(
+            f"error: {output} does not compute what the checkpoint computes: do not use it.",
+            file=sys.stderr,
+        )
+    return 0 if passes else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a dense Megatron checkpoint as a Hugging Face Llama model."""
+"""Writes a Megatron checkpoint as a Hugging Face model: Llama, Qwen3 or Qwen3-MoE."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import json
 import os
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from rich.console import Console
+from rich.progress import track
 
+from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
-    LlamaShape,
+    MegatronSlice,
     check_stored_shapes,
-    llama_config,
-    llama_shape,
-    to_llama,
+    find_layout,
+    weight_slices,
 )
-from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint, find_checkpoint
+from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
+from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 
 DtypeName = Literal["float32", "bfloat16"]
 _TOKENIZER_FILES = (
@@ -50,7 +54,7 @@ class ExportResult:
 
     checkpoint: Path
     iteration: int
-    shape: LlamaShape
+    shape: ModelShape
     parameters: int
     warnings: tuple[str, ...]
 
@@ -62,40 +66,53 @@ def export_to_huggingface(
     dtype: DtypeName | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    progress: bool = False,
 ) -> ExportResult:
     """Exports a torch_dist checkpoint; one process, on the CPU, without a process group.
 
-    Holds one copy of the weights in memory, plus the largest of them.
+    Reads a layer, or one of its experts, at a time and writes it where it belongs: needs the memory
+    of the two largest of these, whatever the size of the model.
 
     Args:
-        checkpoint: folder of an iteration, or a folder of ``--save`` (its latest iteration).
+        checkpoint: folder of an iteration, or a folder of ``--save`` (its latest iteration), saved
+            at any parallel layout.
         tokenizer: folder of the Hugging Face tokenizer that the model was trained with. Embedding
             rows beyond its size are Megatron's padding and are left out.
         output: folder to write; it appears whole or not at all.
         dtype: dtype of the weights; by default the stored one.
         overwrite: whether an existing ``output`` is replaced.
         max_shard_size: size beyond which the weights are split into several files.
+        progress: whether a progress bar is drawn on standard error.
 
     Raises:
-        ValueError: naming what is missing, damaged, or cannot be expressed as a Llama model.
+        ValueError: naming what is missing, damaged, or cannot be expressed as such a model; or the
+            disk is too small.
     """
     _check_output(output, overwrite)
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
     vocabulary, bos_id, eos_id = _read_tokenizer(tokenizer)
-    shape = llama_shape(args, vocabulary)
-    check_stored_shapes(shape, source.shapes())
+    shape = shape_from_arguments(args, vocabulary)
+    stored = source.shapes()
+    layout = find_layout(stored)
+    check_stored_shapes(shape, layout, stored)
+    slices = weight_slices(shape, layout)
+    source.check_complete({part.key for part in slices})
 
-    weights = _read_weights(source, shape, dtype)
-    stored_dtype = str(weights["model.norm.weight"].dtype).removeprefix("torch.")
-    config = llama_config(shape, args, stored_dtype, bos_id, eos_id)
-    _write(output, config, weights, tokenizer, max_shard_size)
+    weights = _plan_weights(source, slices, dtype)
+    writer = SafetensorsWriter(weights, max_shard_size)
+    # The embedding, whose dtype is that of the model.
+    model_dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config = huggingface_config(shape, args, model_dtype, bos_id, eos_id)
+    files = [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
+    _check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
+    _write(output, config, source, slices, writer, files, progress)
     return ExportResult(
         checkpoint=source.folder,
         iteration=iteration,
         shape=shape,
-        parameters=sum(weight.numel() for weight in weights.values()),
+        parameters=sum(weight.elements for weight in weights.values()),
         warnings=tuple(_warnings(args, iteration, shape)),
     )
 
@@ -129,39 +146,50 @@ def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
     return len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
-def _read_weights(
-    source: TorchDistCheckpoint, shape: LlamaShape, dtype: DtypeName | None
-) -> dict[str, Tensor]:
-    weights = {}
-    for key in shape.megatron_shapes():
-        stored = source.read_tensor(key)
-        target = stored.dtype if dtype is None else getattr(torch, dtype)
-        for name, part in to_llama(shape, key, stored):
-            # Copied even where the dtype stays: weights that share memory are written as one.
-            weights[name] = part.to(target, copy=True, memory_format=torch.contiguous_format)
-    return weights
+def _plan_weights(
+    source: TorchDistCheckpoint, slices: Sequence[MegatronSlice], dtype: DtypeName | None
+) -> dict[str, PlannedWeight]:
+    return {
+        name: PlannedWeight(size, getattr(torch, dtype) if dtype else source.dtype(part.key))
+        for part in slices
+        for name, size in part.sizes().items()
+    }
+
+
+def _check_disk(output: Path, needed: int) -> None:
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"--output {output} needs {needed:,} bytes and its disk has {free:,} free: make room, "
+            "or name a folder on another disk."
+        )
 
 
 def _write(
     output: Path,
     config: dict[str, Any],
-    weights: dict[str, Tensor],
-    tokenizer: Path,
-    max_shard_size: str,
+    source: TorchDistCheckpoint,
+    slices: Sequence[MegatronSlice],
+    writer: SafetensorsWriter,
+    files: Sequence[Path],
+    progress: bool,
 ) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
     temporary.mkdir()
     try:
-        save_torch_state_dict(
-            weights, temporary, max_shard_size=max_shard_size, metadata={"format": "pt"}
-        )
+        writer.start(temporary)
+        console = Console(stderr=True)
+        for part in track(slices, "Exporting", console=console, disable=not progress):
+            for name, weight in part.split(source.read(part.key, part.index)).items():
+                writer.write(name, weight)
+        writer.finish()
         special_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "generation_config.json", special_ids)
-        for name in _TOKENIZER_FILES:
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, temporary / name)
+        for file in files:
+            shutil.copyfile(file, temporary / file.name)
         _move_into_place(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -186,14 +214,14 @@ def _move_into_place(temporary: Path, output: Path) -> None:
         shutil.rmtree(old)
 
 
-def _warnings(args: Namespace, iteration: int, shape: LlamaShape) -> list[str]:
+def _warnings(args: Namespace, iteration: int, shape: ModelShape) -> list[str]:
     warnings = []
     switch_step = getattr(args, "tst_switch_step", 0)
-    if iteration < switch_step:
+    if switch_step and iteration <= switch_step:
         warnings.append(
             f"The checkpoint is from step {iteration}, in phase 1 (the switch is at step "
-            f"{switch_step}): the model expects bags of {args.tst_bag_size} tokens and is not an "
-            "ordinary language model yet."
+            f"{switch_step}): the model has seen nothing but bags of {args.tst_bag_size} tokens, "
+            "and its outputs are mixtures of a bag, not predictions of the next token."
         )
     unused = shape.padded_vocabulary - shape.vocabulary
     padding_unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

@@ -1,205 +1,160 @@
-"""Megatron's GPT model in Hugging Face's Llama terms: configuration, weight names, weight layouts.
+"""Which Hugging Face weights lie in which slice of which Megatron tensor, and how to cut and join.
 
-Both rotate the two halves of a head, and both store a linear layer as [out, in], so that weights
-are split and renamed, never permuted.
+The unit is one layer, or one expert of a layer: nothing here needs the tensor that stacks them.
+Both sides rotate the two halves of a head, and both store a linear layer as [out, in], so that
+weights are split and renamed, never permuted.
 """
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from megatron_tst.checkpoint.hf_shapes import ModelShape
+
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "adapter.")
-_LAYER = "decoder.layers."
-_EMBEDDING = "embedding.word_embeddings.weight"
-_FINAL_NORM = "decoder.final_layernorm.weight"
-_OUTPUT = "output_layer.weight"
-
-_Rule = tuple[str, Callable[[Namespace], bool]]
-
-
-def _is(name: str, *allowed: object) -> Callable[[Namespace], bool]:
-    """Whether an argument that the checkpoint has is none of the allowed values."""
-    return lambda args: getattr(args, name, allowed[0]) not in allowed
-
-
-_UNSUPPORTED: tuple[_Rule, ...] = (
-    ("--normalization other than RMSNorm", _is("normalization", "RMSNorm")),
-    ("an MLP without --swiglu", _is("swiglu", True)),
-    ("biases (no --disable-bias-linear)", _is("add_bias_linear", False)),
-    ("--add-qkv-bias", _is("add_qkv_bias", False)),
-    ("--num-experts", _is("num_experts", None)),
-    ("--multi-latent-attention", _is("multi_latent_attention", False)),
-    ("--position-embedding-type other than rope", _is("position_embedding_type", "rope")),
-    ("--rotary-percent other than 1", _is("rotary_percent", 1.0)),
-    ("--rotary-interleaved", _is("rotary_interleaved", False)),
-    ("--rotary-seq-len-interpolation-factor", _is("rotary_seq_len_interpolation_factor", None)),
-    ("--use-rope-scaling", _is("use_rope_scaling", False)),
-    ("--no-rope-freq", _is("no_rope_freq", None)),
-    ("--qk-layernorm", _is("qk_layernorm", False)),
-    ("--qk-l2-norm", _is("qk_l2_norm", False)),
-    ("--apply-layernorm-1p", _is("layernorm_zero_centered_gamma", False)),
-    (
-        "--apply-residual-connection-post-layernorm",
-        _is("apply_residual_connection_post_layernorm", False),
-    ),
-    ("--attention-output-gate", _is("attention_output_gate", False)),
-    ("--softmax-type other than vanilla", _is("softmax_type", "vanilla")),
-    ("--window-size", _is("window_size", None)),
-    ("--experimental-attention-variant", _is("experimental_attention_variant", None)),
-    ("--linear-attention-freq", _is("linear_attention_freq", None)),
-    ("--activation-func-clamp-value", _is("activation_func_clamp_value", None)),
-    ("--glu-linear-offset", _is("glu_linear_offset", 0.0)),
-    ("--use-mup", _is("use_mup", False)),
-    ("--mtp-num-layers", _is("mtp_num_layers", None, 0)),
-    ("--hybrid-layer-pattern", _is("hybrid_layer_pattern", None)),
-    ("--heterogeneous-layers-config", _is("heterogeneous_layers_config_path", None)),
-    ("--spec", _is("spec", None)),
-)
+_LAYERS = "decoder.layers."
+_QKV = "self_attention.linear_qkv.weight"
+# The second norm of a layer goes by the name that Transformer Engine has where it fuses norm and
+# linear layer. Experts take a norm of its own there; Megatron's local modules keep the name.
+_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
+_SEPARATE_NORM = "pre_mlp_layernorm.weight"
 
 
 @dataclass(frozen=True)
-class LlamaShape:
-    """Sizes of a dense Llama-shaped model.
+class KeyLayout:
+    """How a torch_dist checkpoint names the weights of its layers.
 
     Attributes:
-        layers: number of decoder layers.
-        hidden: hidden size (h).
-        ffn: inner size of the MLP.
-        heads: query heads.
-        kv_heads: key and value heads; equal to ``heads`` without grouped queries.
-        head_dim: size of a head.
-        vocabulary: rows of the embedding that belong to tokens (V).
-        padded_vocabulary: rows that Megatron stores.
-        tied: whether the output layer is the embedding.
+        hybrid: the model is a ``HybridModel``, which counts attention and MLP as a layer each.
+        stacked: the layers of a kind share a key and are stacked in dimension 0. Without, the
+            number of the layer is part of the key, as always in a ``HybridModel``.
+        fused_norm: the norm before the experts is named as if it were fused with a linear layer,
+            as by ``GPTModel`` of local modules. Dense models always name it so.
     """
 
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    padded_vocabulary: int
-    tied: bool
+    hybrid: bool = False
+    stacked: bool = True
+    fused_norm: bool = True
 
-    def megatron_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key and shape of every weight in a torch_dist checkpoint, which stacks the layers.
-
-        The same for the local and the Transformer Engine specification.
-        """
-        layers, hidden, query = self.layers, self.hidden, self.heads * self.head_dim
-        qkv = query + 2 * self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            _EMBEDDING: (self.padded_vocabulary, hidden),
-            f"{_LAYER}self_attention.linear_qkv.layer_norm_weight": (layers, hidden),
-            f"{_LAYER}self_attention.linear_qkv.weight": (layers, qkv, hidden),
-            f"{_LAYER}self_attention.linear_proj.weight": (layers, hidden, query),
-            f"{_LAYER}mlp.linear_fc1.layer_norm_weight": (layers, hidden),
-            f"{_LAYER}mlp.linear_fc1.weight": (layers, 2 * self.ffn, hidden),
-            f"{_LAYER}mlp.linear_fc2.weight": (layers, hidden, self.ffn),
-            _FINAL_NORM: (hidden,),
-        }
-        return shapes if self.tied else {**shapes, _OUTPUT: (self.padded_vocabulary, hidden)}
+    def __post_init__(self) -> None:
+        assert not (self.hybrid and self.stacked)
 
 
-def llama_shape(args: Namespace, vocabulary: int) -> LlamaShape:
-    """The sizes of the model that Megatron's arguments describe.
-
-    Args:
-        args: training arguments of the checkpoint.
-        vocabulary: size of the tokenizer.
-
-    Raises:
-        ValueError: the arguments describe a model that Llama cannot express, or the tokenizer has
-            more entries than the model has rows.
-    """
-    unsupported = [description for description, applies in _UNSUPPORTED if applies(args)]
-    if unsupported:
-        raise ValueError(
-            f"the checkpoint was trained with {', '.join(unsupported)}: the Llama architecture has "
-            "no such thing, so that it cannot be exported."
-        )
-    if vocabulary > args.padded_vocab_size:
-        raise ValueError(
-            f"--tokenizer has {vocabulary} entries but the checkpoint has {args.padded_vocab_size} "
-            "embedding rows: pass the tokenizer that the model was trained with."
-        )
-    grouped = args.group_query_attention
-    return LlamaShape(
-        layers=args.num_layers,
-        hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
-        heads=args.num_attention_heads,
-        kv_heads=args.num_query_groups if grouped else args.num_attention_heads,
-        head_dim=args.kv_channels,
-        vocabulary=vocabulary,
-        padded_vocabulary=args.padded_vocab_size,
-        tied=not args.untie_embeddings_and_output_weights,
+def find_layout(keys: Collection[str]) -> KeyLayout:
+    """The layout of a checkpoint with these keys; of other models, one that does not fit them."""
+    stacked = _LAYERS + _QKV in keys
+    return KeyLayout(
+        hybrid="decoder.final_norm.weight" in keys and not stacked,
+        stacked=stacked,
+        fused_norm=not any(key.endswith(_SEPARATE_NORM) for key in keys),
     )
 
 
-def llama_config(
-    shape: LlamaShape, args: Namespace, dtype: str, bos_id: int | None, eos_id: int | None
-) -> dict[str, Any]:
-    """The content of ``config.json``, for transformers 4 and 5."""
-    theta = float(args.rotary_base)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_position_embeddings,
-        "rms_norm_eps": args.layernorm_epsilon,
-        # Releases before 5 read the plain value only.
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "rope_theta": theta,
-        "tie_word_embeddings": shape.tied,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": args.init_method_std,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "use_cache": True,
-        # Releases before 4.56 read the second name only.
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
+@dataclass(frozen=True)
+class MegatronSlice:
+    """A part of a Megatron tensor that is converted at a time: one layer, or one of its experts.
+
+    Attributes:
+        key: of the tensor in a torch_dist checkpoint.
+        index: the layer and the expert, as far as the tensor stacks them; often empty.
+        size: shape of ``tensor[index]``.
+        names: the Hugging Face weights that it is made from.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    size: tuple[int, ...]
+    names: tuple[str, ...]
+    _shape: ModelShape = field(repr=False)
+    _cut: _Cut = field(repr=False)
+
+    def split(self, weight: Tensor) -> dict[str, Tensor]:
+        """The Hugging Face weights by name; views of ``weight`` where the layout allows it.
+
+        Args:
+            weight: ``tensor[index]``, of any dtype, on any device.
+        """
+        assert weight.shape == self.size
+        return dict(zip(self.names, self._cut.split(self._shape, weight), strict=True))
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """The inverse of :meth:`split`: ``tensor[index]`` from the weights in order of ``names``.
+
+        Rows of the vocabulary that only pad it are zero.
+        """
+        assert len(weights) == len(self.names)
+        joined = self._cut.join(self._shape, weights)
+        assert joined.shape == self.size
+        return joined
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the Hugging Face weights by name."""
+        parts = self.split(torch.empty(self.size, device="meta"))
+        return {name: tuple(part.shape) for name, part in parts.items()}
 
 
-def check_stored_shapes(shape: LlamaShape, stored: dict[str, tuple[int, ...]]) -> None:
+def weight_slices(shape: ModelShape, layout: KeyLayout) -> tuple[MegatronSlice, ...]:
+    """Every weight of a model, in the order in which the model uses them."""
+    hidden, rows = (shape.hidden,), (shape.padded_vocabulary, shape.hidden)
+    embedding = _Rule("embedding.word_embeddings", ("model.embed_tokens",), rows, _VOCABULARY)
+    norm_key = "decoder.final_norm" if layout.hybrid else "decoder.final_layernorm"
+    outer = [_Rule(norm_key, ("model.norm",), hidden)]
+    if not shape.tied:
+        outer.append(_Rule("output_layer", ("lm_head",), rows, _VOCABULARY))
+    slices = [_outer_slice(shape, embedding)]
+    for layer in range(shape.layers):
+        for half, rules in enumerate((_attention_rules(shape), _mlp_rules(shape, layout))):
+            for rule in rules:
+                slices += _layer_slices(shape, layout, rule, layer, half)
+    return (*slices, *(_outer_slice(shape, rule) for rule in outer))
+
+
+def stored_shapes(slices: Sequence[MegatronSlice]) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor that the slices are parts of."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in slices:
+        # The last index of a tensor comes last.
+        shapes[part.key] = (*(index + 1 for index in part.index), *part.size)
+    return shapes
+
+
+def check_stored_shapes(
+    shape: ModelShape, layout: KeyLayout, stored: dict[str, tuple[int, ...]]
+) -> None:
     """Compares the tensors of a checkpoint with the ones that the model consists of.
 
     Args:
         shape: sizes of the model.
+        layout: of the checkpoint.
         stored: shape of every tensor of the checkpoint by key, optimizer state included.
 
     Raises:
         ValueError: naming a weight that is missing, not known, or of another shape.
     """
-    expected = shape.megatron_shapes()
+    expected = stored_shapes(weight_slices(shape, layout))
     missing = sorted(expected.keys() - stored.keys())
     if missing:
-        raise ValueError(f"the checkpoint has no {', '.join(missing)}: it is no dense GPT model.")
+        raise ValueError(
+            f"the checkpoint has no {_listed(missing)}: it does not hold the {shape.architecture} "
+            "model that its training arguments describe."
+        )
     unknown = sorted(
-        key for key in stored if key.startswith(_MODEL_PREFIXES) and key not in expected
+        key
+        for key in stored
+        if key.startswith(_MODEL_PREFIXES)
+        and key not in expected
+        and not key.endswith("._extra_state")
+        # Written under both names, the norm before the experts suits both kinds of modules.
+        and not (shape.experts and key.endswith(_FUSED_NORM))
     )
     if unknown:
         raise ValueError(
-            f"the checkpoint has {', '.join(unknown)}, which the Llama architecture has no place "
-            "for: it cannot be exported without changing the model."
+            f"the checkpoint has {_listed(unknown)}, which {shape.architecture} has no place for: "
+            "it cannot be exported without changing the model."
         )
     for key, size in expected.items():
         if tuple(stored[key]) != size:
@@ -209,55 +164,121 @@ def check_stored_shapes(shape: LlamaShape, stored: dict[str, tuple[int, ...]]) -
             )
 
 
-def to_llama(shape: LlamaShape, key: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face weights that one Megatron weight holds.
-
-    Args:
-        shape: sizes of the model.
-        key: key of the weight in a torch_dist checkpoint.
-        weight: the whole tensor, with the shape that ``LlamaShape.megatron_shapes`` gives.
-
-    Yields:
-        Names and views of ``weight``; no copy is made where the layout allows it.
-    """
-    if key == _EMBEDDING:
-        yield "model.embed_tokens.weight", weight[: shape.vocabulary]
-    elif key == _OUTPUT:
-        yield "lm_head.weight", weight[: shape.vocabulary]
-    elif key == _FINAL_NORM:
-        yield "model.norm.weight", weight
-    else:
-        for layer, layer_weight in enumerate(weight.unbind(0)):
-            for name, part in _LAYER_PARTS[key.removeprefix(_LAYER)](shape, layer_weight).items():
-                yield f"model.layers.{layer}.{name}.weight", part
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return ", ".join(keys[:8]) + more
 
 
-def _renamed(name: str) -> Callable[[LlamaShape, Tensor], dict[str, Tensor]]:
-    return lambda shape, weight: {name: weight}
+@dataclass(frozen=True)
+class _Cut:
+    """How one Megatron weight is taken apart and put together."""
+
+    split: Callable[[ModelShape, Tensor], Sequence[Tensor]]
+    join: Callable[[ModelShape, Sequence[Tensor]], Tensor]
 
 
-def _split_qkv(shape: LlamaShape, weight: Tensor) -> dict[str, Tensor]:
+def _split_qkv(shape: ModelShape, weight: Tensor) -> Sequence[Tensor]:
     """Takes apart [G(q+2)d, h]: for each group q query heads, a key head and a value head."""
     queries = shape.heads // shape.kv_heads
     groups = weight.view(shape.kv_heads, queries + 2, shape.head_dim, shape.hidden)
-    parts = {
-        "q_proj": groups[:, :queries],
-        "k_proj": groups[:, queries],
-        "v_proj": groups[:, queries + 1],
-    }
-    return {f"self_attn.{name}": part.reshape(-1, shape.hidden) for name, part in parts.items()}
+    parts = groups.split([queries, 1, 1], dim=1)
+    return [part.reshape(-1, shape.hidden) for part in parts]
 
 
-def _split_gate_and_up(shape: LlamaShape, weight: Tensor) -> dict[str, Tensor]:
-    gate, up = weight.chunk(2, dim=0)
-    return {"mlp.gate_proj": gate, "mlp.up_proj": up}
+def _join_qkv(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
+    groups = [part.view(shape.kv_heads, -1, shape.head_dim, shape.hidden) for part in weights]
+    return torch.cat(groups, dim=1).view(-1, shape.hidden)
 
 
-_LAYER_PARTS: dict[str, Callable[[LlamaShape, Tensor], dict[str, Tensor]]] = {
-    "self_attention.linear_qkv.layer_norm_weight": _renamed("input_layernorm"),
-    "self_attention.linear_qkv.weight": _split_qkv,
-    "self_attention.linear_proj.weight": _renamed("self_attn.o_proj"),
-    "mlp.linear_fc1.layer_norm_weight": _renamed("post_attention_layernorm"),
-    "mlp.linear_fc1.weight": _split_gate_and_up,
-    "mlp.linear_fc2.weight": _renamed("mlp.down_proj"),
-}
+def _pad_vocabulary(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
+    [weight] = weights
+    padding = weight.new_zeros(shape.padded_vocabulary - shape.vocabulary, shape.hidden)
+    return torch.cat([weight, padding])
+
+
+_WHOLE = _Cut(lambda shape, weight: [weight], lambda shape, weights: weights[0])
+_VOCABULARY = _Cut(lambda shape, weight: [weight[: shape.vocabulary]], _pad_vocabulary)
+_QUERY_KEY_VALUE = _Cut(_split_qkv, _join_qkv)
+_GATE_AND_UP = _Cut(
+    lambda shape, weight: weight.chunk(2), lambda shape, weights: torch.cat(tuple(weights))
+)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One weight of a layer, or of an expert; ``key`` and ``names`` lack prefix and ".weight"."""
+
+    key: str
+    names: tuple[str, ...]
+    size: tuple[int, ...]
+    cut: _Cut = _WHOLE
+    of_expert: bool = False
+
+
+def _attention_rules(shape: ModelShape) -> list[_Rule]:
+    hidden, query = shape.hidden, shape.heads * shape.head_dim
+    qkv = query + 2 * shape.kv_heads * shape.head_dim
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    linear_qkv = "self_attention.linear_qkv"
+    rules = [
+        _Rule(f"{linear_qkv}.layer_norm_weight", ("input_layernorm",), (hidden,)),
+        _Rule(f"{linear_qkv}.weight", projections, (qkv, hidden), _QUERY_KEY_VALUE),
+        _Rule("self_attention.linear_proj.weight", ("self_attn.o_proj",), (hidden, query)),
+    ]
+    if shape.qk_norm:
+        rules += [
+            _Rule(
+                f"self_attention.{part}_layernorm.weight",
+                (f"self_attn.{part}_norm",),
+                (shape.head_dim,),
+            )
+            for part in "qk"
+        ]
+    return rules
+
+
+def _mlp_rules(shape: ModelShape, layout: KeyLayout) -> list[_Rule]:
+    hidden, ffn = shape.hidden, shape.ffn
+    fused = layout.fused_norm or not shape.experts
+    norm = _Rule(_FUSED_NORM if fused else _SEPARATE_NORM, ("post_attention_layernorm",), (hidden,))
+    expert = bool(shape.experts)
+    prefix = "mlp.experts.experts" if expert else "mlp"
+    gate_and_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
+    fc1 = f"{prefix}.linear_fc1.weight", gate_and_up, (2 * ffn, hidden), _GATE_AND_UP, expert
+    fc2 = f"{prefix}.linear_fc2.weight", down, (hidden, ffn), _WHOLE, expert
+    rules = [norm, _Rule(*fc1), _Rule(*fc2)]
+    if expert:
+        rules.insert(1, _Rule("mlp.router.weight", ("mlp.gate",), (shape.experts, hidden)))
+    return rules
+
+
+def _outer_slice(shape: ModelShape, rule: _Rule) -> MegatronSlice:
+    names = tuple(f"{name}.weight" for name in rule.names)
+    return MegatronSlice(f"{rule.key}.weight", (), rule.size, names, shape, rule.cut)
+
+
+def _layer_slices(
+    shape: ModelShape, layout: KeyLayout, rule: _Rule, layer: int, half: int
+) -> list[MegatronSlice]:
+    """The slices of one layer; ``half`` is 0 for attention, 1 for what comes after it."""
+    stored_layer = 2 * layer + half if layout.hybrid else layer
+    key = f"{_LAYERS}{rule.key}" if layout.stacked else f"{_LAYERS}{stored_layer}.{rule.key}"
+    index = (stored_layer,) if layout.stacked else ()
+    prefix = f"model.layers.{layer}."
+    if not rule.of_expert:
+        names = tuple(f"{prefix}{name}.weight" for name in rule.names)
+        return [MegatronSlice(key, index, rule.size, names, shape, rule.cut)]
+    return [
+        MegatronSlice(
+            key,
+            (*index, expert),
+            rule.size,
+            tuple(
+                f"{prefix}{name.replace('mlp.', f'mlp.experts.{expert}.')}.weight"
+                for name in rule.names
+            ),
+            shape,
+            rule.cut,
+        )
+        for expert in range(shape.experts)
+    ]

@@ -1,90 +1,40 @@
 """Reads Megatron's torch_dist checkpoints in one process: no process group, no model, no GPU.
 
-Three things in such a folder are pickles. None of them is unpickled freely: the index of the
-tensors may hold the classes of ``torch.distributed.checkpoint``, the training arguments may hold
-the classes that Megatron itself lists as safe, and tensors are read with ``weights_only``.
+A tensor can be read a layer, or an expert, at a time, at whatever parallel layout it was saved.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import pickle
-import warnings
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-_TRACKER_FILE = "latest_checkpointed_iteration.txt"
-_FORMAT_FILE = "metadata.json"
-_INDEX_FILE = ".metadata"
-_LEGACY_COMMON_FILE = "common.pt"
-_COMMON_KEY = "common_state/shard_0_1"
-_INCOMPLETE = (
-    "the save was interrupted or the copy is incomplete; copy it again or use an older one"
+from megatron_tst.checkpoint.torch_dist_index import (
+    INCOMPLETE,
+    INDEX_FILE,
+    load_safely,
+    read_index,
 )
 
-_INDEX_CLASSES = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-}
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The folder of one iteration: ``path`` itself, or the latest one saved under it.
-
-    Raises:
-        ValueError: neither, or a checkpoint in another format.
-    """
-    if not path.is_dir():
-        raise ValueError(f"--checkpoint {path} is not a folder.")
-    folder = path
-    tracker = path / _TRACKER_FILE
-    if tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8").strip()
-        folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
-    if not (folder / _FORMAT_FILE).is_file():
-        if list(folder.glob("*.distcp")):
-            raise ValueError(f"{folder} has no {_FORMAT_FILE}: {_INCOMPLETE}.")
-        raise ValueError(
-            f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
-            f"folder of --save, which has {_TRACKER_FILE}, of a run with --ckpt-format torch_dist."
-        )
-    found = json.loads((folder / _FORMAT_FILE).read_text(encoding="utf-8")).get("sharded_backend")
-    if found != "torch_dist":
-        raise ValueError(
-            f"{folder} is a {found} checkpoint: convert it with Megatron's --ckpt-convert-format "
-            "torch_dist first."
-        )
-    return folder
+_LEGACY_COMMON_FILE = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
 
 
 class TorchDistCheckpoint:
@@ -99,7 +49,10 @@ class TorchDistCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._metadata = _read_index(folder / _INDEX_FILE)
+        self._metadata = read_index(folder / INDEX_FILE)
+        self._reader = _IndexedReader(folder, self._metadata)
+        # By key and number of indices: the shards that overlap each index.
+        self._shards: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every tensor by key, optimizer state included."""
@@ -109,20 +62,78 @@ class TorchDistCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
 
-    def read_tensor(self, key: str) -> Tensor:
-        """One tensor, joined from all its shards, on the CPU in its stored dtype.
+    def dtype(self, key: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        return self._entry(key).properties.dtype
+
+    def check_complete(self, keys: Collection[str]) -> None:
+        """Checks, without reading any data, that all shards of some tensors are there.
+
+        Raises:
+            ValueError: naming a file that is missing or cut off, or a tensor that lacks a shard.
+        """
+        for key in keys:
+            # Rows that no shard covers would stay uninitialised.
+            entry = self._metadata.state_dict_metadata[key]
+            if isinstance(entry, TensorStorageMetadata) and (
+                sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size)
+            ):
+                raise ValueError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
+        sizes: dict[str, int | None] = {}
+        for index, stored in self._metadata.storage_data.items():
+            if index.fqn not in keys:
+                continue
+            path = self.folder / stored.relative_path
+            if stored.relative_path not in sizes:
+                sizes[stored.relative_path] = path.stat().st_size if path.is_file() else None
+            size = sizes[stored.relative_path]
+            if size is None or size < stored.offset + stored.length:
+                problem = "is missing" if size is None else f"ends after {size} bytes"
+                raise ValueError(f"{path} {problem}, and {index.fqn!r} lies in it: {INCOMPLETE}.")
+
+    def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """``tensor[index]``, joined from the shards that overlap it, on the CPU.
+
+        Memory: the result and the largest of these shards. Megatron saves every layer and every
+        expert as a shard of its own, or as several.
+
+        Args:
+            key: of the tensor.
+            index: into the leading dimensions, such as the layer; empty for the whole tensor.
+
+        Returns:
+            A contiguous tensor of the stored dtype.
 
         Raises:
             ValueError: a shard is missing or damaged.
         """
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        # Rows that no shard covers would stay uninitialised.
-        if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
-            raise ValueError(f"{self.folder}: shards of {key!r} are missing: {_INCOMPLETE}.")
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        self._load({key: tensor})
-        return tensor
+        size = self._entry(key).size[len(index) :]
+        zeros = (0,) * len(size)
+        return self.read_chunk(key, (*index, *zeros), size, len(index))
+
+    def read_chunk(
+        self, key: str, offsets: Sequence[int], size: Sequence[int], indices: int = 0
+    ) -> Tensor:
+        """A box of a tensor, read like :meth:`read`.
+
+        Args:
+            key: of the tensor.
+            offsets: first position of the box in every dimension.
+            size: of the box, in the dimensions after the leading ``indices``.
+            indices: number of leading dimensions in which the box has size 1, and which the result
+                does not have.
+        """
+        entry = self._entry(key)
+        shards = self._overlapping(key, tuple(offsets[:indices]))
+        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size((*[1] * indices, *size)))
+        items = create_read_items_for_chunk_list(
+            key, TensorStorageMetadata(entry.properties, entry.size, shards), [box]
+        )
+        if sum(prod(item.lengths) for item in items) != prod(box.sizes):
+            raise ValueError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
+        target = torch.empty(box.sizes, dtype=entry.properties.dtype)
+        self._read(items, _Target(target))
+        return target.view(tuple(size))
 
     def read_common(self) -> dict[str, Any]:
         """What is not a tensor: training arguments (``args``), ``iteration``, ...
@@ -132,94 +143,66 @@ class TorchDistCheckpoint:
         """
         legacy = self.folder / _LEGACY_COMMON_FILE
         if legacy.is_file():
-            return dict(_load_safely(io.BytesIO(legacy.read_bytes()), legacy))
+            return dict(load_safely(io.BytesIO(legacy.read_bytes()), legacy))
         if _COMMON_KEY not in self._metadata.state_dict_metadata:
-            raise ValueError(f"{self.folder} has no training arguments: {_INCOMPLETE}.")
-        state: dict[str, Any] = {_COMMON_KEY: io.BytesIO()}
-        self._load(state)
+            raise ValueError(f"{self.folder} has no training arguments: {INCOMPLETE}.")
+        self.check_complete([_COMMON_KEY])
+        position = MetadataIndex(_COMMON_KEY)
+        zero = torch.Size([0])
+        item = ReadItem(LoadItemType.BYTE_IO, position, zero, position, zero, zero)
+        target = _Target(torch.empty(0))
+        self._read([item], target)
         # Every saved object is wrapped in the list of its shards.
-        return dict(_load_safely(state[_COMMON_KEY], self.folder)[0])
+        return dict(load_safely(target.data, self.folder)[0])
 
-    def _load(self, state: dict[str, Any]) -> None:
-        for key in state:
-            self._check_files(key)
-        reader = _IndexedReader(self.folder, self._metadata)
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry
+
+    def _overlapping(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """Shards of ``tensor[index]``: looking at all shards for every slice takes minutes."""
+        depth = len(index)
+        if (key, depth) not in self._shards:
+            by_index = defaultdict(list)
+            for shard in self._entry(key).chunks:
+                ends = map(sum, zip(shard.offsets[:depth], shard.sizes[:depth], strict=True))
+                for overlapped in product(*map(range, shard.offsets[:depth], ends)):
+                    by_index[overlapped].append(shard)
+            self._shards[key, depth] = dict(by_index)
+        return self._shards[key, depth].get(index, [])
+
+    def _read(self, items: list[ReadItem], target: _Target) -> None:
         try:
-            with warnings.catch_warnings():
-                # It warns that there is no process group, which is the point.
-                warnings.simplefilter("ignore", UserWarning)
-                load(state, storage_reader=reader, planner=_RawBytesPlanner(), no_dist=True)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
+            self._reader.read_data(LoadPlan(items), target).wait()
+        # Damaged data can fail in any way.
+        except Exception as error:
+            stored = self._metadata.storage_data
+            files = sorted({stored[item.storage_index].relative_path for item in items})
             raise ValueError(
-                f"{self.folder}: {', '.join(state)} cannot be read ({cause}): {_INCOMPLETE}."
+                f"{self.folder}: {items[0].dest_index.fqn!r} cannot be read from "
+                f"{', '.join(files)} ({error or type(error).__name__}): {INCOMPLETE}."
             ) from error
-
-    def _check_files(self, key: str) -> None:
-        for index, stored in self._metadata.storage_data.items():
-            if index.fqn != key:
-                continue
-            path = self.folder / stored.relative_path
-            size = path.stat().st_size if path.is_file() else None
-            if size is None or size < stored.offset + stored.length:
-                problem = "is missing" if size is None else f"ends after {size} bytes"
-                raise ValueError(f"{path} {problem}, and {key!r} lies in it: {_INCOMPLETE}.")
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index of tensors")
-
-
-def _read_index(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {_INCOMPLETE}.") from None
-    # A damaged pickle can fail in any way.
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read ({error}): {_INCOMPLETE}.") from error
-    if not isinstance(index, Metadata):
-        raise ValueError(f"{path} holds a {type(index).__name__} and no index: {_INCOMPLETE}.")
-    return index
 
 
 class _IndexedReader(FileSystemReader):
-    """Takes the index as read above; the base class would unpickle it freely."""
+    """Takes the index that was read safely; the base class would unpickle it freely."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
-        self._index = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
+        self.storage_data = metadata.storage_data
 
 
-class _RawBytesPlanner(DefaultLoadPlanner):
-    """Hands objects over as the bytes they are; the base class would unpickle them freely."""
+class _Target(DefaultLoadPlanner):
+    """Takes what is read: a tensor, or an object as the bytes it is, which are never unpickled."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tensor = tensor
+        self.data = io.BytesIO()
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = value
-
-
-def _load_safely(data: io.BytesIO, origin: Path) -> Any:
-    # Here, because importing Megatron takes seconds. It warns of GPU libraries not needed here.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.safe_globals import SAFE_GLOBALS
-
-    try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            return torch.load(data, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{origin}: the training arguments cannot be read ({error}): "
-            "they are damaged, or hold a class that Megatron does not list as safe."
-        ) from error
+        self.data = value

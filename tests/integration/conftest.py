@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmarks.synthetic_checkpoint import save_tokenizer
+from tests.llama_checkpoints import (
+    ITERATION,
+    PARALLEL_VARIANTS,
+    VARIANTS,
+    VOCABULARY,
+    rename_as_transformer_engine,
+)
 from tests.runs import Check, SmallRun, tokenize_standard_library
 from tests.zygote import Launcher
 
@@ -41,3 +50,21 @@ def check(launcher: Launcher, tmp_path: Path) -> Check:
         return found
 
     return messages
+
+
+@pytest.fixture(scope="session")
+def checkpoints(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ``--save`` for each variant of tests.llama_checkpoints, and its logits."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    main = "tests.llama_checkpoints:main"
+    launcher.run([str(root), *VARIANTS], root / "log.txt", main=main)
+    launcher.run([str(root), *PARALLEL_VARIANTS], root / "log2.txt", world_size=2, main=main)
+    renamed = shutil.copytree(root / "gqa-untied-moe-ep2", root / "transformer-engine")
+    rename_as_transformer_engine(renamed / f"iter_{ITERATION:07d}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of ``checkpoints``."""
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCABULARY)

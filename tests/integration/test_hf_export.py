@@ -12,42 +12,28 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.synthetic_checkpoint import save_tokenizer
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
-from tests.llama_checkpoints import ITERATION, PADDED_VOCABULARY, VARIANTS, VOCABULARY
+from tests.llama_checkpoints import (
+    ITERATION,
+    PADDED_VOCABULARY,
+    PARALLEL_VARIANTS,
+    VARIANTS,
+    VOCABULARY,
+)
 from tests.runs import SmallRun
 from tests.zygote import Launcher
 from tools.convert_megatron_to_hf import main
 
-TENSOR_PARALLEL = "gqa-untied-tp2"
-
-
-@pytest.fixture(scope="module")
-def checkpoints(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ``--save`` for each variant, with the logits that Megatron computed."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    main_of_ranks = "tests.llama_checkpoints:main"
-    launcher.run([str(root), *VARIANTS], root / "log.txt", main=main_of_ranks)
-    launcher.run([str(root), TENSOR_PARALLEL], root / "log2.txt", world_size=2, main=main_of_ranks)
-    return root
-
-
-def save_tokenizer(folder: Path, size: int) -> Path:
-    vocabulary = {"<s>": 0, "</s>": 1} | {f"t{i}": i for i in range(2, size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t2"))
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="t2"
-    )
-    fast.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+ARCHITECTURES = {
+    **dict.fromkeys([*VARIANTS, *PARALLEL_VARIANTS], "LlamaForCausalLM"),
+    "gqa-untied-qknorm": "Qwen3ForCausalLM",
+    **{name: "Qwen3MoeForCausalLM" for name in (*VARIANTS, *PARALLEL_VARIANTS) if "moe" in name},
+    "transformer-engine": "Qwen3MoeForCausalLM",
+}
 
 
 @pytest.fixture
@@ -56,7 +42,7 @@ def damaged(checkpoints: Path, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoints / "gqa-untied", tmp_path / "copy") / f"iter_{ITERATION:07d}"
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, TENSOR_PARALLEL])
+@pytest.mark.parametrize("variant", ARCHITECTURES)
 def test_logits_equal_megatrons(
     checkpoints: Path, tokenizer: Path, tmp_path: Path, variant: str
 ) -> None:
@@ -70,6 +56,7 @@ def test_logits_equal_megatrons(
     assert expected["logits"].abs().max() > 1
     assert logits.shape[-1] == VOCABULARY
     assert (logits - expected["logits"][..., :VOCABULARY]).abs().max() <= 1e-5
+    assert type(model).__name__ == ARCHITECTURES[variant]
 
 
 def test_the_folder_is_complete(checkpoints: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -135,24 +122,62 @@ def test_an_existing_folder_is_replaced_only_when_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_real_run_in_phase_1(launcher: Launcher, small_run: SmallRun, tmp_path: Path) -> None:
-    """A bf16 checkpoint with optimizer and random state, saved before the switch."""
-    run = small_run.with_(tst_bag_size=4, tst_steps=5, exit_interval=2)
+def test_a_real_run_in_both_phases(launcher: Launcher, small_run: SmallRun, tmp_path: Path) -> None:
+    """bf16 checkpoints with optimizer and random state: in phase 1, at the switch, at the end."""
+    run = small_run.with_(tst_bag_size=4, tst_steps=4, train_iters=6, save_interval=2)
     launcher.run(run.argv, run.log)
     tokenizer = Path(f"{run.corpus}-tokenizer")
-    result = export_to_huggingface(run.folder / "checkpoints", tokenizer, tmp_path / "hf")
-    assert result.iteration == 2
-    assert len(result.warnings) == 1
-    assert "the switch is at step 5" in result.warnings[0]
-    assert "bags of 4 tokens" in result.warnings[0]
-    weights = load_file(tmp_path / "hf" / "model.safetensors")
-    stored = run.checkpoint(2)
-    assert torch.equal(
-        weights["model.embed_tokens.weight"], stored["embedding.word_embeddings.weight"]
-    )
-    assert weights["model.norm.weight"].dtype == torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for step in (2, 4, 6):
+        folder = run.folder / "checkpoints" / f"iter_{step:07d}"
+        result = export_to_huggingface(folder, tokenizer, tmp_path / f"hf{step}")
+        assert result.iteration == step
+        if step < 6:
+            [warning] = result.warnings
+            assert f"from step {step}, in phase 1 (the switch is at step 4)" in warning
+            assert "bags of 4 tokens" in warning
+            assert "mixtures of a bag" in warning
+        else:
+            assert not result.warnings
+        weights = load_file(tmp_path / f"hf{step}" / "model.safetensors")
+        assert torch.equal(
+            weights["model.embed_tokens.weight"],
+            run.checkpoint(step)["embedding.word_embeddings.weight"],
+        )
+        assert weights["model.norm.weight"].dtype == torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf6")
     assert sum(p.numel() for p in model.parameters()) == result.parameters
+
+
+def test_a_disk_that_is_too_small(
+    checkpoints: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = checkpoints / "gqa-untied", tokenizer, tmp_path / "new" / "hf"
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"needs [\d,]+ bytes .* has 1,000 free") as error:
+        export_to_huggingface(*arguments)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    export_to_huggingface(*arguments)
+    # What it asked for is what it takes, but for two small files of settings.
+    needed = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    taken = sum(file.stat().st_size for file in arguments[2].iterdir())
+    assert needed <= taken < needed + 2000
+
+
+def test_unsupported_settings_are_refused(damaged: Path, tokenizer: Path, tmp_path: Path) -> None:
+    arguments = damaged, tokenizer, tmp_path / "hf"
+    with pytest.raises(ValueError, match="--max-shard-size 5 apples is no size"):
+        export_to_huggingface(*arguments, max_shard_size="5 apples")
+    common = TorchDistCheckpoint(damaged).read_common()
+    common["args"].moe_layer_freq, common["args"].num_experts = 2, 4
+    torch.save(common, damaged / "common.pt")
+    with pytest.raises(ValueError, match=r"--num-experts without --qk-layernorm, --moe-layer-freq"):
+        export_to_huggingface(*arguments)
+    assert not list(tmp_path.glob("*hf*"))
 
 
 def remove_shard(folder: Path) -> None:
@@ -199,13 +224,28 @@ def point_elsewhere(folder: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_gives_one_clear_error(
-    damaged: Path, tokenizer: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    damaged: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    message: str,
 ) -> None:
     damage(damaged)
     with pytest.raises(ValueError, match=message) as error:
-        export_to_huggingface(damaged.parent, tokenizer, tmp_path / "hf")
+        export_to_huggingface(damaged.parent, tokenizer, tmp_path / "new" / "hf")
     assert str(damaged.parent) in str(error.value)
-    assert not (tmp_path / "hf").exists()
+    # Noticed before anything was written, also what is missing in the files of weights.
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_damage_that_only_reading_finds(checkpoints: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """The first of two pipeline stages is intact and written by then."""
+    copy = shutil.copytree(checkpoints / "gqa-untied-pp2", tmp_path / "copy")
+    shard = max(copy.rglob("*.distcp"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ValueError, match=rf"'decoder.* cannot be read from .*{shard.name}"):
+        export_to_huggingface(copy, tokenizer, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
 class Attack:
@@ -248,14 +288,21 @@ def test_another_tokenizer_is_noticed(checkpoints: Path, tmp_path: Path, size: i
 
 
 def test_the_command(
-    checkpoints: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(checkpoint: Path) -> int:
+    def run(checkpoint: Path, *options: str) -> int:
         folders = {"checkpoint": checkpoint, "tokenizer": tokenizer, "output": tmp_path / "hf"}
         paths = [f"--{name}={folder}" for name, folder in folders.items()]
-        return main([*paths, "--dtype", "bfloat16"])
+        return main([*paths, "--dtype", "bfloat16", *options])
 
     assert run(checkpoints / "mha-tied" / f"iter_{ITERATION:07d}") == 0
-    assert "vocabulary 250 of 256 rows" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "vocabulary 250 of 256 rows" in printed.out
+    assert "Exporting" not in printed.err
+    assert run(checkpoints / "gqa-tied", "--overwrite", "--progress") == 0
+    assert "Exporting" in capsys.readouterr().err
     assert run(checkpoints / "none") == 2
     assert capsys.readouterr().err.startswith("error: ")

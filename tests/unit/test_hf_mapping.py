@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
-    LlamaShape,
+    KeyLayout,
+    MegatronSlice,
     check_stored_shapes,
-    llama_config,
-    llama_shape,
-    to_llama,
+    find_layout,
+    stored_shapes,
+    weight_slices,
 )
+from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
 
-GQA = LlamaShape(
+GQA = ModelShape(
     layers=2,
     hidden=12,
     ffn=20,
@@ -29,7 +35,24 @@ GQA = LlamaShape(
     padded_vocabulary=16,
     tied=False,
 )
-SHAPES = [GQA, replace(GQA, kv_heads=6), replace(GQA, tied=True), replace(GQA, kv_heads=1)]
+MOE = replace(GQA, qk_norm=True, experts=3, ffn=8)
+SHAPES = {
+    "GQA": GQA,
+    "MHA": replace(GQA, kv_heads=6),
+    "MQA": replace(GQA, kv_heads=1),
+    "tied": replace(GQA, tied=True),
+    "QK-norm": replace(GQA, qk_norm=True),
+    "experts": MOE,
+    "tied experts": replace(MOE, tied=True),
+}
+LAYOUTS = {
+    "stacked": KeyLayout(),
+    "Transformer Engine": KeyLayout(fused_norm=False),
+    "numbered": KeyLayout(stacked=False),
+    "hybrid": KeyLayout(hybrid=True, stacked=False, fused_norm=False),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 
 
 def arguments(**changes: Any) -> Namespace:
@@ -56,39 +79,125 @@ def arguments(**changes: Any) -> Namespace:
     return Namespace(**values | changes)
 
 
-def megatron_weights(shape: LlamaShape) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        key: torch.randn(size, generator=generator) for key, size in shape.megatron_shapes().items()
+def expert_arguments(**changes: Any) -> Namespace:
+    """Megatron's arguments of a model with the shape ``MOE``."""
+    values = {
+        "num_experts": 3,
+        "moe_ffn_hidden_size": 8,
+        "moe_router_topk": 2,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_router_load_balancing_type": "aux_loss",
+        "qk_layernorm": True,
     }
+    return arguments(**values | changes)
 
 
-def exported(shape: LlamaShape, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: part for key, weight in weights.items() for name, part in to_llama(shape, key, weight)
-    }
+def random_slice(part: MegatronSlice) -> torch.Tensor:
+    return torch.randn(part.size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_names_and_shapes_are_those_of_transformers(shape: LlamaShape) -> None:
-    args = arguments(num_query_groups=shape.kv_heads)
-    config = LlamaConfig(**llama_config(shape, args, "float32", bos_id=None, eos_id=1))
+def find(shape: ModelShape, key: str) -> MegatronSlice:
+    """The first slice of a tensor."""
+    return next(part for part in weight_slices(shape, KeyLayout()) if part.key == key)
+
+
+@each_shape
+@each_layout
+def test_names_and_shapes_are_those_of_transformers(shape: ModelShape, layout: KeyLayout) -> None:
+    args = expert_arguments() if shape.experts else arguments()
+    config = huggingface_config(shape, args, "float32", bos_id=None, eos_id=1)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert type(model).__name__ == shape.architecture
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
-    found = exported(shape, megatron_weights(shape))
-    assert {name: tuple(weight.shape) for name, weight in found.items()} == expected
+    found: dict[str, tuple[int, ...]] = {}
+    for part in weight_slices(shape, layout):
+        assert not found.keys() & set(part.names)
+        found |= part.sizes()
+    # transformers holds the experts of a layer in one tensor and saves each of them.
+    for name in [name for name in expected if ".experts." in name]:
+        prefix, fused = name.rsplit(".", 1)
+        experts, rows, columns = expected.pop(name)
+        for expert in range(experts):
+            for kind in ("gate", "up") if fused == "gate_up_proj" else ("down",):
+                height = rows // 2 if kind != "down" else rows
+                expected[f"{prefix}.{expert}.{kind}_proj.weight"] = (height, columns)
+    assert found == expected
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_no_weight_is_lost_or_written_twice(shape: LlamaShape) -> None:
-    weights = megatron_weights(shape)
-    for key in weights.keys() & {"embedding.word_embeddings.weight", "output_layer.weight"}:
-        weights[key] = weights[key][: shape.vocabulary]
-    before = torch.cat([weight.flatten() for weight in weights.values()]).sort().values
-    parts = exported(shape, weights).values()
-    after = torch.cat([part.flatten() for part in parts]).sort().values
-    assert torch.equal(before, after)
+@each_shape
+def test_no_element_is_lost_or_used_twice(shape: ModelShape) -> None:
+    for part in weight_slices(shape, KeyLayout()):
+        weight = random_slice(part)
+        if weight.shape[0] == shape.padded_vocabulary:
+            weight[shape.vocabulary :] = 0
+        split = torch.cat([each.flatten() for each in part.split(weight).values()])
+        split = torch.cat([split, torch.zeros(weight.numel() - split.numel())])
+        assert torch.equal(split.sort().values, weight.flatten().sort().values)
+
+
+@given(
+    kv_heads=st.integers(1, 4),
+    queries=st.integers(1, 4),
+    head_dim=st.sampled_from([1, 2, 6]),
+    hidden=st.integers(1, 9),
+    ffn=st.integers(1, 9),
+    experts=st.integers(0, 3),
+    padding=st.integers(0, 5),
+    tied=st.booleans(),
+    qk_norm=st.booleans(),
+)
+def test_there_and_back_changes_no_bit(
+    kv_heads: int, queries: int, padding: int, experts: int, qk_norm: bool, **sizes: Any
+) -> None:
+    shape = ModelShape(
+        layers=2,
+        heads=kv_heads * queries,
+        kv_heads=kv_heads,
+        vocabulary=7,
+        padded_vocabulary=7 + padding,
+        experts=experts,
+        qk_norm=qk_norm,
+        **sizes,
+    )
+    for part in weight_slices(shape, KeyLayout()):
+        weight = random_slice(part).bfloat16()
+        if part.size[0] == shape.padded_vocabulary:
+            weight[shape.vocabulary :] = 0
+        split = part.split(weight)
+        assert torch.equal(part.join(list(split.values())), weight)
+        there = {name: torch.randn(each.shape).bfloat16() for name, each in split.items()}
+        back = part.split(part.join(list(there.values())))
+        assert all(torch.equal(back[name], there[name]) for name in there)
+
+
+@each_layout
+def test_slices_cover_the_stored_tensors(layout: KeyLayout) -> None:
+    slices = weight_slices(MOE, layout)
+    sizes = stored_shapes(slices)
+    covered = {key: torch.zeros(size) for key, size in sizes.items()}
+    for part in slices:
+        covered[part.key][part.index] += torch.ones(part.size)
+    assert all(bool((count == 1).all()) for count in covered.values())
+    assert find_layout(sizes.keys()) == layout
+
+
+def test_the_keys_of_a_hybrid_model() -> None:
+    sizes = stored_shapes(weight_slices(replace(MOE, layers=1), LAYOUTS["hybrid"]))
+    assert sizes == {
+        "embedding.word_embeddings.weight": (16, 12),
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (12,),
+        "decoder.layers.0.self_attention.linear_qkv.weight": (40, 12),
+        "decoder.layers.0.self_attention.linear_proj.weight": (12, 24),
+        "decoder.layers.0.self_attention.q_layernorm.weight": (4,),
+        "decoder.layers.0.self_attention.k_layernorm.weight": (4,),
+        "decoder.layers.1.pre_mlp_layernorm.weight": (12,),
+        "decoder.layers.1.mlp.router.weight": (3, 12),
+        "decoder.layers.1.mlp.experts.experts.linear_fc1.weight": (3, 16, 12),
+        "decoder.layers.1.mlp.experts.experts.linear_fc2.weight": (3, 12, 8),
+        "decoder.final_norm.weight": (12,),
+        "output_layer.weight": (16, 12),
+    }
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
@@ -100,33 +209,66 @@ def test_qkv_rows_go_to_their_heads(kv_heads: int) -> None:
     for group in range(kv_heads):
         marks = [100 + group * queries + q for q in range(queries)] + [200 + group, 300 + group]
         rows += [float(mark) for mark in marks for _ in range(shape.head_dim)]
-    weight = torch.tensor(rows)[None, :, None].expand(1, -1, shape.hidden)
-    key = "decoder.layers.self_attention.linear_qkv.weight"
-    found = dict(to_llama(shape, key, weight.contiguous()))
+    weight = torch.tensor(rows)[:, None].expand(-1, shape.hidden).contiguous()
+    found = find(shape, "decoder.layers.self_attention.linear_qkv.weight").split(weight)
     for name, first, heads in (("q", 100, shape.heads), ("k", 200, kv_heads), ("v", 300, kv_heads)):
         part = found[f"model.layers.0.self_attn.{name}_proj.weight"]
         expected = torch.arange(first, first + heads).repeat_interleave(shape.head_dim)
         assert torch.equal(part[:, 0], expected.float())
 
 
-def test_the_gate_comes_first() -> None:
-    weight = torch.arange(2 * GQA.ffn).float()[None, :, None].expand(1, -1, GQA.hidden)
-    found = dict(to_llama(GQA, "decoder.layers.mlp.linear_fc1.weight", weight))
-    assert found["model.layers.0.mlp.gate_proj.weight"][0, 0] == 0
-    assert found["model.layers.0.mlp.up_proj.weight"][0, 0] == GQA.ffn
+@pytest.mark.parametrize(
+    ("shape", "key", "name"),
+    [
+        (GQA, "decoder.layers.mlp.linear_fc1.weight", "mlp"),
+        (MOE, "decoder.layers.mlp.experts.experts.linear_fc1.weight", "mlp.experts.0"),
+    ],
+)
+def test_the_gate_comes_first(shape: ModelShape, key: str, name: str) -> None:
+    weight = torch.arange(2 * shape.ffn).float()[:, None].expand(-1, shape.hidden)
+    found = find(shape, key).split(weight)
+    assert found[f"model.layers.0.{name}.gate_proj.weight"][0, 0] == 0
+    assert found[f"model.layers.0.{name}.up_proj.weight"][0, 0] == shape.ffn
 
 
-def test_padded_rows_are_left_out() -> None:
-    weight = megatron_weights(GQA)["output_layer.weight"]
-    [(name, part)] = to_llama(GQA, "output_layer.weight", weight)
+def test_padded_rows_are_left_out_and_come_back_as_zeros() -> None:
+    part = find(GQA, "output_layer.weight")
+    weight = random_slice(part)
+    [(name, trimmed)] = part.split(weight).items()
     assert name == "lm_head.weight"
-    assert torch.equal(part, weight[: GQA.vocabulary])
+    assert torch.equal(trimmed, weight[: GQA.vocabulary])
+    padded = part.join([trimmed])
+    assert torch.equal(padded[: GQA.vocabulary], trimmed)
+    assert not padded[GQA.vocabulary :].any()
 
 
 def test_the_shape_is_read_from_the_arguments() -> None:
-    assert llama_shape(arguments(), vocabulary=10) == GQA
-    without_groups = llama_shape(arguments(group_query_attention=False, num_query_groups=1), 10)
-    assert without_groups.kv_heads == 6
+    assert shape_from_arguments(arguments(), vocabulary=10) == GQA
+    without_groups = arguments(group_query_attention=False, num_query_groups=1)
+    assert shape_from_arguments(without_groups, 10).kv_heads == 6
+    assert shape_from_arguments(expert_arguments(), 10) == MOE
+    # Megatron's default for the size of an expert.
+    assert shape_from_arguments(expert_arguments(moe_ffn_hidden_size=None), 10).ffn == 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [("*-*-", GQA), ("*-|*-", GQA), ("*E*E", MOE), ("*E|*E", MOE)],
+)
+def test_the_shape_of_a_hybrid_model(pattern: str, shape: ModelShape) -> None:
+    spec = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
+    args = expert_arguments if shape.experts else arguments
+    changes = {"hybrid_layer_pattern": pattern, "num_layers": 4, "spec": spec}
+    assert shape_from_arguments(args(**changes), 10) == shape
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["M-M*", "*-*E", "-*-*", "**--", "*-*", "*-*-/*-", "G-*-", "+-+-"],
+)
+def test_other_hybrid_models_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=f"--hybrid-layer-pattern {re.escape(pattern)} "):
+        shape_from_arguments(arguments(hybrid_layer_pattern=pattern), vocabulary=10)
 
 
 @pytest.mark.parametrize(
@@ -136,48 +278,97 @@ def test_the_shape_is_read_from_the_arguments() -> None:
         ("swiglu", False, "--swiglu"),
         ("add_bias_linear", True, "--disable-bias-linear"),
         ("add_qkv_bias", True, "--add-qkv-bias"),
-        ("num_experts", 8, "--num-experts"),
         ("multi_latent_attention", True, "--multi-latent-attention"),
         ("position_embedding_type", "learned_absolute", "--position-embedding-type"),
+        ("position_embedding_type", "none", "--position-embedding-type"),
         ("rotary_percent", 0.5, "--rotary-percent"),
         ("rotary_interleaved", True, "--rotary-interleaved"),
         ("use_rope_scaling", True, "--use-rope-scaling"),
         ("no_rope_freq", 4, "--no-rope-freq"),
-        ("qk_layernorm", True, "--qk-layernorm"),
         ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p"),
         ("softmax_type", "learnable", "--softmax-type"),
         ("window_size", (128, 0), "--window-size"),
         ("use_mup", True, "--use-mup"),
         ("mtp_num_layers", 1, "--mtp-num-layers"),
-        ("hybrid_layer_pattern", "M-M*", "--hybrid-layer-pattern"),
+        ("spec", ["my.layers", "spec"], "--spec"),
     ],
 )
-def test_what_llama_cannot_express_is_refused_by_name(
+def test_what_no_class_can_express_is_refused_by_name(
+    argument: str, value: object, named: str
+) -> None:
+    for args in (arguments, expert_arguments):
+        with pytest.raises(ValueError, match=named):
+            shape_from_arguments(args(**{argument: value}), vocabulary=10)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "named"),
+    [
+        ("qk_layernorm", False, "--num-experts without --qk-layernorm"),
+        ("moe_layer_freq", 2, "--moe-layer-freq"),
+        ("moe_layer_freq", [0, 1], "--moe-layer-freq"),
+        ("moe_shared_expert_intermediate_size", 64, "--moe-shared-expert-intermediate-size"),
+        ("moe_router_pre_softmax", True, "--moe-router-pre-softmax"),
+        ("moe_router_score_function", "sigmoid", "--moe-router-score-function"),
+        ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias"),
+        ("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor"),
+        ("moe_router_num_groups", 2, "--moe-router-num-groups"),
+        ("moe_router_load_balancing_type", "sinkhorn", "sinkhorn"),
+        ("moe_router_load_balancing_type", ["sinkhorn"], "sinkhorn"),
+        ("moe_expert_capacity_factor", 1.0, "--moe-expert-capacity-factor"),
+        ("moe_mlp_glu_interleave_size", 32, "--moe-mlp-glu-interleave-size"),
+    ],
+)
+def test_what_qwen3_moe_cannot_express_is_refused_by_name(
     argument: str, value: object, named: str
 ) -> None:
     with pytest.raises(ValueError, match=named):
-        llama_shape(arguments(**{argument: value}), vocabulary=10)
+        shape_from_arguments(expert_arguments(**{argument: value}), vocabulary=10)
+    # The same flag is without effect in a model that has no experts.
+    shape_from_arguments(arguments(**{argument: value}), vocabulary=10)
 
 
 def test_all_refusals_come_at_once() -> None:
-    with pytest.raises(ValueError, match=r"--num-experts, --qk-layernorm"):
-        llama_shape(arguments(num_experts=8, qk_layernorm=True), vocabulary=10)
+    args = expert_arguments(use_mup=True, moe_layer_freq=2, normalization="LayerNorm")
+    with pytest.raises(
+        ValueError, match="--normalization LayerNorm, --use-mup, --moe-layer-freq 2"
+    ):
+        shape_from_arguments(args, 10)
 
 
 def test_stored_tensors_must_be_those_of_the_model() -> None:
-    stored = GQA.megatron_shapes()
-    check_stored_shapes(GQA, {**stored, "optimizer.state.exp_avg.decoder.x": (1,)})
+    layout = KeyLayout()
+    stored = stored_shapes(weight_slices(GQA, layout))
+    check_stored_shapes(GQA, layout, {**stored, "optimizer.state.exp_avg.decoder.x": (1,)})
     bias = "decoder.layers.mlp.linear_fc1.bias"
     with pytest.raises(ValueError, match=f"has {bias}, which"):
-        check_stored_shapes(GQA, {**stored, bias: (2, 40)})
+        check_stored_shapes(GQA, layout, {**stored, bias: (2, 40)})
+    incomplete = {key: size for key, size in stored.items() if key != "output_layer.weight"}
     with pytest.raises(ValueError, match=r"has no output_layer\.weight"):
-        check_stored_shapes(GQA, {k: v for k, v in stored.items() if k != "output_layer.weight"})
+        check_stored_shapes(GQA, layout, incomplete)
     with pytest.raises(ValueError, match=r"shape \[13\] .* give \[12\]"):
-        check_stored_shapes(GQA, {**stored, "decoder.final_layernorm.weight": (13,)})
+        check_stored_shapes(GQA, layout, {**stored, "decoder.final_layernorm.weight": (13,)})
+
+
+@pytest.mark.parametrize("extra", ["pre_mlp_layernorm.weight", "mlp.experts.experts._extra_state"])
+def test_keys_of_both_kinds_of_modules_and_their_state(extra: str) -> None:
+    """The norm before the experts may be there under both names; states of modules are skipped."""
+    stored = stored_shapes(weight_slices(MOE, KeyLayout())) | {f"decoder.layers.{extra}": (2, 12)}
+    check_stored_shapes(MOE, find_layout(stored), stored)
 
 
 def test_rotary_base_is_written_for_old_and_new_readers() -> None:
-    config = llama_config(GQA, arguments(), "bfloat16", bos_id=0, eos_id=1)
+    config = huggingface_config(GQA, arguments(), "bfloat16", bos_id=0, eos_id=1)
     assert config["rope_theta"] == 500_000
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 500_000}
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def test_experts_are_described_for_old_and_new_readers() -> None:
+    config = huggingface_config(MOE, expert_arguments(), "bfloat16", bos_id=0, eos_id=1)
+    assert config["num_experts"] == config["num_local_experts"] == 3
+    assert config["num_experts_per_tok"] == 2
+    assert config["moe_intermediate_size"] == 8
+    # The default of transformers is False, with which the outputs are others.
+    assert config["norm_topk_prob"] is True
+    assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [])

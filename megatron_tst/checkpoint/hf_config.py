@@ -1,0 +1,84 @@
+"""The ``config.json`` of an exported model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_tst.checkpoint.hf_shapes import ModelShape
+
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+
+def huggingface_config(
+    shape: ModelShape, args: Namespace, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """The content of ``config.json``, for transformers 4 and 5.
+
+    Args:
+        shape: sizes of the model.
+        args: training arguments of the checkpoint.
+        dtype: of the weights, as torch names it.
+        bos_id: token at the beginning of a text, if there is one.
+        eos_id: token at the end of a text, if there is one.
+    """
+    theta = float(args.rotary_base)
+    config: dict[str, Any] = {
+        "architectures": [shape.architecture],
+        "model_type": _MODEL_TYPES[shape.architecture],
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": args.max_position_embeddings,
+        "rms_norm_eps": args.layernorm_epsilon,
+        # Releases before 5 read the plain value only.
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": theta,
+        "tie_word_embeddings": shape.tied,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": args.init_method_std,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "use_cache": True,
+        # Releases before 4.56 read the second name only.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if shape.architecture == "LlamaForCausalLM":
+        config["mlp_bias"] = False
+    else:
+        config["use_sliding_window"] = False
+    return config | (_expert_settings(shape, args) if shape.experts else {})
+
+
+def _expert_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
+    return {
+        # The inner size of layers without experts, of which there are none.
+        "intermediate_size": args.ffn_hidden_size,
+        "moe_intermediate_size": shape.ffn,
+        # Releases before 5 read the first name, later ones write the second.
+        "num_experts": shape.experts,
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": args.moe_router_topk,
+        # Megatron takes the softmax of the chosen logits, which adds up to one.
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "output_router_logits": False,
+        "router_aux_loss_coef": _first(args.moe_aux_loss_coeff),
+    }
+
+
+def _first(value: float | list[float]) -> float:
+    """Megatron takes one coefficient for each of its balancing losses."""
+    return float(value[0] if isinstance(value, list) else value)

@@ -1,0 +1,173 @@
+"""Sizes of the models that exist on both sides, and what only Megatron has."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Architecture = Literal["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model that Llama, Qwen3 or Qwen3-MoE describes.
+
+    Attributes:
+        layers: number of decoder layers, each of attention and an MLP or experts.
+        hidden: hidden size (h).
+        ffn: inner size of the MLP, or of one expert.
+        heads: query heads.
+        kv_heads: key and value heads; equal to ``heads`` without grouped queries.
+        head_dim: size of a head.
+        vocabulary: rows of the embedding that belong to tokens (V).
+        padded_vocabulary: rows that Megatron stores.
+        tied: whether the output layer is the embedding.
+        qk_norm: whether queries and keys are normalised, each head on its own.
+        experts: experts of a layer; 0 for a dense model.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    padded_vocabulary: int
+    tied: bool
+    qk_norm: bool = False
+    experts: int = 0
+
+    @property
+    def architecture(self) -> Architecture:
+        """The class of transformers that computes the same function."""
+        if self.experts:
+            return "Qwen3MoeForCausalLM"
+        return "Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"
+
+
+def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
+    """The sizes of the model that Megatron's arguments describe.
+
+    Args:
+        args: training arguments of the checkpoint.
+        vocabulary: size of the tokenizer.
+
+    Raises:
+        ValueError: the arguments describe a model that transformers has no class for, or the
+            tokenizer has more entries than the model has rows.
+    """
+    has_experts = _has_experts(args)
+    unsupported = list(_unsupported(args, has_experts))
+    if unsupported:
+        raise ValueError(
+            f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen3 nor "
+            "Qwen3-MoE has such a thing, so that it cannot be exported."
+        )
+    if vocabulary > args.padded_vocab_size:
+        raise ValueError(
+            f"--tokenizer has {vocabulary} entries but the checkpoint has {args.padded_vocab_size} "
+            "embedding rows: pass the tokenizer that the model was trained with."
+        )
+    pattern = _pattern(args)
+    ffn = args.ffn_hidden_size
+    if has_experts:
+        # Megatron's own default.
+        ffn = args.moe_ffn_hidden_size or ffn
+    return ModelShape(
+        layers=pattern.count("*") if pattern else args.num_layers,
+        hidden=args.hidden_size,
+        ffn=ffn,
+        heads=args.num_attention_heads,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocabulary=vocabulary,
+        padded_vocabulary=args.padded_vocab_size,
+        tied=not args.untie_embeddings_and_output_weights,
+        qk_norm=getattr(args, "qk_layernorm", False),
+        experts=args.num_experts if has_experts else 0,
+    )
+
+
+def _pattern(args: Namespace) -> str:
+    """Layers of a HybridModel without the marks between pipeline stages; empty for a GPTModel."""
+    return (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
+
+
+def _has_experts(args: Namespace) -> bool:
+    pattern = _pattern(args)
+    return "E" in pattern if pattern else bool(getattr(args, "num_experts", None))
+
+
+def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
+    """Flags, with their values, that no class of transformers has a setting for."""
+    rules = _SETTINGS + (_SETTINGS_OF_EXPERTS if has_experts else ())
+    for flag, name, *allowed in rules:
+        # A checkpoint of another release may lack an argument.
+        value = getattr(args, name, allowed[0])
+        if value not in allowed:
+            yield flag if isinstance(value, bool) else f"{flag} {value}"
+    pattern = _pattern(args)
+    if pattern not in {block * (len(pattern) // 2) for block in ("*-", "*E")}:
+        yield f"--hybrid-layer-pattern {args.hybrid_layer_pattern} (not *-*-... or *E*E...)"
+    spec = getattr(args, "spec", None)
+    # Stock launch scripts of HybridModel name Megatron's own specification.
+    own = ("megatron.core.models.hybrid.", "megatron.core.models.mamba.")
+    if spec is not None and not (pattern and spec[0].startswith(own)):
+        yield f"--spec {' '.join(spec)}"
+    balancing = getattr(args, "moe_router_load_balancing_type", "")
+    if has_experts and "sinkhorn" in balancing:
+        yield "--moe-router-load-balancing-type sinkhorn"
+
+
+# Flag as the message has it, name of the argument, values that can be expressed.
+_SETTINGS: tuple[tuple[Any, ...], ...] = (
+    ("--normalization", "normalization", "RMSNorm"),
+    ("an MLP without --swiglu", "swiglu", True),
+    ("biases (no --disable-bias-linear)", "add_bias_linear", False),
+    ("--add-qkv-bias", "add_qkv_bias", False),
+    ("--multi-latent-attention", "multi_latent_attention", False),
+    ("--position-embedding-type", "position_embedding_type", "rope"),
+    ("--rotary-percent", "rotary_percent", 1.0),
+    ("--rotary-interleaved", "rotary_interleaved", False),
+    ("--rotary-seq-len-interpolation-factor", "rotary_seq_len_interpolation_factor", None),
+    ("--use-rope-scaling", "use_rope_scaling", False),
+    ("--no-rope-freq", "no_rope_freq", None),
+    ("--qk-l2-norm", "qk_l2_norm", False),
+    ("--apply-layernorm-1p", "layernorm_zero_centered_gamma", False),
+    (
+        "--apply-residual-connection-post-layernorm",
+        "apply_residual_connection_post_layernorm",
+        False,
+    ),
+    ("--attention-output-gate", "attention_output_gate", False),
+    ("--softmax-type", "softmax_type", "vanilla"),
+    ("--softmax-scale", "softmax_scale", None),
+    ("--window-size", "window_size", None),
+    ("--experimental-attention-variant", "experimental_attention_variant", None),
+    ("--linear-attention-freq", "linear_attention_freq", None),
+    ("--activation-func-clamp-value", "activation_func_clamp_value", None),
+    ("--glu-linear-offset", "glu_linear_offset", 0.0),
+    ("--use-mup", "use_mup", False),
+    ("--mtp-num-layers", "mtp_num_layers", None, 0),
+    ("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None),
+)
+_SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
+    ("--num-experts without --qk-layernorm", "qk_layernorm", True),
+    ("--moe-layer-freq", "moe_layer_freq", 1),
+    ("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, 0),
+    ("--moe-router-pre-softmax", "moe_router_pre_softmax", False),
+    ("--moe-router-score-function", "moe_router_score_function", "softmax"),
+    ("--moe-router-enable-expert-bias", "moe_router_enable_expert_bias", False),
+    ("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor", None, 1.0),
+    ("--moe-router-num-groups", "moe_router_num_groups", None),
+    ("--moe-router-group-topk", "moe_router_group_topk", None),
+    ("--moe-router-force-load-balancing", "moe_router_force_load_balancing", False),
+    ("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None),
+    ("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
+    ("--moe-latent-size", "moe_latent_size", None),
+    # It changes the order of the rows of gate and up.
+    ("--moe-mlp-glu-interleave-size", "moe_mlp_glu_interleave_size", None),
+)

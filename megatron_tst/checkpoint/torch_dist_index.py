@@ -1,0 +1,130 @@
+"""Finds torch_dist checkpoints, and reads the pickles in them without running what they say.
+
+Three things in such a folder are pickles. None of them is unpickled freely: the index of the
+tensors may hold the classes of ``torch.distributed.checkpoint``, the training arguments may hold
+the classes that Megatron itself lists as safe, and tensors are read with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+INDEX_FILE = ".metadata"
+"""The index of the tensors, in the folder of an iteration."""
+INCOMPLETE = "the save was interrupted or the copy is incomplete; copy it again or use an older one"
+"""What a missing or damaged file means."""
+_TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_FORMAT_FILE = "metadata.json"
+
+_INDEX_CLASSES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder of one iteration: ``path`` itself, or the latest one saved under it.
+
+    Raises:
+        ValueError: neither, or a checkpoint in another format.
+    """
+    if not path.is_dir():
+        raise ValueError(f"--checkpoint {path} is not a folder.")
+    folder = path
+    tracker = path / _TRACKER_FILE
+    if tracker.is_file():
+        latest = tracker.read_text(encoding="utf-8").strip()
+        folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
+    if not (folder / _FORMAT_FILE).is_file():
+        if list(folder.glob("*.distcp")):
+            raise ValueError(f"{folder} has no {_FORMAT_FILE}: {INCOMPLETE}.")
+        raise ValueError(
+            f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
+            f"folder of --save, which has {_TRACKER_FILE}, of a run with --ckpt-format torch_dist."
+        )
+    found = json.loads((folder / _FORMAT_FILE).read_text(encoding="utf-8")).get("sharded_backend")
+    if found != "torch_dist":
+        raise ValueError(
+            f"{folder} is a {found} checkpoint: convert it with Megatron's --ckpt-convert-format "
+            "torch_dist first."
+        )
+    return folder
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _INDEX_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index of tensors")
+
+
+def read_index(path: Path) -> Metadata:
+    """The index of a checkpoint.
+
+    Raises:
+        ValueError: it is missing, damaged, or holds a class that is not allowed.
+    """
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {INCOMPLETE}.") from None
+    # A damaged pickle can fail in any way.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({error}): {INCOMPLETE}.") from error
+    if not isinstance(index, Metadata):
+        raise ValueError(f"{path} holds a {type(index).__name__} and no index: {INCOMPLETE}.")
+    return index
+
+
+def load_safely(data: io.BytesIO, origin: Path) -> Any:
+    """Unpickles what Megatron saved besides tensors.
+
+    Args:
+        data: as ``torch.save`` wrote it.
+        origin: named in errors.
+
+    Raises:
+        ValueError: it is damaged, or holds a class that Megatron does not list as safe.
+    """
+    # Here, because importing Megatron takes seconds. It warns of GPU libraries not needed here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.safe_globals import SAFE_GLOBALS
+
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(data, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{origin}: the training arguments cannot be read ({error}): "
+            "they are damaged, or hold a class that Megatron does not list as safe."
+        ) from error

@@ -1,0 +1,137 @@
+"""Exports with Megatron at hand: compares logits and measures memory, in one rank of a launcher.
+
+launcher.run([checkpoints, tokenizer, results], log, main="tests.hf_verification:main")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.measuring import peak_bytes
+from benchmarks.synthetic_checkpoint import write_checkpoint
+from megatron_tst.checkpoint import hf_verify
+from megatron_tst.checkpoint.hf_export import export_to_huggingface
+from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from tests.llama_checkpoints import VOCABULARY
+from tools import convert_megatron_to_hf
+
+VERIFIED = (
+    "mha-tied",
+    "gqa-untied-tp2",
+    "gqa-untied-moe-ep2",
+    "hybrid-gqa-untied-moe-pp2",
+    "transformer-engine",
+)
+SWAPS = {
+    "layers": [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)],
+    "experts": [f"model.layers.2.mlp.experts.{expert}.down_proj.weight" for expert in (3, 4)],
+    "gate and up": [f"model.layers.1.mlp.experts.0.{kind}_proj.weight" for kind in ("gate", "up")],
+    "norms": [f"model.layers.3.self_attn.{kind}_norm.weight" for kind in "qk"],
+    "keys and values": [f"model.layers.3.self_attn.{kind}_proj.weight" for kind in "kv"],
+}
+LARGE = ModelShape(
+    layers=40,
+    hidden=256,
+    ffn=1024,
+    heads=4,
+    kv_heads=4,
+    head_dim=64,
+    vocabulary=256,
+    padded_vocabulary=256,
+    tied=False,
+)
+"""Its gates and ups are 84 MB in fp32."""
+
+_GPU_RUN = """
+--num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --num-query-groups 2
+--group-query-attention --kv-channels 16 --qk-layernorm --use-mcore-models
+--transformer-impl transformer_engine --position-embedding-type rope --normalization RMSNorm
+--swiglu --disable-bias-linear --bf16 --seq-length 64 --max-position-embeddings 64
+--micro-batch-size 1 --tokenizer-type NullTokenizer --vocab-size 250
+--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2
+--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1
+--use-distributed-optimizer --overlap-grad-reduce --recompute-granularity selective
+--recompute-modules moe_act layernorm --tp-comm-overlap --fp8-format e4m3 --fp8-recipe mxfp8
+--fp8-param-gather --first-last-layers-bf16 --num-experts 8 --moe-ffn-hidden-size 32
+--moe-router-topk 3 --moe-router-dtype fp32 --moe-router-load-balancing-type global_aux_loss
+--moe-aux-loss-coeff 1e-3 --moe-grouped-gemm --moe-token-dispatcher-type flex
+--expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --moe-permute-fusion
+--moe-router-fusion --moe-router-padding-for-quantization --overlap-moe-expert-parallel-comm
+--cuda-graph-impl transformer_engine --te-rng-tracker
+"""
+
+
+def main() -> int:
+    """Writes what it found into a JSON file."""
+    checkpoints, tokenizer, results = (Path(argument) for argument in sys.argv[1:])
+    work = results.parent
+    found: dict[str, Any] = {"differences": {}}
+    for variant in VERIFIED:
+        output = work / variant
+        export_to_huggingface(checkpoints / variant, tokenizer, output)
+        difference = hf_verify.largest_logit_difference(checkpoints / variant, output)
+        found["differences"][variant] = difference
+    variant = "gqa-untied-moe-ep2"
+    found["swaps"] = {
+        name: _difference_after_swap(checkpoints / variant, work / variant, *names)
+        for name, names in SWAPS.items()
+    }
+    found["commands"] = [
+        _command(checkpoints / "gqa-untied", tokenizer, work / "command", *options)
+        for options in ((), ("--dtype=bfloat16",), ("--verify-tolerance=0",))
+    ]
+    found["gpu run"] = _parameters_of_a_gpu_run()
+    write_checkpoint(work / "large", LARGE, torch.float32)
+    found["peak bytes"] = peak_bytes(
+        lambda: export_to_huggingface(work / "large", tokenizer, work / "large-output")
+    )
+    results.write_text(json.dumps(found))
+    return 0
+
+
+def _difference_after_swap(checkpoint: Path, exported: Path, first: str, second: str) -> float:
+    file = exported / "model.safetensors"
+    weights = load_file(file)
+    intact = {name: weight.clone() for name, weight in weights.items()}
+    weights[first], weights[second] = weights[second], weights[first]
+    save_file(weights, file, metadata={"format": "pt"})
+    difference = hf_verify.largest_logit_difference(checkpoint, exported)
+    save_file(intact, file, metadata={"format": "pt"})
+    return difference
+
+
+def _command(checkpoint: Path, tokenizer: Path, output: Path, *options: str) -> tuple[int, str]:
+    """Exit code and output of the tool."""
+    paths = {"checkpoint": checkpoint, "tokenizer": tokenizer, "output": output}
+    arguments = [f"--{name}={path}" for name, path in paths.items()]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = convert_megatron_to_hf.main([*arguments, "--verify", "--overwrite", *options])
+    return code, printed.getvalue()
+
+
+def _parameters_of_a_gpu_run() -> int:
+    """Builds the model of a launch on 64 GPUs on this CPU."""
+    from megatron.training.arguments import parse_args
+
+    os.environ["WORLD_SIZE"] = "64"
+    sys.argv = ["train", *_GPU_RUN.split()]
+    args: Namespace = parse_args()
+    args.padded_vocab_size, args.params_dtype = VOCABULARY, torch.bfloat16
+    # As a checkpoint has it, after the checks of a training run.
+    args.num_query_groups, args.virtual_pipeline_model_parallel_size = 2, 2
+    args.add_qkv_bias = False
+    assert shape_from_arguments(args, VOCABULARY).experts == 8
+    with hf_verify._single_process():
+        model = hf_verify._build(args)
+    return sum(parameter.numel() for parameter in model.parameters())
