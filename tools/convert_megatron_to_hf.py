@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 
@@ -19,6 +20,7 @@ _TOLERANCE = 1e-3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if --verify finds a difference, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
     if options.verify:
         # Both models run on the CPU. Before anything looks for a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(
@@ -70,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"largest difference of two logits that passes (default: {_TOLERANCE})",
     )
     return parser
+
+
+def _terminate(signal_number: int, frame: object) -> NoReturn:
+    # As an exception, so that the unfinished folder is removed on the way out.
+    raise SystemExit(128 + signal_number)
 
 
 def _verify(checkpoint: Path, output: Path, tolerance: float) -> int:

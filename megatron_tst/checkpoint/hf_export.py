@@ -88,7 +88,9 @@ def export_to_huggingface(
         ValueError: naming what is missing, damaged, or cannot be expressed as such a model; or the
             disk is too small.
     """
-    _check_output(output, overwrite)
+    # Where a link points to is what is replaced.
+    output = output.resolve()
+    _check_output(output, overwrite, inputs=(checkpoint, tokenizer))
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
@@ -117,7 +119,7 @@ def export_to_huggingface(
     )
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if not output.exists():
         return
     if not overwrite:
@@ -127,23 +129,33 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f"--output {output} is no exported model (it has no config.json), so --overwrite does "
             "not remove it: name another folder."
         )
+    for path in inputs:
+        if output in path.resolve().parents:
+            raise ValueError(f"--output {output} holds {path}, which --overwrite would remove.")
 
 
 def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
-    """Size, beginning-of-sequence id and end-of-sequence id."""
+    """Embedding rows that it uses, beginning-of-sequence id and end-of-sequence id."""
     # Here, because the import takes seconds.
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise ValueError(f"--tokenizer {folder} is not a folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # Unless told not to, it asks on the terminal whether code in the folder may run.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    # transformers and tokenizers raise all kinds.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--tokenizer {folder} holds no Hugging Face tokenizer ({error}): "
+            f"--tokenizer {folder} holds no Hugging Face tokenizer ({reason}): "
             "pass the folder with its tokenizer.json and tokenizer_config.json."
         ) from error
-    return len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+    # Its length counts entries: with gaps between their ids, the last id is beyond it.
+    rows = max(len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values()))
+    return rows, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 def _plan_weights(

@@ -8,6 +8,7 @@ https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from torch import Tensor
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8
 _INDEX_FILE = "model.safetensors.index.json"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,12 @@ class SafetensorsWriter:
         for name, weight in weights.items():
             if weight.dtype not in _DTYPES:
                 raise ValueError(f"{name} is of {weight.dtype}: pass --dtype bfloat16 or float32.")
-        try:
-            split = split_state_dict_into_shards_factory(
-                dict(weights),
-                get_storage_size=lambda weight: weight.bytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"--max-shard-size {max_shard_size} is no size ({error}): pass one such as 5GB."
-            ) from error
+        split = split_state_dict_into_shards_factory(
+            dict(weights),
+            get_storage_size=lambda weight: weight.bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=_parse_size(max_shard_size),
+        )
         self._weights = weights
         self._file_of = split.tensor_to_filename
         self._headers: dict[str, bytes] = {}
@@ -135,3 +132,13 @@ class SafetensorsWriter:
         total = sum(weight.bytes for weight in self._weights.values())
         content = {"metadata": {"total_size": total}, "weight_map": self._file_of}
         return json.dumps(content, indent=2).encode() + b"\n"
+
+
+def _parse_size(text: str) -> int:
+    """Bytes, of a size such as "5GB"."""
+    # The library's own takes sizes of zero, of less, and without end.
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not size:
+        raise ValueError(f"--max-shard-size {text} is no size: pass one such as 500MB or 5GB.")
+    return size

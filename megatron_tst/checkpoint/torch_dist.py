@@ -6,6 +6,7 @@ A tensor can be read a layer, or an expert, at a time, at whatever parallel layo
 from __future__ import annotations
 
 import io
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from itertools import product
@@ -139,11 +140,12 @@ class TorchDistCheckpoint:
         """What is not a tensor: training arguments (``args``), ``iteration``, ...
 
         Raises:
-            ValueError: it is missing, damaged, or holds a class that is not allowed.
+            ValueError: it is missing, damaged, or holds a class that is not allowed, or there are
+                no training arguments in it.
         """
         legacy = self.folder / _LEGACY_COMMON_FILE
         if legacy.is_file():
-            return dict(load_safely(io.BytesIO(legacy.read_bytes()), legacy))
+            return _checked(load_safely(io.BytesIO(legacy.read_bytes()), legacy), legacy)
         if _COMMON_KEY not in self._metadata.state_dict_metadata:
             raise ValueError(f"{self.folder} has no training arguments: {INCOMPLETE}.")
         self.check_complete([_COMMON_KEY])
@@ -153,7 +155,8 @@ class TorchDistCheckpoint:
         target = _Target(torch.empty(0))
         self._read([item], target)
         # Every saved object is wrapped in the list of its shards.
-        return dict(load_safely(target.data, self.folder)[0])
+        [common] = load_safely(target.data, self.folder)
+        return _checked(common, self.folder)
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata[key]
@@ -183,6 +186,15 @@ class TorchDistCheckpoint:
                 f"{self.folder}: {items[0].dest_index.fqn!r} cannot be read from "
                 f"{', '.join(files)} ({error or type(error).__name__}): {INCOMPLETE}."
             ) from error
+
+
+def _checked(common: Any, origin: Path) -> dict[str, Any]:
+    """Other programs save in this format as well, and without Megatron's arguments."""
+    if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
+        raise ValueError(
+            f"{origin} holds no training arguments: pass a checkpoint that megatron.training saved."
+        )
+    return common
 
 
 class _IndexedReader(FileSystemReader):

@@ -60,7 +60,7 @@ def find_checkpoint(path: Path) -> Path:
     folder = path
     tracker = path / _TRACKER_FILE
     if tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8").strip()
+        latest = tracker.read_text(encoding="utf-8", errors="replace").strip()
         folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
     if not (folder / _FORMAT_FILE).is_file():
         if list(folder.glob("*.distcp")):
@@ -69,13 +69,23 @@ def find_checkpoint(path: Path) -> Path:
             f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
             f"folder of --save, which has {_TRACKER_FILE}, of a run with --ckpt-format torch_dist."
         )
-    found = json.loads((folder / _FORMAT_FILE).read_text(encoding="utf-8")).get("sharded_backend")
+    found = _read_format(folder / _FORMAT_FILE)
     if found != "torch_dist":
         raise ValueError(
             f"{folder} is a {found} checkpoint: convert it with Megatron's --ckpt-convert-format "
             "torch_dist first."
         )
     return folder
+
+
+def _read_format(path: Path) -> str:
+    try:
+        found: str = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} names no format of a checkpoint ({error}): {INCOMPLETE}."
+        ) from None
+    return found
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -123,8 +133,9 @@ def load_safely(data: io.BytesIO, origin: Path) -> Any:
     try:
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(data, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    # A damaged pickle can fail in any way.
+    except Exception as error:
         raise ValueError(
-            f"{origin}: the training arguments cannot be read ({error}): "
+            f"{origin}: the training arguments cannot be read ({error or type(error).__name__}): "
             "they are damaged, or hold a class that Megatron does not list as safe."
         ) from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
+import signal
+import time
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.synthetic_checkpoint import save_tokenizer
+from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from tests.hf_verification import LARGE
 from tests.llama_checkpoints import (
     ITERATION,
     PADDED_VOCABULARY,
@@ -122,6 +127,54 @@ def test_an_existing_folder_is_replaced_only_when_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def test_a_link_stays_and_its_folder_is_replaced(
+    checkpoints: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    for stale in (False, True):
+        export_to_huggingface(checkpoints / "gqa-untied", tokenizer, link, overwrite=stale)
+        assert link.is_symlink()
+        assert not (tmp_path / "real" / "stale.txt").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+        (tmp_path / "real" / "stale.txt").touch()
+
+
+def test_what_is_read_is_not_overwritten(damaged: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """A folder that was exported, and in which something else was put."""
+    output = damaged.parent
+    (output / "config.json").touch()
+    with pytest.raises(ValueError, match="which --overwrite would remove"):
+        export_to_huggingface(damaged, tokenizer, output, overwrite=True)
+    assert damaged.is_dir()
+    # The tokenizer of the folder itself is copied before.
+    own = shutil.copytree(tokenizer, tmp_path / "own")
+    (own / "config.json").write_text("{}")
+    export_to_huggingface(damaged, own, own, overwrite=True)
+    assert len(AutoTokenizer.from_pretrained(own)) == VOCABULARY
+
+
+def test_an_export_that_is_ended_leaves_nothing(
+    launcher: Launcher, tokenizer: Path, tmp_path: Path
+) -> None:
+    # Long enough to be met in the middle.
+    shape = replace(LARGE, layers=100, hidden=64, ffn=64)
+    write_checkpoint(tmp_path / "many", shape, torch.float32)
+    folder, main = tmp_path / "new", "tools.convert_megatron_to_hf:main"
+    paths = {"checkpoint": tmp_path / "many", "tokenizer": tokenizer, "output": folder / "hf"}
+    arguments = [f"--{name}={path}" for name, path in paths.items()]
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        run = launcher.start(arguments, tmp_path / "log.txt", main=main)
+        deadline = time.monotonic() + 60
+        while not (folder.is_dir() and list(folder.iterdir())):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        run.kill(signum=signum)
+        assert launcher.wait(run) == [128 + signum], run.text
+        assert not list(folder.iterdir())
+        assert "Traceback" not in run.text
+
+
 def test_a_real_run_in_both_phases(launcher: Launcher, small_run: SmallRun, tmp_path: Path) -> None:
     """bf16 checkpoints with optimizer and random state: in phase 1, at the switch, at the end."""
     run = small_run.with_(tst_bag_size=4, tst_steps=4, train_iters=6, save_interval=2)
@@ -170,8 +223,9 @@ def test_a_disk_that_is_too_small(
 
 def test_unsupported_settings_are_refused(damaged: Path, tokenizer: Path, tmp_path: Path) -> None:
     arguments = damaged, tokenizer, tmp_path / "hf"
-    with pytest.raises(ValueError, match="--max-shard-size 5 apples is no size"):
-        export_to_huggingface(*arguments, max_shard_size="5 apples")
+    for size in ("5 apples", "0GB", "-5GB", "infGB", "0", ""):
+        with pytest.raises(ValueError, match=f"--max-shard-size {size} is no size"):
+            export_to_huggingface(*arguments, max_shard_size=size)
     common = TorchDistCheckpoint(damaged).read_common()
     common["args"].moe_layer_freq, common["args"].num_experts = 2, 4
     torch.save(common, damaged / "common.pt")
@@ -207,6 +261,22 @@ def interrupt_save(folder: Path) -> None:
     (folder / "metadata.json").unlink()
 
 
+def scramble_format(folder: Path) -> None:
+    (folder / "metadata.json").write_text("[]")
+
+
+def save_text_as_arguments(folder: Path) -> None:
+    (folder / "common.pt").write_text("hello")
+
+
+def save_no_arguments(folder: Path) -> None:
+    torch.save({"iteration": 3}, folder / "common.pt")
+
+
+def scramble_tracker(folder: Path) -> None:
+    (folder.parent / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+
+
 def point_elsewhere(folder: Path) -> None:
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("99")
 
@@ -220,6 +290,10 @@ def point_elsewhere(folder: Path) -> None:
         (remove_index, r"\.metadata does not exist"),
         (truncate_index, r"\.metadata cannot be read"),
         (interrupt_save, "has no metadata.json"),
+        (scramble_format, r"metadata\.json names no format of a checkpoint"),
+        (save_text_as_arguments, r"common\.pt: the training arguments cannot be read"),
+        (save_no_arguments, r"common\.pt holds no training arguments"),
+        (scramble_tracker, "holds no torch_dist checkpoint"),
         (point_elsewhere, "holds no torch_dist checkpoint"),
     ],
 )
@@ -285,6 +359,45 @@ def test_another_tokenizer_is_noticed(checkpoints: Path, tmp_path: Path, size: i
             export_to_huggingface(*arguments)
     else:
         assert "check that --tokenizer" in export_to_huggingface(*arguments).warnings[0]
+
+
+def test_a_tokenizer_with_gaps_keeps_the_row_of_its_last_id(
+    checkpoints: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    gaps = shutil.copytree(tokenizer, tmp_path / "gaps")
+    definition = json.loads((gaps / "tokenizer.json").read_text())
+    definition["model"]["vocab"][f"t{VOCABULARY - 1}"] = PADDED_VOCABULARY - 3
+    (gaps / "tokenizer.json").write_text(json.dumps(definition))
+    assert len(AutoTokenizer.from_pretrained(gaps)) == VOCABULARY
+    result = export_to_huggingface(checkpoints / "gqa-untied", gaps, tmp_path / "hf")
+    assert result.shape.vocabulary == PADDED_VOCABULARY - 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
+    ],
+)
+def test_a_tokenizer_that_does_not_load(
+    checkpoints: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    content: str,
+) -> None:
+    """Code that comes with it is not run, and nobody is asked whether it may."""
+    broken = shutil.copytree(tokenizer, tmp_path / "broken")
+    (broken / file).write_text(content)
+    (broken / "own.py").write_text("raise SystemExit('this code was run')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ValueError, match=f"--tokenizer {broken} holds no Hugging Face tokenizer"):
+        export_to_huggingface(checkpoints / "gqa-untied", broken, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_the_command(
