@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=get_args(DtypeName), default="auto", help="default: as stored")
     add("--device", default="auto", help="default: the GPU where there is one")
     options = parser.parse_args(arguments)
-    prompt = sys.stdin.read() if options.prompt is None else options.prompt
     try:
+        prompt = _read_prompt() if options.prompt is None else options.prompt
         folder = check_model_folder(options.model)
         loaded = load_model(folder, options.dtype, device_of(options.device))
         text = generate(
@@ -42,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(text)
     return 0
+
+
+def _read_prompt() -> str:
+    try:
+        # The end of line that echo and editors add is none of the text.
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt on standard input is not text ({error}).") from error
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def export_to_huggingface(
         checkpoint: folder of an iteration, or a folder of ``--save`` (its latest iteration), saved
             at any parallel layout.
         tokenizer: folder of the Hugging Face tokenizer that the model was trained with. Embedding
-            rows beyond its size are Megatron's padding and are left out.
+            rows beyond its last id are Megatron's padding and are left out.
         output: folder to write; it appears whole or not at all.
         dtype: dtype of the weights; by default the stored one.
         overwrite: whether an existing ``output`` is replaced.

@@ -144,8 +144,11 @@ def bits_per_byte(
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    # It would warn of texts that are longer than the context, which is what windows are for.
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    # As in training, a text that spells a control token is text. And not verbose: it would warn of
+    # texts that are longer than the context, which is what windows are for.
+    tokens: list[int] = tokenizer.encode(
+        text, add_special_tokens=False, split_special_tokens=True, verbose=False
+    )
     return tokens
 
 

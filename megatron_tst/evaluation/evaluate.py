@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -102,11 +102,31 @@ def evaluate(config: EvaluationConfig) -> tuple[Results, Results | None]:
     if config.compare is not None and second is None:
         other = read_results(config.compare)
         check_comparable(settings, other, config.compare)
+    if documents is not None:
+        folders = [folder] if second is None else [folder, second]
+        _check_windows(config, folders, [] if other is None else [other["text"]["window"]])
     results = _evaluate_one(config, folder, settings, documents, tasks)
     if second is not None:
         other = _evaluate_one(config, second, settings, documents, tasks)
     write_results({**results, "compared_with": other}, config.output)
     return results, other
+
+
+def _check_windows(
+    config: EvaluationConfig, folders: Sequence[ModelFolder], others: Sequence[int]
+) -> None:
+    """What a token sees changes its bits: both models must see as much."""
+    known = [folder.context for folder in folders if folder.context is not None]
+    if config.window is None:
+        windows = {*known, *others}
+        if len(windows) > 1:
+            raise ValueError(
+                f"--compare {config.compare}: the models have contexts of "
+                f"{' and '.join(map(str, sorted(windows)))} tokens, which makes their bits per "
+                f"byte two measures: pass --window {min(windows)}, or less."
+            )
+    elif known and config.window > min(known):
+        raise ValueError(f"--window {config.window}: a model has a context of {min(known)} tokens.")
 
 
 def _settings(

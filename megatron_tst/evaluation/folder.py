@@ -39,6 +39,11 @@ class ModelFolder:
         return digest.hexdigest()
 
     @property
+    def context(self) -> int | None:
+        """Most tokens that the model was made for, if its config says so."""
+        return self.config.get("max_position_embeddings")
+
+    @property
     def revision(self) -> str | None:
         """Commit of a snapshot in the cache of the Hugging Face hub; None for other folders."""
         path = self.path.resolve()
@@ -54,8 +59,18 @@ class LoadedModel:
 
     @property
     def context(self) -> int:
-        """Most tokens that the model was made for, by its config.json."""
-        return int(self.model.config.max_position_embeddings)
+        """Most tokens that the model was made for, by its config.json.
+
+        Raises:
+            ValueError: it does not say.
+        """
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        if length is None:
+            raise ValueError(
+                f"{self.model.config.name_or_path} has no max_position_embeddings in config.json: "
+                "add the number of tokens that the model was made for."
+            )
+        return int(length)
 
 
 def check_model_folder(path: Path, flag: str = "--model") -> ModelFolder:
@@ -89,7 +104,11 @@ def check_model_folder(path: Path, flag: str = "--model") -> ModelFolder:
 
 def _weight_files(path: Path, named: str) -> list[str]:
     if (path / _INDEX).is_file():
-        return sorted(set(_read_json(path / _INDEX, named).get("weight_map", {}).values()))
+        try:
+            files = [str(name) for name in _read_json(path / _INDEX, named)["weight_map"].values()]
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"{path / _INDEX} lists no weights: copy the folder again.") from error
+        return sorted(set(files))
     if (path / "model.safetensors").is_file():
         return ["model.safetensors"]
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))

@@ -35,10 +35,13 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: use 1 or more.")
-    if temperature < 0:
-        raise ValueError(f"--temperature {temperature:g}: use 0 or more.")
+    # Less overflows, and more than a few is noise.
+    if temperature and not 0.01 <= temperature <= 100:
+        raise ValueError(f"--temperature {temperature:g}: use 0, or a number from 0.01 to 100.")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p {top_p:g}: use a number above 0, up to 1.")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: use a number from 0 to 2^63 - 1.")
     tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     length = tokens["input_ids"].shape[-1]
     if not length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ PUBLISHED_TASKS = (
 )
 """Those of the tables of arXiv 2605.06546."""
 
+# What can be a name in YAML, and what is one.
+_WORD = re.compile(rb"[^\s\"'\[\]{},:#]+")
+_TASK = re.compile(rb"^(?:task|group): *[\"']?([\w.-]+)", re.MULTILINE)
 # Where lm-eval keeps them: reading all its 14,000 task files takes a quarter of a minute.
 _FOLDERS = ("arc", "hellaswag", "mmlu", "openbookqa", "piqa", "super_glue", "winogrande")
 
@@ -54,6 +58,7 @@ def load_tasks(names: Sequence[str] | None, tasks_dir: Path | None = None) -> Ta
     manager = _manager(tasks_dir, names)
     if names is None:
         names = PUBLISHED_TASKS if tasks_dir is None else manager.all_subtasks
+    names = tuple(dict.fromkeys(names))
     built: list[Any] = []
     for name in names:
         try:
@@ -66,7 +71,7 @@ def load_tasks(names: Sequence[str] | None, tasks_dir: Path | None = None) -> Ta
         manager.load(built)
     except ValueError as error:
         raise ValueError(f"--tasks {' '.join(names)}: {error}. Name each task once.") from error
-    return Tasks(tuple(names), built, manager)
+    return Tasks(names, built, manager)
 
 
 def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
@@ -76,7 +81,8 @@ def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
         raise ValueError(
             f"lm-eval cannot be imported ({error}): pip install 'megatron-tst[eval]'."
         ) from error
-    folders = [Path(lm_eval.tasks.__file__).parent / folder for folder in _FOLDERS]
+    own = Path(lm_eval.tasks.__file__).parent
+    folders = [own / folder for folder in _FOLDERS]
     if tasks_dir is not None:
         if not tasks_dir.is_dir():
             raise ValueError(f"--tasks-dir {tasks_dir} is not a folder.")
@@ -87,15 +93,30 @@ def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
             return local
         folders.append(tasks_dir)
     manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
-    if _unknown(names or (), manager):
+    if unknown := _unknown(names or (), manager):
+        _check_mentioned(unknown, own, manager.all_tasks)
         manager = lm_eval.tasks.TaskManager(include_path=tasks_dir)
-    for name in _unknown(names or (), manager):
-        close = difflib.get_close_matches(name, manager.all_tasks)
+        _refuse(_unknown(unknown, manager), manager.all_tasks)
+    return manager
+
+
+def _check_mentioned(names: Sequence[str], folder: Path, known: Sequence[str]) -> None:
+    """Refuses names that stand in no file of lm-eval: in a second, as nothing is parsed."""
+    # Some files that others include have no ending.
+    files = (file for file in folder.rglob("*yaml*") if file.is_file())
+    text = b"\n".join(file.read_bytes() for file in files)
+    words = set(_WORD.findall(text))
+    tasks = [name.decode() for name in _TASK.findall(text)]
+    _refuse([name for name in names if name.encode() not in words], [*known, *tasks])
+
+
+def _refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
+    for name in unknown:
+        close = difflib.get_close_matches(name, known)
         raise ValueError(
             f"--tasks {name} is no task of lm-eval or --tasks-dir"
             + (f" (close: {', '.join(close)})." if close else ".")
         )
-    return manager
 
 
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:

@@ -26,13 +26,18 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {path} exists: choose another file, or pass --overwrite.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--output {path}: the folder {path.parent} does not exist.")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"--output {path}: nothing can be written into {path.parent}.")
 
 
 def write_results(results: Results, path: Path) -> None:
     """Writes JSON; the file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_results(path: Path, flag: str = "--compare") -> Results:
@@ -45,7 +50,11 @@ def read_results(path: Path, flag: str = "--compare") -> Results:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path} cannot be read as JSON ({error}).") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
+    if (
+        not isinstance(results, dict)
+        or results.get("format") != FORMAT
+        or not all(isinstance(results.get(part), dict) for part in ("model", "settings", "tasks"))
+    ):
         raise ValueError(f"{flag} {path} is no result of tools/evaluate.py of this version.")
     return results
 
@@ -61,7 +70,7 @@ def check_comparable(settings: Results, other: Results, path: Path) -> None:
         ValueError: naming the setting and both values.
     """
     for name in _COMPARED_SETTINGS:
-        ours, theirs = settings[name], other["settings"][name]
+        ours, theirs = settings[name], other["settings"].get(name)
         if ours != theirs:
             raise ValueError(
                 f"--compare {path} was made with {name} {theirs}, and this command has {ours}: "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import signal
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -71,6 +73,7 @@ def test_the_folder_is_complete(checkpoints: Path, tokenizer: Path, tmp_path: Pa
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 50_000
     assert config["rms_norm_eps"] == 1e-6
     assert config["vocab_size"] == VOCABULARY
+    assert config["max_position_embeddings"] == 24
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
     assert AutoConfig.from_pretrained(output).rope_parameters["rope_theta"] == 50_000
     assert len(AutoTokenizer.from_pretrained(output)) == VOCABULARY
@@ -154,25 +157,32 @@ def test_what_is_read_is_not_overwritten(damaged: Path, tokenizer: Path, tmp_pat
     assert len(AutoTokenizer.from_pretrained(own)) == VOCABULARY
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_export_that_is_ended_leaves_nothing(
-    launcher: Launcher, tokenizer: Path, tmp_path: Path
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: signal.Signals
 ) -> None:
-    # Long enough to be met in the middle.
-    shape = replace(LARGE, layers=100, hidden=64, ffn=64)
-    write_checkpoint(tmp_path / "many", shape, torch.float32)
-    folder, main = tmp_path / "new", "tools.convert_megatron_to_hf:main"
-    paths = {"checkpoint": tmp_path / "many", "tokenizer": tokenizer, "output": folder / "hf"}
-    arguments = [f"--{name}={path}" for name, path in paths.items()]
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        run = launcher.start(arguments, tmp_path / "log.txt", main=main)
-        deadline = time.monotonic() + 60
-        while not (folder.is_dir() and list(folder.iterdir())):
-            assert time.monotonic() < deadline
+    # Enough layers to be met in the middle.
+    write_checkpoint(tmp_path / "ck", replace(LARGE, layers=100, hidden=64, ffn=64))
+    folder = tmp_path / "new"
+
+    def end_this_process() -> None:
+        while not list(folder.glob("*")):
             time.sleep(0.001)
-        run.kill(signum=signum)
-        assert launcher.wait(run) == [128 + signum], run.text
-        assert not list(folder.iterdir())
-        assert "Traceback" not in run.text
+        os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=end_this_process, daemon=True).start()
+    paths = {"checkpoint": tmp_path / "ck", "tokenizer": tokenizer, "output": folder / "hf"}
+    arguments = [f"--{name}={path}" for name, path in paths.items()]
+    try:
+        code: object = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 128 + signum
+    assert ("interrupted: nothing" in capsys.readouterr().err) == (signum == signal.SIGINT)
+    assert not list(folder.iterdir())
 
 
 def test_a_real_run_in_both_phases(launcher: Launcher, small_run: SmallRun, tmp_path: Path) -> None:
@@ -257,6 +267,12 @@ def truncate_index(folder: Path) -> None:
     index.write_bytes(index.read_bytes()[:200])
 
 
+def forget_a_shard(folder: Path) -> None:
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    index.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop()
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
 def interrupt_save(folder: Path) -> None:
     (folder / "metadata.json").unlink()
 
@@ -289,6 +305,7 @@ def point_elsewhere(folder: Path) -> None:
         (scramble_shard, "cannot be read"),
         (remove_index, r"\.metadata does not exist"),
         (truncate_index, r"\.metadata cannot be read"),
+        (forget_a_shard, r"shards of 'decoder\.layers\.mlp\.linear_fc2\.weight' are missing"),
         (interrupt_save, "has no metadata.json"),
         (scramble_format, r"metadata\.json names no format of a checkpoint"),
         (save_text_as_arguments, r"common\.pt: the training arguments cannot be read"),

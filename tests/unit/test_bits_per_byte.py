@@ -94,6 +94,12 @@ def test_without_a_token_in_front_the_first_counts_as_any(loaded: LoadedModel) -
     assert found.bits == pytest.approx(8 - rest, rel=1e-6)
 
 
+def test_a_text_that_spells_a_control_token_is_text(loaded: LoadedModel) -> None:
+    end = loaded.tokenizer.eos_token
+    assert loaded.tokenizer.encode(end) == [loaded.tokenizer.eos_token_id]
+    assert bits_per_byte(loaded, [f"a {end} b"]).tokens == len(f"a {end} b")
+
+
 def test_windows_that_the_model_cannot_have(loaded: LoadedModel) -> None:
     for window, stride, message in (
         (CONTEXT + 1, None, f"--window 65: use 1 to {CONTEXT}"),

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
-from tests.tiny_llama import CONTEXT, CPU, log_probabilities, save_tiny_llama
+from tests.tiny_llama import CPU, log_probabilities, save_tiny_llama
 from tools import evaluate as evaluate_tool
 
 WORDS = ["red", "green", "dark blue", "yellow", "grey", "a bright white", "pink"]
@@ -113,7 +113,7 @@ def results(
     code = run(
         *("--model", model, "--compare", other_model, "--output", folder / "both.json"),
         *("--tasks-dir", tasks_dir, "--tasks", "all_colours", "shades"),
-        *("--text", folder / "text", "--batch-size", 3),
+        *("--text", folder / "text", "--batch-size", 3, "--window", 40, "--stride", 10),
     )
     assert code == 0
     found: dict[str, Any] = json.loads((folder / "both.json").read_text())
@@ -196,9 +196,9 @@ def test_the_table_compares_with_standard_errors(
 def test_results_hold_the_bits_of_the_text(results: dict[str, Any], model: Path) -> None:
     texts = list(read_documents(Path(results["settings"]["text"])).values())
     assert [len(text.encode()) for text in texts] == [5 * 30, 8]
-    expected = bits_per_byte(load_model(check_model_folder(model), "auto", CPU), texts)
+    expected = bits_per_byte(load_model(check_model_folder(model), "auto", CPU), texts, 40, 10)
     assert results["text"]["bits_per_byte"] == pytest.approx(expected.value, rel=1e-6)
-    assert results["text"]["window"] == CONTEXT
+    assert (results["text"]["window"], results["text"]["stride"]) == (40, 10)
     assert results["text"]["documents"] == 2
 
 
@@ -214,6 +214,14 @@ def test_commands_that_are_refused(
 
     monkeypatch.setattr("megatron_tst.evaluation.evaluate.load_model", load)
     (tmp_path / "there.json").write_text("{}")
+    (tmp_path / "half.json").write_text('{"format": 1, "settings": {}}')
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    for file in model.iterdir():
+        (longer / file.name).symlink_to(file)
+    config = json.loads((model / "config.json").read_text())
+    (longer / "config.json").unlink()
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
     (tmp_path / "no-tasks").mkdir()
@@ -234,7 +242,10 @@ def test_commands_that_are_refused(
         (("--text", text, "--batch-size", 0), "--batch-size 0: use 1 or more"),
         (("--text", text, "--device", "nonsense"), "--device nonsense cannot be used"),
         (("--text", text, "--compare", tmp_path / "there.json"), "there.json is no result of"),
+        (("--text", text, "--compare", tmp_path / "half.json"), "half.json is no result of"),
         (("--text", text, "--compare", tmp_path / "no-tasks"), "no-tasks has no config.json"),
+        (("--text", text, "--compare", longer), "contexts of 64 and 128 tokens, which makes"),
+        (("--text", text, "--window", 65), "--window 65: a model has a context of 64 tokens"),
         (("--tasks-dir", tmp_path / "nowhere"), "nowhere is not a folder"),
         (("--tasks-dir", tmp_path / "no-tasks"), "holds no task file"),
         (("--tasks-dir", gone), "--tasks gone: its data cannot be loaded"),

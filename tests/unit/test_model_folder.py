@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
 from megatron_tst.evaluation.generation import generate
@@ -40,9 +42,13 @@ def test_greedy_text_is_that_of_transformers(
     capsys.readouterr()
     assert generate_tool.main(["def f(", *options]) == 0
     assert capsys.readouterr().out == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("def f("))
+    # As echo ends a line.
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f(\n"))
     assert generate_tool.main(options) == 0
     assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    assert generate_tool.main(options) == 2
+    assert "the prompt on standard input is not text" in capsys.readouterr().err
 
 
 def test_sampled_text_depends_on_the_seed(loaded: LoadedModel) -> None:
@@ -59,7 +65,11 @@ def test_sampled_text_depends_on_the_seed(loaded: LoadedModel) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, r"--max-new-tokens 0: use 1 or more"),
-        ({"temperature": -1.0}, r"--temperature -1: use 0 or more"),
+        ({"temperature": -1.0}, r"--temperature -1: use 0, or a number from 0.01 to 100"),
+        ({"temperature": 1e-40}, r"--temperature 1e-40: use 0"),
+        ({"temperature": math.nan}, r"--temperature nan: use 0"),
+        ({"seed": -1}, r"--seed -1: use a number from 0"),
+        ({"seed": 2**70}, r"--seed \d+: use a number from 0"),
         ({"top_p": 0.0}, r"--top-p 0: use a number above 0"),
         ({"max_new_tokens": 60}, r"the prompt has 6 tokens .* made for 64: use 58 or fewer"),
         ({"prompt": ""}, r"the prompt is empty"),
@@ -88,6 +98,8 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     (sharded / "model-1.safetensors").touch()
+    unlisted = copy_without(model, tmp_path / "unlisted", "model.safetensors")
+    (unlisted / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
     broken = copy_without(model, tmp_path / "broken")
     (broken / "config.json").write_text("{")
     cases = [
@@ -96,6 +108,7 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
         (pickled, r"as pickles only \(pytorch_model.bin\), which can run any code"),
         (own_code, "brings code of its own"),
         (sharded, "model-2.safetensors is missing"),
+        (unlisted, "index.json lists no weights"),
         (broken, "config.json is not JSON"),
         (copy_without(model, tmp_path / "empty", "model.safetensors"), "has no weights"),
         (copy_without(model, tmp_path / "mute", "tokenizer.json"), "has no tokenizer"),
@@ -105,6 +118,12 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
             check_model_folder(folder)
         assert str(folder) in str(caught.value)
         assert generate_tool.main(["x", "--model", str(folder)]) == 2
+
+
+def test_a_model_is_loaded_in_the_dtype_asked_for(model: Path) -> None:
+    folder = check_model_folder(model)
+    assert load_model(folder, "bfloat16", CPU).model.dtype == torch.bfloat16
+    assert load_model(folder, "auto", CPU).model.dtype == torch.float32
 
 
 def test_folders_that_do_not_load(model: Path, tmp_path: Path) -> None:
@@ -123,3 +142,13 @@ def test_folders_that_do_not_load(model: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_model(check_model_folder(folder), "auto", CPU)
+
+
+def test_a_model_that_does_not_say_its_context(model: Path, tmp_path: Path) -> None:
+    """As those without position embeddings, which know no longest text."""
+    config = BloomConfig(vocab_size=256, hidden_size=32, n_layer=1, n_head=2)
+    folder = copy_without(model, tmp_path / "bloom", "model.safetensors")
+    BloomForCausalLM(config).save_pretrained(folder)
+    loaded = load_model(check_model_folder(folder), "auto", CPU)
+    with pytest.raises(ValueError, match=r"bloom has no max_position_embeddings in config.json"):
+        generate(loaded, "def f(")
