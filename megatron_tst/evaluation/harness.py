@@ -102,8 +102,9 @@ def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
 
 def _check_mentioned(names: Sequence[str], folder: Path, known: Sequence[str]) -> None:
     """Refuses names that stand in no file of lm-eval: in a second, as nothing is parsed."""
-    # Some files that others include have no ending.
-    files = (file for file in folder.rglob("*yaml*") if file.is_file())
+    # Files that others include have any ending, or none.
+    others = (".py", ".pyc", ".md")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix not in others)
     text = b"\n".join(file.read_bytes() for file in files)
     words = set(_WORD.findall(text))
     tasks = [name.decode() for name in _TASK.findall(text)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
@@ -74,6 +75,22 @@ def test_bits_per_byte_do_not_depend_on_batches_or_on_windows_that_hold_the_text
         found = bits_per_byte(loaded, [short], window, stride)
         assert found.bits == pytest.approx(bits_per_byte(loaded, [short]).bits, rel=1e-6)
         assert found.stderr is None
+
+
+def test_the_token_that_a_tokenizer_puts_in_front_comes_first(model: Path) -> None:
+    loaded = load_model(check_model_folder(model), "auto", CPU)
+    begin = 5
+    token = loaded.tokenizer.convert_ids_to_tokens(begin)
+    loaded.tokenizer.bos_token = token
+    loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, begin)]
+    )
+    tokens = loaded.tokenizer.encode("abc")
+    assert tokens[0] == begin
+    found = bits_per_byte(loaded, ["abc"])
+    assert found.tokens == 3
+    expected = -sum(log_probabilities(loaded, tokens)) / math.log(2)
+    assert found.bits == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_a_token_in_front_the_first_counts_as_any(loaded: LoadedModel) -> None:
