@@ -57,6 +57,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
+    from megatron_tst.cpu.platform import restart_with_allocator_settings
+
+    # As in training on the CPU platform.
+    restart_with_allocator_settings()
     from benchmarks.measuring import peak_bytes, seconds_by_turns, write_json
 
     torch.set_num_threads(1)

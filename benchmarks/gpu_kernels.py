@@ -1,24 +1,20 @@
-"""Time the Triton kernels on a GPU against plain PyTorch and the host's own loss.
+"""The tables of benchmarks/roofline.py with a measured column, on a GPU.
 
-    python benchmarks/gpu_kernels.py [--vocabularies 32768 128256] [--json gpu_kernels.json]
+    python benchmarks/gpu_kernels.py [--models 270M 3B] [--positions 8192] [--json gpu_kernels.json]
 
-Forward and backward in bf16. GB/s counts the bytes that a contestant has to move at least, not
-those that it moves: logits read twice and their gradient written once; s rows and one result a bag,
-then s gradient rows a bag and every row of the weight's gradient. "loop" is s calls of torch's
-cross_entropy, each with its backward; "host" is Megatron's vocab_parallel_cross_entropy (s = 1);
-"torch" is this project's implementation without Triton; "gather" averages a [n, s, h] tensor.
-A contestant that does not fit into memory takes for ever (inf).
+Forward and backward in bf16 of the loss, the embedding and the output layer with its loss, at the
+shapes of the paper's models. "torch" is this project's implementation without Triton; the other
+names are those of the designs in benchmarks/roofline.py, whose least bytes and times stand beside
+what was measured. A contestant that does not fit into memory takes for ever (inf).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,32 +22,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import write_json
+from benchmarks.roofline import GPUS, MODELS, Cost, Model, embedding_costs, head_costs, loss_costs
 from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
 
 Contestant = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median time of one contestant, and the rate at which it did the unavoidable."""
+    """Median time of one contestant, its peak memory beside its inputs, and the paper figures."""
 
+    model: str
     operation: str
-    contestant: str
-    vocabulary: int
     bag_size: int
+    contestant: str
     milliseconds: float
-    gigabytes_per_second: float
     peak_megabytes: float
+    cost: Cost | None
 
 
-def loss_contestants(n: int, v: int, s: int) -> Iterator[tuple[str, Contestant]]:
+def loss_contestants(n: int, v: int, s: int, device: str) -> Iterator[tuple[str, Contestant]]:
     from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
 
-    logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
-    targets = torch.randint(0, v, (n, s), device="cuda")
-    shares = torch.full((n, s), 1 / s, device="cuda")
-    grad = torch.full((n,), 1 / n, device="cuda")
+    logits = torch.randn(n, v, device=device, dtype=torch.bfloat16)
+    targets = torch.randint(0, v, (n, s), device=device)
+    shares = torch.full((n, s), 1 / s, device=device)
+    grad = torch.full((n,), 1 / n, device=device)
     leaf = logits.requires_grad_()
 
     def triton(out: Tensor | None) -> None:
@@ -59,13 +60,13 @@ def loss_contestants(n: int, v: int, s: int) -> Iterator[tuple[str, Contestant]]
         shard_gradient(logits.detach(), targets, shares, maximum + sums.log(), grad, out=out)
 
     def torch_path() -> None:
-        torch.autograd.grad(multi_hot_cross_entropy(leaf, targets), leaf, grad)
+        loss = multi_hot_cross_entropy(leaf, targets, implementation="torch")
+        torch.autograd.grad(loss, leaf, grad)
 
     def loop() -> None:
-        total = torch.zeros_like(logits, requires_grad=False)
-        for column in targets.unbind(-1):
-            loss = F.cross_entropy(leaf.float(), column, reduction="none") / s
-            total += torch.autograd.grad(loss, leaf, grad)[0]
+        wide = leaf.float()
+        losses = [F.cross_entropy(wide, column, reduction="none") for column in targets.unbind(-1)]
+        torch.autograd.grad(sum(losses, start=torch.zeros_like(grad)) / s, leaf, grad)
 
     def host() -> None:
         from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -74,39 +75,73 @@ def loss_contestants(n: int, v: int, s: int) -> Iterator[tuple[str, Contestant]]
         loss = vocab_parallel_cross_entropy(leaf, targets.squeeze(-1), tp_group=group)
         torch.autograd.grad(loss, leaf, grad)
 
-    yield "triton", lambda: triton(None)
+    yield "Triton", lambda: triton(None)
     yield "torch", torch_path
-    yield "loop", loop
+    yield "loop of s cross-entropies", loop
     if s == 1:
-        yield "host", host
+        yield "Megatron, vocabulary-parallel", host
     # Last, because it leaves gradients where the logits were.
-    yield "triton in place", lambda: triton(logits.detach())
+    yield "Triton, in place", lambda: triton(logits.detach())
 
 
-def embedding_contestants(n: int, v: int, s: int, h: int) -> Iterator[tuple[str, Contestant]]:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean, bag_mean_backward
-
-    weight = torch.randn(v, h, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+def embedding_contestants(
+    n: int, v: int, s: int, h: int, device: str
+) -> Iterator[tuple[str, Contestant]]:
+    weight = torch.randn(v, h, device=device, dtype=torch.bfloat16, requires_grad=True)
     # As in text, a few tokens are frequent.
-    frequency = 1 / torch.arange(1, v + 1, device="cuda", dtype=torch.float64)
-    bags = torch.multinomial(frequency, n * s, replacement=True).view(n, s)
-    grad = torch.randn(n, h, device="cuda", dtype=torch.bfloat16)
+    frequency = 1 / torch.arange(1, v + 1, device=device, dtype=torch.float64)
+    bags = torch.multinomial(frequency, n * s, replacement=True).view(1, n, s)
+    grad = torch.randn(1, n, h, device=device, dtype=torch.bfloat16)
 
-    def triton() -> None:
-        bag_mean(weight.detach(), bags)
-        bag_mean_backward(grad, bags, None, None, v)
+    def train(embed: Callable[[], Tensor]) -> Contestant:
+        return lambda: torch.autograd.grad(embed(), weight, grad)
 
-    def torch_path() -> None:
-        mean = bag_embedding(weight, bags.unsqueeze(0))
-        torch.autograd.grad(mean, weight, grad.unsqueeze(0))
+    def look_ups() -> Tensor:
+        total = F.embedding(bags[..., 0], weight)
+        for offset in range(1, s):
+            total = total + F.embedding(bags[..., offset], weight)
+        return total / s
 
-    def gather() -> None:
-        mean = F.embedding(bags, weight).float().mean(1).to(weight.dtype)
-        torch.autograd.grad(mean, weight, grad)
+    yield "Triton", train(lambda: bag_embedding(weight, bags, implementation="triton"))
+    yield "torch", train(lambda: bag_embedding(weight, bags, implementation="torch"))
+    yield (
+        "gather [n, s, h] and average",
+        train(lambda: F.embedding(bags, weight).float().mean(-2).to(weight.dtype)),
+    )
+    yield "s look-ups, s - 1 additions", train(look_ups)
 
-    yield "triton", triton
-    yield "torch", torch_path
-    yield "gather", gather
+
+def head_contestants(
+    n: int, v: int, h: int, s: int, device: str
+) -> Iterator[tuple[str, Contestant]]:
+    hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, h, device=device).div_(h**0.5).bfloat16().requires_grad_()
+    targets = torch.randint(0, v, (n, s), device=device)
+    grad = torch.full((n,), 1 / n, device=device)
+
+    def dense() -> None:
+        loss = multi_hot_cross_entropy(
+            hidden @ weight.t(), targets, reuse_logits=True, implementation="triton"
+        )
+        torch.autograd.grad(loss, (hidden, weight), grad)
+
+    def linear() -> None:
+        loss = linear_multi_hot_cross_entropy(hidden, weight, targets, implementation="triton")
+        torch.autograd.grad(loss, (hidden, weight), grad)
+
+    yield "dense, Triton in place", dense
+    yield "--tst-loss-impl linear", linear
+
+
+def operations(
+    model: Model, n: int, device: str
+) -> Iterator[tuple[str, int, Iterator[tuple[str, Contestant]], Mapping[str, Cost]]]:
+    """Operation, bag size, contestants and paper figures of one model."""
+    v, h, s = model.vocabulary, model.hidden, model.bag_size
+    for bag in (s, 1):
+        yield "loss", bag, loss_contestants(n, v, bag, device), loss_costs(n, v, bag)
+    yield "embedding", s, embedding_contestants(n, v, s, h, device), embedding_costs(n, v, s, h)
+    yield "output layer and loss", s, head_contestants(n, v, h, s, device), head_costs(n, v, h, s)
 
 
 def time_contestant(contestant: Contestant, repetitions: int) -> tuple[float, float]:
@@ -127,38 +162,32 @@ def time_contestant(contestant: Contestant, repetitions: int) -> tuple[float, fl
     return statistics.median(elapsed), (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[Timing]:
-    n, h = arguments.positions, arguments.hidden
-    for v in arguments.vocabularies:
-        for s in arguments.bag_sizes:
-            cases = (
-                ("cross-entropy", loss_contestants(n, v, s), 6 * n * v),
-                ("bag embedding", embedding_contestants(n, v, s, h), 2 * h * (2 * n * s + n + v)),
-            )
-            for operation, contestants, moved in cases:
-                for name, contestant in contestants:
-                    try:
-                        elapsed, peak = time_contestant(contestant, arguments.repetitions)
-                    except torch.OutOfMemoryError:
-                        torch.cuda.empty_cache()
-                        elapsed = peak = float("inf")
-                    yield Timing(operation, name, v, s, elapsed, moved / elapsed / 1e6, peak)
+def measure(name: str, arguments: argparse.Namespace) -> Iterator[Timing]:
+    for operation, s, contestants, costs in operations(MODELS[name], arguments.positions, "cuda"):
+        for contestant, step in contestants:
+            try:
+                elapsed, peak = time_contestant(step, arguments.repetitions)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                elapsed = peak = float("inf")
+            yield Timing(name, operation, s, contestant, elapsed, peak, costs.get(contestant))
 
 
 def print_timing(row: Timing) -> None:
+    cost = row.cost
+    paper = f"{cost.bytes_moved / 1e9:.2f}" if cost else ""
+    least = [f"{1e3 * cost.seconds(gpu):.2f}" if cost else "" for gpu in GPUS]
     print(
-        f"{row.operation:<14} {row.contestant:<16} {row.vocabulary:>7} {row.bag_size:>3} "
-        f"{row.milliseconds:>9.3f} {row.gigabytes_per_second:>8.0f} {row.peak_megabytes:>9.0f}",
+        f"| {row.model} | {row.operation} | {row.bag_size} | {row.contestant} | {paper} | "
+        f"{' | '.join(least)} | {row.milliseconds:.2f} | {row.peak_megabytes:.0f} |",
         flush=True,
     )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=8192)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32768, 128256], metavar="V")
-    parser.add_argument("--bag-sizes", type=int, nargs="+", default=[1, 4, 8, 16], metavar="S")
-    parser.add_argument("--hidden", type=int, default=4096, help="of the embedding")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--positions", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     return parser.parse_args(argv)
@@ -169,22 +198,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_kernels.py: needs a CUDA device; this machine shows none.", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name()}, {arguments.positions} positions, bf16")
-    print(f"{'operation':<14} {'contestant':<16} {'V':>7} {'s':>3}", end="")
-    print(f" {'ms':>9} {'GB/s':>8} {'peak MB':>9}")
+    print(f"{torch.cuda.get_device_name()}, {arguments.positions} positions, bf16\n")
+    print("| model | operation | s | design | GB moved |", end="")
+    print("".join(f" {gpu.name} at least, ms |" for gpu in GPUS) + " measured, ms | peak, MB |")
+    print("|---" * (7 + len(GPUS)) + "|")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         torch.distributed.init_process_group(
             "nccl", init_method=f"file://{directory}/store", rank=0, world_size=1
         )
-        for row in measure(arguments):
-            print_timing(row)
-            rows.append(asdict(row))
+        for name in arguments.models:
+            for row in measure(name, arguments):
+                print_timing(row)
+                rows.append(asdict(row))
         torch.distributed.destroy_process_group()
-    if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows, indent=2))
-        os.replace(temporary, arguments.json)
+    results = {"gpu": torch.cuda.get_device_name(), "positions": arguments.positions, "rows": rows}
+    write_json(arguments.json, results)
     return 0
 
 

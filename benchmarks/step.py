@@ -3,7 +3,8 @@
     python benchmarks/step.py [--models 127k 9M 270M-layer] [--rounds N] [--json FILE]
 
 Every contestant is a process of its own on the same core, and they take turns, a step each, so that
-all see the same machine. Ratios are those of the medians over all rounds.
+all see the same machine. A step begins with reading its batch from a tokenized text and ends with
+the updated weights; nobody logs. Ratios are those of the medians over all rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -209,12 +210,30 @@ def take_turns(who: str, model: Model) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokens = torch.randint(0, model.vocabulary, (model.batch, model.length + 1))
     step = plain_step(model) if who == "plain PyTorch" else transformers_step(model)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        step(tokens[:, :-1], tokens[:, 1:])
-        print(f"STEP {time.perf_counter() - started}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        batches = read_batches(model, Path(folder))
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            tokens = next(batches)
+            step(tokens[:, :-1], tokens[:, 1:])
+            print(f"STEP {time.perf_counter() - started}", flush=True)
+
+
+def read_batches(model: Model, folder: Path) -> Iterator[Any]:
+    """Windows [b, l + 1] at random places of the text that Megatron trains on, int64."""
+    import numpy
+    import torch
+
+    from tests.runs import tokenize_standard_library
+
+    # Megatron stores tokens of so small a vocabulary as uint16.
+    path = tokenize_standard_library(folder).with_suffix(".bin")
+    text = numpy.memmap(path, dtype=numpy.uint16, mode="r")
+    while True:
+        starts = torch.randint(len(text) - model.length, (model.batch,)).tolist()
+        windows = numpy.stack([text[start : start + model.length + 1] for start in starts])
+        yield torch.from_numpy(windows.astype(numpy.int64))
 
 
 def plain_step(model: Model) -> Callable[..., Any]:
@@ -302,6 +321,7 @@ def megatron_arguments(model: Model, settings: dict[str, Any], folder: Path) -> 
         eval_iters=0,
         save=None,
         load=None,
+        tensorboard_dir=None,
         tst_max_epochs="inf",
     )
     return run.with_(**{"tst_bag_size": model.bag_size, **settings}).argv

@@ -14,7 +14,6 @@ _DEFAULTS = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
     "bias_dropout_fusion": False,
     "create_attention_mask_in_dataloader": False,
     # The other one starts processes that know nothing of the CPU platform.

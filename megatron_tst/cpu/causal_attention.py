@@ -55,24 +55,38 @@ class CausalAttention(torch.autograd.Function):
         batch_and_heads = ctx.saved_tensors[0].shape[:2]
         query, key, value, grad = (x.flatten(0, 1) for x in (*ctx.saved_tensors, grad_context))
         grad_query = torch.empty_like(query)
-        sum_dtype = torch.promote_types(key.dtype, torch.float32)
-        grad_key = torch.zeros(key.shape, dtype=sum_dtype)
-        grad_value = torch.zeros(value.shape, dtype=sum_dtype)
         first_position = key.shape[1] - query.shape[1]
-        for start in range(0, query.shape[1], QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, query.shape[1])
-            rows, seen = slice(start, stop), slice(0, first_position + stop)
-            probabilities = _causal_probabilities(query[:, rows], key[:, seen], ctx.scale)
-            grad_value[:, seen] += probabilities.transpose(1, 2) @ grad[:, rows]
-            grad_probabilities = grad[:, rows] @ value[:, seen].transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(
-                grad_probabilities, probabilities, -1, query.dtype
-            ).mul_(ctx.scale)
-            grad_query[:, rows] = grad_scores @ key[:, seen]
-            grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, rows]
+        # The sums start with the last block, which sees every key.
+        last = max(query.shape[1] - 1, 0) // QUERY_BLOCK * QUERY_BLOCK
+        grad_query[:, last:], *sums = _block_gradients(
+            query[:, last:], key, value, grad[:, last:], ctx.scale
+        )
+        sum_dtype = torch.promote_types(key.dtype, torch.float32)
+        grad_key, grad_value = (part.to(sum_dtype) for part in sums)
+        for start in range(0, last, QUERY_BLOCK):
+            rows = slice(start, start + QUERY_BLOCK)
+            seen = slice(0, first_position + rows.stop)
+            grad_query[:, rows], to_key, to_value = _block_gradients(
+                query[:, rows], key[:, seen], value[:, seen], grad[:, rows], ctx.scale
+            )
+            grad_key[:, seen] += to_key
+            grad_value[:, seen] += to_value
         grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
         in_query, in_key, in_value = (g.unflatten(0, batch_and_heads) for g in grads)
         return in_query, in_key, in_value, None
+
+
+def _block_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values for queries at the last positions of the keys."""
+    probabilities = _causal_probabilities(query, key, scale)
+    grad_probabilities = grad @ value.transpose(1, 2)
+    grad_scores = torch._softmax_backward_data(
+        grad_probabilities, probabilities, -1, query.dtype
+    ).mul_(scale)
+    grad_key = grad_scores.transpose(1, 2) @ query
+    return grad_scores @ key, grad_key, probabilities.transpose(1, 2) @ grad
 
 
 def _causal_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -1,12 +1,14 @@
 """Collectives that gloo is slow at or does not have.
 
-Megatron reduces over data-, tensor- and pipeline-parallel groups of one process as well; on a GPU
-such a call costs microseconds, with gloo a tenth of a millisecond, some ten times a step. And it
-gathers the tokens of experts, of which each rank has another number; gloo wants equal numbers.
+Megatron also reduces over and broadcasts to groups of one process; on a GPU such a call costs
+microseconds, with gloo a tenth of a millisecond, some ten times a step. And it gathers the tokens
+of experts, of which each rank has another number; gloo wants equal numbers.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,22 +26,24 @@ class _Done:
 
 
 def install() -> None:
-    """Replaces ``all_reduce`` and ``all_gather`` of ``torch.distributed``."""
-    _skip_reductions_over_one()
+    """Replaces ``all_reduce``, ``broadcast`` and ``all_gather`` of ``torch.distributed``."""
+    dist.all_reduce = _without_groups_of_one(dist.all_reduce)
+    dist.broadcast = _without_groups_of_one(dist.broadcast)
     _gather_any_sizes()
 
 
-def _skip_reductions_over_one() -> None:
-    all_reduce = dist.all_reduce
+def _without_groups_of_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a collective that leaves its tensor as it is in a group of one process."""
 
-    def all_reduce_over_others(
-        tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
-    ) -> Any:
+    @functools.wraps(collective)
+    def wrapper(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = args[1] if len(args) > 1 else kwargs.get("group")
         if dist.is_initialized() and dist.get_world_size(group) == 1:
-            return _Done() if async_op else None
-        return all_reduce(tensor, op, group, async_op)
+            is_async = args[2] if len(args) > 2 else kwargs.get("async_op", False)
+            return _Done() if is_async else None
+        return collective(tensor, *args, **kwargs)
 
-    dist.all_reduce = all_reduce_over_others
+    return wrapper
 
 
 def _gather_any_sizes() -> None:

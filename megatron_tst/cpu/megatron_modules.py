@@ -49,7 +49,7 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import norm
+    from megatron_tst.cpu import norm, swiglu
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -59,6 +59,13 @@ def install() -> None:
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
+    mlp, shared_experts = (
+        "megatron.core.transformer.mlp",
+        "megatron.core.transformer.moe.shared_experts",
+    )
+    _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
+    _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
+    _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
     _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)

@@ -19,9 +19,8 @@ from megatron_tst.model.collectives import (
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
 
 _BAGS_AT_ONCE = 256
-# Above this many tokens for each row of the shard nearly all rows occur.
-_OCCURRENCES_PER_ROW = 4
-_ACCUMULATOR_ELEMENTS = 1 << 23
+# Sums of so many elements stay in a core's cache.
+_ELEMENTS_AT_ONCE = 1 << 17
 
 
 def bag_embedding(
@@ -190,12 +189,14 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 def _sum_rows(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
     """Sum of the rows of each bag, in the accumulation dtype: [v, h], [n, s] -> [n, h]."""
-    total = weight.new_zeros(len(bags), weight.shape[1], dtype=_accumulation_dtype(weight))
+    dtype = _accumulation_dtype(weight)
+    total = weight.new_empty(0)
     for offset in range(bags.shape[1]):
         rows = F.embedding(bags[:, offset], weight)
         if outside is not None:
             rows.masked_fill_(outside[:, offset].unsqueeze(-1), 0)
-        total.add_(rows)
+        # The first look-up is a new tensor, so that it may take the others.
+        total = total.add_(rows) if offset else rows.to(dtype)
     return total
 
 
@@ -203,32 +204,34 @@ def _sum_into_rows(
     share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int, dtype: torch.dtype
 ) -> Tensor:
     """Add ``share[n]`` to the row of each token of bag n: [n, h], [n, s] -> [v, h] in ``dtype``."""
-    # A wide accumulator for the rows that occur, a few columns at a time, saves one for the whole
-    # shard, which would cost more than the sum. Finding the rows would make a GPU wait.
-    if share.is_cuda or bags.numel() > _OCCURRENCES_PER_ROW * shard_size:
-        return _add_up(share, bags, outside, shard_size).to(dtype)
-    rows, slots = torch.unique(bags, return_inverse=True)
+    if share.is_cuda:
+        return _sum_by_offset(share, bags, outside, shard_size).to(dtype)
+    # Sorted by token, the shares of a row lie together and are summed before they are rounded: no
+    # wide accumulator for the whole shard. On a GPU the number of rows would have to be waited for.
+    # Offset by offset within a row, the order of the GPU.
+    places = torch.arange(bags.numel())
+    if outside is not None:
+        places = places[~outside.squeeze(-1).t().flatten()]
+    tokens, order = bags.t().flatten()[places].sort(stable=True)
+    bag_of_place = places[order] % len(bags)
+    rows, counts = torch.unique_consecutive(tokens, return_counts=True)
+    bounds = F.pad(counts.cumsum(0), (1, 0))
     grad = share.new_zeros(shard_size, share.shape[1], dtype=dtype)
-    width = max(_ACCUMULATOR_ELEMENTS // max(len(rows), 1) // 64 * 64, 64)
-    for first in range(0, share.shape[1], width):
-        columns = slice(first, first + width)
-        grad[rows, columns] = _add_up(share[:, columns], slots, outside, len(rows)).to(dtype)
+    chunk = max(_ELEMENTS_AT_ONCE // share.shape[1], 1)
+    for first in range(0, len(rows), chunk):
+        part = slice(first, first + chunk)
+        start, *_, stop = bounds[first : first + chunk + 1].tolist()
+        sums = F.embedding_bag(
+            bag_of_place[start:stop], share, bounds[:-1][part] - start, mode="sum"
+        )
+        grad.index_copy_(0, rows[part], sums.to(dtype))
     return grad
 
 
-def _add_up(share: Tensor, slots: Tensor, outside: Tensor | None, rows: int) -> Tensor:
-    """[n, h], [n, s] -> [rows, h], offset by offset."""
-    total = share.new_zeros(rows, share.shape[1])
-    share = share.contiguous()
-    for offset in range(slots.shape[1]):
+def _sum_by_offset(share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int) -> Tensor:
+    """[n, h], [n, s] -> [v, h], in a fixed order: it sorts, where index_add_ uses atomics."""
+    total = share.new_zeros(shard_size, share.shape[1])
+    for offset in range(bags.shape[1]):
         addend = share if outside is None else share.masked_fill(outside[:, offset], 0)
-        _add_into_rows_(total, slots[:, offset], addend)
+        total.index_put_((bags[:, offset],), addend, accumulate=True)
     return total
-
-
-def _add_into_rows_(total: Tensor, index: Tensor, addend: Tensor) -> None:
-    """``total[index[n]] += addend[n]`` in a fixed order, which takes another kernel by device."""
-    if total.is_cuda:  # sorts, where index_add_ uses atomics
-        total.index_put_((index,), addend, accumulate=True)
-    else:  # sequential, where index_put_ uses atomics on several threads
-        total.index_add_(0, index, addend)

@@ -17,6 +17,7 @@ from megatron_tst.model.collectives import (
     join_shards,
     reduce_scatter_to_sequence_parallel,
 )
+from megatron_tst.model.kernels.launch import Implementation, uses_triton
 from megatron_tst.model.targets import (
     IGNORE_INDEX,
     bag_coefficients,
@@ -39,6 +40,7 @@ def linear_multi_hot_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """``multi_hot_cross_entropy(hidden @ weight.T, target_bags)``, whose logits are never whole.
 
@@ -66,6 +68,8 @@ def linear_multi_hot_cross_entropy(
         sequence_parallel: the hidden states are split along dimension 0.
         accumulate_into_main_grad: add the weight's gradient to ``weight.main_grad``, as the host
             does under ``--gradient-accumulation-fusion``. ``weight.grad`` gets a placeholder.
+        implementation: of what happens to the logits of a block: ``torch``, ``triton``, or
+            ``auto``, which takes Triton on CUDA, where it is installed.
 
     Returns:
         [...] loss a position, float32 (float64 for float64), the same on every rank.
@@ -84,6 +88,7 @@ def linear_multi_hot_cross_entropy(
         target_weights,
         ignore_index,
         _Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
+        implementation,
         by_offset=False,
     )
     return loss
@@ -98,6 +103,7 @@ def linear_multi_hot_cross_entropy_by_offset(
     ignore_index: int = IGNORE_INDEX,
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
+    implementation: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The loss of :func:`linear_multi_hot_cross_entropy`, and those of each target, [..., s].
 
@@ -111,6 +117,7 @@ def linear_multi_hot_cross_entropy_by_offset(
         target_weights,
         ignore_index,
         _Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
+        implementation,
         by_offset=True,
     )
     assert by_offset is not None
@@ -145,6 +152,7 @@ def _linear_multi_hot_cross_entropy(
     target_weights: Tensor | None,
     ignore_index: int,
     layout: _Layout,
+    implementation: Implementation,
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if hidden.shape[-1] != weight.shape[-1] or hidden.dtype != weight.dtype:
@@ -161,8 +169,9 @@ def _linear_multi_hot_cross_entropy(
         )
     logits_shape = [*positions, len(weight)]
     validate_targets(logits_shape, target_bags, target_weights, layout.tp_group, ignore_index)
+    fused = uses_triton(implementation, hidden)
     result: tuple[Tensor, Tensor | None] = _LinearMultiHotCrossEntropy.apply(
-        hidden, weight, target_bags, target_weights, ignore_index, layout, by_offset
+        hidden, weight, target_bags, target_weights, ignore_index, layout, fused, by_offset
     )
     return result
 
@@ -179,6 +188,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         target_weights: Tensor | None,
         ignore_index: int,
         layout: _Layout,
+        fused: bool,
         by_offset: bool,
     ) -> tuple[Tensor, Tensor | None]:
         # 1. Share of each target, zero on the ranks that do not hold it.
@@ -195,14 +205,20 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         for logits, first in _blocks(states, weight):
             own, outside = _columns_in_block(columns, first, logits.shape[1])
             target_logits += logits.gather(1, own).to(dtype).masked_fill_(outside | ~inside, 0)
-            higher = torch.maximum(maximum, logits.amax(-1).to(dtype))
-            sums.mul_((maximum - higher).exp_()).add_(_sum_exponentials(logits, higher))
+            if fused:
+                highest, block_sums = _fused_statistics(logits)
+                higher = torch.maximum(maximum, highest)
+                block_sums.mul_((highest - higher).exp_())
+            else:
+                higher = torch.maximum(maximum, logits.amax(-1).to(dtype))
+                block_sums = _sum_exponentials(logits, higher)
+            sums.mul_((maximum - higher).exp_()).add_(block_sums)
             maximum = higher
         # 3. The whole vocabulary.
         weighted = (target_logits * coefficients).sum(-1)
         log_sum_exp, target_logit = join_shards(maximum, sums, weighted, layout.tp_group)
         ctx.save_for_backward(hidden, weight, columns, coefficients, live, log_sum_exp)
-        ctx.layout = layout
+        ctx.layout, ctx.fused = layout, fused
         ctx.main_grad = cast(Any, weight).main_grad if layout.accumulates_into_main_grad else None
         loss = (log_sum_exp - target_logit).masked_fill_(~live, 0).view(target_bags.shape[:-1])
         if not by_offset:
@@ -226,7 +242,8 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         for logits, first in _blocks(states, weight):
             own, outside = _columns_in_block(columns, first, logits.shape[1])
             shares = coefficients.masked_fill(outside, 0)
-            _into_gradient_(logits, own, shares, log_sum_exp, scale)
+            into_gradient_ = _fused_into_gradient_ if ctx.fused else _into_gradient_
+            into_gradient_(logits, own, shares, log_sum_exp, scale)
             rows = slice(first, first + logits.shape[1])
             grad_states += torch.mm(logits, weight[rows], out=product)
             if grad_weight is None:
@@ -237,7 +254,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         grad_hidden = layout.reduce_gradient(grad_states.to(hidden.dtype), hidden)
         if grad_weight is None:
             grad_weight = _placeholder(weight)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _blocks(states: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -265,6 +282,23 @@ def _sum_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
     for wide, rows in exponentials(logits, maximum):
         torch.sum(wide, -1, out=sums[rows])
     return sums
+
+
+def _fused_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of a block, and its sum of exponentials relative to it: [n, block] -> [n], [n]."""
+    from megatron_tst.model.kernels.cross_entropy import shard_statistics
+
+    no_target = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
+    maximum, sums, _ = shard_statistics(logits, no_target, no_target.float())
+    return maximum, sums
+
+
+def _fused_into_gradient_(
+    logits: Tensor, columns: Tensor, shares: Tensor, log_sum_exp: Tensor, scale: Tensor
+) -> None:
+    from megatron_tst.model.kernels.cross_entropy import shard_gradient
+
+    shard_gradient(logits, columns, shares, log_sum_exp, scale, out=logits)
 
 
 def _into_gradient_(

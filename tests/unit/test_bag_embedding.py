@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.embedding import _sum_by_offset, _sum_into_rows, bag_embedding
 from megatron_tst.model.reference import bag_embedding_reference
 
 # Half a unit in the last place relative to the exact mean or sum, with float32 noise beside it.
@@ -33,12 +33,17 @@ def case(
     return weight, bags, torch.randn(3, 7, hidden).to(dtype)
 
 
-# A vocabulary above the number of tokens takes the compact accumulator of the gradient.
-@pytest.mark.parametrize("vocabulary", [50, 1000])
+# Wide rows are summed in several chunks.
+SIZES = [(50, 24), (1000, 4096)]
+
+
+@pytest.mark.parametrize(("vocabulary", "hidden"), SIZES)
 @pytest.mark.parametrize("bag_size", [1, 2, 6, 16])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_equals_the_reference(dtype: torch.dtype, bag_size: int, vocabulary: int) -> None:
-    weight, bags, grad = case(bag_size, dtype, vocabulary)
+def test_equals_the_reference(
+    dtype: torch.dtype, bag_size: int, vocabulary: int, hidden: int
+) -> None:
+    weight, bags, grad = case(bag_size, dtype, vocabulary, hidden)
     output = bag_embedding(weight, bags)
     assert output.dtype == dtype
     exact_weight = weight.detach().double().requires_grad_()
@@ -53,13 +58,13 @@ def test_equals_the_reference(dtype: torch.dtype, bag_size: int, vocabulary: int
         torch.testing.assert_close(weight.grad.double(), exact_weight.grad, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("vocabulary", [50, 1000])
+@pytest.mark.parametrize(("vocabulary", "hidden"), SIZES)
 @pytest.mark.parametrize("bag_size", [2, 6, 16])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_places_without_a_token_do_not_count(
-    dtype: torch.dtype, bag_size: int, vocabulary: int
+    dtype: torch.dtype, bag_size: int, vocabulary: int, hidden: int
 ) -> None:
-    weight, bags, grad = case(bag_size, dtype, vocabulary)
+    weight, bags, grad = case(bag_size, dtype, vocabulary, hidden)
     present = torch.randint(1, bag_size + 1, bags.shape[:-1])
     present[0, 0], present[1, 0] = bag_size, 0
     bags[torch.arange(bag_size) >= present.unsqueeze(-1)] = -100
@@ -82,9 +87,25 @@ def test_full_bags_have_the_bits_of_bags_that_are_always_full() -> None:
     assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
 
 
-@pytest.mark.parametrize("vocabulary", [5, 100])
-def test_gradcheck(vocabulary: int) -> None:
-    weight = torch.randn(vocabulary, 3, dtype=torch.float64, requires_grad=True)
+def test_a_batch_without_any_token_has_no_gradient() -> None:
+    weight, bags, grad = case(4, torch.bfloat16)
+    output = bag_embedding(weight, torch.full_like(bags, -100), ignore_index=-100)
+    assert not output.any()
+    assert not torch.autograd.grad(output, weight, grad)[0].any()
+
+
+@pytest.mark.parametrize("with_gaps", [False, True])
+def test_the_gradient_of_a_gpu_is_that_of_a_cpu(with_gaps: bool) -> None:
+    """The same sum in two orders."""
+    _, bags, share = case(6, torch.float32)
+    bags, share = bags.flatten(0, 1), share.flatten(0, 1)
+    outside = (bags % 3 == 0).unsqueeze(-1) if with_gaps else None
+    on_cpu = _sum_into_rows(share, bags, outside, 50, torch.float32)
+    torch.testing.assert_close(_sum_by_offset(share, bags, outside, 50), on_cpu)
+
+
+def test_gradcheck() -> None:
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     bags = torch.tensor([[[0, 0, 1], [4, 2, 0]], [[3, 3, 3], [1, 2, 4]]])
     assert torch.autograd.gradcheck(lambda w: bag_embedding(w, bags), weight)
 

@@ -80,14 +80,14 @@ def test_missing_symbol_of_any_kind_is_named(module: str, path: str) -> None:
         _replace(module, path, print)
 
 
-def reduce_over_groups() -> None:
+def use_groups() -> None:
     groups: list[Any] = [dist.new_group([rank]) for rank in range(2)]
     alone = groups[dist.get_rank()]
     # gloo refuses the dtype, which shows whether it is asked.
     unreducible = torch.zeros(1, dtype=torch.int16)
     with pytest.raises(RuntimeError):
         dist.all_reduce(unreducible, group=alone)
-    upstream = dist.all_reduce, dist.all_gather
+    upstream = dist.all_reduce, dist.broadcast, dist.all_gather
     collectives.install()
     try:
         assert dist.all_reduce(unreducible, group=alone) is None
@@ -95,6 +95,11 @@ def reduce_over_groups() -> None:
         assert handle is not None
         assert handle.wait()
         assert handle.is_completed()
+        # A rank that is not in the group: any collective that looked at it would fail.
+        assert dist.broadcast(unreducible, 99, alone) is None
+        received = torch.tensor([dist.get_rank() + 1.0])
+        dist.broadcast(received, 1)
+        assert received.item() == 2.0
         for op, expected in ((dist.ReduceOp.SUM, 3.0), (dist.ReduceOp.MAX, 2.0)):
             tensor = torch.tensor([dist.get_rank() + 1.0])
             dist.all_reduce(tensor, op)
@@ -105,11 +110,11 @@ def reduce_over_groups() -> None:
             handle.wait()
             assert tensor.item() == expected
     finally:
-        dist.all_reduce, dist.all_gather = upstream
+        dist.all_reduce, dist.broadcast, dist.all_gather = upstream
 
 
-def test_only_groups_of_one_skip_the_reduction() -> None:
-    run_distributed(2, reduce_over_groups)
+def test_only_groups_of_one_skip_collectives() -> None:
+    run_distributed(2, use_groups)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megatron_tst.model.cross_entropy import (
     multi_hot_cross_entropy_by_offset,
 )
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy_by_offset
 from megatron_tst.model.reference import (
     bag_embedding_reference,
     multi_hot_cross_entropy_reference,
@@ -62,6 +63,38 @@ def check_loss(device: str, is_weighted: bool, reuse: bool) -> None:
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_loss(on_device: Runner, is_weighted: bool, reuse: bool) -> None:
     on_device(check_loss, is_weighted, reuse)
+
+
+def check_linear_loss(device: str) -> None:
+    from megatron_tst.model import linear_cross_entropy
+
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 4, 20, device=device, requires_grad=True)
+    weight = torch.randn(300, 20, device=device, requires_grad=True)
+    _, targets, weights, grad = loss_case(device)
+    block = linear_cross_entropy._BLOCK_ELEMENTS_CPU
+    try:
+        # Blocks of 256 rows and of the 44 that are left.
+        linear_cross_entropy._BLOCK_ELEMENTS_CPU = 1
+        loss, by_offset = linear_multi_hot_cross_entropy_by_offset(
+            hidden, weight, targets, weights, **TRITON
+        )
+        grads = torch.autograd.grad(loss, (hidden, weight), grad)
+    finally:
+        linear_cross_entropy._BLOCK_ELEMENTS_CPU = block
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    logits = leaves[0] @ leaves[1].t()
+    exact = multi_hot_cross_entropy_reference(logits, targets, weights)
+    torch.testing.assert_close(loss.double(), exact, **SAME)
+    offsets = per_target_cross_entropy_reference(logits.detach(), targets)
+    torch.testing.assert_close(by_offset.double(), offsets, **SAME)
+    exact_grads = torch.autograd.grad(exact, leaves, grad.double())
+    for ours, exact_grad in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(ours.double(), exact_grad, **SAME)
+
+
+def test_linear_loss(on_device: Runner) -> None:
+    on_device(check_linear_loss)
 
 
 def check_layouts_that_are_copied(device: str) -> None:

@@ -1,0 +1,189 @@
+"""Evaluates a Hugging Face folder on tasks and text, and another one beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from megatron_tst import __version__
+from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
+from megatron_tst.evaluation.folder import (
+    DtypeName,
+    ModelFolder,
+    check_model_folder,
+    device_of,
+    load_model,
+)
+from megatron_tst.evaluation.harness import Tasks, load_tasks, run_tasks
+from megatron_tst.evaluation.results import (
+    FORMAT,
+    Results,
+    check_comparable,
+    check_output,
+    read_results,
+    write_results,
+)
+
+_PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What to evaluate, and how.
+
+    Attributes:
+        model: Hugging Face folder.
+        output: JSON file to write.
+        tasks: names of lm-eval; None takes all of ``tasks_dir``, or the published ones if there is
+            no ``text`` either.
+        tasks_dir: folder with task files.
+        text: file, or folder of files, for bits per byte.
+        compare: folder of a second model, or the JSON file of its evaluation.
+        limit: samples of each task; all by default.
+        batch_size: sequences at once.
+        window: most tokens that a prediction of bits per byte sees; the model's context by default.
+        stride: tokens from one window to the next; half a window by default.
+        dtype: of the weights; ``auto`` is as stored.
+        device: ``auto`` is the GPU where there is one.
+        overwrite: replace an existing output.
+    """
+
+    model: Path
+    output: Path
+    tasks: tuple[str, ...] | None = None
+    tasks_dir: Path | None = None
+    text: Path | None = None
+    compare: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    window: int | None = None
+    stride: int | None = None
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{flag} {value}: use 1 or more.")
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether lm-eval is needed."""
+        return self.tasks is not None or self.tasks_dir is not None or self.text is None
+
+
+def evaluate(config: EvaluationConfig) -> tuple[Results, Results | None]:
+    """Evaluates one or two models and writes the results; all input is checked before any loads.
+
+    Returns:
+        The results, and those of ``config.compare``.
+
+    Raises:
+        ValueError: input that cannot be used, naming it and the remedy.
+    """
+    check_output(config.output, config.overwrite)
+    folder = check_model_folder(config.model)
+    second = None
+    if config.compare is not None and config.compare.is_dir():
+        second = check_model_folder(config.compare, "--compare")
+    device = device_of(config.device)
+    documents = None if config.text is None else read_documents(config.text)
+    tasks = load_tasks(config.tasks, config.tasks_dir) if config.runs_tasks else None
+    settings = _settings(config, str(device), documents, tasks)
+    other = None
+    if config.compare is not None and second is None:
+        other = read_results(config.compare)
+        check_comparable(settings, other, config.compare)
+    results = _evaluate_one(config, folder, settings, documents, tasks)
+    if second is not None:
+        other = _evaluate_one(config, second, settings, documents, tasks)
+    write_results({**results, "compared_with": other}, config.output)
+    return results, other
+
+
+def _settings(
+    config: EvaluationConfig,
+    device: str,
+    documents: Mapping[Path, str] | None,
+    tasks: Tasks | None,
+) -> Results:
+    text_hash = None
+    if documents is not None:
+        digest = hashlib.sha256()
+        for text in documents.values():
+            digest.update(hashlib.sha256(text.encode()).digest())
+        text_hash = digest.hexdigest()
+    return {
+        "tasks": [] if tasks is None else list(tasks.names),
+        "tasks_dir": None if config.tasks_dir is None else str(config.tasks_dir),
+        "shots": 0,
+        "limit": config.limit,
+        "text": None if config.text is None else str(config.text),
+        "text_sha256": text_hash,
+        "window": config.window,
+        "stride": config.stride,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "device": device,
+    }
+
+
+def _evaluate_one(
+    config: EvaluationConfig,
+    folder: ModelFolder,
+    settings: Results,
+    documents: Mapping[Path, str] | None,
+    tasks: Tasks | None,
+) -> Results:
+    started = time.monotonic()
+    loaded = load_model(folder, config.dtype, device_of(config.device))
+    text = None
+    if documents is not None:
+        texts = list(documents.values())
+        measured = bits_per_byte(loaded, texts, config.window, config.stride, config.batch_size)
+        text = measured.to_dict()
+    of_tasks = {}
+    if tasks is not None:
+        of_tasks = run_tasks(loaded, tasks, config.batch_size, config.limit)
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": _description(folder, loaded.model),
+        "settings": settings,
+        "tasks": of_tasks,
+        "text": text,
+        "versions": _versions(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _description(folder: ModelFolder, model: Any) -> Results:
+    return {
+        "folder": str(folder.path),
+        "revision": folder.revision,
+        "sha256": folder.sha256(),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "megatron-tst": __version__,
+    }
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions

@@ -1,0 +1,161 @@
+"""Opens a Hugging Face folder with nothing but the code and the formats that are safe to open."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that was checked, and not loaded yet.
+
+    Attributes:
+        path: the folder.
+        config: content of config.json.
+        weights: names of its safetensors files, sorted.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[str, ...]
+
+    def sha256(self) -> str:
+        """Hash of config.json and the weights, in full."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *self.weights):
+            with (self.path / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of a snapshot in the cache of the Hugging Face hub; None for other folders."""
+        path = self.path.resolve()
+        return path.name if path.parent.name == "snapshots" else None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context(self) -> int:
+        """Most tokens that the model was made for, by its config.json."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def check_model_folder(path: Path, flag: str = "--model") -> ModelFolder:
+    """Looks at a folder without loading anything from it.
+
+    Args:
+        path: the folder.
+        flag: what the user passed it with.
+
+    Raises:
+        ValueError: not a Hugging Face folder, no safetensors weights, a missing file, or a model
+            that brings code of its own.
+    """
+    named = f"{flag} {path}"
+    if not path.is_dir():
+        raise ValueError(f"{named} is not a folder: pass one that has config.json and safetensors.")
+    config = _read_json(path / "config.json", named)
+    if "auto_map" in config:
+        raise ValueError(
+            f"{named} brings code of its own (auto_map in config.json), which is never run: use a "
+            "model that transformers itself knows."
+        )
+    weights = _weight_files(path, named)
+    missing = [name for name in weights if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"{named}: {', '.join(missing)} is missing: copy the folder again.")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(f"{named} has no tokenizer: copy tokenizer.json and its config into it.")
+    return ModelFolder(path, config, tuple(weights))
+
+
+def _weight_files(path: Path, named: str) -> list[str]:
+    if (path / _INDEX).is_file():
+        return sorted(set(_read_json(path / _INDEX, named).get("weight_map", {}).values()))
+    if (path / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{named} has its weights as pickles only ({', '.join(pickles[:3])}), which can run "
+            "any code when they are opened: convert them to safetensors first."
+        )
+    raise ValueError(f"{named} has no weights: model.safetensors or {_INDEX} is missing.")
+
+
+def _read_json(path: Path, named: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{named} has no {path.name}: pass a Hugging Face folder "
+            "(tools/convert_megatron_to_hf.py makes one of a checkpoint)."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): copy the folder again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object: copy the folder again.")
+    return content
+
+
+def device_of(name: str) -> torch.device:
+    """The device to use: ``auto`` is the GPU where there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # torch reports by RuntimeError, and by AssertionError where it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}): pass auto or cpu.") from error
+    return device
+
+
+def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> LoadedModel:
+    """Loads a checked folder; runs none of its code, opens no pickle, and asks no server.
+
+    Raises:
+        ValueError: transformers cannot load it, or weights are missing in it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.path, **safe)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
+        )
+    # transformers, tokenizers and safetensors raise all kinds.
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{folder.path} cannot be loaded ({type(error).__name__}: {reason}): it needs a causal "
+            "language model that transformers knows, with its tokenizer."
+        ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise ValueError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
+    return LoadedModel(model.to(device).eval(), tokenizer)

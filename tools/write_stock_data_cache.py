@@ -1,0 +1,45 @@
+"""Writes the data cache with which plain Megatron reads on where a run with superposition was."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for input that cannot be used."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="an iter_... folder, or a --save folder")
+    add("--data-cache-path", type=Path, required=True, help="folder to write")
+    options = parser.parse_args(arguments)
+
+    from megatron_tst import cpu
+
+    cpu.activate()
+    from megatron_tst.training.stock_data import write_stock_data
+
+    try:
+        written = write_stock_data(options.checkpoint, options.data_cache_path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{written.checkpoint}: {written.samples_read:,} of {written.samples:,} samples are read. "
+        f"Pass plain Megatron the arguments of the run without --tst-*, and\n"
+        f"  --load {written.checkpoint.parent} --ckpt-step {written.step} "
+        f"--data-cache-path {written.cache}"
+    )
+    if written.step < written.switch_step:
+        print(
+            f"warning: phase 1 was to last {written.switch_step} steps and ends after "
+            f"{written.step}; the rest of its text is read in plain samples first.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
