@@ -29,7 +29,7 @@ from megatron_tst.checkpoint.hf_mapping import (
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
 from megatron_tst.checkpoint.safetensors_reader import StoredWeight, stored_weights
-from megatron_tst.checkpoint.torch_dist_index import TRACKER_FILE
+from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
 from megatron_tst.checkpoint.torch_dist_writer import (
     PlannedChunk,
     checkpoint_bytes,
@@ -40,6 +40,8 @@ from megatron_tst.evaluation.folder import check_model_folder
 RELEASE = "release"
 """What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""
 _OUTPUT_LAYER, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# The arguments of Megatron, all of them.
+_COMMON_BYTES = 40_000
 # Tables of sines and cosines, which early releases of transformers saved.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -97,7 +99,9 @@ def import_from_huggingface(
     weights = stored_weights([model / name for name in folder.weights])
     _check_weights(shape, slices, weights, named)
     chunks = _plan_chunks(slices, weights, dtype, named)
-    check_disk(output, checkpoint_bytes(chunks))
+    shapes = stored_shapes(slices)
+    states = _module_states(slices, shapes)
+    check_disk(output, checkpoint_bytes(chunks, len(states)) + _COMMON_BYTES)
 
     arguments = megatron_arguments(config, shape)
     if folder.has_tokenizer:
@@ -115,7 +119,9 @@ def import_from_huggingface(
     bar = Progress(console=Console(stderr=True), disable=not progress)
     with replacing(output) as temporary, bar:
         advance = partial(bar.advance, bar.add_task("Importing", total=len(chunks)))
-        write_checkpoint(temporary / RELEASE, stored_shapes(slices), chunks, common, advance)
+        write_checkpoint(
+            temporary / RELEASE, shapes, chunks, {COMMON_KEY: common, **states}, advance
+        )
         (temporary / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
     used = {name for part in slices for name in part.names}
     return ImportResult(
@@ -140,6 +146,30 @@ def _slices(shape: ModelShape) -> list[MegatronSlice]:
         for part in weight_slices(shape, KeyLayout(fused_norm=fused_norm))
     }
     return list(parts.values())
+
+
+def _module_states(
+    slices: Sequence[MegatronSlice], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """What Megatron's linear layers save besides their weights, by key.
+
+    Loading fails where one is missing. Megatron's own modules have nothing in it, those of
+    Transformer Engine the state of fp8, for the absence of which an empty tensor stands. The latter
+    have it in norms and attention too; what no module asks for does no harm.
+    """
+    states = {}
+    for part in slices:
+        module = part.key.removesuffix(".weight")
+        if module == part.key or not module.startswith("decoder."):
+            continue
+        stacks = len(part.index)
+        place = ".".join(map(str, part.index or (0,)))
+        places = ".".join(map(str, shapes[part.key][:stacks] or (1,)))
+        for name in {module, module.replace("linear_qkv", "core_attention")}:
+            states[f"{name}._extra_state/shard_{place}_{places}"] = torch.empty(
+                0, dtype=torch.uint8
+            )
+    return states
 
 
 def _check_weights(

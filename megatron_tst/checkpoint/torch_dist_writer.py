@@ -33,9 +33,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, FORMAT_FILE
+from megatron_tst.checkpoint.torch_dist_index import FORMAT_FILE
 
-# What torch.save adds to the data of a tensor, and what the index says about it; measured.
+# What torch.save adds to the data of a tensor, or takes for a small object, and what the index
+# says about it; measured.
 _OVERHEAD = 2_000
 
 
@@ -77,16 +78,16 @@ class PlannedChunk:
         )
 
 
-def checkpoint_bytes(chunks: Sequence[PlannedChunk]) -> int:
-    """Disk space that the tensors take, rounded up."""
-    return sum(chunk.bytes + _OVERHEAD for chunk in chunks)
+def checkpoint_bytes(chunks: Sequence[PlannedChunk], objects: int) -> int:
+    """Disk space that tensors and so many small objects take, rounded up."""
+    return sum(chunk.bytes for chunk in chunks) + _OVERHEAD * (len(chunks) + objects)
 
 
 def write_checkpoint(
     folder: Path,
     shapes: Mapping[str, Sequence[int]],
     chunks: Sequence[PlannedChunk],
-    common: Mapping[str, Any],
+    objects: Mapping[str, Any],
     advance: Callable[[], object],
 ) -> None:
     """Writes the folder of one iteration.
@@ -97,17 +98,17 @@ def write_checkpoint(
         folder: to create.
         shapes: global shape of every tensor by key.
         chunks: parts that make up all of the tensors.
-        common: what is not a tensor, ``args`` among it.
+        objects: what is not a tensor by key; ``COMMON_KEY`` among it, with ``args``.
         advance: called as each chunk was loaded.
     """
     items = [chunk.item(shapes[chunk.key]) for chunk in chunks]
-    items.append(WriteItem(MetadataIndex(COMMON_KEY), WriteItemType.BYTE_IO))
+    items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
     [plan], index = create_default_global_save_plan([SavePlan(items)])
     # Nothing is on a GPU that copying ahead would hide the copies of.
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(is_coordinator=True)
     [plan] = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
-    results = writer.write_data(plan, _Source(chunks, common, advance)).wait()
+    results = writer.write_data(plan, _Source(chunks, objects, advance)).wait()
     writer.finish(index, [results])
     # Last: Megatron takes a folder without it for no checkpoint.
     settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -120,19 +121,19 @@ class _Source(DefaultSavePlanner):
     def __init__(
         self,
         chunks: Sequence[PlannedChunk],
-        common: Mapping[str, Any],
+        objects: Mapping[str, Any],
         advance: Callable[[], object],
     ) -> None:
         super().__init__()
         self._advance = advance
         self._chunks = {(chunk.key, chunk.box.offsets): chunk for chunk in chunks}
-        self._common = dict(common)
+        self._objects = objects
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
             # Every object is wrapped in the list of its shards.
-            torch.save([self._common], data)
+            torch.save([self._objects[write_item.index.fqn]], data)
             return data
         offsets = write_item.index.offset
         assert offsets is not None
