@@ -27,7 +27,6 @@ from tests.tiny_llama import save_tiny_llama
 from tests.zygote import Launcher
 
 PADDED_VOCABULARY = 256
-CONVERT = "tests.hf_imports:convert"
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_model(root / kind, kind) for kind in KINDS}
 
 
+def convert(launcher: Launcher, folder: Path, cases: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of the tool for each of some command lines, one after the other."""
+    folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    arguments = [str(folder / "cases.json"), str(folder / "results.json")]
+    launcher.run(arguments, folder / "log.txt", main="tests.hf_imports:convert")
+    return [tuple(result) for result in json.loads((folder / "results.json").read_text())]
+
+
 @pytest.fixture(scope="module")
 def imported(
     launcher: Launcher, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -59,10 +67,7 @@ def imported(
         ["--model", str(folder), "--output", str(root / kind), "--pad-vocab-to-multiple-of", "64"]
         for kind, folder in models.items()
     ]
-    (root / "cases.json").write_text(json.dumps(cases))
-    arguments = [str(root / "cases.json"), str(root / "results.json")]
-    launcher.run(arguments, root / "log.txt", main=CONVERT)
-    results = json.loads((root / "results.json").read_text())
+    results = convert(launcher, root, cases)
     assert [code for code, _ in results] == [0] * len(models), results
     return {
         kind: Imported(models[kind], root / kind, printed)
@@ -182,12 +187,8 @@ def byte_model(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> 
     """A model of the shape and the tokenizer of small runs."""
     root = tmp_path_factory.mktemp("bytes")
     model, checkpoint = save_tiny_llama(root / "model"), root / "checkpoint"
-    (root / "cases.json").write_text(
-        json.dumps([["--model", str(model), "--output", str(checkpoint)]])
-    )
-    arguments = [str(root / "cases.json"), str(root / "results.json")]
-    launcher.run(arguments, root / "log.txt", main=CONVERT)
-    [(code, printed)] = json.loads((root / "results.json").read_text())
+    case = ["--model", str(model), "--output", str(checkpoint)]
+    [(code, printed)] = convert(launcher, root, [case])
     assert code == 0, printed
     return Imported(model, checkpoint, printed)
 
@@ -225,17 +226,17 @@ def small_run(corpus: Path, folder: Path, **overrides: Any) -> SmallRun:
     ("main", "processes", "overrides", "tolerance"),
     [
         # fp32, in another order.
-        ("megatron_tst.training.pretrain:main", 1, {}, 1e-5),
-        ("tests.stock_gpt:main", 2, {"tensor_model_parallel_size": 2}, 1e-5),
+        ("megatron_tst.training.pretrain:main", 2, {"tensor_model_parallel_size": 2}, 1e-5),
+        ("tests.stock_gpt:main", 2, {"pipeline_model_parallel_size": 2}, 1e-5),
         # Weights and activations are rounded to 8 bits of mantissa: 0.4% of logits of order 1.
         (
             "tests.stock_gpt:main",
             2,
-            {"bf16": True, "use_distributed_optimizer": True, "save": None},
+            {"bf16": True, "use_distributed_optimizer": True},
             2e-2,
         ),
     ],
-    ids=["ours", "stock, TP 2", "stock, bf16, distributed optimizer"],
+    ids=["ours, TP 2", "stock, PP 2", "stock, bf16, distributed optimizer"],
 )
 def test_training_goes_on_from_the_loss_of_transformers(
     launcher: Launcher,
@@ -247,7 +248,8 @@ def test_training_goes_on_from_the_loss_of_transformers(
     overrides: dict[str, Any],
     tolerance: float,
 ) -> None:
-    run = small_run(one_line, tmp_path, **overrides)
+    # Saving takes longer than training here.
+    run = small_run(one_line, tmp_path, save=None, **overrides)
     # The paste that the tool offers.
     launcher.run([*run.argv, *byte_model.arguments], run.log, processes, main=main)
     losses = run.scalars()["lm loss"]
@@ -271,7 +273,7 @@ def test_superposition_starts_from_it_and_is_resumed(
     losses = run.scalars()["lm loss"]
     assert sorted(losses) == [1, 2, 3, 4, 5, 6]
     assert all(map(math.isfinite, losses.values()))
-    assert run.description()["bag_size"] == 4
+    assert run.description()["superposition"]["bag_size"] == 4
 
 
 def test_superposition_loads_it_as_a_release(
@@ -290,3 +292,188 @@ def test_an_import_holds_neither_the_model_nor_a_stack_of_layers(
     launcher.run([str(tmp_path), str(results)], tmp_path / "log", main="tests.hf_imports:measure")
     gates_and_ups = LARGE.layers * 2 * LARGE.ffn * LARGE.hidden * 4
     assert json.loads(results.read_text()) < gates_and_ups / 2
+
+
+def test_the_command(
+    launcher: Launcher, models: dict[str, Path], imported: dict[str, Imported], tmp_path: Path
+) -> None:
+    output, foreign = tmp_path / "out", tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    basic = ["--model", str(models["llama-old"]), "--output"]
+    found = convert(
+        launcher,
+        tmp_path / "work",
+        [
+            [*basic, str(output), "--dtype", "float32", "--progress"],
+            [*basic, str(output)],
+            [*basic, str(output), "--overwrite"],
+            [*basic, str(foreign), "--overwrite"],
+            [*basic, str(output), "--overwrite", "--pad-vocab-to-multiple-of", "0"],
+        ],
+    )
+    assert [code for code, _ in found] == [0, 2, 0, 2, 2]
+    assert "Importing" in found[0][1]
+    assert "exists: pass --overwrite" in found[1][1]
+    assert "Importing" not in found[2][1]
+    assert "vocabulary 250 in 250 rows" in found[2][1]
+    assert "holds something else than an imported model" in found[3][1]
+    assert "--pad-vocab-to-multiple-of 0 is not positive" in found[4][1]
+    # Nothing unfinished is left behind.
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "thesis", "work"}
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+    assert TorchDistCheckpoint(output / "release").dtype(EMBEDDING) == torch.bfloat16
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def test_the_dtype_can_be_chosen(launcher: Launcher, byte_model: Imported, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    case = ["--model", str(byte_model.model), "--output", str(output), "--dtype", "bfloat16"]
+    assert convert(launcher, tmp_path / "work", [case])[0][0] == 0
+    weights = load_weights(byte_model.model)
+    stored = TorchDistCheckpoint(output / "release").read(EMBEDDING)
+    assert torch.equal(stored, weights["model.embed_tokens.weight"].bfloat16())
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def change_weights(
+    change: Callable[[dict[str, torch.Tensor]], object],
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def pickles_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_shard(folder: Path) -> None:
+    min(folder.glob("*.safetensors")).unlink()
+
+
+def remove_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+ROW = torch.zeros(1, 32)
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("llama", remove_config, "has no config.json: pass a Hugging Face folder"),
+    ("llama", pickles_only, r"pickles only \(pytorch_model.bin\).* convert them to safetensors"),
+    ("llama", cut_off, r"model.safetensors cannot be read \(.*\): copy it again"),
+    ("llama-old", remove_shard, r"model-00001-of-\d+.safetensors is missing: copy the folder"),
+    (
+        "llama",
+        change_config(architectures=["GPT2LMHeadModel"]),
+        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Qwen3",
+    ),
+    ("llama", change_config(architectures=None), r"architecture \(none in config.json\)"),
+    ("llama", change_config(attention_bias=True, mlp_bias=True), "attention_bias True, mlp_bias"),
+    ("llama", change_config(hidden_act="gelu"), "hidden_act gelu: Megatron computes something"),
+    ("llama", change_config(rope_parameters=YARN), "rope_parameters of rope_type yarn"),
+    (
+        "llama-old",
+        change_config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_parameters of rope_type linear",
+    ),
+    ("llama", change_config(quantization_config={"bits": 4}), "has quantization_config"),
+    ("llama-old", change_config(rope_theta=0.5), r"rope_theta 0.5 \(not a whole number\)"),
+    ("llama", change_config(hidden_size="wide"), r"refused by transformers \(.*hidden_size"),
+    (
+        "qwen3-tied",
+        change_config(
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        ),
+        "use_sliding_window True, layer_types sliding_attention",
+    ),
+    ("qwen3moe", change_config(norm_topk_prob=False), "norm_topk_prob False"),
+    ("qwen3moe", change_config(mlp_only_layers=[1]), r"mlp_only_layers \[1\]"),
+    ("qwen3moe", change_config(decoder_sparse_step=2), "decoder_sparse_step 2"),
+    (
+        "llama",
+        change_weights(lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight")),
+        "has no model.layers.2.mlp.up_proj.weight: .* config.json describes, copy it again",
+    ),
+    (
+        "llama",
+        change_weights(lambda weights: weights.update({"score.weight": ROW})),
+        "has score.weight, which LlamaForCausalLM has no place for",
+    ),
+    (
+        "llama",
+        change_weights(lambda weights: weights.update({"lm_head.weight": ROW})),
+        r"lm_head.weight in .* has shape \[1, 32\], and config.json gives \[250, 32\]",
+    ),
+    (
+        "qwen3-tied",
+        change_weights(lambda weights: weights.update({"lm_head.weight": ROW})),
+        "tie_word_embeddings true .* lm_head.weight is not model.embed_tokens.weight",
+    ),
+    (
+        "llama",
+        change_weights(
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(32).to(torch.int8)})
+        ),
+        "model.norm.weight in .* is of dtype I8: quantized",
+    ),
+    (
+        "llama",
+        change_weights(
+            lambda weights: weights.update(
+                {"model.layers.1.input_layernorm.weight": torch.zeros(32).half()}
+            )
+        ),
+        "layers.1.input_layernorm.weight in torch.float16, .* torch.float32: pass --dtype",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), REFUSALS)
+def test_bad_input_is_refused_before_anything_is_written(
+    models: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(models[kind], tmp_path / "model"))
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        import_from_huggingface(folder, tmp_path / "new" / "checkpoint")
+    assert str(folder) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_too_small(
+    imported: dict[str, Imported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for case in imported.values():
+        with pytest.raises(ValueError, match=r"needs [\d,]+ bytes .* has 1,000 free") as error:
+            import_from_huggingface(case.model, tmp_path / "new", vocabulary_multiple=64)
+        # What it asked for is what it takes, rounded up.
+        needed = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+        taken = sum(file.stat().st_size for file in case.checkpoint.rglob("*") if file.is_file())
+        assert taken <= needed < 1.5 * taken
+    assert not list(tmp_path.iterdir())
