@@ -193,6 +193,9 @@ def _join_qkv(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
 
 def _pad_vocabulary(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
     [weight] = weights
+    if shape.padded_vocabulary == shape.vocabulary:
+        # Not a copy of what may be the largest weight.
+        return weight
     padding = weight.new_zeros(shape.padded_vocabulary - shape.vocabulary, shape.hidden)
     return torch.cat([weight, padding])
 

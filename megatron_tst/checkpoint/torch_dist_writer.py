@@ -38,6 +38,9 @@ from megatron_tst.checkpoint.torch_dist_index import FORMAT_FILE
 # What torch.save adds to the data of a tensor, or takes for a small object, and what the index
 # says about it; measured.
 _OVERHEAD = 2_000
+# Beyond it another file begins: torch holds on to the last tensor of every key, such as the
+# embedding, until a file is complete.
+_FILE_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def write_checkpoint(
 ) -> None:
     """Writes the folder of one iteration.
 
-    Memory: the largest chunk while it is loaded, and the last chunk of every key.
+    Memory: what loading the largest chunk takes, and the last chunk of every key of a file.
 
     Args:
         folder: to create.
@@ -101,15 +104,22 @@ def write_checkpoint(
         objects: what is not a tensor by key; ``COMMON_KEY`` among it, with ``args``.
         advance: called as each chunk was loaded.
     """
-    items = [chunk.item(shapes[chunk.key]) for chunk in chunks]
-    items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]
-    [plan], index = create_default_global_save_plan([SavePlan(items)])
-    # Nothing is on a GPU that copying ahead would hide the copies of.
+    items = [[WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]]
+    size = 0
+    for chunk in chunks:
+        if size > _FILE_BYTES:
+            items.append([])
+            size = 0
+        items[-1].append(chunk.item(shapes[chunk.key]))
+        size += chunk.bytes
+    # As if each file were that of a rank.
+    plans, index = create_default_global_save_plan([SavePlan(of_file) for of_file in items])
+    # One tensor after the other: nothing is on a GPU that copying ahead would hide the copies of.
     writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(is_coordinator=True)
-    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
-    results = writer.write_data(plan, _Source(chunks, objects, advance)).wait()
-    writer.finish(index, [results])
+    plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
+    source = _Source(chunks, objects, advance)
+    writer.finish(index, [writer.write_data(plan, source).wait() for plan in plans])
     # Last: Megatron takes a folder without it for no checkpoint.
     settings = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / FORMAT_FILE).write_text(json.dumps(settings), encoding="utf-8")
