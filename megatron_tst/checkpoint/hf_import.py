@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -72,8 +73,8 @@ def import_from_huggingface(
     """Imports a model as a torch_dist checkpoint that Megatron loads at any parallel layout.
 
     One process, on the CPU, without a process group. Reads a layer, or one of its experts, at a
-    time and writes it: needs the memory of the embedding and the output layer, whatever the size of
-    the model. Runs no code of the folder and opens no pickle.
+    time and writes it: needs the memory of one or two of these, whatever the size of the model.
+    Runs no code of the folder and opens no pickle.
 
     Args:
         model: folder with config.json and safetensors.
@@ -110,18 +111,11 @@ def import_from_huggingface(
             ["--tokenizer-type", "HuggingFaceTokenizer"],
             ["--tokenizer-model", tokenizer],
         ]
-    flat = [word for argument in arguments for word in argument]
-    common = {
-        "args": parse_arguments([*flat, "--no-save-optim", "--no-save-rng"]),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-    }
+    objects = {COMMON_KEY: _common_state(arguments), **states}
     bar = Progress(console=Console(stderr=True), disable=not progress)
     with replacing(output) as temporary, bar:
         advance = partial(bar.advance, bar.add_task("Importing", total=len(chunks)))
-        write_checkpoint(
-            temporary / RELEASE, shapes, chunks, {COMMON_KEY: common, **states}, advance
-        )
+        write_checkpoint(temporary / RELEASE, shapes, chunks, objects, advance)
         (temporary / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
     used = {name for part in slices for name in part.names}
     return ImportResult(
@@ -129,6 +123,17 @@ def import_from_huggingface(
         parameters=sum(weights[name].elements for name in used),
         arguments=tuple(tuple(argument) for argument in arguments),
     )
+
+
+def _common_state(arguments: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What Megatron looks for in a checkpoint besides tensors; the arguments for tools as well."""
+    words = [word for argument in arguments for word in argument]
+    return {
+        "args": parse_arguments([*words, "--no-save-optim", "--no-save-rng"]),
+        # The order of queries, keys and values since Megatron-LM 2.
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+    }
 
 
 def _not_an_import(output: Path) -> str | None:
