@@ -16,7 +16,8 @@ from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.arguments import superposition_schedule_from_args
-from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint, find_checkpoint
+from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
