@@ -182,23 +182,18 @@ def step_seconds(model: Model, n: int, gpu: Gpu) -> float:
     return 6 * model.matrix_parameters * n / gpu.flops_per_second
 
 
-def print_costs(title: str, model: Model, n: int, costs: Mapping[str, Cost]) -> None:
-    print(f"\n{title}\n")
-    print("| design | GB moved | of ours | TFLOP | extra memory, GB |", end="")
-    print("".join(f" {gpu.name}, ms | of a step |" for gpu in GPUS))
-    print("|---|---|---|---|---|" + "---|---|" * len(GPUS))
-    ours = next(iter(costs.values()))
-    for name, cost in costs.items():
-        print(
-            f"| {name} | {cost.bytes_moved / 1e9:.2f} | {cost.bytes_moved / ours.bytes_moved:.1f} "
-            f"| {cost.flops / 1e12:.2f} | {cost.extra_bytes / 1e9:.2f} |",
-            end="",
-        )
-        for gpu in GPUS:
-            seconds = cost.seconds(gpu)
-            share = seconds / step_seconds(model, n, gpu)
-            print(f" {1e3 * seconds:.2f} | {share:.1%} |", end="")
-        print()
+def print_table(title: str, tables: Mapping[str, Mapping[str, Cost]]) -> None:
+    """Prints the designs of one operation, a column a model."""
+    print(f"\n{title}: GB moved / extra GB / {' / '.join(f'{gpu.name}, ms' for gpu in GPUS)}\n")
+    print(f"| design | {' | '.join(tables)} |")
+    print("|---" * (1 + len(tables)) + "|")
+    for design in next(iter(tables.values())):
+        cells = []
+        for costs in tables.values():
+            cost = costs[design]
+            numbers = [f"{cost.bytes_moved / 1e9:.2f}", f"{cost.extra_bytes / 1e9:.2f}"]
+            cells.append(" / ".join(numbers + [f"{1e3 * cost.seconds(gpu):.2f}" for gpu in GPUS]))
+        print(f"| {design} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -210,22 +205,31 @@ def main() -> None:
     from benchmarks.measuring import write_json
 
     n = options.positions
-    results = {}
+    operations: dict[str, dict[str, dict[str, Cost]]] = {}
     for name, model in MODELS.items():
         v, h, s = model.vocabulary, model.hidden, model.bag_size
-        tables = {
-            f"loss, s = {s}": loss_costs(n, v, s),
-            "loss, s = 1": loss_costs(n, v, 1),
-            f"embedding, s = {s}": embedding_costs(n, v, s, h),
-            f"output layer and loss, s = {s}": head_costs(n, v, h, s),
+        label = f"{name}, s = {s}"
+        for operation, costs in (
+            ("Loss", loss_costs(n, v, s)),
+            ("Loss at s = 1", loss_costs(n, v, 1)),
+            ("Embedding", embedding_costs(n, v, s, h)),
+            ("Output layer and loss", head_costs(n, v, h, s)),
+        ):
+            operations.setdefault(operation, {})[label] = costs
+    for operation, tables in operations.items():
+        print_table(operation, tables)
+    print(f"\nAll matrix products of a step, at least, {' / '.join(gpu.name for gpu in GPUS)}, ms:")
+    for name, model in MODELS.items():
+        times = (f"{1e3 * step_seconds(model, n, gpu):.1f}" for gpu in GPUS)
+        print(f"{name} {' / '.join(times)}")
+    results = {
+        operation: {
+            label: {design: asdict(cost) for design, cost in costs.items()}
+            for label, costs in tables.items()
         }
-        for what, costs in tables.items():
-            print_costs(f"{name}, {what} ({n} positions, V = {v}, h = {h})", model, n, costs)
-        results[name] = {
-            what: {design: asdict(cost) for design, cost in costs.items()}
-            for what, costs in tables.items()
-        }
-    write_json(options.json, results)
+        for operation, tables in operations.items()
+    }
+    write_json(options.json, {"positions": n, "operations": results})
 
 
 if __name__ == "__main__":
