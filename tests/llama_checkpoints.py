@@ -117,7 +117,7 @@ def build_and_save(folder: Path, args: Namespace) -> None:
     tokens = torch.randint(
         VOCABULARY, (2, args.seq_length), generator=torch.Generator().manual_seed(5)
     )
-    logits = _logits(model, tokens)
+    logits = logits_of(model, tokens)
 
     checkpoint = folder / f"iter_{ITERATION:07d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _randomize(model: Any, stage: int, expert_rank: int) -> None:
             parameter.data.normal_(0, 0.2, generator=own)
 
 
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
     """Logits, on the ranks of the last pipeline stage."""
     from megatron.core import parallel_state
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
-
-_TOLERANCE = 1e-3
+from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--verify-tolerance",
         type=float,
-        default=_TOLERANCE,
-        help=f"largest difference of two logits that passes (default: {_TOLERANCE})",
+        default=LOGIT_TOLERANCE,
+        help=f"largest difference of two logits that passes (default: {LOGIT_TOLERANCE})",
     )
     return parser
 

@@ -7,6 +7,7 @@ its own; see docs/quickstart.md for the settings and a measured run.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import shutil
@@ -151,10 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     corpus = prepare_text(output, settings, is_byte_level=not options.bpe, console=console)
     arms = make_arms(output, settings, corpus)
     train(arms, settings.steps, console)
-    sample = export_and_sample(arms[1].folder, corpus, output / "huggingface", console)
+    folders = export(arms, corpus, output, console)
+    evaluate_exports(folders, output)
+    sample = generate_sample(folders[1], console)
+    verify_export(arms[1], folders[1], console)
     report = write_comparison(arms, output / "report.html", sample)
     console.print(f"\n[bold]Report:[/] {report}")
-    console.print(f"[bold]Hugging Face model:[/] {output / 'huggingface'}")
+    console.print(f"[bold]Hugging Face model:[/] {folders[1]}")
     console.print(f"Finished in {(time.monotonic() - started) / 60:.1f} minutes.")
     return 0
 
@@ -265,25 +269,73 @@ def train(arms: list[Arm], steps: int, console: Console) -> None:
             arm.stop()
 
 
-def export_and_sample(run: Path, corpus: Path, target: Path, console: Console) -> str:
-    """Converts the run to Hugging Face format and returns a text that it generates."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
+def export(arms: list[Arm], corpus: Path, output: Path, console: Console) -> list[Path]:
+    """Converts the last checkpoint of each arm to Hugging Face format."""
     from megatron_tst.checkpoint.hf_export import export_to_huggingface
 
     console.print("Exporting to Hugging Face format ...")
-    export_to_huggingface(
-        run / "checkpoints", corpus.with_name(f"{corpus.name}-tokenizer"), target, overwrite=True
+    tokenizer = corpus.with_name(f"{corpus.name}-tokenizer")
+    folders = [output / "huggingface" / arm.name for arm in arms]
+    for arm, folder in zip(arms, folders, strict=True):
+        export_to_huggingface(arm.folder / "checkpoints", tokenizer, folder, overwrite=True)
+    return folders
+
+
+def evaluate_exports(folders: list[Path], output: Path) -> None:
+    """Measures bits per byte of both models on text that no arm has read, and prints the table."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_tst.evaluation.evaluate import EvaluationConfig, evaluate
+    from megatron_tst.evaluation.results import markdown_table
+
+    disable_progress_bar()
+    # Threads that share their cores with other work wait for each other, and the model is small.
+    torch.set_num_threads(1)
+    # The corpus is made of installed packages, this is a part of Python itself.
+    held_out = output / "text" / "standard-library-http"
+    shutil.rmtree(held_out, ignore_errors=True)
+    shutil.copytree(
+        Path(sysconfig.get_paths()["stdlib"]) / "http",
+        held_out,
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
-    model = AutoModelForCausalLM.from_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    set_seed(0)
-    prompt = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
-    tokens = model.generate(**prompt, max_new_tokens=200, do_sample=True, temperature=0.7)
-    text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
-    console.print("A sample of the exported model:", style="bold")
+    baseline, tst = folders
+    config = EvaluationConfig(
+        model=tst,
+        compare=baseline,
+        text=held_out,
+        output=output / "evaluation.json",
+        batch_size=64,
+        device="cpu",
+        overwrite=True,
+    )
+    # Not by the console, which would break long rows.
+    print(markdown_table(*evaluate(config)), flush=True)
+
+
+def generate_sample(folder: Path, console: Console) -> str:
+    """Prints and returns a text that an exported model generates."""
+    from megatron_tst.evaluation.folder import check_model_folder, device_of, load_model
+    from megatron_tst.evaluation.generation import generate
+
+    loaded = load_model(check_model_folder(folder), "auto", device_of("cpu"))
+    text = generate(loaded, PROMPT, max_new_tokens=100, temperature=0.7)
+    console.print("A sample of the exported TST model:", style="bold")
     console.print(text, markup=False, highlight=False)
     return text
+
+
+def verify_export(arm: Arm, folder: Path, console: Console) -> None:
+    """Compares the logits of an exported model with those of Megatron's."""
+    from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE, largest_logit_difference
+
+    # It recommends another model class for every model that is built.
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    difference = largest_logit_difference(arm.folder / "checkpoints", folder)
+    if not difference <= LOGIT_TOLERANCE:
+        sys.exit(f"{folder} and the checkpoint of {arm.folder} differ by {difference} in a logit.")
+    console.print(f"Largest difference between its logits and Megatron's: {difference:.1e}.")
 
 
 def write_comparison(arms: list[Arm], target: Path, sample: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
 from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
@@ -77,7 +77,8 @@ def export_to_huggingface(
         checkpoint: folder of an iteration, or a folder of ``--save`` (its latest iteration), saved
             at any parallel layout.
         tokenizer: folder of the Hugging Face tokenizer that the model was trained with. Embedding
-            rows beyond its last id are Megatron's padding and are left out.
+            rows beyond its last id are Megatron's padding and are left out; if it is the folder of
+            a model that was imported, rows beyond the vocabulary of that model.
         output: folder to write; it appears whole or not at all.
         dtype: dtype of the weights; by default the stored one.
         overwrite: whether an existing ``output`` is replaced.
@@ -90,11 +91,12 @@ def export_to_huggingface(
     """
     # Where a link points to is what is replaced.
     output = output.resolve()
-    _check_output(output, overwrite, inputs=(checkpoint, tokenizer))
+    check_output(output, overwrite, _not_an_export(output, inputs=(checkpoint, tokenizer)))
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
-    vocabulary, bos_id, eos_id = _read_tokenizer(tokenizer)
+    size, bos_id, eos_id = _read_tokenizer(tokenizer)
+    vocabulary = _vocabulary(tokenizer, size, args.padded_vocab_size)
     shape = shape_from_arguments(args, vocabulary)
     stored = source.shapes()
     layout = find_layout(stored)
@@ -108,7 +110,7 @@ def export_to_huggingface(
     model_dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = huggingface_config(shape, args, model_dtype, bos_id, eos_id)
     files = [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
-    _check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
+    check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
     _write(output, config, source, slices, writer, files, progress)
     return ExportResult(
         checkpoint=source.folder,
@@ -119,19 +121,11 @@ def export_to_huggingface(
     )
 
 
-def _check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"--output {output} exists: pass --overwrite to replace it.")
+def _not_an_export(output: Path, inputs: Sequence[Path]) -> str | None:
     if not (output / "config.json").is_file():
-        raise ValueError(
-            f"--output {output} is no exported model (it has no config.json), so --overwrite does "
-            "not remove it: name another folder."
-        )
-    for path in inputs:
-        if output in path.resolve().parents:
-            raise ValueError(f"--output {output} holds {path}, which --overwrite would remove.")
+        return "is no exported model (it has no config.json)"
+    held = [path for path in inputs if output in path.resolve().parents]
+    return f"holds {held[0]}, which is read" if held else None
 
 
 def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
@@ -158,6 +152,17 @@ def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
     return rows, tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
+def _vocabulary(tokenizer: Path, size: int, padded: int) -> int:
+    """Rows of the embedding that are no padding.
+
+    Models such as Qwen3 have more of them than their tokenizer has entries, which an import keeps.
+    """
+    config = tokenizer / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    of_model = settings.get("vocab_size", size)
+    return of_model if size <= of_model <= padded else size
+
+
 def _plan_weights(
     source: TorchDistCheckpoint, slices: Sequence[MegatronSlice], dtype: DtypeName | None
 ) -> dict[str, PlannedWeight]:
@@ -166,16 +171,6 @@ def _plan_weights(
         for part in slices
         for name, size in part.sizes().items()
     }
-
-
-def _check_disk(output: Path, needed: int) -> None:
-    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(
-            f"--output {output} needs {needed:,} bytes and its disk has {free:,} free: make room, "
-            "or name a folder on another disk."
-        )
 
 
 def _write(
@@ -187,10 +182,7 @@ def _write(
     files: Sequence[Path],
     progress: bool,
 ) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with replacing(output) as temporary:
         writer.start(temporary)
         console = Console(stderr=True)
         for part in track(slices, "Exporting", console=console, disable=not progress):
@@ -202,28 +194,10 @@ def _write(
         _write_json(temporary / "generation_config.json", special_ids)
         for file in files:
             shutil.copyfile(file, temporary / file.name)
-        _move_into_place(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(temporary: Path, output: Path) -> None:
-    # A folder cannot be replaced in one step: the old one steps aside and is removed last.
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    if output.exists():
-        os.replace(output, old)
-    try:
-        os.replace(temporary, output)
-    except OSError:
-        if old.exists():
-            os.replace(old, output)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old)
 
 
 def _warnings(args: Namespace, iteration: int, shape: ModelShape) -> list[str]:

@@ -139,7 +139,7 @@ def check_stored_shapes(
     missing = sorted(expected.keys() - stored.keys())
     if missing:
         raise ValueError(
-            f"the checkpoint has no {_listed(missing)}: it does not hold the {shape.architecture} "
+            f"the checkpoint has no {listed(missing)}: it does not hold the {shape.architecture} "
             "model that its training arguments describe."
         )
     unknown = sorted(
@@ -153,7 +153,7 @@ def check_stored_shapes(
     )
     if unknown:
         raise ValueError(
-            f"the checkpoint has {_listed(unknown)}, which {shape.architecture} has no place for: "
+            f"the checkpoint has {listed(unknown)}, which {shape.architecture} has no place for: "
             "it cannot be exported without changing the model."
         )
     for key, size in expected.items():
@@ -164,7 +164,8 @@ def check_stored_shapes(
             )
 
 
-def _listed(keys: Sequence[str]) -> str:
+def listed(keys: Sequence[str]) -> str:
+    """Some names for a message, not all if they are many."""
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     return ", ".join(keys[:8]) + more
 
@@ -192,6 +193,9 @@ def _join_qkv(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
 
 def _pad_vocabulary(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
     [weight] = weights
+    if shape.padded_vocabulary == shape.vocabulary:
+        # Not a copy of what may be the largest weight.
+        return weight
     padding = weight.new_zeros(shape.padded_vocabulary - shape.vocabulary, shape.hidden)
     return torch.cat([weight, padding])
 

@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Names in the header of a file."""
 _ALIGNMENT = 8
 _INDEX_FILE = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -60,7 +61,7 @@ class SafetensorsWriter:
 
     def __init__(self, weights: Mapping[str, PlannedWeight], max_shard_size: str) -> None:
         for name, weight in weights.items():
-            if weight.dtype not in _DTYPES:
+            if weight.dtype not in DTYPES:
                 raise ValueError(f"{name} is of {weight.dtype}: pass --dtype bfloat16 or float32.")
         split = split_state_dict_into_shards_factory(
             dict(weights),
@@ -115,7 +116,7 @@ class SafetensorsWriter:
             weight = self._weights[name]
             start, end = end, end + weight.bytes
             entries[name] = {
-                "dtype": _DTYPES[weight.dtype],
+                "dtype": DTYPES[weight.dtype],
                 "shape": list(weight.size),
                 "data_offsets": [start, end],
             }

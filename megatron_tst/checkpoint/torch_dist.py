@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_tst.checkpoint.torch_dist_index import (
+    COMMON_KEY,
     INCOMPLETE,
     INDEX_FILE,
     load_safely,
@@ -35,7 +36,6 @@ from megatron_tst.checkpoint.torch_dist_index import (
 )
 
 _LEGACY_COMMON_FILE = "common.pt"
-_COMMON_KEY = "common_state/shard_0_1"
 
 
 class TorchDistCheckpoint:
@@ -146,10 +146,10 @@ class TorchDistCheckpoint:
         legacy = self.folder / _LEGACY_COMMON_FILE
         if legacy.is_file():
             return _checked(load_safely(io.BytesIO(legacy.read_bytes()), legacy), legacy)
-        if _COMMON_KEY not in self._metadata.state_dict_metadata:
+        if COMMON_KEY not in self._metadata.state_dict_metadata:
             raise ValueError(f"{self.folder} has no training arguments: {INCOMPLETE}.")
-        self.check_complete([_COMMON_KEY])
-        position = MetadataIndex(_COMMON_KEY)
+        self.check_complete([COMMON_KEY])
+        position = MetadataIndex(COMMON_KEY)
         zero = torch.Size([0])
         item = ReadItem(LoadItemType.BYTE_IO, position, zero, position, zero, zero)
         target = _Target(torch.empty(0))

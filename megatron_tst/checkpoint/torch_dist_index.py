@@ -19,10 +19,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 INDEX_FILE = ".metadata"
 """The index of the tensors, in the folder of an iteration."""
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+"""Names the latest checkpoint, in a folder of ``--save``."""
+FORMAT_FILE = "metadata.json"
+"""Names the format, in the folder of an iteration."""
+COMMON_KEY = "common_state/shard_0_1"
+"""Stands for what is not a tensor, in the index."""
 INCOMPLETE = "the save was interrupted or the copy is incomplete; copy it again or use an older one"
 """What a missing or damaged file means."""
-_TRACKER_FILE = "latest_checkpointed_iteration.txt"
-_FORMAT_FILE = "metadata.json"
 
 _INDEX_CLASSES = {
     "collections": {"OrderedDict"},
@@ -58,18 +62,18 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"--checkpoint {path} is not a folder.")
     folder = path
-    tracker = path / _TRACKER_FILE
+    tracker = path / TRACKER_FILE
     if tracker.is_file():
         latest = tracker.read_text(encoding="utf-8", errors="replace").strip()
         folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
-    if not (folder / _FORMAT_FILE).is_file():
+    if not (folder / FORMAT_FILE).is_file():
         if list(folder.glob("*.distcp")):
-            raise ValueError(f"{folder} has no {_FORMAT_FILE}: {INCOMPLETE}.")
+            raise ValueError(f"{folder} has no {FORMAT_FILE}: {INCOMPLETE}.")
         raise ValueError(
             f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
-            f"folder of --save, which has {_TRACKER_FILE}, of a run with --ckpt-format torch_dist."
+            f"folder of --save, which has {TRACKER_FILE}, of a run with --ckpt-format torch_dist."
         )
-    found = _read_format(folder / _FORMAT_FILE)
+    found = _read_format(folder / FORMAT_FILE)
     if found != "torch_dist":
         raise ValueError(
             f"{folder} is a {found} checkpoint: convert it with Megatron's --ckpt-convert-format "

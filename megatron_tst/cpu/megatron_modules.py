@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +12,21 @@ import torch
 
 def _replace(module_name: str, path: str, replacement: object) -> None:
     """Sets ``module.path`` to ``replacement``, refusing a Megatron that has no such symbol."""
+    _wrap(module_name, path, lambda _: replacement)
+
+
+def _wrap(module_name: str, path: str, make_replacement: Callable[[Any], object]) -> None:
+    """As ``_replace``, with what is made of the present value."""
     *parents, name = path.split(".")
     try:
         owner = functools.reduce(getattr, parents, importlib.import_module(module_name))
-        getattr(owner, name)
+        present = getattr(owner, name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise RuntimeError(
             f"The CPU platform replaces {module_name}.{path}, which this Megatron-Core does not "
             "have: install the version pinned in pyproject.toml."
         ) from error
-    setattr(owner, name, replacement)
+    setattr(owner, name, make_replacement(present))
 
 
 def _core_attention(self: object) -> type:
@@ -49,7 +55,7 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import norm, swiglu
+    from megatron_tst.cpu import gradients, norm, swiglu
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -59,16 +65,18 @@ def install() -> None:
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
-    mlp, shared_experts = (
-        "megatron.core.transformer.mlp",
-        "megatron.core.transformer.moe.shared_experts",
-    )
+    mlp = "megatron.core.transformer.mlp"
+    shared_experts = "megatron.core.transformer.moe.shared_experts"
     _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
     _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
     _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)
+
+    ddp = "megatron.core.distributed.distributed_data_parallel"
+    make_hook = "DistributedDataParallel._make_backward_post_hook"
+    _wrap(ddp, make_hook, gradients.add_in_blocks)
 
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 

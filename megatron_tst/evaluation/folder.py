@@ -44,6 +44,11 @@ class ModelFolder:
         return self.config.get("max_position_embeddings")
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the files of a tokenizer are there."""
+        return any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+    @property
     def revision(self) -> str | None:
         """Commit of a snapshot in the cache of the Hugging Face hub; None for other folders."""
         path = self.path.resolve()
@@ -73,12 +78,15 @@ class LoadedModel:
         return int(length)
 
 
-def check_model_folder(path: Path, flag: str = "--model") -> ModelFolder:
+def check_model_folder(
+    path: Path, flag: str = "--model", needs_tokenizer: bool = True
+) -> ModelFolder:
     """Looks at a folder without loading anything from it.
 
     Args:
         path: the folder.
         flag: what the user passed it with.
+        needs_tokenizer: whether a folder without a tokenizer is of no use.
 
     Raises:
         ValueError: not a Hugging Face folder, no safetensors weights, a missing file, or a model
@@ -97,9 +105,10 @@ def check_model_folder(path: Path, flag: str = "--model") -> ModelFolder:
     missing = [name for name in weights if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{named}: {', '.join(missing)} is missing: copy the folder again.")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    folder = ModelFolder(path, config, tuple(weights))
+    if needs_tokenizer and not folder.has_tokenizer:
         raise ValueError(f"{named} has no tokenizer: copy tokenizer.json and its config into it.")
-    return ModelFolder(path, config, tuple(weights))
+    return folder
 
 
 def _weight_files(path: Path, named: str) -> list[str]:

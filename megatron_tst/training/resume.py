@@ -51,7 +51,8 @@ def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
 def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     """Compares the run with the checkpoint that it would continue, before anything is built.
 
-    Fine-tuning (``--finetune``) starts a new run from the weights and is not compared.
+    A new run from the weights (``--finetune``, or a release without optimizer such as an imported
+    model) is not compared.
 
     Returns:
         The steps that are done: 0 for a new run.
@@ -71,6 +72,8 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
             )
         return steps_done
     saved_args = _saved_arguments(folder)
+    if folder.name == _RELEASE:
+        return 0
     _refuse_other_optimizer(args, saved_args)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
     current = _settings(args, schedule)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_checkpoint import save_tokenizer
+from tests.hf_models import KINDS, save_model
 from tests.llama_checkpoints import (
     ITERATION,
     PARALLEL_VARIANTS,
@@ -68,3 +69,10 @@ def checkpoints(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) ->
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tokenizer of ``checkpoints``."""
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def hf_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face folder of each kind of tests.hf_models."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_model(root / kind, kind) for kind in KINDS}

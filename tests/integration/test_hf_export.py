@@ -147,7 +147,7 @@ def test_what_is_read_is_not_overwritten(damaged: Path, tokenizer: Path, tmp_pat
     """A folder that was exported, and in which something else was put."""
     output = damaged.parent
     (output / "config.json").touch()
-    with pytest.raises(ValueError, match="which --overwrite would remove"):
+    with pytest.raises(ValueError, match="which is read, so --overwrite does not remove it"):
         export_to_huggingface(damaged, tokenizer, output, overwrite=True)
     assert damaged.is_dir()
     # The tokenizer of the folder itself is copied before.

@@ -32,8 +32,13 @@ def test_the_quickstart_trains_exports_and_reports(tmp_path: Path, tokens: list[
     report = (tmp_path / "report.html").read_text()
     assert "At equal FLOPs" in report
     assert "def __init__" in report
-    config = json.loads((tmp_path / "huggingface" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["vocab_size"] == (2048 if tokens else 256)
+    assert "Largest difference between its logits and Megatron's" in done.stdout
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    bits = [model["text"]["bits_per_byte"] for model in (evaluation, evaluation["compared_with"])]
+    assert all(1 < value < 8 for value in bits)
+    assert f"{bits[0]:.4f}" in done.stdout
     for arm in ("baseline", "tst"):
+        config = json.loads((tmp_path / "huggingface" / arm / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert config["vocab_size"] == (2048 if tokens else 256)
         assert (tmp_path / arm / "checkpoints" / "iter_0000020").is_dir()

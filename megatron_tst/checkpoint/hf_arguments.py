@@ -1,0 +1,167 @@
+"""From the ``config.json`` of a Hugging Face model to Megatron's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_tst.checkpoint.hf_shapes import ModelShape
+
+_ANYTHING_ELSE = "Megatron computes something else, so that it cannot be imported"
+# Settings that Megatron's model of the same weights has no argument for, and the values that can
+# be expressed.
+_SETTINGS: tuple[tuple[Any, ...], ...] = (
+    ("hidden_act", "silu"),
+    ("attention_bias", False),
+    ("mlp_bias", False),
+    ("use_sliding_window", False),
+    ("quantization_config", None),
+)
+_SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
+    ("norm_topk_prob", True),
+    ("decoder_sparse_step", 1),
+    ("mlp_only_layers", [], None),
+)
+
+
+def read_config(content: Mapping[str, Any], named: str) -> Any:
+    """The settings of a model as transformers understands them, with its defaults.
+
+    Args:
+        content: of ``config.json``, as transformers 4 or 5 writes it.
+        named: the folder, for messages.
+
+    Returns:
+        A ``LlamaConfig``, ``Qwen3Config`` or ``Qwen3MoeConfig``.
+
+    Raises:
+        ValueError: another architecture, or settings that transformers refuses or that Megatron
+            cannot express.
+    """
+    # Here, because the import takes seconds.
+    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+
+    classes = {
+        "LlamaForCausalLM": LlamaConfig,
+        "Qwen3ForCausalLM": Qwen3Config,
+        "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+    }
+    found = content.get("architectures") or []
+    if len(found) != 1 or found[0] not in classes:
+        raise ValueError(
+            f"{named} is of architecture {', '.join(found) or '(none in config.json)'}: "
+            f"what can be imported is {', '.join(classes)}."
+        )
+    try:
+        config: Any = classes[found[0]].from_dict(copy.deepcopy(dict(content)))
+        unsupported = list(_unsupported(config))
+    # transformers and its checks raise all kinds over bad values.
+    except Exception as error:
+        raise ValueError(
+            f"{named}: config.json is refused by transformers ({' '.join(str(error).split())})."
+        ) from error
+    if unsupported:
+        raise ValueError(f"{named} has {', '.join(unsupported)}: {_ANYTHING_ELSE}.")
+    return config
+
+
+def _unsupported(config: Any) -> Iterator[str]:
+    is_mixture = config.architectures[0] == "Qwen3MoeForCausalLM"
+    for name, *allowed in _SETTINGS + (_SETTINGS_OF_EXPERTS if is_mixture else ()):
+        value = getattr(config, name, allowed[0])
+        if value not in allowed:
+            yield f"{name} {value}"
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        yield f"rope_parameters of rope_type {rope['rope_type']} (rope_scaling)"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
+    if rope["rope_theta"] != int(rope["rope_theta"]):
+        yield f"rope_theta {rope['rope_theta']} (not a whole number)"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        yield f"layer_types {', '.join(sorted(kinds))}"
+
+
+def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
+    """The sizes of a model.
+
+    Args:
+        config: as :func:`read_config` gives it.
+        vocabulary_multiple: the vocabulary is padded to a multiple of it.
+    """
+    architecture = config.architectures[0]
+    is_mixture = architecture == "Qwen3MoeForCausalLM"
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.moe_intermediate_size if is_mixture else config.intermediate_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads or heads,
+        # What the models of transformers do; not every class of settings has it.
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        padded_vocabulary=-(-config.vocab_size // vocabulary_multiple) * vocabulary_multiple,
+        tied=config.tie_word_embeddings,
+        qk_norm=architecture != "LlamaForCausalLM",
+        experts=config.num_experts if is_mixture else 0,
+    )
+
+
+def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
+    """Every argument of Megatron that the model needs, each with its value if it has one."""
+    values: dict[str, Any] = {
+        "num-layers": shape.layers,
+        "hidden-size": shape.hidden,
+        "ffn-hidden-size": config.intermediate_size,
+        "num-attention-heads": shape.heads,
+        "group-query-attention": shape.kv_heads != shape.heads,
+        "num-query-groups": shape.kv_heads if shape.kv_heads != shape.heads else None,
+        "kv-channels": shape.head_dim,
+        "qk-layernorm": shape.qk_norm,
+        "max-position-embeddings": config.max_position_embeddings,
+        "position-embedding-type": "rope",
+        "rotary-base": int(config.rope_parameters["rope_theta"]),
+        "normalization": "RMSNorm",
+        "norm-epsilon": config.rms_norm_eps,
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "attention-dropout": config.attention_dropout,
+        "hidden-dropout": 0.0,
+        "init-method-std": config.initializer_range,
+        "untie-embeddings-and-output-weights": not shape.tied,
+        # Not left to Megatron, which would pad the size of the tokenizer.
+        "padded-vocab-size": shape.padded_vocabulary,
+    }
+    if shape.experts:
+        values |= {
+            "num-experts": shape.experts,
+            "moe-layer-freq": 1,
+            "moe-ffn-hidden-size": shape.ffn,
+            "moe-router-topk": config.num_experts_per_tok,
+            "moe-router-score-function": "softmax",
+            "moe-router-dtype": "fp32",
+            "moe-aux-loss-coeff": config.router_aux_loss_coef,
+        }
+    return [
+        [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        for name, value in values.items()
+        if value is not None and value is not False
+    ]
+
+
+def parse_arguments(arguments: Sequence[str]) -> Namespace:
+    """Parses arguments with Megatron's own parser: the rest are its defaults."""
+    # Here, because importing Megatron takes seconds. It warns of GPU libraries not needed here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.training.arguments import add_megatron_arguments
+
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parsed: Namespace = parser.parse_args(list(arguments))
+    return parsed

@@ -1,0 +1,242 @@
+"""Writes a Hugging Face model (Llama, Qwen3 or Qwen3-MoE) as a Megatron checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from megatron_tst.checkpoint.hf_arguments import (
+    megatron_arguments,
+    parse_arguments,
+    read_config,
+    shape_from_config,
+)
+from megatron_tst.checkpoint.hf_export import DtypeName
+from megatron_tst.checkpoint.hf_mapping import (
+    KeyLayout,
+    MegatronSlice,
+    listed,
+    stored_shapes,
+    weight_slices,
+)
+from megatron_tst.checkpoint.hf_shapes import ModelShape
+from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
+from megatron_tst.checkpoint.safetensors_reader import StoredWeight, stored_weights
+from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
+from megatron_tst.checkpoint.torch_dist_writer import (
+    PlannedChunk,
+    checkpoint_bytes,
+    write_checkpoint,
+)
+from megatron_tst.evaluation.folder import check_model_folder
+
+RELEASE = "release"
+"""What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""
+_OUTPUT_LAYER, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# The arguments of Megatron, all of them.
+_COMMON_BYTES = 40_000
+# Tables of sines and cosines, which early releases of transformers saved.
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What was imported.
+
+    Attributes:
+        shape: sizes of the model.
+        parameters: number of weights read.
+        arguments: of Megatron that a run of the model needs, each with its value.
+    """
+
+    shape: ModelShape
+    parameters: int
+    arguments: tuple[tuple[str, ...], ...]
+
+
+def import_from_huggingface(
+    model: Path,
+    output: Path,
+    dtype: DtypeName | None = None,
+    vocabulary_multiple: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ImportResult:
+    """Imports a model as a torch_dist checkpoint that Megatron loads at any parallel layout.
+
+    One process, on the CPU, without a process group. Reads a layer, or one of its experts, at a
+    time and writes it: needs the memory of one or two of these, whatever the size of the model.
+    Runs no code of the folder and opens no pickle.
+
+    Args:
+        model: folder with config.json and safetensors.
+        output: folder to write, for ``--load``; it appears whole or not at all.
+        dtype: dtype of the weights; by default the one in the folder.
+        vocabulary_multiple: the embedding and the output layer are padded to a multiple of it, with
+            zeros, as Megatron fills rows when it loads into a larger vocabulary.
+        overwrite: whether an existing ``output`` is replaced.
+        progress: whether a progress bar is drawn on standard error.
+
+    Raises:
+        ValueError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
+            is too small.
+    """
+    check_output(output, overwrite, _not_an_import(output))
+    if vocabulary_multiple < 1:
+        raise ValueError(f"--pad-vocab-to-multiple-of {vocabulary_multiple} is not positive.")
+    named = f"--model {model}"
+    folder = check_model_folder(model, needs_tokenizer=False)
+    config = read_config(folder.config, named)
+    shape = shape_from_config(config, vocabulary_multiple)
+    slices = _slices(shape)
+    weights = stored_weights([model / name for name in folder.weights])
+    _check_weights(shape, slices, weights, named)
+    chunks = _plan_chunks(slices, weights, dtype, named)
+    shapes = stored_shapes(slices)
+    states = _module_states(slices, shapes)
+    check_disk(output, checkpoint_bytes(chunks, len(states)) + _COMMON_BYTES)
+
+    arguments = megatron_arguments(config, shape)
+    if folder.has_tokenizer:
+        tokenizer = str(model.resolve())
+        arguments += [
+            ["--tokenizer-type", "HuggingFaceTokenizer"],
+            ["--tokenizer-model", tokenizer],
+        ]
+    objects = {COMMON_KEY: _common_state(arguments), **states}
+    bar = Progress(console=Console(stderr=True), disable=not progress)
+    with replacing(output) as temporary, bar:
+        advance = partial(bar.advance, bar.add_task("Importing", total=len(chunks)))
+        write_checkpoint(temporary / RELEASE, shapes, chunks, objects, advance)
+        (temporary / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+    used = {name for part in slices for name in part.names}
+    return ImportResult(
+        shape=shape,
+        parameters=sum(weights[name].elements for name in used),
+        arguments=tuple(tuple(argument) for argument in arguments),
+    )
+
+
+def _common_state(arguments: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What Megatron looks for in a checkpoint besides tensors; the arguments for tools as well."""
+    words = [word for argument in arguments for word in argument]
+    return {
+        "args": parse_arguments([*words, "--no-save-optim", "--no-save-rng"]),
+        # The order of queries, keys and values since Megatron-LM 2.
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+    }
+
+
+def _not_an_import(output: Path) -> str | None:
+    tracker = output / TRACKER_FILE
+    if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace") == RELEASE:
+        return None
+    return "holds something else than an imported model"
+
+
+def _slices(shape: ModelShape) -> list[MegatronSlice]:
+    """The parts of the model; the norm before experts under both names that Megatron has for it."""
+    parts = {
+        (part.key, part.index): part
+        for fused_norm in (True, False)
+        for part in weight_slices(shape, KeyLayout(fused_norm=fused_norm))
+    }
+    return list(parts.values())
+
+
+def _module_states(
+    slices: Sequence[MegatronSlice], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """What Megatron's linear layers save besides their weights, by key.
+
+    Loading fails where one is missing. Megatron's own modules have nothing in it, those of
+    Transformer Engine the state of fp8, for the absence of which an empty tensor stands. The latter
+    have it in norms and attention too; what no module asks for does no harm.
+    """
+    states = {}
+    for part in slices:
+        module = part.key.removesuffix(".weight")
+        if module == part.key or not module.startswith("decoder."):
+            continue
+        stacks = len(part.index)
+        place = ".".join(map(str, part.index or (0,)))
+        places = ".".join(map(str, shapes[part.key][:stacks] or (1,)))
+        for name in {module, module.replace("linear_qkv", "core_attention")}:
+            states[f"{name}._extra_state/shard_{place}_{places}"] = torch.empty(
+                0, dtype=torch.uint8
+            )
+    return states
+
+
+def _check_weights(
+    shape: ModelShape,
+    slices: Sequence[MegatronSlice],
+    weights: Mapping[str, StoredWeight],
+    named: str,
+) -> None:
+    """Compares the weights that there are with the ones that the model consists of."""
+    expected = {name: size for part in slices for name, size in part.sizes().items()}
+    missing = sorted(expected.keys() - weights.keys())
+    if missing:
+        raise ValueError(
+            f"{named} has no {listed(missing)}: it does not hold the {shape.architecture} model "
+            "that its config.json describes, copy it again."
+        )
+    unknown = {name for name in weights.keys() - expected.keys() if not _is_table(name)}
+    if shape.tied and _OUTPUT_LAYER in unknown:
+        unknown.remove(_OUTPUT_LAYER)
+        if not torch.equal(weights[_OUTPUT_LAYER].read(), weights[_EMBEDDING].read()):
+            raise ValueError(
+                f"{named} has tie_word_embeddings true in config.json, and {_OUTPUT_LAYER} is not "
+                f"{_EMBEDDING}: set it to false, or remove the weight."
+            )
+    if unknown:
+        raise ValueError(
+            f"{named} has {listed(sorted(unknown))}, which {shape.architecture} has no place for: "
+            "it cannot be imported without changing the model."
+        )
+    for name, size in expected.items():
+        if weights[name].size != size:
+            raise ValueError(
+                f"{name} in {weights[name].file} has shape {list(weights[name].size)}, and "
+                f"config.json gives {list(size)}: the folder mixes two models."
+            )
+
+
+def _is_table(name: str) -> bool:
+    return name.endswith(_IGNORED_SUFFIX)
+
+
+def _plan_chunks(
+    slices: Sequence[MegatronSlice],
+    weights: Mapping[str, StoredWeight],
+    dtype: DtypeName | None,
+    named: str,
+) -> list[PlannedChunk]:
+    dtypes: dict[str, torch.dtype] = {}
+    for part in slices:
+        for name in part.names:
+            stored = getattr(torch, dtype) if dtype else weights[name].dtype
+            # A tensor of Megatron, which stacks all layers, has one dtype.
+            if dtypes.setdefault(part.key, stored) != stored:
+                raise ValueError(
+                    f"{named} has {name} in {stored}, and the same weight of other layers in "
+                    f"{dtypes[part.key]}: pass --dtype."
+                )
+    return [
+        PlannedChunk(part.key, part.index, part.size, dtypes[part.key], _loader(part, weights))
+        for part in slices
+    ]
+
+
+def _loader(part: MegatronSlice, weights: Mapping[str, StoredWeight]) -> Callable[[], Tensor]:
+    return lambda: part.join([weights[name].read() for name in part.names])

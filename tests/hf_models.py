@@ -1,0 +1,87 @@
+"""Small random models of every kind that can be imported, in Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from benchmarks.synthetic_checkpoint import save_tokenizer
+
+VOCABULARY, TOKENIZER_SIZE, CONTEXT = 250, 240, 24
+"""Models such as Qwen3 have more rows than their tokenizer has entries."""
+KINDS = ("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old")
+"""``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
+bfloat16 and in several files."""
+_SETTINGS: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.002,
+}
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """Saves a model of one of ``KINDS`` and a tokenizer."""
+    words = kind.split("-")
+    settings = _SETTINGS | {"tie_word_embeddings": "tied" in words}
+    if "mha" in words:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    if "old" in words:
+        # The size of a head is then not in the file.
+        settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+    torch.manual_seed(KINDS.index(kind))
+    model: Any
+    match words[0]:
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**settings))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**settings))
+        case "qwen3moe":
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **_EXPERTS))
+    for name, parameter in model.named_parameters():
+        # Norms start at one, where exchanging them would not show.
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    if "old" in words:
+        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+        _write_old_config(folder / "config.json")
+    else:
+        model.save_pretrained(folder)
+    return save_tokenizer(folder, TOKENIZER_SIZE)
+
+
+def _write_old_config(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("head_dim", None)
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    path.write_text(json.dumps(config))

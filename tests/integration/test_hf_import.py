@@ -1,0 +1,343 @@
+"""Import of Hugging Face models: what Megatron computes with them, and the way back."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_tst.checkpoint.hf_export import export_to_huggingface
+from megatron_tst.checkpoint.hf_import import import_from_huggingface
+from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from tests.hf_imports import LARGE
+from tests.hf_models import CONTEXT, KINDS, VOCABULARY
+from tests.runs import SmallRun
+from tests.tiny_llama import save_tiny_llama
+from tests.zygote import Launcher
+
+PADDED_VOCABULARY = 256
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A folder, what the tool wrote and what it printed."""
+
+    model: Path
+    checkpoint: Path
+    printed: str
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments for a launch script, as bash reads them."""
+        return shlex.split(self.printed.partition("MODEL_ARGS=(")[2].rpartition(")")[0])
+
+
+def convert(launcher: Launcher, folder: Path, cases: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of the tool for each of some command lines, one after the other."""
+    folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    arguments = [str(folder / "cases.json"), str(folder / "results.json")]
+    launcher.run(arguments, folder / "log.txt", main="tests.hf_imports:convert")
+    return [tuple(result) for result in json.loads((folder / "results.json").read_text())]
+
+
+@pytest.fixture(scope="module")
+def imported(
+    launcher: Launcher, hf_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Imported]:
+    root = tmp_path_factory.mktemp("imported")
+    cases = [
+        ["--model", str(folder), "--output", str(root / kind), "--pad-vocab-to-multiple-of", "64"]
+        for kind, folder in hf_models.items()
+    ]
+    results = convert(launcher, root, cases)
+    assert [code for code, _ in results] == [0] * len(hf_models), results
+    return {
+        kind: Imported(hf_models[kind], root / kind, printed)
+        for kind, (_, printed) in zip(hf_models, results, strict=True)
+    }
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: weight
+        for file in folder.glob("*.safetensors")
+        for name, weight in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_back_gives_the_same_bits(
+    imported: dict[str, Imported], tmp_path: Path, kind: str
+) -> None:
+    case = imported[kind]
+    # Its tokenizer has fewer entries than it has rows, and Megatron's checkpoint has more.
+    result = export_to_huggingface(case.checkpoint, case.model, tmp_path / "back")
+    assert result.shape.padded_vocabulary == PADDED_VOCABULARY
+    assert (result.iteration, result.warnings) == (0, ())
+    expected, actual = load_weights(case.model), load_weights(tmp_path / "back")
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert actual[name].dtype == weight.dtype
+        assert torch.equal(actual[name], weight), name
+    before, after = (
+        AutoConfig.from_pretrained(folder).to_dict() for folder in (case.model, tmp_path / "back")
+    )
+    # Written for other readers, or of no meaning for the weights.
+    ignored = {"_name_or_path", "transformers_version", "use_cache", "rope_theta", "head_dim"}
+    ignored |= {"pad_token_id", "output_router_logits", "num_experts"}
+    assert {name for name in before if before[name] != after.get(name)} <= ignored
+
+
+# Kind, processes and arguments of the run besides those that the tool prints.
+LAYOUTS: dict[str, tuple[str, int, str]] = {
+    **{kind: (kind, 1, "") for kind in KINDS},
+    "llama, TP 2": ("llama", 2, "--tensor-model-parallel-size 2"),
+    "llama, TP 2, more padding": (
+        "llama",
+        2,
+        "--tensor-model-parallel-size 2 --padded-vocab-size 384",
+    ),
+    "llama-mha-tied, PP 2": ("llama-mha-tied", 2, "--pipeline-model-parallel-size 2"),
+    "qwen3moe, PP 2": ("qwen3moe", 2, "--pipeline-model-parallel-size 2"),
+    "qwen3moe, EP 2": (
+        "qwen3moe",
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
+    ),
+    "qwen3moe, arguments from the checkpoint": ("qwen3moe", 1, "--use-checkpoint-args"),
+}
+NOT_FROM_THE_CHECKPOINT = ("--norm-epsilon", "--qk-layernorm", "--moe-router-dtype", "--load")
+"""Printed arguments that --use-checkpoint-args does not bring, and that change the logits."""
+
+
+def launch_arguments(case: Imported, extra: str) -> list[str]:
+    arguments = case.arguments
+    if "--use-checkpoint-args" in extra:
+        arguments = []
+        for line in case.printed.splitlines():
+            if line.strip().startswith(NOT_FROM_THE_CHECKPOINT):
+                arguments += shlex.split(line)
+    return [*arguments, *extra.split()]
+
+
+@pytest.fixture(scope="module")
+def logits(
+    launcher: Launcher, imported: dict[str, Imported], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """Megatron's logits by layout."""
+    root = tmp_path_factory.mktemp("logits")
+    tokens = random_tokens().tolist()
+    for size in (1, 2):
+        cases = [
+            {
+                "arguments": launch_arguments(imported[kind], extra),
+                "tokens": tokens,
+                "output": str(root / f"{layout}.pt"),
+            }
+            for layout, (kind, processes, extra) in LAYOUTS.items()
+            if processes == size
+        ]
+        (root / f"{size}.json").write_text(json.dumps(cases))
+        main = "tests.hf_imports:compute_logits"
+        launcher.run([str(root / f"{size}.json")], root / f"{size}.txt", size, main=main)
+    return {layout: torch.load(root / f"{layout}.pt", weights_only=True) for layout in LAYOUTS}
+
+
+def random_tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, CONTEXT), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_megatron_loads_it_and_computes_the_same_logits(
+    hf_models: dict[str, Path], logits: dict[str, torch.Tensor], layout: str
+) -> None:
+    kind, _, extra = LAYOUTS[layout]
+    model = AutoModelForCausalLM.from_pretrained(hf_models[kind], dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(random_tokens()).logits
+    actual = logits[layout]
+    assert actual.shape[-1] == (384 if "384" in extra else PADDED_VOCABULARY)
+    # The same fp32 arithmetic in another order; logits are of order 1, with an epsilon of 1e-7.
+    assert expected.abs().max() > 1
+    assert (actual[..., :VOCABULARY] - expected).abs().max() <= 1e-5
+    # Rows of zeros, also those that Megatron adds.
+    assert not actual[..., VOCABULARY:].any()
+
+
+@pytest.fixture(scope="module")
+def byte_model(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    """A model of the shape and the tokenizer of small runs."""
+    root = tmp_path_factory.mktemp("bytes")
+    model, checkpoint = save_tiny_llama(root / "model"), root / "checkpoint"
+    case = ["--model", str(model), "--output", str(checkpoint)]
+    [(code, printed)] = convert(launcher, root, [case])
+    assert code == 0, printed
+    return Imported(model, checkpoint, printed)
+
+
+LINE = b"All the samples are one: 32 byte"
+"""As long as a sample of small runs, so that every batch of them is known."""
+
+
+@pytest.fixture(scope="module")
+def one_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("line")
+    (folder / "text.jsonl").write_text(json.dumps({"text": LINE.decode() * 600}))
+    config = PreprocessConfig(
+        inputs=(folder / "text.jsonl",), output_prefix=folder / "text", byte_level=True, workers=1
+    )
+    preprocess(config)
+    return folder / "text"
+
+
+def line_loss(folder: Path) -> float:
+    """The cross-entropy that transformers computes for a batch."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.tensor([[*LINE, LINE[0]]])
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    return float(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]))
+
+
+def small_run(corpus: Path, folder: Path, **overrides: Any) -> SmallRun:
+    common: dict[str, Any] = {"split": "100,0,0", "eval_iters": 0, "train_iters": 4, "bf16": None}
+    return SmallRun(corpus, folder).with_(**(common | overrides))
+
+
+@pytest.mark.parametrize(
+    ("main", "processes", "overrides", "tolerance"),
+    [
+        # fp32, in another order.
+        ("megatron_tst.training.pretrain:main", 2, {"tensor_model_parallel_size": 2}, 1e-5),
+        ("tests.stock_gpt:main", 2, {"pipeline_model_parallel_size": 2}, 1e-5),
+        # Weights and activations are rounded to 8 bits of mantissa: 0.4% of logits of order 1.
+        (
+            "tests.stock_gpt:main",
+            2,
+            {"bf16": True, "use_distributed_optimizer": True},
+            2e-2,
+        ),
+    ],
+    ids=["ours, TP 2", "stock, PP 2", "stock, bf16, distributed optimizer"],
+)
+def test_training_goes_on_from_the_loss_of_transformers(
+    launcher: Launcher,
+    byte_model: Imported,
+    one_line: Path,
+    tmp_path: Path,
+    main: str,
+    processes: int,
+    overrides: dict[str, Any],
+    tolerance: float,
+) -> None:
+    # Saving takes longer than training here.
+    run = small_run(one_line, tmp_path, save=None, **overrides)
+    # The paste that the tool offers.
+    launcher.run([*run.argv, *byte_model.arguments], run.log, processes, main=main)
+    losses = run.scalars()["lm loss"]
+    assert sorted(losses) == [1, 2, 3, 4]
+    # Far from a model that knows nothing.
+    assert abs(line_loss(byte_model.model) - math.log(PADDED_VOCABULARY)) > 0.5
+    assert losses[1] == pytest.approx(line_loss(byte_model.model), abs=tolerance)
+    assert losses[4] < losses[1]
+
+
+def test_superposition_starts_from_it_and_is_resumed(
+    launcher: Launcher, byte_model: Imported, corpus: Path, tmp_path: Path
+) -> None:
+    """Given as what to start from: the run finds its own checkpoints when it is started again."""
+    run = small_run(corpus, tmp_path, tst_bag_size=4, tst_steps=3, save_interval=2, train_iters=6)
+    start = [*byte_model.arguments[:-2], "--pretrained-checkpoint", str(byte_model.checkpoint)]
+    assert byte_model.arguments[-2] == "--load"
+    launcher.run([*run.argv, *start, "--exit-interval", "2"], run.log)
+    launcher.run([*run.argv, *start], run.log)
+    assert "attempting to finetune with checkpoint" in run.log.read_text()
+    losses = run.scalars()["lm loss"]
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6]
+    assert all(map(math.isfinite, losses.values()))
+    assert run.description()["superposition"]["bag_size"] == 4
+
+
+def test_superposition_loads_it_as_a_release(
+    launcher: Launcher, byte_model: Imported, corpus: Path, tmp_path: Path
+) -> None:
+    run = small_run(corpus, tmp_path, tst_bag_size=4, tst_steps=2, save=None)
+    launcher.run([*run.argv, *byte_model.arguments], run.log)
+    assert "loading release distributed checkpoint" in run.log.read_text()
+    assert sorted(run.scalars()["lm loss"]) == [1, 2, 3, 4]
+
+
+def test_an_import_holds_neither_the_model_nor_a_stack_of_layers(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    results = tmp_path / "peak.json"
+    launcher.run([str(tmp_path), str(results)], tmp_path / "log", main="tests.hf_imports:measure")
+    gates_and_ups = LARGE.layers * 2 * LARGE.ffn * LARGE.hidden * 4
+    assert json.loads(results.read_text()) < gates_and_ups / 2
+
+
+def test_the_command(
+    launcher: Launcher, hf_models: dict[str, Path], imported: dict[str, Imported], tmp_path: Path
+) -> None:
+    output, foreign = tmp_path / "out", tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    basic = ["--model", str(hf_models["llama-old"]), "--output"]
+    found = convert(
+        launcher,
+        tmp_path / "work",
+        [
+            [*basic, str(output), "--dtype", "float32", "--progress"],
+            [*basic, str(output)],
+            [*basic, str(output), "--overwrite"],
+            [*basic, str(foreign), "--overwrite"],
+            [*basic, str(output), "--overwrite", "--pad-vocab-to-multiple-of", "0"],
+        ],
+    )
+    assert [code for code, _ in found] == [0, 2, 0, 2, 2]
+    assert "Importing" in found[0][1]
+    assert "exists: pass --overwrite" in found[1][1]
+    assert "Importing" not in found[2][1]
+    assert "vocabulary 250 in 250 rows" in found[2][1]
+    assert "holds something else than an imported model" in found[3][1]
+    assert "--pad-vocab-to-multiple-of 0 is not positive" in found[4][1]
+    # Nothing unfinished is left behind.
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "thesis", "work"}
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+    assert TorchDistCheckpoint(output / "release").dtype(EMBEDDING) == torch.bfloat16
+
+
+def test_the_dtype_can_be_chosen(launcher: Launcher, byte_model: Imported, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    case = ["--model", str(byte_model.model), "--output", str(output), "--dtype", "bfloat16"]
+    assert convert(launcher, tmp_path / "work", [case])[0][0] == 0
+    weights = load_weights(byte_model.model)
+    stored = TorchDistCheckpoint(output / "release").read(EMBEDDING)
+    assert torch.equal(stored, weights["model.embed_tokens.weight"].bfloat16())
+
+
+def test_a_disk_that_is_too_small(
+    imported: dict[str, Imported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for case in imported.values():
+        with pytest.raises(ValueError, match=r"needs [\d,]+ bytes .* has 1,000 free") as error:
+            import_from_huggingface(case.model, tmp_path / "new", vocabulary_multiple=64)
+        # What it asked for is what it takes, rounded up.
+        needed = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+        taken = sum(file.stat().st_size for file in case.checkpoint.rglob("*") if file.is_file())
+        assert taken <= needed < 1.5 * taken
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,152 @@
+"""What an import of Hugging Face models refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_tst.checkpoint.hf_import import import_from_huggingface
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def change_weights(
+    change: Callable[[dict[str, torch.Tensor]], object],
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def pickles_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_shard(folder: Path) -> None:
+    min(folder.glob("*.safetensors")).unlink()
+
+
+def store_twice(folder: Path) -> None:
+    shard = min(folder.glob("*.safetensors"))
+    shutil.copyfile(shard, folder / "copy.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["copy"] = "copy.safetensors"
+    index.write_text(json.dumps(content))
+
+
+def remove_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+ROW = torch.zeros(1, 32)
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("llama", remove_config, "has no config.json: pass a Hugging Face folder"),
+    ("llama", pickles_only, r"pickles only \(pytorch_model.bin\).* convert them to safetensors"),
+    ("llama", cut_off, r"model.safetensors cannot be read \(.*\): copy it again"),
+    ("llama-old", store_twice, r"is in both .*copy.safetensors and .*00001-of"),
+    ("llama-old", remove_shard, r"model-00001-of-\d+.safetensors is missing: copy the folder"),
+    (
+        "llama",
+        change_config(architectures=["GPT2LMHeadModel"]),
+        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Qwen3",
+    ),
+    ("llama", change_config(architectures=None), r"architecture \(none in config.json\)"),
+    ("llama", change_config(attention_bias=True, mlp_bias=True), "attention_bias True, mlp_bias"),
+    ("llama", change_config(hidden_act="gelu"), "hidden_act gelu: Megatron computes something"),
+    ("llama", change_config(rope_parameters=YARN), "rope_parameters of rope_type yarn"),
+    (
+        "llama-old",
+        change_config(rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_parameters of rope_type linear",
+    ),
+    ("llama", change_config(quantization_config={"bits": 4}), "has quantization_config"),
+    ("llama-old", change_config(rope_theta=0.5), r"rope_theta 0.5 \(not a whole number\)"),
+    ("llama", change_config(hidden_size="wide"), r"refused by transformers \(.*hidden_size"),
+    (
+        "qwen3-tied",
+        change_config(
+            use_sliding_window=True,
+            sliding_window=8,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+        ),
+        "use_sliding_window True, layer_types sliding_attention",
+    ),
+    ("qwen3moe", change_config(norm_topk_prob=False), "norm_topk_prob False"),
+    ("qwen3moe", change_config(mlp_only_layers=[1]), r"mlp_only_layers \[1\]"),
+    ("qwen3moe", change_config(decoder_sparse_step=2), "decoder_sparse_step 2"),
+    (
+        "llama",
+        change_weights(lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight")),
+        "has no model.layers.2.mlp.up_proj.weight: .* config.json describes, copy it again",
+    ),
+    (
+        "llama",
+        change_weights(lambda weights: weights.update({"score.weight": ROW})),
+        "has score.weight, which LlamaForCausalLM has no place for",
+    ),
+    (
+        "llama",
+        change_weights(lambda weights: weights.update({"lm_head.weight": ROW})),
+        r"lm_head.weight in .* has shape \[1, 32\], and config.json gives \[250, 32\]",
+    ),
+    (
+        "qwen3-tied",
+        change_weights(lambda weights: weights.update({"lm_head.weight": ROW})),
+        "tie_word_embeddings true .* lm_head.weight is not model.embed_tokens.weight",
+    ),
+    (
+        "llama",
+        change_weights(
+            lambda weights: weights.update({"model.norm.weight": torch.zeros(32).to(torch.int8)})
+        ),
+        "model.norm.weight in .* is of dtype I8: quantized",
+    ),
+    (
+        "llama",
+        change_weights(
+            lambda weights: weights.update(
+                {"model.layers.1.input_layernorm.weight": torch.zeros(32).half()}
+            )
+        ),
+        "layers.1.input_layernorm.weight in torch.float16, .* torch.float32: pass --dtype",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "message"), REFUSALS)
+def test_bad_input_is_refused_before_anything_is_written(
+    hf_models: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(hf_models[kind], tmp_path / "model"))
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        import_from_huggingface(folder, tmp_path / "new" / "checkpoint")
+    assert str(folder) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
