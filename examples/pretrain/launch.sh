@@ -20,6 +20,7 @@ what to train
 where
   NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
   MICRO_BATCH_SIZE                                                sequences a GPU at a time
+  STOCK_MEGATRON  folder of Megatron-LM, whose pretrain_gpt.py does phase 2 (docs/stock-megatron.md)
 checkpoints
   SAVE_INTERVAL       steps between checkpoints (default 1000)
   ASYNC_SAVE          1 (default): written in the background; 0: training waits
@@ -124,8 +125,15 @@ if [[ -n ${WANDB_PROJECT:-} ]]; then
   LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$0" .sh)-$VARIANT")
 fi
 
+PROGRAM=(-m megatron_tst.pretrain)
+if [[ -n ${STOCK_MEGATRON:-} ]]; then
+  # Phase 2 without this project: docs/stock-megatron.md.
+  PROGRAM=("$STOCK_MEGATRON/pretrain_gpt.py")
+  TST_ARGS=()
+fi
+
 TRAINER=(
-  -m megatron_tst.pretrain
+  "${PROGRAM[@]}"
   "${MODEL_ARGS[@]}"
   "${MOE_ARGS[@]}"
   "${TRAINING_ARGS[@]}"
