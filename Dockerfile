@@ -23,5 +23,5 @@ RUN pip install --no-cache-dir --no-deps --editable . \
 
 # Jobs of Kubernetes and Base Command run as this user; Slurm's containers as the one who submits.
 RUN useradd --create-home --uid 10001 tst
-USER tst
+USER 10001
 CMD ["bash"]

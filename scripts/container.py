@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import distributions, version
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 _REQUIRED = ("torch", "transformer_engine.pytorch", "megatron.core", "megatron_tst.pretrain")
 # apex's extension for gradient accumulation; without it --no-gradient-accumulation-fusion is needed.
 _OPTIONAL = ("apex", "fused_weight_gradient_mlp_cuda", "flash_attn")
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         tested = read_pins(options.tested.read_text().splitlines())
         print("\n".join(merged_pins(container, tested)))
         return 0
-    after = {normalised(d.metadata["Name"]): d.version for d in distributions()}
+    after = {normalised(d.metadata["Name"]): canonical(d.version) for d in distributions()}
     problems = changed_packages(container, after) + failed_imports(_REQUIRED)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -49,7 +51,15 @@ def normalised(name: str) -> str:
 def read_pins(lines: Iterable[str]) -> dict[str, str]:
     """Versions by package name of lines ``name==version``; other lines are left out."""
     pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {normalised(name): pin.strip() for name, pin in pins}
+    return {normalised(name): canonical(pin.strip()) for name, pin in pins}
+
+
+def canonical(version: str) -> str:
+    """One spelling: pip lists the torch of a container as nv26.6 whose metadata say nv26.06."""
+    try:
+        return str(Version(version))
+    except InvalidVersion:
+        return version
 
 
 def merged_pins(container: dict[str, str], tested: dict[str, str]) -> list[str]:

@@ -11,10 +11,10 @@ from megatron_tst.training.fused_paths import lost_fused_paths, refuse_missing_k
 ALL = {"transformer_engine", "apex", "fused_weight_gradient_mlp_cuda"}
 
 
-def arguments(implementation: str = "transformer_engine", fusion: bool = True) -> argparse.Namespace:
-    return argparse.Namespace(
-        transformer_impl=implementation, gradient_accumulation_fusion=fusion
-    )
+def arguments(
+    implementation: str = "transformer_engine", fusion: bool = True
+) -> argparse.Namespace:
+    return argparse.Namespace(transformer_impl=implementation, gradient_accumulation_fusion=fusion)
 
 
 def test_nothing_is_lost_in_a_container_that_has_both() -> None:
