@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 _REQUIRED = ("torch", "transformer_engine.pytorch", "megatron.core", "megatron_tst.pretrain")
-# apex's extension for gradient accumulation; without it --no-gradient-accumulation-fusion is needed.
+# Without apex and its extension, runs need --no-gradient-accumulation-fusion.
 _OPTIONAL = ("apex", "fused_weight_gradient_mlp_cuda", "flash_attn")
 
 
