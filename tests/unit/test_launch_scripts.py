@@ -1,10 +1,9 @@
 """The scripts of examples/: what they launch, and that Megatron's parser and checks accept it.
 
 ``tests/launch_arguments.py`` runs the real parser, Megatron's validation and configurations and
-this project's checks. Replaced there, because this needs no GPU: the compute capability (a B200's), the
-version of Transformer Engine (the container's), the vocabulary that the tokenizer would give, and
-three kernel fusions that Megatron refuses by importing them. Whether models fit, tools/preflight.py
-says.
+this project's checks. Replaced there, because this needs no GPU: the compute capability (a
+B200's), the version of Transformer Engine (the container's), the vocabulary that the tokenizer
+would give, and three kernel fusions that Megatron refuses where it cannot import them.
 """
 
 from __future__ import annotations
