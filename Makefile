@@ -19,10 +19,12 @@ support-matrix: setup ## Run the tests of parallel layouts and write docs/suppor
 	  tests/integration/test_bad_input.py --junitxml=runs/support-matrix.xml
 	$(PY) -m tests.support_matrix runs/support-matrix.xml
 
-check: setup ## Lint, check the format and the types
+check: setup ## Lint (Python, shell, Dockerfile), check the format and the types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh .ci/run
+	.venv/bin/hadolint Dockerfile
 
 format: setup ## Format the code and sort the imports
 	$(PY) -m ruff check --select I --fix

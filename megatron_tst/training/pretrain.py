@@ -48,6 +48,7 @@ from megatron_tst.training.datasets import (
 )
 from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
+from megatron_tst.training.fused_paths import report_fused_paths
 from megatron_tst.training.metrics import StepClock
 from megatron_tst.training.optimizer_state import load_without_gradients
 from megatron_tst.training.reporting import (
@@ -97,6 +98,8 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     _rendezvous_alone()
     with _refusing_in_one_line():
         args, schedule = _parse()
+        if not cpu.is_active():
+            report_fused_paths(args)
         is_hybrid = args.hybrid_layer_pattern is not None
         model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
         datasets_provider = DatasetsProvider(args, schedule)

@@ -1,0 +1,27 @@
+# megatron-tst on NVIDIA's PyTorch container, which brings torch, Transformer Engine and apex: 26.06 is
+# the one that Megatron-LM develops on at this release (torch 2.13, CUDA 13.3, Transformer Engine 2.16).
+# docs/cluster.md says which steps have been tried.
+FROM nvcr.io/nvidia/pytorch:26.06-py3
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /opt/megatron-tst
+
+# What the container has stays as it is; the rest gets the tested versions of constraints.txt. Before
+# the sources, so that a change of them does not install everything again.
+COPY pyproject.toml README.md LICENSE constraints.txt ./
+COPY scripts/container.py scripts/
+COPY megatron_tst/__init__.py megatron_tst/
+RUN pip list --format freeze > /opt/container.txt \
+    && python scripts/container.py constraints /opt/container.txt constraints.txt \
+        > /opt/constraints.txt \
+    && pip install --no-cache-dir --constraint /opt/constraints.txt '.[data,eval]' \
+    && pip uninstall --yes megatron-tst
+
+COPY . .
+RUN pip install --no-cache-dir --no-deps --editable . \
+    && python scripts/container.py check /opt/container.txt
+
+# Jobs of Kubernetes and Base Command run as this user; Slurm's containers as the one who submits.
+RUN useradd --create-home --uid 10001 tst
+USER 10001
+CMD ["bash"]

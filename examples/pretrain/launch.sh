@@ -1,0 +1,181 @@
+# Sourced by the scripts beside it: what does not depend on the model, and the launch.
+# shellcheck shell=bash
+# VARIANT and the arrays that are not set here come from those scripts:
+# shellcheck disable=SC2153,SC2154
+
+usage() {
+  cat >&2 <<USAGE
+usage: DATA_PATH=... TOKENIZER=... OUTPUT_DIR=... [VARIABLE=...] $0 [Megatron and --tst-* arguments]
+
+Arguments are appended to the ones of the script and win over them.
+
+required
+  DATA_PATH       corpus without .bin/.idx, or weights and corpora: "50 dclm 50 fineweb_edu"
+  TOKENIZER       folder or name of a Hugging Face tokenizer
+  OUTPUT_DIR      checkpoints, TensorBoard and data cache; on a file system that all nodes see
+what to train
+  VARIANT         tst (default) or baseline
+  TRAIN_STEPS     optimizer steps; the decay of the learning rate is the last tenth of them
+  PRECISION       mxfp8 (default: B200), fp8 (H100) or bf16
+where
+  NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
+  MICRO_BATCH_SIZE                                                sequences a GPU at a time
+  STOCK_MEGATRON  folder of Megatron-LM, whose pretrain_gpt.py does phase 2 (docs/stock-megatron.md)
+checkpoints
+  SAVE_INTERVAL       steps between checkpoints (default 1000)
+  ASYNC_SAVE          1 (default): written in the background; 0: training waits
+  EXIT_DURATION_MINS  save and exit with 0 after so many minutes (default: never)
+DRY_RUN=1 prints the command and ends.
+USAGE
+}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+for name in DATA_PATH TOKENIZER OUTPUT_DIR; do
+  if [[ -z ${!name:-} ]]; then
+    echo "error: $name is not set" >&2
+    usage
+    exit 2
+  fi
+done
+
+read -r -a corpora <<<"$DATA_PATH"
+
+DATA_ARGS=(
+  --data-path "${corpora[@]}"
+  --data-cache-path "$OUTPUT_DIR/data-cache"
+  # Our choice; evaluations read 16 batches of it, the same ones each time.
+  --split '9995,5,0'
+  --tokenizer-type HuggingFaceTokenizer
+  --tokenizer-model "$TOKENIZER"
+  --num-workers 4
+)
+
+# Matrix products of the layers. Embedding, output layer, router, norms and losses stay in bf16 and
+# fp32, whatever is chosen here.
+case ${PRECISION:=mxfp8} in
+  mxfp8) # Blackwell: blocks of 32 values share a scale, so e4m3 serves gradients too.
+    FP8_ARGS=(
+      --fp8-format e4m3
+      --fp8-recipe mxfp8
+      --fp8-param-gather
+      --reuse-grad-buf-for-mxfp8-param-ag
+    )
+    ;;
+  fp8) # Hopper: one scale a tensor, computed anew at each use; gradients need the range of e5m2.
+    FP8_ARGS=(
+      --fp8-format hybrid
+      --fp8-recipe tensorwise
+      --fp8-param-gather
+      # Megatron turns it off for this recipe, with a warning.
+      --no-stream-ckpt-dequant
+    )
+    ;;
+  bf16) FP8_ARGS=() ;;
+  *) fail "PRECISION is '$PRECISION': use mxfp8, fp8 or bf16" ;;
+esac
+if [[ $PRECISION != bf16 ]]; then
+  FP8_ARGS+=(
+    --first-last-layers-bf16
+    --num-layers-at-start-in-bf16 1
+    --num-layers-at-end-in-bf16 1
+  )
+  if [[ -n ${MOE_ARGS[*]:-} ]]; then
+    # An expert gets any number of tokens, and these products take multiples of 16 or 32.
+    FP8_ARGS+=(--moe-router-padding-for-quantization)
+  fi
+fi
+
+CHECKPOINT_ARGS=(
+  --save "$OUTPUT_DIR/checkpoints"
+  --load "$OUTPUT_DIR/checkpoints"
+  --save-interval "${SAVE_INTERVAL:-1000}"
+  --ckpt-format torch_dist
+  --ckpt-fully-parallel-load
+  --ckpt-assume-constant-structure
+  --dist-ckpt-strictness log_all
+  # Lets a resume have any other parallel layout.
+  --dist-ckpt-optim-fully-reshardable
+  # SIGTERM: finish the step, save, exit with 0.
+  --exit-signal-handler
+  # NaN guard: a NaN or Inf ends the run before anything is saved. Megatron's own default repeats
+  # the step, saves, and exits.
+  --rerun-mode disabled
+)
+if [[ ${ASYNC_SAVE:-1} == 1 ]]; then
+  CHECKPOINT_ARGS+=(--async-save --use-persistent-ckpt-worker --async-strategy mcore)
+fi
+if [[ -n ${EXIT_DURATION_MINS:-} ]]; then
+  CHECKPOINT_ARGS+=(--exit-duration-in-mins "$EXIT_DURATION_MINS")
+fi
+
+LOGGING_ARGS=(
+  --tensorboard-dir "$OUTPUT_DIR/tensorboard"
+  --log-interval 10
+  --log-throughput
+  --log-timers-to-tensorboard
+  --log-validation-ppl-to-tensorboard
+  --eval-interval 1000
+  --eval-iters 16
+)
+if [[ -n ${WANDB_PROJECT:-} ]]; then
+  LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$0" .sh)-$VARIANT")
+fi
+
+PROGRAM=(-m megatron_tst.pretrain)
+if [[ -n ${STOCK_MEGATRON:-} ]]; then
+  # Phase 2 without this project: docs/stock-megatron.md.
+  PROGRAM=("$STOCK_MEGATRON/pretrain_gpt.py")
+  TST_ARGS=()
+fi
+
+TRAINER=(
+  "${PROGRAM[@]}"
+  "${MODEL_ARGS[@]}"
+  "${MOE_ARGS[@]}"
+  "${TRAINING_ARGS[@]}"
+  "${TST_ARGS[@]}"
+  "${PARALLEL_ARGS[@]}"
+  "${FP8_ARGS[@]}"
+  "${DATA_ARGS[@]}"
+  "${CHECKPOINT_ARGS[@]}"
+  "${LOGGING_ARGS[@]}"
+  "$@"
+)
+
+if [[ -n ${LOCAL_RANK:-} ]]; then
+  # Slurm or bcprun has started this rank, and says by RANK and WORLD_SIZE which one it is.
+  COMMAND=(python "${TRAINER[@]}")
+else
+  NNODES=${NNODES:-1}
+  if ((NNODES > 1)) && [[ -z ${MASTER_ADDR:-} || -z ${NODE_RANK:-} ]]; then
+    fail "NNODES is $NNODES: set MASTER_ADDR to the first node and NODE_RANK to 0 .. $((NNODES - 1))"
+  fi
+  DISTRIBUTED_ARGS=(
+    --nnodes "$NNODES"
+    --node-rank "${NODE_RANK:-0}"
+    --nproc-per-node "${GPUS_PER_NODE:-8}"
+    --master-addr "${MASTER_ADDR:-127.0.0.1}"
+    --master-port "${MASTER_PORT:-29500}"
+  )
+  COMMAND=(torchrun "${DISTRIBUTED_ARGS[@]}" "${TRAINER[@]}")
+fi
+
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+  printf '%q ' "${COMMAND[@]}"
+  echo
+  exit
+fi
+
+# The order of kernels that tensor and context parallelism rely on, before Blackwell.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# Bags and tokens need blocks of other sizes: less fragmentation at the switch.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+# How long torchrun waits for ranks that save after a SIGTERM; by itself it kills them after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-840}
+
+mkdir -p "$OUTPUT_DIR"
+exec "${COMMAND[@]}"

@@ -1,0 +1,163 @@
+"""The jobs of examples/slurm, ngc and kubernetes, with stand-ins for the commands of clusters."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = "examples/pretrain/pretrain_gpt_3b.sh"
+PATHS = {"DATA_PATH": "/data/corpus", "TOKENIZER": "/data/tokenizer", "OUTPUT_DIR": "/runs/3b"}
+
+
+def run_slurm_job(
+    folder: Path, task: str = "exit 0", minutes_left: float = 240, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the job; ``task`` is what srun does in place of running the task once."""
+    end = datetime.now() + timedelta(minutes=minutes_left)
+    commands = {
+        "scontrol": 'if [[ $1 == show ]]; then echo node7; echo node8; else echo "SCONTROL $*"; fi',
+        "squeue": f"echo {end:%Y-%m-%dT%H:%M:%S}",
+        "srun": f'echo "SRUN $*"; {task}',
+    }
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NTASKS": "16",
+        **PATHS,
+        **variables,
+    }
+    job = [str(ROOT / "examples/slurm/pretrain.sbatch"), SCRIPT, "--tst-bag-size", "4"]
+    return subprocess.run(
+        ["bash", *job], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+# The task as Slurm would start it: what follows the arguments of srun.
+RUN_TASK = (
+    'while [[ $1 != bash ]]; do shift; done; export SLURM_PROCID=9 SLURM_LOCALID=1; "$@"; '
+    'env | grep -E "^(MASTER|WORLD|EXIT)"'
+)
+
+
+def test_a_task_becomes_the_rank_that_slurm_says(tmp_path: Path) -> None:
+    job = run_slurm_job(tmp_path, RUN_TASK, DRY_RUN="1")
+    assert job.returncode == 0, job.stderr
+    command = next(line for line in job.stdout.splitlines() if line.startswith("python "))
+    words = shlex.split(command)
+    assert words[1:3] == ["-m", "megatron_tst.pretrain"]
+    assert words[-2:] == ["--tst-bag-size", "4"]
+    # 240 minutes less the margin of 20, and a second or so that the start took.
+    assert words[words.index("--exit-duration-in-mins") + 1] in ("219", "220")
+    assert {"MASTER_ADDR=node7", "MASTER_PORT=20077", "WORLD_SIZE=16"} <= set(
+        job.stdout.splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "requeued"),
+    [("exit 0", 0, False), ("exit 1", 1, False), ("exit 2", 2, False)],
+)
+def test_a_run_that_ended_is_not_repeated(
+    tmp_path: Path, task: str, code: int, requeued: bool
+) -> None:
+    job = run_slurm_job(tmp_path, task)
+    assert (job.returncode, "SCONTROL requeue 77" in job.stdout) == (code, requeued)
+
+
+def test_a_run_that_saved_at_the_limit_is_queued_again(tmp_path: Path) -> None:
+    # SECONDS starts at a minute: the run has lasted as long as it was told to.
+    job = tmp_path / "job"
+    job.mkdir()
+    ended = run_slurm_job(job, "exit 0", EXIT_DURATION_MINS="1", BASH_ENV=str(_clock(tmp_path)))
+    assert ended.returncode == 0, ended.stderr
+    assert "SCONTROL requeue 77" in ended.stdout
+
+
+def _clock(folder: Path) -> Path:
+    """Makes the job's shell believe that a wait takes an hour."""
+    path = folder / "clock.sh"
+    path.write_text('wait() { command wait "$@"; local code=$?; SECONDS=3600; return $code; }\n')
+    return path
+
+
+def test_a_run_that_hangs_at_the_limit_is_queued_again(tmp_path: Path) -> None:
+    job = run_slurm_job(tmp_path, 'sleep 1; kill -USR1 "$PPID"; sleep 2')
+    assert "SCONTROL requeue 77" in job.stdout
+    assert "did not end before the time limit" in job.stdout
+
+
+def test_a_limit_shorter_than_the_margin_is_refused(tmp_path: Path) -> None:
+    job = run_slurm_job(tmp_path, minutes_left=15)
+    assert job.returncode == 2
+    assert "raise --time" in job.stderr
+    assert "SRUN" not in job.stdout
+
+
+def test_a_container_is_passed_to_srun(tmp_path: Path) -> None:
+    job = run_slurm_job(tmp_path, IMAGE="/images/tst.sqsh", MOUNTS="/data:/data")
+    assert f"--container-image /images/tst.sqsh --container-mounts /data:/data,{ROOT}" in job.stdout
+
+
+def test_base_command_job() -> None:
+    variables = {
+        name: name.lower()
+        for name in (
+            "NGC_ORG",
+            "NGC_TEAM",
+            "ACE",
+            "INSTANCE",
+            "IMAGE",
+            "DATASET_ID",
+            "WORKSPACE_ID",
+        )
+    }
+    submit = [str(ROOT / "examples/ngc/submit.sh"), SCRIPT, "--wandb-exp-name", "a b"]
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "REPLICAS": "8", **variables}
+    printed = subprocess.run(submit, env=environment, capture_output=True, text=True, check=True)
+    words = shlex.split(printed.stdout)
+    options = dict(zip(words[4::2], words[5::2], strict=True))
+    assert options["--datasetid"] == "dataset_id:/data"
+    assert options["--replicas"] == "8"
+    # The command line is parsed twice: by the shell of the job and by the one that bcprun starts.
+    inner = shlex.split(options["--commandline"])
+    assert inner[:2] == ["bcprun", "--nnodes"]
+    started = shlex.split(inner[-1])
+    assert started[-3:] == [SCRIPT, "--wandb-exp-name", "a b"]
+    assert "DATA_PATH=/data/corpus" in started
+    del environment["NGC_ORG"]
+    refused = subprocess.run(submit, env=environment, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr.startswith("error: NGC_ORG")) == (2, True)
+
+
+@pytest.mark.parametrize(("replica", "rank"), [("Master", "0"), ("Worker", "3")])
+def test_pytorch_job(tmp_path: Path, replica: str, rank: str) -> None:
+    job = yaml.safe_load((ROOT / "examples/kubernetes/pytorchjob.yaml").read_text())
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert sum(spec["replicas"] for spec in replicas.values()) == 8
+    (container,) = replicas[replica]["template"]["spec"]["containers"]
+    # As the operator sets them for a pod.
+    pod = {
+        "RANK": rank,
+        "WORLD_SIZE": "8",
+        "MASTER_ADDR": "tst-3b-master-0",
+        "MASTER_PORT": "23456",
+    }
+    pod |= {variable["name"]: variable["value"] for variable in container["env"]}
+    pod |= {"PATH": os.environ["PATH"], "DRY_RUN": "1"}
+    command = [*container["command"], *container["args"]]
+    ran = subprocess.run(command, env=pod, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith(
+        f"torchrun --nnodes 8 --node-rank {rank} --nproc-per-node 8 "
+        "--master-addr tst-3b-master-0 --master-port 23456 "
+    )
