@@ -222,7 +222,10 @@ class _Planner:
         close = [
             arm
             for arm in (self.arms.superposed(setting, self.budget_steps) for setting in fitting)
-            if arm.loss.value < tst.loss.value + SCATTER and arm.data_tokens < tst.data_tokens
+            if arm.loss.value < tst.loss.value + SCATTER
+            and arm.data_tokens < tst.data_tokens
+            # Not where only the recommended setting was trained.
+            and set(arm.loss.outside) <= set(tst.loss.outside)
         ]
         if not close:
             return ()

@@ -39,10 +39,12 @@ class GainTable:
 
     def gain(self, bag_size: int, step_ratio: float) -> float:
         """Baseline loss minus TST loss; at the largest bag size of the grid for any larger one."""
-        bags = np.arange(1, self.grid.largest_bag_size + 1)
-        position = 1 + (bag_size - 1) * self.stretch
-        of_ratio = [float(np.interp(position, bags, row)) for row in self.grid.losses]
-        loss = float(np.interp(step_ratio, self.grid.ratios, of_ratio))
+        last = self.grid.largest_bag_size - 1
+        position = min((bag_size - 1) * self.stretch, float(last))
+        left = min(int(position), last - 1)
+        share = position - left
+        losses = (1 - share) * self.grid.losses[:, left] + share * self.grid.losses[:, left + 1]
+        loss = float(np.interp(step_ratio, self.grid.ratios, losses))
         return self.scale * (self.grid.baseline_loss - loss)
 
     def outside(self, bag_size: int, step_ratio: float) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ FEWEST_TOKENS_A_PARAMETER = 12.5
 # "Recovers within a few thousand steps."
 _RECOVERY_STEPS = 5000
 _LARGEST_PUBLISHED_TEXT_FACTOR = 4.75
-# Up to this many, repeats are worth about as much as new text (Muennighoff et al., arXiv 2305.16264).
+# Up to this many, repeats are worth about as much as new text (Muennighoff et al., arXiv
+# 2305.16264).
 _HARMLESS_EPOCHS = 4
 
 

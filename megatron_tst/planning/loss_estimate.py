@@ -87,7 +87,9 @@ class LossModel:
         value = self._baseline(equivalent_tokens) + self.offset
         nearest = self.tokens[np.argmin(abs(np.log(self.tokens / equivalent_tokens)))]
         distance = abs(self._baseline(equivalent_tokens) - self._baseline(float(nearest)))
-        outside = self._outside_size() + _outside_length(equivalent_tokens, self.tokens)
+        outside = self._outside_size() + _outside_length(
+            "baselines", equivalent_tokens, self.tokens
+        )
         return self._ranged(value, _DOUBT * distance, outside)
 
     def superposed(self, equivalent_tokens: float, bag_size: int, step_ratio: float) -> Estimate:
@@ -105,7 +107,7 @@ class LossModel:
         lengths = np.array([table.equivalent_tokens for table in self.tables], dtype=float)
         nearest = float(lengths[np.argmin(abs(np.log(lengths / equivalent_tokens)))])
         doubt = _DOUBT * abs(value - self._superposed(nearest, bag_size, step_ratio))
-        outside = self._outside_size() + _outside_length(equivalent_tokens, lengths)
+        outside = self._outside_size() + _outside_length("TST runs", equivalent_tokens, lengths)
         for table in self.tables:
             outside += table.outside(bag_size, step_ratio)
         if outside:
@@ -217,11 +219,11 @@ def _abscissa[T: (float, FloatArray)](tokens: T) -> T:
     return (tokens / 1e9) ** -_DATA_EXPONENT
 
 
-def _outside_length(equivalent_tokens: float, published: FloatArray) -> tuple[str, ...]:
+def _outside_length(kind: str, equivalent_tokens: float, published: FloatArray) -> tuple[str, ...]:
     first, last = published[0], published[-1]
     if first * (1 - _ROUNDING) <= equivalent_tokens <= last * (1 + _ROUNDING):
         return ()
     lengths = (
         f"{first / 1e9:.0f} B" if first == last else f"{first / 1e9:.0f} to {last / 1e9:.0f} B"
     )
-    return (f"runs of {lengths} equivalent tokens are published",)
+    return (f"published {kind} have {lengths} equivalent tokens",)
