@@ -1,0 +1,223 @@
+"""The runs that a plan chooses between and compares, with what they cost and are worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from megatron_tst.batch_sizes import BatchSizes
+from megatron_tst.config import SuperpositionConfig, Variant
+from megatron_tst.planning.accounting import Cluster, ModelSize
+from megatron_tst.planning.loss_estimate import Estimate, LossModel, loss_model
+from megatron_tst.schedule import SuperpositionSchedule
+
+ROUNDING = 1e-9
+"""Relative; a budget that buys a published number of steps must not lose one of them."""
+
+# Longest run looked at for an equal loss, in runs of the budget.
+_LONGEST = 1000
+
+
+class Setting(NamedTuple):
+    """A bag size and the share of the steps in phase 1."""
+
+    bag_size: int
+    step_ratio: float
+
+    @property
+    def text_factor(self) -> float:
+        """Data tokens for each equivalent token, over both phases."""
+        return 1 + self.step_ratio * (self.bag_size - 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What there is to spend.
+
+    Attributes:
+        size: the model.
+        cluster: its GPUs.
+        gpu_hours: budget.
+        tokens: of text, all different.
+        max_epochs: how many times the text may be read.
+        global_batch_size: sequences a step.
+        sequence_length: latent positions a sequence.
+        bag_size: to be used; None to have it chosen.
+        step_ratio: likewise.
+    """
+
+    size: ModelSize
+    cluster: Cluster
+    gpu_hours: float
+    tokens: float
+    max_epochs: float
+    global_batch_size: int
+    sequence_length: int
+    bag_size: int | None = None
+    step_ratio: float | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        """Equivalent tokens a step."""
+        return self.global_batch_size * self.sequence_length
+
+    @property
+    def readable_tokens(self) -> float:
+        """Tokens that may be read, repeats included."""
+        return self.tokens * self.max_epochs
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run that could be made.
+
+    Attributes:
+        schedule: its phases.
+        gpu_hours: what it takes.
+        days: on all GPUs.
+        cost: None without a price.
+        epochs: how many times it reads the text.
+        fits_text: whether it reads no more than is allowed.
+        loss: final next-token loss.
+    """
+
+    schedule: SuperpositionSchedule
+    gpu_hours: float
+    days: float
+    cost: float | None
+    epochs: float
+    fits_text: bool
+    loss: Estimate
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of both phases."""
+        return self.schedule.total_steps
+
+    @property
+    def equivalent_tokens(self) -> int:
+        """Latent positions of the whole run."""
+        return self.schedule.equivalent_tokens(self.steps)
+
+    @property
+    def data_tokens(self) -> int:
+        """Text read in the whole run."""
+        return self.schedule.data_tokens(self.steps)
+
+
+class Comparison(NamedTuple):
+    """A baseline and a TST run that have something in common; None for one that cannot be made."""
+
+    name: str
+    baseline: Arm | None
+    tst: Arm | None
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Makes the runs of one request."""
+
+    request: Request
+
+    @cached_property
+    def losses(self) -> LossModel:
+        """Estimates for the model."""
+        return loss_model(self.request.size)
+
+    def baseline(self, steps: int) -> Arm:
+        """An ordinary run."""
+        return self._arm(SuperpositionConfig(), steps, self.losses.baseline(self.tokens(steps)))
+
+    def superposed(
+        self, setting: Setting, steps: int, variant: Variant = "full", loss: Estimate | None = None
+    ) -> Arm:
+        """A run with superposition; its loss is estimated unless given."""
+        config = SuperpositionConfig(
+            bag_size=setting.bag_size, step_ratio=setting.step_ratio, variant=variant
+        )
+        loss = loss or self.losses.superposed(self.tokens(steps), *setting)
+        return self._arm(config, steps, loss)
+
+    def output_only(self, setting: Setting, steps: int) -> Arm:
+        """A run that superposes the output only.
+
+        Published without numbers: better than the baseline, worse than bags on both sides.
+        """
+        tokens = self.tokens(steps)
+        full, none = self.losses.superposed(tokens, *setting), self.losses.baseline(tokens)
+        estimate = Estimate(
+            value=(full.value + none.value) / 2,
+            low=min(full.low, none.low),
+            high=max(full.high, none.high),
+            outside=("no loss of output-only superposition is published: anywhere in the range",),
+        )
+        return self.superposed(setting, steps, "output-only", estimate)
+
+    def comparisons(self, tst: Arm) -> tuple[Comparison, ...]:
+        """The run with superposition against baselines of equal FLOPs, loss and data."""
+        setting = Setting(tst.schedule.config.bag_size, tst.schedule.config.step_ratio or 0.0)
+        baseline = self.baseline(tst.steps)
+        enough = self._steps_to(tst.loss.value, None, tst.steps)
+        fewer = self._steps_to(baseline.loss.value, setting, tst.steps)
+        same_data = tst.data_tokens // self.request.batch_tokens
+        return (
+            Comparison("equal FLOPs", baseline, tst),
+            Comparison(
+                "equal loss: that of TST", None if enough is None else self.baseline(enough), tst
+            ),
+            Comparison(
+                "equal loss: that of the baseline",
+                baseline,
+                None if fewer is None else self.superposed(setting, fewer),
+            ),
+            Comparison("equal data", self.baseline(same_data), tst),
+        )
+
+    def _steps_to(self, loss: float, setting: Setting | None, around: int) -> int | None:
+        """Fewest steps to a loss; None if they are not within reach."""
+
+        def too_high(steps: int) -> bool:
+            tokens = self.tokens(steps)
+            reached = (
+                self.losses.baseline(tokens)
+                if setting is None
+                else self.losses.superposed(tokens, *setting)
+            )
+            # A run reaches its own loss in its own steps, whatever the rounding.
+            return reached.value > loss + 1e-12
+
+        low, high = 0, around * _LONGEST
+        if too_high(high):
+            return None
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if too_high(middle) else (low, middle)
+        return high
+
+    def _arm(self, config: SuperpositionConfig, steps: int, loss: Estimate) -> Arm:
+        schedule = SuperpositionSchedule(
+            config,
+            total_steps=steps,
+            batch_sizes=BatchSizes.constant(self.request.global_batch_size),
+            sequence_length=self.request.sequence_length,
+        )
+        cluster, hours = self.request.cluster, self.hours(steps)
+        text = schedule.data_tokens(steps)
+        return Arm(
+            schedule=schedule,
+            gpu_hours=hours,
+            days=hours / cluster.gpus / 24,
+            cost=cluster.cost(hours),
+            epochs=text / self.request.tokens,
+            fits_text=text <= self.request.readable_tokens * (1 + ROUNDING),
+            loss=loss,
+        )
+
+    def tokens(self, steps: int) -> int:
+        """Equivalent tokens of steps."""
+        return steps * self.request.batch_tokens
+
+    def hours(self, steps: int) -> float:
+        """GPU-hours of steps."""
+        return self.request.cluster.gpu_hours(self.tokens(steps))

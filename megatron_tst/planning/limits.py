@@ -1,0 +1,118 @@
+"""What a plan has to be careful about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_tst.planning.advisor import Plan
+from megatron_tst.planning.arms import Arm
+from megatron_tst.report.wording import quantity
+
+SHORTEST_PUBLISHED_STEPS = 20_000
+FEWEST_TOKENS_A_PARAMETER = 12.5
+"""Equivalent tokens: the 3B runs, of 42 B."""
+
+# "Recovers within a few thousand steps."
+_RECOVERY_STEPS = 5000
+_LARGEST_PUBLISHED_TEXT_FACTOR = 4.75
+# Up to this many, repeats are worth about as much as new text (Muennighoff et al., arXiv
+# 2305.16264).
+_HARMLESS_EPOCHS = 4
+
+
+def warnings(plan: Plan) -> list[str]:
+    """Sentences on what limits the plan or its estimates; none of which stops it."""
+    return [
+        *_about_text(plan),
+        *_about_setting(plan),
+        *_about_length(plan),
+        *_about_published_runs(plan),
+    ]
+
+
+def _about_text(plan: Plan) -> Iterator[str]:
+    request, arm = plan.request, plan.recommended
+    if arm.epochs > 1:
+        yield (
+            f"The text is read {arm.epochs:.2f} times; published runs read new text only, and the "
+            "loss counts repeats as new text."
+        )
+    if arm.epochs > _HARMLESS_EPOCHS:
+        yield (
+            f"Beyond {_HARMLESS_EPOCHS} epochs repeats are worth ever less than new text "
+            "(arXiv 2305.16264)."
+        )
+    if plan.limit == "data-bound" and arm.gpu_hours < 0.99 * request.gpu_hours:
+        yield (
+            f"The text ends before the budget: {request.gpu_hours - arm.gpu_hours:,.0f} GPU-hours "
+            "are left over. Get more text, raise --max-epochs, or train a larger model."
+        )
+    tst, wanted = plan.tst, plan.with_ample_text
+    if plan.limit == "compute-bound" and wanted.data_tokens > request.readable_tokens:
+        yield (
+            f"The text limits s and r: with {quantity(wanted.data_tokens)} tokens, "
+            f"{describe(wanted)} would reach {wanted.loss.value:.3f} instead of "
+            f"{tst.loss.value:.3f}."
+        )
+
+
+def _about_setting(plan: Plan) -> Iterator[str]:
+    config, reference = plan.tst.schedule.config, plan.reference
+    ratio = config.step_ratio or 0.0
+    low, high = reference.bag_sizes
+    if not 0.2 <= ratio <= 0.4:
+        yield (
+            f"--tst-step-ratio {ratio:g} is outside of the published best, 0.2 to 0.4: below there "
+            "is less to gain, above 0.5 phase 2 no longer recovers fully."
+        )
+    if not low <= config.bag_size <= high:
+        best = f"{low} to {high} is the best" if low < high else f"{low} was used"
+        yield f"--tst-bag-size {config.bag_size}: {best} at {reference.size.name} as published."
+    factor = plan.tst.data_tokens / plan.tst.equivalent_tokens
+    if factor > _LARGEST_PUBLISHED_TEXT_FACTOR:
+        yield (
+            f"s * r is large: the run reads {factor:.1f} times the text of a baseline; the most of "
+            f"a published final run is {_LARGEST_PUBLISHED_TEXT_FACTOR} times."
+        )
+
+
+def _about_length(plan: Plan) -> Iterator[str]:
+    arm, size = plan.recommended, plan.request.size
+    if arm.steps < SHORTEST_PUBLISHED_STEPS:
+        yield (
+            f"A short run: {arm.steps} steps, and the shortest published one has "
+            f"{SHORTEST_PUBLISHED_STEPS}. In short runs superposition can lose."
+        )
+    recovery = arm.steps - arm.schedule.switch_step
+    if arm.schedule.config.superposes_output and recovery < _RECOVERY_STEPS:
+        yield (f"Phase 2 has {recovery} steps; recovering from the switch takes a few thousand.")
+    visited = size.matmul_parameters if size.is_mixture_of_experts else size.parameters
+    each = arm.equivalent_tokens / visited
+    if each < FEWEST_TOKENS_A_PARAMETER:
+        yield (
+            f"{each:.1f} equivalent tokens a parameter; the fewest of a published run are "
+            f"{FEWEST_TOKENS_A_PARAMETER}."
+        )
+
+
+def _about_published_runs(plan: Plan) -> Iterator[str]:
+    request, reference = plan.request, plan.reference
+    if not 0.5 <= request.batch_tokens / reference.batch_tokens <= 2:
+        yield (
+            f"A step has {quantity(request.batch_tokens)} tokens, those published for "
+            f"{reference.size.name} {quantity(reference.batch_tokens)}: the loss does not know of "
+            "the batch size."
+        )
+    if request.size != reference.size:
+        yield (
+            f"The learning rate is that of {reference.size.name}: tune it for {request.size.name}."
+        )
+
+
+def describe(arm: Arm) -> str:
+    """The setting of a run in a few words."""
+    config = arm.schedule.config
+    if not config.enabled:
+        return "baseline"
+    variant = "" if config.variant == "full" else f"{config.variant}, "
+    return f"{variant}s={config.bag_size}, r={config.step_ratio:g}"

@@ -1,0 +1,165 @@
+"""A plan as tables, flags and JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from megatron_tst.planning.advisor import Plan
+from megatron_tst.planning.arms import Arm
+from megatron_tst.planning.limits import SHORTEST_PUBLISHED_STEPS, describe, warnings
+from megatron_tst.planning.loss_estimate import Estimate
+from megatron_tst.report.wording import DASH, quantity
+
+FORMAT = "megatron-tst plan 1"
+
+_WARMUP_STEPS = 2000
+_COLUMNS = (
+    "comparison",
+    "run",
+    "steps (phase 1 + 2)",
+    "equivalent",
+    "data",
+    "epochs",
+    "GPU-hours",
+    "days",
+    "cost",
+    "loss",
+)
+
+
+def plan_table(plan: Plan) -> Table:
+    """The recommendation, the alternatives and the comparisons, a run a row, as Markdown."""
+    table = Table(*_COLUMNS, box=box.MARKDOWN)
+    table.add_row("recommended", describe(plan.recommended), *_cells(plan.recommended))
+    for name, arm in plan.alternatives:
+        table.add_row(f"instead: {name}", describe(arm), *_cells(arm))
+    for comparison in plan.comparisons:
+        table.add_row(comparison.name, "baseline", *_cells(comparison.baseline))
+        table.add_row("", describe(plan.tst), *_cells(comparison.tst))
+    return table
+
+
+def outside_notes(plan: Plan) -> list[str]:
+    """Why losses of the table are extrapolated; empty if none is."""
+    return list(dict.fromkeys(note for arm in _arms(plan) for note in arm.loss.outside))
+
+
+def launch_flags(plan: Plan) -> list[str]:
+    """Arguments of the recommended run for ``python -m megatron_tst.pretrain``, a line each."""
+    request, arm = plan.request, plan.recommended
+    warmup = _WARMUP_STEPS
+    if arm.steps < SHORTEST_PUBLISHED_STEPS:
+        warmup = arm.steps * _WARMUP_STEPS // SHORTEST_PUBLISHED_STEPS
+    lines = [
+        f"--seq-length {request.sequence_length} --global-batch-size {request.global_batch_size}",
+        f"--train-iters {arm.steps}",
+        f"--lr {plan.reference.learning_rate:g} --min-lr 0 --lr-warmup-iters {warmup}",
+        f"--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters {arm.steps // 10}",
+    ]
+    return [*lines, superposition_flags(arm)]
+
+
+def superposition_flags(arm: Arm) -> str:
+    """The ``--tst-*`` arguments of a run."""
+    config = arm.schedule.config
+    if not config.enabled:
+        return "--tst-bag-size 1"
+    variant = "" if config.variant == "full" else f" --tst-variant {config.variant}"
+    # A little above, so that the program's own count is not refused for its last digit.
+    epochs = f" --tst-max-epochs {arm.epochs * 1.001:.3f}" if arm.epochs > 1 else ""
+    steps = f"--tst-steps {arm.schedule.switch_step}"
+    return f"--tst-bag-size {config.bag_size} {steps}{variant}{epochs}"
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """Everything that is printed, as plain values."""
+    request, cluster = plan.request, plan.request.cluster
+    return {
+        "format": FORMAT,
+        "request": {
+            "model": request.size.name,
+            "parameters": request.size.parameters,
+            "gpus": cluster.gpus,
+            "tokens_per_second_per_gpu": cluster.tokens_per_second,
+            "gpu_hours": request.gpu_hours,
+            "price_per_gpu_hour": cluster.price_per_gpu_hour,
+            "tokens": request.tokens,
+            "max_epochs": request.max_epochs,
+            "global_batch_size": request.global_batch_size,
+            "sequence_length": request.sequence_length,
+        },
+        "limit": plan.limit,
+        "reason": plan.reason,
+        "recommended": arm_as_json(plan.recommended),
+        "flags": " ".join(launch_flags(plan)).split(),
+        "alternatives": [
+            {"name": name, "flags": superposition_flags(arm).split(), **arm_as_json(arm)}
+            for name, arm in plan.alternatives
+        ],
+        "comparisons": [
+            {
+                "name": comparison.name,
+                "baseline": comparison.baseline and arm_as_json(comparison.baseline),
+                "tst": comparison.tst and arm_as_json(comparison.tst),
+            }
+            for comparison in plan.comparisons
+        ],
+        "warnings": warnings(plan),
+    }
+
+
+def arm_as_json(arm: Arm) -> dict[str, Any]:
+    """A run as plain values; the loss with its range and what it is extrapolated from."""
+    config, schedule = arm.schedule.config, arm.schedule
+    return {
+        "variant": config.variant if config.enabled else "baseline",
+        "bag_size": config.bag_size,
+        "step_ratio": config.step_ratio or 0.0,
+        "steps": arm.steps,
+        "phase_1_steps": schedule.switch_step,
+        "phase_2_steps": arm.steps - schedule.switch_step,
+        "equivalent_tokens": arm.equivalent_tokens,
+        "data_tokens": arm.data_tokens,
+        "epochs": arm.epochs,
+        "fits_text": arm.fits_text,
+        "gpu_hours": arm.gpu_hours,
+        "days": arm.days,
+        "cost": arm.cost,
+        "loss": {
+            "value": arm.loss.value,
+            "low": arm.loss.low,
+            "high": arm.loss.high,
+            "extrapolated": bool(arm.loss.outside),
+            "outside": list(arm.loss.outside),
+        },
+    }
+
+
+def _arms(plan: Plan) -> list[Arm]:
+    compared = [arm for comparison in plan.comparisons for arm in comparison[1:] if arm]
+    return [plan.recommended, *(arm for _, arm in plan.alternatives), *compared]
+
+
+def _cells(arm: Arm | None) -> list[str]:
+    if arm is None:
+        return ["not within reach", *[""] * (len(_COLUMNS) - 3)]
+    switch = arm.schedule.switch_step
+    return [
+        f"{switch} + {arm.steps - switch}" if switch else str(arm.steps),
+        quantity(arm.equivalent_tokens),
+        quantity(arm.data_tokens),
+        f"{arm.epochs:.2f}" + ("" if arm.fits_text else " (too many)"),
+        f"{arm.gpu_hours:,.0f}",
+        f"{arm.days:.3g}",
+        "" if arm.cost is None else f"{arm.cost:,.0f}",
+        _loss(arm.loss),
+    ]
+
+
+def _loss(loss: Estimate) -> str:
+    if loss.outside:
+        return f"~{loss.value:.2f} ({loss.low:.2f} {DASH} {loss.high:.2f}) *"
+    return f"{loss.value:.3f} ({loss.low:.3f} {DASH} {loss.high:.3f})"
