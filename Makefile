@@ -1,4 +1,7 @@
 PY := .venv/bin/python
+# Files of tests run side by side; each worker takes up to 6 GB.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-fast support-matrix check format quickstart clean
 
@@ -9,10 +12,10 @@ setup: ## Create or refresh .venv (at once when it is up to date)
 	@scripts/bootstrap.sh
 
 test: setup ## Run all tests; narrow them with ARGS="-k name"
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: setup ## Run the tests not marked slow
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 support-matrix: setup ## Run the tests of parallel layouts and write docs/support-matrix.md
 	$(PY) -m pytest tests/integration/test_layouts.py tests/integration/test_resharding.py \
