@@ -26,7 +26,7 @@ from megatron_tst.model.kernels.launch import is_interpreted, next_power_of_2
 
 CAPABILITIES = (90, 100)
 BAG_SIZES = (1, 2, 4, 6, 8, 16)
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A padded vocabulary, one whose rows are not aligned, and one smaller than a block.
 VOCABULARIES = (128256, 50257, 250)
 HIDDEN = 4096
@@ -60,11 +60,13 @@ class Resources:
 
 
 def specialisations(
-    bag_sizes: Iterable[int], vocabularies: Sequence[int] = VOCABULARIES
+    bag_sizes: Iterable[int],
+    vocabularies: Sequence[int] = VOCABULARIES,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Iterator[Specialisation]:
-    """Every form in which the kernels are launched for these sizes, bf16 and fp32."""
+    """Every form in which the kernels are launched for these sizes and dtypes."""
     bag_sizes = sorted(set(bag_sizes))
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for padded_bag in sorted({next_power_of_2(s) for s in bag_sizes}):
             for vocabulary in vocabularies:
                 yield from _cross_entropy(dtype, padded_bag, vocabulary)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.kernel_resources import CAPABILITIES, Resources, compile_for, specialisations
 from megatron_tst.model.kernels.launch import is_interpreted
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.skipif(
 # The largest bag takes the most; python benchmarks/kernel_resources.py compiles them all.
 @pytest.fixture(scope="module", params=CAPABILITIES)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    chosen = specialisations(bag_sizes=[16], vocabularies=[128256, 50257])
+    chosen = specialisations(
+        bag_sizes=[16], vocabularies=[128256, 50257], dtypes=[torch.bfloat16, torch.float32]
+    )
     return [compile_for(each, request.param) for each in chosen]
 
 
