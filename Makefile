@@ -1,7 +1,7 @@
 PY := .venv/bin/python
-# Files of tests run side by side; each worker takes up to 6 GB.
+# Files of tests run side by side, the long ones first; each worker takes up to 6 GB.
 WORKERS ?= 2
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-fast support-matrix check format quickstart clean
 

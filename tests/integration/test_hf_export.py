@@ -170,7 +170,9 @@ def test_an_export_that_is_ended_leaves_nothing(
             time.sleep(0.001)
         os.kill(os.getpid(), signum)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell starts what runs in its background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=end_this_process, daemon=True).start()
     paths = {"checkpoint": tmp_path / "ck", "tokenizer": tokenizer, "output": folder / "hf"}
     arguments = [f"--{name}={path}" for name, path in paths.items()]
@@ -179,7 +181,8 @@ def test_an_export_that_is_ended_leaves_nothing(
     except SystemExit as end:
         code = end.code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert code == 128 + signum
     assert ("interrupted: nothing" in capsys.readouterr().err) == (signum == signal.SIGINT)
     assert not list(folder.iterdir())
