@@ -1,5 +1,6 @@
 PY := .venv/bin/python
-# Files of tests run side by side, the long ones first; each worker takes up to 6 GB.
+# Files of tests run side by side in the order of their folders, unit tests last, so that no long one
+# is left alone at the end; each worker takes up to 6 GB.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
