@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -230,8 +229,7 @@ def _logit_bytes(
     is_bags = schedule.phase_at(step) == "superposition" and schedule.config.superposes_output
     if is_bags:
         # The gradient takes the place of the logits; torch's version keeps fp32 beside them.
-        has_kernel = args.tst_loss_impl != "torch" and find_spec("triton") is not None
-        return (2 if has_kernel else 2 + 4 + 2) * logits
+        return (2 + 4 if args.tst_loss_impl == "torch" else 2) * logits
     is_engine = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
     # Megatron's own keeps fp32 probabilities beside the logits, and then beside their gradient.
     return (2 if is_engine else 2 + 4) * logits
