@@ -1,0 +1,437 @@
+"""tools/preflight.py: what passes, and the words for what does not.
+
+``tests/preflight_cases.py`` checks all launches of this file in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tst.planning.launch_command import read_launch
+from tests.corpus import write_corpus
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "examples/pretrain"
+MODELS = ("270m", "600m", "3b", "10b_a1b")
+VARIANTS = ("baseline", "tst")
+GIB = 1 << 30
+
+# Model, arguments taken away, arguments added, level, words of the finding.
+Broken = tuple[str, str, str, str, str]
+BROKEN: dict[str, Broken] = {
+    # Defaults of Megatron that a launch has left in place.
+    "attention dropout": (
+        "3b",
+        "--attention-dropout",
+        "",
+        "warning",
+        "--attention-dropout is not given, and Megatron's default is 0.1: pass "
+        "--attention-dropout 0",
+    ),
+    "hidden dropout": ("3b", "--hidden-dropout", "", "warning", "pass --hidden-dropout 0"),
+    "norm": ("3b", "--normalization", "", "warning", "pass --normalization RMSNorm"),
+    "positions": (
+        "3b",
+        "--position-embedding-type --rotary-base --rotary-percent",
+        "",
+        "warning",
+        "default is learned_absolute: pass --position-embedding-type rope",
+    ),
+    "adam": ("3b", "--adam-beta2", "", "warning", "default is 0.999: pass --adam-beta2 0.95"),
+    "weight decay": ("3b", "--weight-decay", "", "warning", "pass --weight-decay 0.1"),
+    "decay style": (
+        "3b",
+        "--lr-wsd-decay-style",
+        "",
+        "warning",
+        "default is exponential: pass --lr-wsd-decay-style linear",
+    ),
+    "no WSD": ("3b", "--lr-decay-style", "", "warning", "pass --lr-decay-style WSD"),
+    "dispatcher": (
+        "10b_a1b",
+        "--moe-token-dispatcher-type --moe-router-padding-for-quantization",
+        "",
+        "warning",
+        "default is allgather: pass --moe-token-dispatcher-type alltoall",
+    ),
+    "experts a token": ("10b_a1b", "--moe-router-topk", "", "warning", "pass --moe-router-topk 8"),
+    "balance": ("10b_a1b", "--moe-aux-loss-coeff", "", "warning", "pass --moe-aux-loss-coeff 1e-3"),
+    "router dtype": ("10b_a1b", "--moe-router-dtype", "", "warning", "--moe-router-dtype fp32"),
+    "tied": (
+        "3b",
+        "--untie-embeddings-and-output-weights",
+        "",
+        "warning",
+        "--untie-embeddings-and-output-weights is not given",
+    ),
+    "biases": ("3b", "--disable-bias-linear", "", "warning", "every linear layer has a bias"),
+    "no SwiGLU": ("3b", "--swiglu", "", "warning", "--swiglu is not given"),
+    # Legal, and probably not meant.
+    "pre-softmax": ("10b_a1b", "", "--moe-router-pre-softmax", "warning", "computes other logits"),
+    "local grouped": (
+        "10b_a1b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 "
+        "--moe-router-padding-for-quantization",
+        "--transformer-impl local",
+        "warning",
+        "--moe-grouped-gemm is ignored with --transformer-impl local",
+    ),
+    "ungrouped": ("10b_a1b", "--moe-grouped-gemm", "", "warning", "one after the other. Add it"),
+    "unpadded experts": (
+        "10b_a1b",
+        "--moe-router-padding-for-quantization",
+        "",
+        "warning",
+        "--moe-router-padding-for-quantization is not given",
+    ),
+    "no optimizer saved": ("3b", "", "--no-save-optim", "warning", "--no-save-optim: a resumed run"),
+    "no save": ("3b", "--save --save-interval", "", "warning", "--save is not given"),
+    "no load": ("3b", "--load", "", "warning", "does not resume what it saved"),
+    "reshardable": (
+        "3b",
+        "--dist-ckpt-optim-fully-reshardable",
+        "",
+        "warning",
+        "resumes at no other parallel layout",
+    ),
+    "scheduler": (
+        "3b",
+        "",
+        "--override-opt_param-scheduler",
+        "warning",
+        "learning rate of the command line",
+    ),
+    "horizon": ("3b", "", "--lr-decay-iters 10000", "warning", "one horizon over both phases"),
+    "undistributed": (
+        "3b",
+        "--use-distributed-optimizer --overlap-param-gather --fp8-param-gather "
+        "--reuse-grad-buf-for-mxfp8-param-ag --dist-ckpt-optim-fully-reshardable",
+        "",
+        "warning",
+        "--use-distributed-optimizer is not given",
+    ),
+    "sequence parallel off": (
+        "3b",
+        "",
+        "--sequence-parallel",
+        "warning",
+        "--sequence-parallel is True, and Megatron's validation makes it False",
+    ),
+    "no sequence parallel": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 2",
+        "warning",
+        "without --sequence-parallel",
+    ),
+    "small ratio": ("3b", "", "--tst-step-ratio 0.1", "warning", "phase 1 takes 0.1 of the steps"),
+    "large ratio": ("3b", "", "--tst-step-ratio 0.6", "warning", "phase 1 takes 0.6 of the steps"),
+    "large bags": ("3b", "", "--tst-bag-size 32", "warning", "the largest published one is 16"),
+    "late switch": (
+        "3b",
+        "",
+        "--tst-step-ratio 0.95",
+        "warning",
+        "the switch at step 19000 comes after the decay of the learning rate has begun at 18000",
+    ),
+    "early switch": ("3b", "", "--tst-step-ratio 0.05", "warning", "before the end of the warm-up"),
+    "no bags": ("3b", "", "--tst-bag-size 1", "warning", "--tst-bag-size is 1, and the length"),
+    "padding": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 4 --sequence-parallel",
+        "warning",
+        "128256 ids is padded to 128512 rows",
+    ),
+    "odd vocabulary": (
+        "10b_a1b",
+        "--padded-vocab-size",
+        "--padded-vocab-size 151670",
+        "warning",
+        "has 151670 rows, no multiple of 64: pass --padded-vocab-size 151680",
+    ),
+    # What would not start.
+    "heads": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 3",
+        "error",
+        "--tensor-model-parallel-size 3 does not divide --num-attention-heads 16: use one of 1, 2",
+    ),
+    "groups": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 8",
+        "error",
+        "does not divide --num-query-groups 4: use one of 1, 2, 4",
+    ),
+    "layers": (
+        "3b",
+        "",
+        "--pipeline-model-parallel-size 8",
+        "error",
+        "--pipeline-model-parallel-size 8 does not divide --num-layers 36",
+    ),
+    "experts": (
+        "10b_a1b",
+        "",
+        "--expert-model-parallel-size 6",
+        "error",
+        "--expert-model-parallel-size 6 does not divide --num-experts 128",
+    ),
+    "batch": (
+        "3b",
+        "",
+        "--global-batch-size 500",
+        "error",
+        "--global-batch-size 500 is not a multiple of 128",
+    ),
+    "world": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 2 --context-parallel-size 3",
+        "error",
+        "--world-size 64 is not a multiple of 6",
+    ),
+    "top-k": ("10b_a1b", "", "--moe-router-topk 256", "error", "more than --num-experts 128"),
+    "expert bias": (
+        "10b_a1b",
+        "",
+        "--moe-router-enable-expert-bias",
+        "error",
+        "--moe-router-enable-expert-bias does not work with --moe-router-score-function softmax",
+    ),
+    "FP8 undistributed": (
+        "3b",
+        "--use-distributed-optimizer --overlap-param-gather --dist-ckpt-optim-fully-reshardable",
+        "",
+        "error",
+        "--fp8-param-gather needs --use-distributed-optimizer",
+    ),
+    "buffer reuse": (
+        "3b",
+        "",
+        "--overlap-param-gather-with-optimizer-step",
+        "error",
+        "does not work with --overlap-param-gather-with-optimizer-step",
+    ),
+    "no buffer reuse": (
+        "3b",
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        "",
+        "error",
+        "needs --reuse-grad-buf-for-mxfp8-param-ag",
+    ),
+    "buffer of another recipe": (
+        "3b",
+        "",
+        "--fp8-recipe tensorwise",
+        "error",
+        "--reuse-grad-buf-for-mxfp8-param-ag needs --fp8-recipe mxfp8 (it is tensorwise)",
+    ),
+    "FP8 locally": (
+        "3b",
+        "",
+        "--transformer-impl local",
+        "error",
+        "--fp8-format e4m3 does not work with --transformer-impl local",
+    ),
+    "allgather padding": (
+        "10b_a1b",
+        "",
+        "--moe-token-dispatcher-type allgather",
+        "error",
+        "--moe-router-padding-for-quantization does not work with --moe-token-dispatcher-type",
+    ),
+    "blockwise": (
+        "270m",
+        "--reuse-grad-buf-for-mxfp8-param-ag --fp8-param-gather",
+        "--fp8-recipe blockwise",
+        "error",
+        "and both must be multiples of 128",
+    ),
+    "unaligned": (
+        "3b",
+        "",
+        "--ffn-hidden-size 11000",
+        "error",
+        "linear_fc1 is 22000 x 2048 on a GPU, and both must be multiples of 32",
+    ),
+    "positions of the model": (
+        "3b",
+        "",
+        "--seq-length 8192",
+        "error",
+        "--seq-length 8192 is above --max-position-embeddings 4096",
+    ),
+    "context": (
+        "3b",
+        "",
+        "--context-parallel-size 32 --seq-length 4000",
+        "error",
+        "--seq-length 4000 is not a multiple of 64",
+    ),
+    "schedule": (
+        "3b",
+        "",
+        "--lr-warmup-iters 19000",
+        "error",
+        "--lr-warmup-iters 19000 and --lr-wsd-decay-iters 2000 are longer than",
+    ),
+    "no decay": ("3b", "--lr-wsd-decay-iters", "", "error", "without --lr-wsd-decay-iters"),
+    "vocabulary": (
+        "10b_a1b",
+        "",
+        "--padded-vocab-size 150016 --vocab-size 151669",
+        "error",
+        "--padded-vocab-size 150016 is below the 151669 ids",
+    ),
+    "memory": ("3b", "", "--micro-batch-size 8", "error", "and a GPU has"),
+    "no ratio": ("3b", "--tst-step-ratio", "", "error", "--tst-step-ratio"),
+    "whole run in bags": ("3b", "", "--tst-step-ratio 1.0", "error", "--tst-step-ratio"),
+    "older argument": ("10b_a1b", "", "--fp8-param", "error", "use --fp8-param-gather"),
+    "misspelt": ("3b", "", "--no-such-argument", "error", "unrecognized arguments: --no-such"),
+    "no steps": ("3b", "--train-iters", "", "error", "--train-iters is not given"),
+    "asynchronous": (
+        "3b",
+        "--use-persistent-ckpt-worker",
+        "",
+        "error",
+        "--async-save without --use-persistent-ckpt-worker",
+    ),
+    "phase transition": (
+        "3b",
+        "",
+        "--phase-transition-iterations 6000",
+        "error",
+        "--phase-transition-iterations",
+    ),
+    "attention mask": ("3b", "", "--reset-attention-mask", "error", "--reset-attention-mask"),
+    "te loss": (
+        "3b",
+        "",
+        "--cross-entropy-loss-fusion --cross-entropy-fusion-impl te",
+        "error",
+        "it overwrites bf16 logits",
+    ),
+    "overlapped gather": (
+        "3b",
+        "--use-distributed-optimizer --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag",
+        "",
+        "error",
+        "Megatron refuses",
+    ),
+    "experts without sequence parallel": (
+        "10b_a1b",
+        "",
+        "--tensor-model-parallel-size 2",
+        "error",
+        "Megatron refuses",
+    ),
+    "no text": ("3b", "", "", "error", "--tst-max-epochs is 1 and this run reads"),
+}
+# The others are built with few layers, to be quick.
+WHOLE = ("layers", "memory")
+
+
+def without(argv: list[str], flags: str) -> list[str]:
+    """A command line without these arguments and their values."""
+    kept, is_dropped = [], False
+    for word in argv:
+        if word.startswith("--"):
+            is_dropped = word in flags.split()
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
+class Checked:
+    """Reports of launches, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._launches: dict[str, dict[str, Any]] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def script(self, model: str, **variables: str) -> list[str]:
+        paths = {"DATA_PATH": "/absent/corpus", "TOKENIZER": "/absent", "OUTPUT_DIR": "/absent/run"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (paths | variables).items():
+                patch.setenv(name, value)
+            return read_launch(PRETRAIN / f"pretrain_gpt_{model}.sh")
+
+    def add(self, name: str, argv: list[str], size: int = 64, **more: Any) -> None:
+        self._launches[name] = {"argv": argv, "world_size": size, "gpu_bytes": 192e9} | more
+
+    def run(self) -> None:
+        cases, results = self.folder / "cases.json", self.folder / "results.json"
+        cases.write_text(json.dumps(list(self._launches.values())))
+        subprocess.run(
+            [sys.executable, "-m", "tests.preflight_cases", str(cases), str(results)],
+            cwd=ROOT,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            stderr=subprocess.DEVNULL,
+        )
+        self.found = dict(zip(self._launches, json.loads(results.read_text()), strict=True))
+
+    def texts(self, name: str, level: str) -> list[str]:
+        return [f["text"] for f in self.found[name]["findings"] if f["level"] == level]
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    checked = Checked(tmp_path_factory.mktemp("preflight"))
+    corpus = checked.folder / "corpus"
+    write_corpus(corpus, [50, 30])
+    scripts = {}
+    for model in MODELS:
+        for variant in VARIANTS:
+            scripts[model, variant] = checked.script(model, VARIANT=variant)
+            checked.add(f"{model} {variant}", scripts[model, variant])
+    for name, (model, removed, added, _, _) in BROKEN.items():
+        argv = without(scripts[model, "tst"], removed)
+        if name not in WHOLE:
+            argv += ["--num-layers", "4"]
+        if name == "no text":
+            argv += ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
+        checked.add(name, [*argv, *added.split()])
+    dense, experts = scripts["3b", "tst"], scripts["10b_a1b", "tst"]
+    pipeline = "--pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
+    checked.add("pipeline", [*dense, *pipeline.split()])
+    virtual = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"
+    checked.add("virtual", [*dense, *virtual.split()])
+    split = f"{pipeline} --expert-model-parallel-size 4 --micro-batch-size 1"
+    checked.add("experts split", [*experts, *split.split()])
+    checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
+    checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    checked.add("recomputed", [*dense, *recompute.split()])
+    checked.run()
+    return checked
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_pass_without_a_warning(checked: Checked, model: str, variant: str) -> None:
+    name = f"{model} {variant}"
+    assert checked.found[name]["fits"]
+    assert not checked.texts(name, "error") + checked.texts(name, "warning")
+    # Not the import of Megatron; some ten times what was measured.
+    assert checked.found[name]["seconds"] < 30
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str) -> None:
+    *_, level, words = BROKEN[case]
+    texts = checked.texts(case, level)
+    assert any(words in text for text in texts), checked.found[case]["findings"]
+    assert checked.found[case]["fits"] == (level == "warning")
