@@ -124,6 +124,12 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
             f"--world-size {args.world_size} is not a multiple of {size}, the GPUs of one copy of "
             f"the experts ({flag} {parallel} times expert tensor parallel times pipeline)."
         )
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        yield error(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --num-experts "
+            f"{experts} needs --sequence-parallel, without which Megatron ends at the first step: "
+            "add it."
+        )
     if args.moe_router_topk > experts:
         yield error(
             f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {experts}."

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state, utils
-from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -30,6 +29,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import add_megatron_arguments, validate_args
+from megatron.training.training import get_megatron_ddp_config
 from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -37,8 +37,7 @@ from megatron_tst.arguments import add_superposition_arguments
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
-# What the modules of the local specification do not take.
-_LOCAL = {
+LOCAL_MODULES = {
     "transformer_impl": "local",
     "fp8": None,
     "fp8_param": False,
@@ -46,6 +45,7 @@ _LOCAL = {
     "fp4_param": False,
     "first_last_layers_bf16": False,
 }
+"""What a configuration must have for Megatron's own modules instead of Transformer Engine's."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,7 +199,7 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
     transformer = config.transformer
     changes = {"perform_initialization": False, "init_model_with_meta_device": True}
     if not has_transformer_engine():
-        changes |= _LOCAL
+        changes |= LOCAL_MODULES
     # A kernel of apex; no parameter depends on it.
     changes |= {"gradient_accumulation_fusion": False}
     for name, value in changes.items():
@@ -230,11 +230,7 @@ def gradient_buffers(args: argparse.Namespace, stage: Stage) -> list[Any]:
     Returns:
         Pairs of a key and a layout, by buffer, from Megatron's own function.
     """
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=args.accumulate_allreduce_grads_in_fp32,
-        use_distributed_optimizer=True,
-        pad_buckets_for_high_nccl_busbw=args.ddp_pad_buckets_for_high_nccl_busbw,
-    )
+    ddp = get_megatron_ddp_config(args)
     instances = args.num_distributed_optimizer_instances
     buffers = []
     for place, chunk in enumerate(stage.chunks):
