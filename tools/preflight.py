@@ -30,7 +30,14 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[
     add("--world-size", type=_whole, required=True, metavar="N", help="GPUs of the run")
     add("--gpu-memory", type=_positive, default=192.0, metavar="GB", help="of a GPU (default 192)")
     add("--compute-capability", default="10.0", metavar="X.Y", help="B200 10.0 (default), H100 9.0")
-    add("--rank", type=int, nargs="+", default=[], metavar="R", help="ranks to show (default: the first of each pipeline stage)")
+    add(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="ranks to show (default: the first of each pipeline stage)",
+    )
     add("--vocabulary", type=_whole, metavar="N", help="ids, if the tokenizer is not here")
     add("--strict", action="store_true", help="warnings count as errors")
     add("--json", type=Path, metavar="FILE", help="write the report there too; whole or not at all")

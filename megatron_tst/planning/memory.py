@@ -17,7 +17,7 @@ GIB = 1 << 30
 ALLOWANCE_BYTES = 6 * GIB
 """For what no formula here covers: CUDA and NCCL, workspaces of kernels, fragmentation."""
 
-_FP8_WEIGHT = re.compile(r"\blayers\.(\d+)\..*linear_(qkv|proj|fc1|fc2)\.weight\d*$")
+_LAYER_WEIGHT = re.compile(r"\blayers\.(\d+)\..*linear_(qkv|proj|fc1|fc2)\.weight\d*$")
 # Logits of a block of --tst-loss-impl linear, on a GPU.
 _BLOCK_LOGITS = 1 << 27
 
@@ -109,11 +109,17 @@ def is_fp8_weight(
     args: argparse.Namespace, chunk: torch.nn.Module, name: str, parameter: torch.Tensor
 ) -> bool:
     """Whether a parameter is the weight of a matrix product in FP8."""
-    match = _FP8_WEIGHT.search(name)
-    if match is None or parameter.ndim != 2:
+    if not is_layer_product(name, parameter):
         return False
+    match = _LAYER_WEIGHT.search(name)
+    assert match is not None
     layer = decoder_layers(chunk)[int(match.group(1))]
     return not is_bf16_layer(args, layer.layer_number)
+
+
+def is_layer_product(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is the weight of a matrix product of a layer, without the router."""
+    return parameter.ndim == 2 and _LAYER_WEIGHT.search(name) is not None
 
 
 def is_bf16_layer(args: argparse.Namespace, layer_number: int) -> bool:

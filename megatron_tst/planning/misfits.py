@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_tst.planning.findings import Finding, error, warning
-from megatron_tst.planning.memory import decoder_layers, is_fp8_weight
+from megatron_tst.planning.memory import decoder_layers, is_fp8_weight, is_layer_product
 from megatron_tst.planning.posing import Stage
 
 # Multiples that the dimensions of a matrix product in FP8 must be of, by --fp8-recipe.
@@ -53,8 +54,7 @@ def _divides(divisor: int | None, flag: str, number: int | None, what: str) -> I
     if divisor and number and number % divisor:
         fitting = [n for n in range(1, number + 1) if number % n == 0 and n <= 64]
         yield error(
-            f"{flag} {divisor} does not divide {what}: use one of "
-            f"{', '.join(map(str, fitting))}."
+            f"{flag} {divisor} does not divide {what}: use one of {', '.join(map(str, fitting))}."
         )
 
 
@@ -201,9 +201,7 @@ def _lengths(args: argparse.Namespace) -> Iterator[Finding]:
             f"--lr-warmup-iters {warmup} and --lr-wsd-decay-iters {decay} are longer than "
             f"--train-iters {steps}: shorten them."
         )
-    if args.lr_decay_style == "WSD" and not (
-        args.lr_wsd_decay_iters or args.lr_wsd_decay_samples
-    ):
+    if args.lr_decay_style == "WSD" and not (args.lr_wsd_decay_iters or args.lr_wsd_decay_samples):
         yield error(
             "--lr-decay-style WSD without --lr-wsd-decay-iters has no decay: pass a tenth of the "
             "steps."
@@ -253,6 +251,18 @@ def vocabulary_misfits(args: argparse.Namespace, tokenizer_ids: int) -> list[Fin
     return found
 
 
+def layer_products(args: argparse.Namespace, stage: Stage) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of a rank's layers that take FP8, or would in bf16, by kind."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for chunk in stage.chunks:
+        for name, parameter in chunk.named_parameters():
+            if is_layer_product(name, parameter) and not (
+                args.fp8 and not is_fp8_weight(args, chunk, name, parameter)
+            ):
+                shapes.setdefault(_kind(name), tuple(parameter.shape))
+    return shapes
+
+
 def fp8_misalignments(args: argparse.Namespace, stage: Stage) -> list[Finding]:
     """Matrix products in FP8 whose dimensions on a GPU have no whole number of blocks.
 
@@ -265,21 +275,16 @@ def fp8_misalignments(args: argparse.Namespace, stage: Stage) -> list[Finding]:
     multiple = _ALIGNMENT.get(args.fp8_recipe, _OTHER_ALIGNMENT)
     if args.use_transformer_engine_op_fuser:
         multiple = _OP_FUSER_ALIGNMENT
-    shapes: dict[str, tuple[int, ...]] = {}
-    for chunk in stage.chunks:
-        for name, parameter in chunk.named_parameters():
-            if is_fp8_weight(args, chunk, name, parameter):
-                shapes.setdefault(_kind(name), tuple(parameter.shape))
     found = [
         error(
             f"--fp8-recipe {args.fp8_recipe}: {kind} is {rows} x {columns} on a GPU, and both must "
             f"be multiples of {multiple}: change the shape or --tensor-model-parallel-size, or "
             "use another recipe."
         )
-        for kind, (rows, columns) in shapes.items()
+        for kind, (rows, columns) in layer_products(args, stage).items()
         if rows % multiple or columns % multiple
     ]
-    positions = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    positions = positions_of_rank(args)
     if positions % multiple:
         found.append(
             error(
@@ -290,9 +295,42 @@ def fp8_misalignments(args: argparse.Namespace, stage: Stage) -> list[Finding]:
     return found
 
 
+def alignment(args: argparse.Namespace, stages: list[Stage]) -> int:
+    """The largest power of two that divides all dimensions of the products of the layers."""
+    sizes = [
+        size for stage in stages for shape in layer_products(args, stage).values() for size in shape
+    ]
+    common = math.gcd(positions_of_rank(args), *sizes)
+    return common & -common
+
+
+def positions_of_rank(args: argparse.Namespace) -> int:
+    """Latent positions of a micro-batch that a rank computes with."""
+    return int(args.micro_batch_size * args.seq_length // args.context_parallel_size)
+
+
 def _kind(name: str) -> str:
     part = "experts." if ".experts." in name else ""
     return part + name.removesuffix(".weight").split(".")[-1]
+
+
+def unmodelled(args: argparse.Namespace) -> list[Finding]:
+    """What the estimates of memory and FLOPs do not know."""
+    flags = {
+        "--hybrid-layer-pattern": args.hybrid_layer_pattern,
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
+        "--use-megatron-fsdp": args.use_megatron_fsdp,
+        "--use-torch-fsdp2": args.use_torch_fsdp2,
+    }
+    found = [
+        warning(f"{flag}: memory and FLOPs are estimated as without it.")
+        for flag, value in flags.items()
+        if value
+    ]
+    if args.optimizer != "adam":
+        found.append(warning(f"--optimizer {args.optimizer}: its state is estimated as Adam's."))
+    return found
 
 
 def empty_stages(stages: list[Stage]) -> list[Finding]:
@@ -306,4 +344,3 @@ def empty_stages(stages: list[Stage]) -> list[Finding]:
         for stage in stages
         if not layers(stage)
     ]
-

@@ -80,6 +80,7 @@ class Report:
         model: the whole of it.
         stages: a report for each rank that was built.
         budgets: text of each corpus, where it is on this machine.
+        alignment: power of two that divides all dimensions of the products of the layers.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Report:
     model: BuiltModel | None = None
     stages: list[StageReport] = field(default_factory=list)
     budgets: list[CorpusBudget] = field(default_factory=list)
+    alignment: int = 1
 
     @property
     def has_errors(self) -> bool:
@@ -232,7 +234,8 @@ def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
         return
     shown = [stage for stage in built if not launch.ranks or stage.rank in launch.ranks]
     report.stages = [_stage_report(report, args, stage) for stage in shown]
-    report.findings.extend(misfits.empty_stages(shown))
+    report.alignment = misfits.alignment(args, built)
+    report.findings.extend(misfits.empty_stages(shown) + misfits.unmodelled(args))
     # The same product may be on many stages.
     misaligned = [finding for stage in built for finding in misfits.fp8_misalignments(args, stage)]
     report.findings.extend(dict.fromkeys(misaligned))

@@ -12,7 +12,14 @@ from megatron_tst.planning.memory import ALLOWANCE_BYTES, GIB
 from megatron_tst.planning.preflight import Report
 from megatron_tst.report.wording import quantity
 
-_MEMORY_LINES = ("weights", "gradients", "optimizer", "activations", "logits", "inputs")
+_MEMORY_LINES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations (estimate)",
+    "logits": "logits and loss (estimate)",
+    "inputs": "tokens and embedding (estimate)",
+}
 
 
 def summary_lines(report: Report) -> list[str]:
@@ -21,7 +28,7 @@ def summary_lines(report: Report) -> list[str]:
     if args is None or schedule is None or model is None:
         return []
     steps = schedule.total_steps
-    per_rank = " ".join(f"{stage.parameters.weights:,}" for stage in report.stages)
+    per_rank = " / ".join(f"{stage.parameters.weights:,}" for stage in report.stages)
     lines = [
         f"model        {model.total:,} parameters; {model.active:,} active, "
         f"{model.active_without_embeddings:,} without embedding and output layer",
@@ -29,6 +36,7 @@ def summary_lines(report: Report) -> list[str]:
         f"layout       {_layout(report)}",
         f"batch        {schedule.batch_sizes.size_at(steps):,} sequences of {args.seq_length:,}, "
         f"micro-batches of {args.micro_batch_size}",
+        f"precision    {_precision(report)}",
         f"FLOPs        {report.flops_per_step:.3g} a step, attention included; "
         f"{report.flops_per_step / args.world_size:.3g} a GPU",
     ]
@@ -73,6 +81,15 @@ def _layout(report: Report) -> str:
     return ", ".join(parts)
 
 
+def _precision(report: Report) -> str:
+    args = report.args
+    assert args is not None
+    name = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    if args.fp8:
+        name = f"{args.fp8_recipe} ({args.fp8}) over {name}"
+    return f"{name}; dimensions of the products are multiples of {report.alignment}"
+
+
 def _checkpoints(report: Report) -> str:
     args, schedule = report.args, report.schedule
     assert args is not None and schedule is not None
@@ -94,21 +111,25 @@ def memory_table(report: Report, gpu_bytes: float) -> Table:
     ]
     for stage, phase, _ in columns:
         table.add_column(f"rank {stage.rank}, {phase}", justify="right")
-    for line in _MEMORY_LINES:
-        table.add_row(line, *(f"{getattr(m, line) / GIB:.2f}" for _, _, m in columns))
-    table.add_row("allowance", *(f"{ALLOWANCE_BYTES / GIB:.2f}" for _ in columns))
-    table.add_row(f"total, of {gpu_bytes / GIB:.0f}", *(f"{m.total / GIB:.1f}" for *_, m in columns))
+    for part, line in _MEMORY_LINES.items():
+        table.add_row(line, *(f"{getattr(m, part) / GIB:.2f}" for _, _, m in columns))
+    table.add_row("allowance (fixed)", *(f"{ALLOWANCE_BYTES / GIB:.2f}" for _ in columns))
+    table.add_row(
+        f"total, of {gpu_bytes / GIB:.0f}", *(f"{m.total / GIB:.1f}" for *_, m in columns)
+    )
     return table
 
 
 def finding_lines(report: Report) -> list[str]:
-    """Errors first, then warnings, then notes."""
-    return [
+    """Errors first, then warnings, then notes, and how many of the former."""
+    lines = [
         f"{finding.level}: {finding.text}"
         for level in ("error", "warning", "note")
         for finding in report.findings
         if finding.level == level
     ]
+    counts = [sum(f.level == level for f in report.findings) for level in ("error", "warning")]
+    return [*lines, f"{counts[0]} errors, {counts[1]} warnings"]
 
 
 def report_as_json(report: Report, gpu_bytes: float) -> dict[str, Any]:

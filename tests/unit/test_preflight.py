@@ -92,7 +92,13 @@ BROKEN: dict[str, Broken] = {
         "warning",
         "--moe-router-padding-for-quantization is not given",
     ),
-    "no optimizer saved": ("3b", "", "--no-save-optim", "warning", "--no-save-optim: a resumed run"),
+    "no optimizer saved": (
+        "3b",
+        "",
+        "--no-save-optim",
+        "warning",
+        "--no-save-optim: a resumed run",
+    ),
     "no save": ("3b", "--save --save-interval", "", "warning", "--save is not given"),
     "no load": ("3b", "--load", "", "warning", "does not resume what it saved"),
     "reshardable": (
@@ -452,6 +458,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("experts split", [*experts, *split.split()])
     checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
     checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
+    here = ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
+    checked.add("corpus", [*scripts["3b", "baseline"], *here])
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
@@ -513,8 +521,9 @@ def test_ranks_are_those_asked_for(checked: Checked) -> None:
     assert [r["rank"] for r in checked.found["a rank"]["ranks"]] == [63]
     # The last stage, whose ranks have the final norm.
     first = checked.found["pipeline"]["ranks"][3]
-    assert checked.found["a rank"]["ranks"][0]["parameters"]["weights"] == (
-        first["parameters"]["weights"]
+    assert (
+        checked.found["a rank"]["ranks"][0]["parameters"]["weights"]
+        == (first["parameters"]["weights"])
     )
 
 
@@ -556,3 +565,103 @@ def test_flops_are_near_those_that_megatron_logs(checked: Checked, model: str) -
     # Megatron leaves out norms' weights and the router, and rounds nothing.
     found = checked.found[f"{model} tst"]["flops_per_step"]
     assert found == pytest.approx(checked.measured[f"FLOPs {model}"], rel=0.01)
+
+
+def test_text_is_counted_where_the_corpus_is(checked: Checked) -> None:
+    (corpus,) = checked.found["corpus"]["corpora"]
+    # Two documents, of which the share of the train split rounds to both.
+    assert corpus["available"] == 80
+    needed = 20_000 * 512 * 4096
+    assert corpus["phase_2"] == needed
+    assert corpus["epochs"] == needed / 80
+
+
+def test_less_is_kept_where_it_is_asked_for(checked: Checked) -> None:
+    def memory(name: str) -> dict[str, float]:
+        found: dict[str, float] = checked.found[name]["ranks"][0]["memory_bytes"]["phase 2"]
+        return found
+
+    whole = memory("3b tst")
+    # A layer keeps its input: 36 layers, 8192 positions, 2048 bf16 values.
+    assert memory("recomputed")["activations"] < whole["activations"] / 5
+    assert memory("recomputed")["activations"] > 36 * 8192 * 2048 * 2
+    assert memory("linear")["logits"] < whole["logits"] / 10
+
+
+def test_phase_2_of_whole_logits_needs_most(checked: Checked) -> None:
+    phases = checked.found["3b tst"]["ranks"][0]["memory_bytes"]
+    assert phases["phase 1"]["logits"] == 2 * 8192 * 128256
+    assert phases["phase 2"]["logits"] == 6 * 8192 * 128256
+    assert phases["phase 1"]["inputs"] > phases["phase 2"]["inputs"]
+
+
+def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path) -> None:
+    script = tmp_path / "pretrain_llama.sh"
+    launched = tmp_path / "launched"
+    script.write_text(
+        "#!/bin/bash\nSTEPS=$(python3 -c 'print(5 * 2)')\n"
+        'ARGS=(--train-iters "$STEPS" --data-path "a b")\n'
+        f'torchrun --nproc-per-node 8 pretrain_gpt.py "${{ARGS[@]}}" "$@" && touch {launched}\n'
+    )
+    found = read_launch(script, ["--seed", "3"])
+    assert found == ["--train-iters", "10", "--data-path", "a b", "--seed", "3"]
+
+
+def test_a_file_of_arguments_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.txt"
+    file.write_text("--bf16 # precision\n--data-path 'a b'\n")
+    assert read_launch(file, ["--seed", "3"]) == ["--bf16", "--data-path", "a b", "--seed", "3"]
+    file.write_text("torchrun --nnodes 8 -m megatron_tst.pretrain --bf16")
+    assert read_launch(file) == ["--bf16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.sh", None, "cannot be read"),
+        ("usage.sh", "echo 'error: DATA_PATH is not set' >&2; exit 2", "error: DATA_PATH is not"),
+        ("other.sh", "echo hello", "launches no program named pretrain"),
+        ("quotes", "--data-path 'a", "not quoted as in a shell"),
+    ],
+)
+def test_unusable_scripts_are_told(
+    tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_launch(tmp_path / name)
+
+
+def preflight(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/preflight.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tool_writes_its_report_and_ends_with_1_on_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATA_PATH", "TOKENIZER", "OUTPUT_DIR"):
+        monkeypatch.setenv(name, "/absent")
+    script, report = str(PRETRAIN / "pretrain_gpt_270m.sh"), tmp_path / "report.json"
+    small = ["--gpu-memory", "24", "--json", str(report)]
+    done = preflight(script, "--world-size", "64", *small, "--", "--seed", "7")
+    assert done.returncode == 1, done.stderr
+    assert "error: rank 0 needs about 47 GiB in phase 2, and a GPU has 22 GiB" in done.stdout
+    assert "phase 1      steps 0 to 5,999, s = 6: 75.5 B tokens of text" in done.stdout
+    found = json.loads(report.read_text())
+    assert not found["fits"]
+    assert found["switch_step"] == 6000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_tool_ends_with_2_on_unusable_input(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = preflight(str(tmp_path / "absent.sh"), "--world-size", "64", "--json", str(report))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/absent.sh cannot be read")
+    assert not report.exists()
