@@ -37,7 +37,7 @@ from megatron_tst.arguments import add_superposition_arguments
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
-LOCAL_MODULES = {
+LOCAL_MODULES: dict[str, Any] = {
     "transformer_impl": "local",
     "fp8": None,
     "fp8_param": False,
@@ -197,11 +197,14 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
     """
     config = copy.deepcopy(config)
     transformer = config.transformer
-    changes = {"perform_initialization": False, "init_model_with_meta_device": True}
+    changes: dict[str, Any] = {
+        "perform_initialization": False,
+        "init_model_with_meta_device": True,
+        # A kernel of apex; no parameter depends on it.
+        "gradient_accumulation_fusion": False,
+    }
     if not has_transformer_engine():
         changes |= LOCAL_MODULES
-    # A kernel of apex; no parameter depends on it.
-    changes |= {"gradient_accumulation_fusion": False}
     for name, value in changes.items():
         assert hasattr(transformer, name), name
         setattr(transformer, name, value)

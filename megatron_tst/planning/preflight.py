@@ -17,7 +17,7 @@ from megatron_tst.arguments import (
 from megatron_tst.batch_arguments import refuse_bad_batch_sizes, refuse_unusable_batch_sizes
 from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.data.budget import CorpusBudget
-from megatron_tst.planning import misfits, posing
+from megatron_tst.planning import misfits, model_checks, posing
 from megatron_tst.planning.corpus_check import check_text, resolve_vocabulary
 from megatron_tst.planning.findings import Finding, error, warning
 from megatron_tst.planning.memory import (
@@ -99,7 +99,9 @@ class Report:
     @property
     def flops_per_step(self) -> float:
         """FLOPs of a step at the batch size of the end, attention included."""
-        assert self.args and self.schedule and self.model
+        assert self.args is not None
+        assert self.schedule is not None
+        assert self.model is not None
         length = self.args.seq_length
         batch = self.schedule.batch_sizes.size_at(self.schedule.total_steps)
         return batch * length * self.model.size(self.args).flops_per_token(length)
@@ -107,7 +109,8 @@ class Report:
     @property
     def checkpoint_bytes(self) -> float:
         """Of one checkpoint."""
-        assert self.args and self.model
+        assert self.args is not None
+        assert self.model is not None
         return checkpoint_bytes(self.args, self.model.total)
 
 
@@ -142,7 +145,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
     assert report.schedule is not None
     ids, notes = resolve_vocabulary(args, launch.tokenizer_ids)
     report.findings.extend(suspects(args, given, report.schedule))
-    report.findings.extend(notes + misfits.vocabulary_misfits(args, ids))
+    report.findings.extend(notes + model_checks.vocabulary_misfits(args, ids))
     _build(report, args, launch)
     report.budgets, found = check_text(args, report.schedule)
     report.findings.extend(found)
@@ -234,10 +237,12 @@ def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
         return
     shown = [stage for stage in built if not launch.ranks or stage.rank in launch.ranks]
     report.stages = [_stage_report(report, args, stage) for stage in shown]
-    report.alignment = misfits.alignment(args, built)
-    report.findings.extend(misfits.empty_stages(shown) + misfits.unmodelled(args))
+    report.alignment = model_checks.alignment(args, built)
+    report.findings.extend(model_checks.empty_stages(shown) + model_checks.unmodelled(args))
     # The same product may be on many stages.
-    misaligned = [finding for stage in built for finding in misfits.fp8_misalignments(args, stage)]
+    misaligned = [
+        finding for stage in built for finding in model_checks.fp8_misalignments(args, stage)
+    ]
     report.findings.extend(dict.fromkeys(misaligned))
     report.findings.extend(_memory_findings(report, launch.gpu_bytes))
 

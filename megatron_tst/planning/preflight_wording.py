@@ -92,7 +92,8 @@ def _precision(report: Report) -> str:
 
 def _checkpoints(report: Report) -> str:
     args, schedule = report.args, report.schedule
-    assert args is not None and schedule is not None
+    assert args is not None
+    assert schedule is not None
     size = f"{report.checkpoint_bytes / 1e9:.4g} GB"
     if not (args.save and args.save_interval):
         return size
@@ -100,7 +101,8 @@ def _checkpoints(report: Report) -> str:
     # That of the switch comes besides.
     is_extra = schedule.config.enabled and schedule.switch_step % args.save_interval
     count += 1 if is_extra else 0
-    return f"{size}; {count:,} of them, if none is deleted, {count * report.checkpoint_bytes / 1e12:.3g} TB"
+    whole = f"{count * report.checkpoint_bytes / 1e12:.3g} TB"
+    return f"{size}; {count:,} of them, if none is deleted, {whole}"
 
 
 def memory_table(report: Report, gpu_bytes: float) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -351,7 +352,7 @@ BROKEN: dict[str, Broken] = {
     "no text": ("3b", "", "", "error", "--tst-max-epochs is 1 and this run reads"),
 }
 # Real models, small enough to be built and trained here: several buckets, and padding between them.
-_SMALL = (
+_SMALL = shlex.split(
     "--bf16 --transformer-impl local --num-layers 3 --hidden-size 96 --ffn-hidden-size 256 "
     "--num-attention-heads 8 --kv-channels 16 --group-query-attention --num-query-groups 4 "
     "--seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 32 "
@@ -360,11 +361,11 @@ _SMALL = (
     "--padded-vocab-size 256 --vocab-size 256 --train-iters 10 --lr 1e-3 "
     "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 100000 "
     "--no-rope-fusion --no-gradient-accumulation-fusion"
-).split()
-_EXPERTS = (
+)
+_EXPERTS = shlex.split(
     "--num-experts 8 --moe-ffn-hidden-size 64 --moe-router-topk 2 --moe-token-dispatcher-type "
     "alltoall --moe-router-dtype fp32"
-).split()
+)
 SMALL = {"dense": _SMALL, "experts": [*_SMALL, *_EXPERTS]}
 LAYOUTS = {
     "dense": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
@@ -464,9 +465,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
         for rank in OPTIMIZER_RANKS:
-            split = [*argv, *LAYOUTS[name]]
-            checked.add(f"{name} {rank}", split, size=8, ranks=[rank])
-            checked.measure(f"{name} {rank}", "measured_optimizer", split, 8, rank)
+            laid_out = [*argv, *LAYOUTS[name]]
+            checked.add(f"{name} {rank}", laid_out, size=8, ranks=[rank])
+            checked.measure(f"{name} {rank}", "measured_optimizer", laid_out, 8, rank)
         checked.measure(f"activations {name}", "measured_activations", argv)
         checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
         checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
