@@ -160,7 +160,7 @@ def optimizer_bytes(args: argparse.Namespace, parameters: RankParameters) -> flo
     if args.use_precision_aware_optimizer:
         moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
         main = args.main_params_dtype.itemsize
-        if main == 4 and args.bf16:
+        if main == 4 and args.bf16 and not (args.fp8 and args.fp8_recipe != "delayed"):
             # The upper half of a main weight is the bf16 weight.
             main = 2
         return (main + moments) * parameters.shard

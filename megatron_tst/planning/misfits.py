@@ -158,11 +158,6 @@ def _precision(args: argparse.Namespace) -> Iterator[Finding]:
                 f"{reuse} needs --fp8-recipe mxfp8 (it is {args.fp8_recipe}) and "
                 "--fp8-param-gather: add them or remove it."
             )
-    elif args.fp8 and args.fp8_recipe == "mxfp8" and args.fp8_param_gather:
-        yield error(
-            f"--fp8-param-gather with --fp8-recipe mxfp8 needs {reuse}, as weights in blocks "
-            "cannot be gathered in place: add it."
-        )
 
 
 def _lengths(args: argparse.Namespace) -> Iterator[Finding]:

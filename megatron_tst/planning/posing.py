@@ -2,7 +2,7 @@
 
 What Megatron is told about the machine is replaced here and nowhere else: the compute capability,
 the version of Transformer Engine where there is none, fusions of kernels whose absence Megatron
-refuses by importing them, and the process group, which is torch's fake one.
+refuses by importing them, its optimizer, and the process group, which is torch's fake one.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from megatron_tst.arguments import add_superposition_arguments
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
+_OPTIMIZER_TYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 LOCAL_MODULES: dict[str, Any] = {
     "transformer_impl": "local",
     "fp8": None,
@@ -116,6 +117,10 @@ def build_configuration(args: argparse.Namespace) -> Any:
     if not has_transformer_engine():
         for name in _FUSIONS:
             setattr(args, name, False)
+        # Its optimizer too; memory is counted from the arguments as they were.
+        args.use_precision_aware_optimizer = False
+        for name in _OPTIMIZER_TYPES:
+            setattr(args, name, torch.float32)
     is_hybrid = args.hybrid_layer_pattern is not None
     with _silence():
         config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)

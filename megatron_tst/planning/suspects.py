@@ -155,6 +155,13 @@ def _pads_tokens(args: argparse.Namespace) -> bool:
 
 
 def _parallelism(args: argparse.Namespace) -> Iterator[Finding]:
+    is_mxfp8 = args.fp8 and args.fp8_recipe == "mxfp8"
+    if is_mxfp8 and not (args.fp8_param_gather and args.reuse_grad_buf_for_mxfp8_param_ag):
+        yield warning(
+            "--fp8-recipe mxfp8 without --fp8-param-gather and --reuse-grad-buf-for-mxfp8-param-ag "
+            "holds weights in more than one precision, or gathers them into memory of their own: "
+            "add both."
+        )
     if args.data_parallel_size > 1 and not args.use_distributed_optimizer:
         yield warning(
             "--use-distributed-optimizer is not given: each GPU holds the optimizer state of all "

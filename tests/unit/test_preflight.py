@@ -234,8 +234,8 @@ BROKEN: dict[str, Broken] = {
         "3b",
         "--reuse-grad-buf-for-mxfp8-param-ag",
         "",
-        "error",
-        "needs --reuse-grad-buf-for-mxfp8-param-ag",
+        "warning",
+        "--fp8-recipe mxfp8 without --fp8-param-gather and --reuse-grad-buf-for-mxfp8-param-ag",
     ),
     "buffer of another recipe": (
         "3b",
@@ -459,6 +459,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("experts split", [*experts, *split.split()])
     checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
     checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
+    low = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16".split()
+    checked.add("low mxfp8", [*dense, *low])
+    checked.add("low bf16", [*checked.script("3b", PRECISION="bf16"), *low])
     here = ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
     checked.add("corpus", [*scripts["3b", "baseline"], *here])
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -587,6 +590,15 @@ def test_less_is_kept_where_it_is_asked_for(checked: Checked) -> None:
     assert memory("recomputed")["activations"] < whole["activations"] / 5
     assert memory("recomputed")["activations"] > 36 * 8192 * 2048 * 2
     assert memory("linear")["logits"] < whole["logits"] / 10
+
+
+@pytest.mark.parametrize(("precision", "main_weight"), [("bf16", 2), ("mxfp8", 4)])
+def test_moments_in_bf16(checked: Checked, precision: str, main_weight: int) -> None:
+    # Only bf16 weights are the upper half of a main weight.
+    assert checked.found[f"low {precision}"]["fits"]
+    (rank,) = checked.found[f"low {precision}"]["ranks"]
+    optimizer = rank["memory_bytes"]["phase 1"]["optimizer"]
+    assert optimizer == (main_weight + 4) * rank["parameters"]["shard"]
 
 
 def test_phase_2_of_whole_logits_needs_most(checked: Checked) -> None:
