@@ -14,7 +14,8 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
@@ -54,9 +55,15 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+@cache
 def has_transformer_engine() -> bool:
     """Whether models are built with Transformer Engine, and not with Megatron's own modules."""
-    return find_spec("transformer_engine") is not None
+    try:
+        import_module("transformer_engine.pytorch")
+    # Where a library of its own is missing it raises other errors than ImportError.
+    except Exception:
+        return False
+    return True
 
 
 def pose(compute_capability: tuple[int, int]) -> None:
@@ -207,6 +214,8 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
         "init_model_with_meta_device": True,
         # A kernel of apex; no parameter depends on it.
         "gradient_accumulation_fusion": False,
+        # Counted in elements; what is kept in FP8 follows from the arguments.
+        "fp8_param": False,
     }
     if not has_transformer_engine():
         changes |= LOCAL_MODULES

@@ -248,7 +248,7 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
 def assumptions(has_engine: bool, engine_version: str) -> list[Finding]:
     """What the machine of the check has instead of the cluster's."""
     if has_engine:
-        return [note("built with Transformer Engine, on the meta device.")]
+        return [note("built with Transformer Engine on the meta device, its weights in bf16.")]
     return [
         note(
             "Transformer Engine is not installed here: version "

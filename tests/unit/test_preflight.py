@@ -459,7 +459,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("experts split", [*experts, *split.split()])
     checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
     checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
-    low = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16".split()
+    low = ["--use-precision-aware-optimizer"]
+    low += ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
     checked.add("low mxfp8", [*dense, *low])
     checked.add("low bf16", [*checked.script("3b", PRECISION="bf16"), *low])
     here = ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
