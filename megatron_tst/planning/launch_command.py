@@ -11,12 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _TIMEOUT_SECONDS = 60
-_LAUNCHERS = ("torchrun", "srun", "mpirun", "python", "python3")
+# Launchers, and which of their words mean training; python does other things in scripts too.
+_LAUNCHERS = {
+    "torchrun": "*pretrain*",
+    "srun": "*pretrain*",
+    "mpirun": "*pretrain*",
+    "python": "*pretrain*.py|*.pretrain",
+    "python3": "*pretrain*.py|*.pretrain",
+}
 # Stands for a launcher in front of PATH: records a training command, runs anything else.
 _RECORDER = """#!/bin/sh
 for word in "$@"; do
   case "$word" in
-    *pretrain*)
+    {pattern})
       printf '%s\\0' "$@" >{record}
       exit 0 ;;
   esac
@@ -64,13 +71,14 @@ def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
 def _command_of(script: Path, extra: Sequence[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "command"
-        for name in _LAUNCHERS:
+        for name, pattern in _LAUNCHERS.items():
             recorder = Path(folder) / name
             recorder.write_text(
                 _RECORDER.format(
                     record=shlex.quote(str(record)),
                     path=shlex.quote(os.environ.get("PATH", os.defpath)),
                     name=name,
+                    pattern=pattern,
                 )
             )
             recorder.chmod(0o755)
@@ -110,6 +118,9 @@ def _run(script: Path, extra: Sequence[str], environment: dict[str, str]) -> str
 
 def _arguments_of(path: Path, command: list[str]) -> list[str]:
     for place, word in enumerate(command):
+        # srun sh -c "python pretrain_gpt.py ..."
+        if any(_PROGRAM.search(part) for part in word.split()[:-1]):
+            return _arguments_of(path, shlex.split(word))
         if not word.startswith("--") and _PROGRAM.search(word):
             return command[place + 1 :]
     raise ValueError(

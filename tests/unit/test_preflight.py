@@ -621,6 +621,14 @@ def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path) -> None:
     assert found == ["--train-iters", "10", "--data-path", "a b", "--seed", "3"]
 
 
+def test_a_command_in_quotes_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "OPTIONS='--bf16 --lr 1e-3'\nsrun -l sh -c \"python -u pretrain_gpt.py $OPTIONS\"\n"
+    )
+    assert read_launch(script) == ["--bf16", "--lr", "1e-3"]
+
+
 def test_a_file_of_arguments_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "arguments.txt"
     file.write_text("--bf16 # precision\n--data-path 'a b'\n")
