@@ -31,13 +31,32 @@ def misfits(args: argparse.Namespace) -> list[Finding]:
     Args:
         args: parsed, not validated.
     """
-    return [
+    # The others divide by these.
+    return list(_sizes(args)) or [
         *_dimensions(args),
         *_cluster(args),
         *_experts(args),
         *_precision(args),
         *_lengths(args),
     ]
+
+
+def _sizes(args: argparse.Namespace) -> Iterator[Finding]:
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "num_experts",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            yield error(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
 
 
 def _divides(divisor: int | None, flag: str, number: int | None, what: str) -> Iterator[Finding]:

@@ -65,10 +65,13 @@ def layer_products(args: argparse.Namespace, stage: Stage) -> dict[str, tuple[in
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in stage.chunks:
         for name, parameter in chunk.named_parameters():
-            if is_layer_product(name, parameter) and not (
-                args.fp8 and not is_fp8_weight(args, chunk, name, parameter)
+            if not is_layer_product(name, parameter):
+                continue
+            # All experts have one kind.
+            if _kind(name) not in shapes and (
+                not args.fp8 or is_fp8_weight(args, chunk, name, parameter)
             ):
-                shapes.setdefault(_kind(name), tuple(parameter.shape))
+                shapes[_kind(name)] = tuple(parameter.shape)
     return shapes
 
 

@@ -192,6 +192,8 @@ def posing_as(args: argparse.Namespace, rank: int) -> Iterator[ProcessGroupColle
 
 def stage_ranks(args: argparse.Namespace) -> list[int]:
     """The first rank of every pipeline stage."""
+    if args.pipeline_model_parallel_size == 1:
+        return [0]
     with posing_as(args, 0) as groups:
         return [int(rank) for rank in torch.distributed.get_process_group_ranks(groups.pp)]
 

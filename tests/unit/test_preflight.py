@@ -180,6 +180,13 @@ BROKEN: dict[str, Broken] = {
         "error",
         "does not divide --num-query-groups 4: use one of 1, 2, 4",
     ),
+    "no ranks": (
+        "3b",
+        "",
+        "--tensor-model-parallel-size 0",
+        "error",
+        "--tensor-model-parallel-size is 0: use 1 or more",
+    ),
     "layers": (
         "3b",
         "",
@@ -453,7 +460,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     for name, (model, removed, added, _, _) in BROKEN.items():
         argv = without(scripts[model, "tst"], removed)
         if name not in WHOLE:
-            argv += ["--num-layers", "4"]
+            argv += ["--num-layers", "3"]
         if name == "no text":
             argv += ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
         checked.add(name, [*argv, *added.split()])
@@ -463,7 +470,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     virtual = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"
     checked.add("virtual", [*dense, *virtual.split()])
     split = f"{pipeline} --expert-model-parallel-size 4 --micro-batch-size 1"
-    checked.add("experts split", [*experts, *split.split()])
+    fewer = ["--num-layers", "8"]
+    checked.add("experts whole", [*experts, *fewer])
+    checked.add("experts split", [*experts, *fewer, *split.split()])
     checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
     checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
     low = ["--use-precision-aware-optimizer"]
@@ -506,6 +515,15 @@ def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str
     assert checked.found[case]["fits"] == (level == "warning")
 
 
+def test_documented_output_is_that_of_the_tool(checked: Checked) -> None:
+    documented = (ROOT / "docs/preflight.md").read_text().splitlines()
+    for model in MODELS:
+        for variant in VARIANTS:
+            lines = checked.found[f"{model} {variant}"]["lines"]
+            missing = [line for line in lines if line not in documented and "note: " not in line]
+            assert not missing
+
+
 def test_published_sizes(checked: Checked) -> None:
     # As transformers counts the same shapes; 10B-A1B: as published.
     expected = {
@@ -520,10 +538,11 @@ def test_published_sizes(checked: Checked) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "model"), [("pipeline", "3b"), ("virtual", "3b"), ("experts split", "10b_a1b")]
+    ("layout", "one_stage"),
+    [("pipeline", "3b tst"), ("virtual", "3b tst"), ("experts split", "experts whole")],
 )
-def test_every_layout_has_the_same_model(checked: Checked, layout: str, model: str) -> None:
-    found, whole = checked.found[layout], checked.found[f"{model} tst"]
+def test_every_layout_has_the_same_model(checked: Checked, layout: str, one_stage: str) -> None:
+    found, whole = checked.found[layout], checked.found[one_stage]
     assert [rank["pipeline_rank"] for rank in found["ranks"]] == [0, 1, 2, 3]
     for key in ("parameters", "flops_per_step", "data_tokens", "checkpoint_bytes"):
         assert found[key] == whole[key]
