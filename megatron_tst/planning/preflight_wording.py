@@ -131,7 +131,7 @@ def finding_lines(report: Report) -> list[str]:
         if finding.level == level
     ]
     counts = [sum(f.level == level for f in report.findings) for level in ("error", "warning")]
-    return [*lines, f"{counts[0]} errors, {counts[1]} warnings"]
+    return [*lines, f"errors: {counts[0]}, warnings: {counts[1]}"]
 
 
 def report_as_json(report: Report, gpu_bytes: float) -> dict[str, Any]:
