@@ -1,0 +1,134 @@
+"""Bytes that a transformer layer keeps for its backward: a formula, an estimate.
+
+Counted are the tensors that autograd keeps with fused attention, norms and SwiGLU: inputs of
+norms, inputs of matrix products, queries, keys, values and output of attention, and input of the
+activation function. Biases, masks and statistics of rows are left out, and experts are taken to
+get the same number of tokens each.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+_BF16, _FP32 = 2.0, 4.0
+# E4M3 with a scale of a byte for each 32 values; other recipes have one scale a tensor.
+_MXFP8 = 1 + 1 / 32
+
+
+def fp8_bytes(args: argparse.Namespace) -> float:
+    """Bytes of an FP8 value with its share of scales."""
+    return _MXFP8 if args.fp8_recipe == "mxfp8" else 1.0
+
+
+def layer_bytes(args: argparse.Namespace, is_moe: bool, is_fp8: bool) -> dict[str, float]:
+    """Bytes kept for each latent position of a rank, by tensor, after recomputation.
+
+    Args:
+        args: validated command line.
+        is_moe: whether its MLP is a mixture of experts.
+        is_fp8: whether its matrix products take FP8.
+    """
+    if args.recompute_granularity == "full":
+        return {"layer input": _element(args) * args.hidden_size * _split(args)}
+    kept = _attention(args, is_fp8) | (_experts if is_moe else _mlp)(args, is_fp8)
+    for module in args.recompute_modules or () if args.recompute_granularity else ():
+        for name in _DROPPED.get(module, ()):
+            kept.pop(name, None)
+    return kept
+
+
+# What is computed again instead of kept, by module of --recompute-modules.
+_DROPPED = {
+    "core_attn": ("attention output",),
+    "layernorm": ("normed attention input", "normed MLP input"),
+    "mlp": ("normed MLP input", "gate and up", "activated"),
+    "moe": ("tokens of experts", "gate and up", "activated", "shared gate and up", "router"),
+    "moe_act": ("activated",),
+    "shared_experts": ("shared gate and up", "shared activated"),
+}
+
+
+def _element(args: argparse.Namespace) -> float:
+    return _BF16 if args.bf16 or args.fp16 else _FP32
+
+
+def _split(args: argparse.Namespace) -> float:
+    """Share of the positions that a rank of the tensor-parallel group holds between layers."""
+    return 1 / args.tensor_model_parallel_size if args.sequence_parallel else 1.0
+
+
+def _attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
+    element, split = _element(args), _split(args)
+    operand = fp8_bytes(args) if is_fp8 else element
+    hidden, tensor = args.hidden_size, args.tensor_model_parallel_size
+    groups = args.num_query_groups or args.num_attention_heads
+    query, key = (n * args.kv_channels / tensor for n in (args.num_attention_heads, groups))
+    kept = {
+        "attention input": element * hidden * split,
+        "normed attention input": operand * hidden * split,
+        "query, key, value": element * (query + 2 * key),
+        "attention output": element * query,
+    }
+    if is_fp8:
+        # Attention keeps its output in bf16 and the projection keeps it in FP8.
+        kept["projection input"] = operand * query
+    if args.qk_layernorm:
+        kept["query and key before norm"] = element * (query + key)
+    return kept
+
+
+def _mlp(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
+    element, split = _element(args), _split(args)
+    operand = fp8_bytes(args) if is_fp8 else element
+    width = args.ffn_hidden_size / args.tensor_model_parallel_size
+    return {
+        "MLP input": element * args.hidden_size * split,
+        "normed MLP input": operand * args.hidden_size * split,
+        "gate and up": element * _gated(args) * width,
+        "activated": operand * width,
+    }
+
+
+def _experts(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
+    element, split, hidden = _element(args), _split(args), args.hidden_size
+    operand = fp8_bytes(args) if is_fp8 else element
+    # Ranks of the tensor-parallel group have different tokens and pass them to the experts.
+    visits = args.moe_router_topk / args.tensor_model_parallel_size
+    width = args.moe_ffn_hidden_size
+    kept = {
+        "MLP input": element * hidden * split,
+        "normed MLP input": element * hidden * split,
+        "router": _FP32 * 2 * args.num_experts * split,
+        "tokens of experts": operand * visits * hidden,
+        "gate and up": element * visits * _gated(args) * width,
+        "activated": operand * visits * width,
+    }
+    shared = args.moe_shared_expert_intermediate_size
+    if shared:
+        shared /= args.tensor_model_parallel_size
+        kept["shared gate and up"] = element * _gated(args) * shared
+        kept["shared activated"] = operand * shared
+    return kept
+
+
+def _gated(args: argparse.Namespace) -> int:
+    return 2 if args.swiglu else 1
+
+
+def micro_batches_in_flight(args: argparse.Namespace, pipeline_rank: int, count: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in units of all its layers.
+
+    As Megatron's schedules warm up: 1F1B, and with virtual stages chunk by chunk.
+
+    Args:
+        args: validated command line.
+        pipeline_rank: of the stage, from 0.
+        count: micro-batches of a step.
+    """
+    stages = args.pipeline_model_parallel_size
+    virtual = args.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        return min(stages - pipeline_rank, count)
+    group = args.microbatch_group_size_per_vp_stage or stages
+    chunks = (stages - pipeline_rank - 1) * 2 + (virtual - 1) * group + 1
+    return min(chunks, count * virtual) / virtual

@@ -1,0 +1,56 @@
+"""Checks many launches in one process, whose imports take most of the time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    """Reads launches and measurements as JSON, and writes what became of them in their order."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    from megatron_tst import cpu
+
+    cpu.activate()
+    from megatron_tst.planning import posing
+
+    posing.pose((10, 0))
+    cases, results = (Path(name) for name in sys.argv[1:])
+    asked = json.loads(cases.read_text())
+    parser = posing.launch_parser()
+    found = {
+        "launches": [_checked(parser, case) for case in asked["launches"]],
+        "measured": [_measured(*case) for case in asked["measured"]],
+    }
+    results.write_text(json.dumps(found))
+    return 0
+
+
+def _checked(parser: argparse.ArgumentParser, case: dict[str, Any]) -> dict[str, Any]:
+    from megatron_tst.planning.preflight import Launch, check_launch
+    from megatron_tst.planning.preflight_wording import finding_lines, report_as_json, summary_lines
+
+    begin = time.perf_counter()
+    launch = Launch(**case)
+    report = check_launch(parser, launch)
+    return report_as_json(report, launch.gpu_bytes) | {
+        "lines": summary_lines(report) + finding_lines(report),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _measured(function: str, arguments: list[Any]) -> Any:
+    from tests import preflight_measured
+
+    return getattr(preflight_measured, function)(*arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""tools/preflight.py: what passes, and the words for what does not.
+
+``tests/preflight_cases.py`` checks all launches of this file in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tst.planning.launch_command import read_launch
+from tests.corpus import write_corpus
+from tests.preflight_broken import BROKEN, WHOLE
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = ROOT / "examples/pretrain"
+MODELS = ("270m", "600m", "3b", "10b_a1b")
+VARIANTS = ("baseline", "tst")
+GIB = 1 << 30
+
+# Real models, small enough to be built and trained here: several buckets, and padding between them.
+_SMALL = shlex.split(
+    "--bf16 --transformer-impl local --num-layers 3 --hidden-size 96 --ffn-hidden-size 256 "
+    "--num-attention-heads 8 --kv-channels 16 --group-query-attention --num-query-groups 4 "
+    "--seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 32 "
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--padded-vocab-size 256 --vocab-size 256 --train-iters 10 --lr 1e-3 "
+    "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 100000 "
+    "--no-rope-fusion --no-gradient-accumulation-fusion"
+)
+_EXPERTS = shlex.split(
+    "--num-experts 8 --moe-ffn-hidden-size 64 --moe-router-topk 2 --moe-token-dispatcher-type "
+    "alltoall --moe-router-dtype fp32"
+)
+SMALL = {"dense": _SMALL, "experts": [*_SMALL, *_EXPERTS]}
+LAYOUTS = {
+    "dense": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "experts": ["--expert-model-parallel-size", "2"],
+}
+OPTIMIZER_RANKS = (0, 7)
+
+
+def without(argv: list[str], flags: str) -> list[str]:
+    """A command line without these arguments and their values."""
+    kept, is_dropped = [], False
+    for word in argv:
+        if word.startswith("--"):
+            is_dropped = word in flags.split()
+        if not is_dropped:
+            kept.append(word)
+    return kept
+
+
+class Checked:
+    """Reports of launches, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._launches: dict[str, dict[str, Any]] = {}
+        self._measurements: dict[str, tuple[str, list[Any]]] = {}
+        self.found: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, Any] = {}
+
+    def script(self, model: str, **variables: str) -> list[str]:
+        paths = {"DATA_PATH": "/absent/corpus", "TOKENIZER": "/absent", "OUTPUT_DIR": "/absent/run"}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (paths | variables).items():
+                patch.setenv(name, value)
+            return read_launch(PRETRAIN / f"pretrain_gpt_{model}.sh")
+
+    def add(self, name: str, argv: list[str], size: int = 64, **more: Any) -> None:
+        self._launches[name] = {"argv": argv, "world_size": size, "gpu_bytes": 192e9} | more
+
+    def measure(self, name: str, function: str, *arguments: Any) -> None:
+        self._measurements[name] = (function, list(arguments))
+
+    def run(self) -> None:
+        cases, results = self.folder / "cases.json", self.folder / "results.json"
+        asked = {
+            "launches": list(self._launches.values()),
+            "measured": list(self._measurements.values()),
+        }
+        cases.write_text(json.dumps(asked))
+        subprocess.run(
+            [sys.executable, "-m", "tests.preflight_cases", str(cases), str(results)],
+            cwd=ROOT,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            stderr=subprocess.DEVNULL,
+        )
+        answers = json.loads(results.read_text())
+        self.found = dict(zip(self._launches, answers["launches"], strict=True))
+        self.measured = dict(zip(self._measurements, answers["measured"], strict=True))
+
+    def texts(self, name: str, level: str) -> list[str]:
+        return [f["text"] for f in self.found[name]["findings"] if f["level"] == level]
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+    checked = Checked(tmp_path_factory.mktemp("preflight"))
+    corpus = checked.folder / "corpus"
+    write_corpus(corpus, [50, 30])
+    scripts = {}
+    for model in MODELS:
+        for variant in VARIANTS:
+            scripts[model, variant] = checked.script(model, VARIANT=variant)
+            checked.add(f"{model} {variant}", scripts[model, variant])
+    for name, (model, removed, added, _, _) in BROKEN.items():
+        argv = without(scripts[model, "tst"], removed)
+        if name not in WHOLE:
+            argv += ["--num-layers", "3"]
+        if name == "no text":
+            argv += ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
+        checked.add(name, [*argv, *added.split()])
+    dense, experts = scripts["3b", "tst"], scripts["10b_a1b", "tst"]
+    pipeline = "--pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
+    checked.add("pipeline", [*dense, *pipeline.split()])
+    virtual = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"
+    checked.add("virtual", [*dense, *virtual.split()])
+    split = f"{pipeline} --expert-model-parallel-size 4 --micro-batch-size 1"
+    fewer = ["--num-layers", "8"]
+    checked.add("experts whole", [*experts, *fewer])
+    checked.add("experts split", [*experts, *fewer, *split.split()])
+    checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
+    checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
+    low = ["--use-precision-aware-optimizer"]
+    low += ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
+    checked.add("low mxfp8", [*dense, *low])
+    checked.add("low bf16", [*checked.script("3b", PRECISION="bf16"), *low])
+    here = ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
+    checked.add("corpus", [*scripts["3b", "baseline"], *here])
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    checked.add("recomputed", [*dense, *recompute.split()])
+    for name, argv in SMALL.items():
+        for rank in OPTIMIZER_RANKS:
+            laid_out = [*argv, *LAYOUTS[name]]
+            checked.add(f"{name} {rank}", laid_out, size=8, ranks=[rank])
+            checked.measure(f"{name} {rank}", "measured_optimizer", laid_out, 8, rank)
+        checked.measure(f"activations {name}", "measured_activations", argv)
+        checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
+        checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
+    for model in MODELS:
+        checked.measure(f"FLOPs {model}", "megatron_flops", scripts[model, "tst"], 64)
+    checked.run()
+    return checked
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_pass_without_a_warning(checked: Checked, model: str, variant: str) -> None:
+    name = f"{model} {variant}"
+    assert checked.found[name]["fits"]
+    assert not checked.texts(name, "error") + checked.texts(name, "warning")
+    # Not the import of Megatron; some ten times what was measured.
+    assert checked.found[name]["seconds"] < 30
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str) -> None:
+    *_, level, words = BROKEN[case]
+    texts = checked.texts(case, level)
+    assert any(words in text for text in texts), checked.found[case]["findings"]
+    assert checked.found[case]["fits"] == (level == "warning")
+
+
+def test_documented_output_is_that_of_the_tool(checked: Checked) -> None:
+    documented = (ROOT / "docs/preflight.md").read_text().splitlines()
+    for model in MODELS:
+        for variant in VARIANTS:
+            lines = checked.found[f"{model} {variant}"]["lines"]
+            missing = [line for line in lines if line not in documented and "note: " not in line]
+            assert not missing
+
+
+def test_published_sizes(checked: Checked) -> None:
+    # As transformers counts the same shapes; 10B-A1B: as published.
+    expected = {
+        "270m": (267_225_408, 119_474_496),
+        "600m": (600_208_320, 353_956_800),
+        "3b": (3_337_766_912, 2_812_430_336),
+        "10b_a1b": (10_489_144_832, 962_700_800),
+    }
+    for model, (total, active) in expected.items():
+        parameters = checked.found[f"{model} tst"]["parameters"]
+        assert (parameters["total"], parameters["active_without_embeddings"]) == (total, active)
+
+
+@pytest.mark.parametrize(
+    ("layout", "one_stage"),
+    [("pipeline", "3b tst"), ("virtual", "3b tst"), ("experts split", "experts whole")],
+)
+def test_every_layout_has_the_same_model(checked: Checked, layout: str, one_stage: str) -> None:
+    found, whole = checked.found[layout], checked.found[one_stage]
+    assert [rank["pipeline_rank"] for rank in found["ranks"]] == [0, 1, 2, 3]
+    for key in ("parameters", "flops_per_step", "data_tokens", "checkpoint_bytes"):
+        assert found[key] == whole[key]
+
+
+def test_ranks_are_those_asked_for(checked: Checked) -> None:
+    assert [r["rank"] for r in checked.found["a rank"]["ranks"]] == [63]
+    # The last stage, whose ranks have the final norm.
+    first = checked.found["pipeline"]["ranks"][3]
+    assert (
+        checked.found["a rank"]["ranks"][0]["parameters"]["weights"]
+        == (first["parameters"]["weights"])
+    )
+
+
+@pytest.mark.parametrize("rank", OPTIMIZER_RANKS)
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_gradients_and_optimizer_are_those_of_real_ones(
+    checked: Checked, name: str, rank: int
+) -> None:
+    measured = checked.measured[f"{name} {rank}"]
+    (found,) = checked.found[f"{name} {rank}"]["ranks"]
+    counted = {key: found["parameters"][key] for key in ("weights", "buffer", "shard")}
+    assert counted == {key: measured[key] for key in counted}
+    memory = found["memory_bytes"]["training"]
+    assert memory["gradients"] == measured["gradient_bytes"]
+    assert memory["optimizer"] == 12 * measured["shard"]
+    assert memory["weights"] == 2 * measured["weights"]
+
+
+@pytest.mark.parametrize(("name", "mlp_width"), [("dense", 256), ("experts", 2 * 2 * 64)])
+def test_activations_of_a_layer_are_those_that_autograd_keeps(
+    checked: Checked, name: str, mlp_width: int
+) -> None:
+    two, three = (
+        checked.found[f"activations {name} {layers}"]["ranks"][0]["memory_bytes"]["training"]
+        for layers in (2, 3)
+    )
+    layer = three["activations"] - two["activations"]
+    # What the modules of the CPU keep and fused ones of a GPU do not: a norm two fp32 tensors
+    # instead of its bf16 input, attention each key and value for all heads, SwiGLU its sigmoid
+    # and, with weights, its unweighted result.
+    norms, heads, swiglu = 2 * (8 - 2) * 96, 2 * 2 * (128 - 64), 2 * mlp_width
+    expected = layer + 2 * 128 * (norms + heads + swiglu)
+    # Not in the formula: statistics of rows, angles of RoPE, indices of permutations.
+    assert expected == pytest.approx(checked.measured[f"activations {name}"]["bytes"], rel=0.04)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_flops_are_near_those_that_megatron_logs(checked: Checked, model: str) -> None:
+    # Megatron leaves out norms' weights and the router, and rounds nothing.
+    found = checked.found[f"{model} tst"]["flops_per_step"]
+    assert found == pytest.approx(checked.measured[f"FLOPs {model}"], rel=0.01)
+
+
+def test_text_is_counted_where_the_corpus_is(checked: Checked) -> None:
+    (corpus,) = checked.found["corpus"]["corpora"]
+    # Two documents, of which the share of the train split rounds to both.
+    assert corpus["available"] == 80
+    needed = 20_000 * 512 * 4096
+    assert corpus["phase_2"] == needed
+    assert corpus["epochs"] == needed / 80
+
+
+def test_less_is_kept_where_it_is_asked_for(checked: Checked) -> None:
+    def memory(name: str) -> dict[str, float]:
+        found: dict[str, float] = checked.found[name]["ranks"][0]["memory_bytes"]["phase 2"]
+        return found
+
+    whole = memory("3b tst")
+    # A layer keeps its input: 36 layers, 8192 positions, 2048 bf16 values.
+    assert memory("recomputed")["activations"] < whole["activations"] / 5
+    assert memory("recomputed")["activations"] > 36 * 8192 * 2048 * 2
+    assert memory("linear")["logits"] < whole["logits"] / 10
+
+
+@pytest.mark.parametrize(("precision", "main_weight"), [("bf16", 2), ("mxfp8", 4)])
+def test_moments_in_bf16(checked: Checked, precision: str, main_weight: int) -> None:
+    # Only bf16 weights are the upper half of a main weight.
+    assert checked.found[f"low {precision}"]["fits"]
+    (rank,) = checked.found[f"low {precision}"]["ranks"]
+    optimizer = rank["memory_bytes"]["phase 1"]["optimizer"]
+    assert optimizer == (main_weight + 4) * rank["parameters"]["shard"]
+
+
+def test_phase_2_of_whole_logits_needs_most(checked: Checked) -> None:
+    phases = checked.found["3b tst"]["ranks"][0]["memory_bytes"]
+    assert phases["phase 1"]["logits"] == 2 * 8192 * 128256
+    assert phases["phase 2"]["logits"] == 6 * 8192 * 128256
+    assert phases["phase 1"]["inputs"] > phases["phase 2"]["inputs"]
+
+
+def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path) -> None:
+    script = tmp_path / "pretrain_llama.sh"
+    script.write_text(
+        "#!/bin/bash\nSTEPS=$(python3 -c 'print(5 * 2)')\n"
+        'ARGS=(--train-iters "$STEPS" --data-path "a b")\n'
+        'torchrun --nproc-per-node 8 pretrain_gpt.py "${ARGS[@]}" "$@"\n'
+    )
+    found = read_launch(script, ["--seed", "3"])
+    assert found == ["--train-iters", "10", "--data-path", "a b", "--seed", "3"]
+
+
+def test_a_command_in_quotes_is_found(tmp_path: Path) -> None:
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "OPTIONS='--bf16 --lr 1e-3'\nsrun -l sh -c \"python -u pretrain_gpt.py $OPTIONS\"\n"
+    )
+    assert read_launch(script) == ["--bf16", "--lr", "1e-3"]
+
+
+def test_a_file_of_arguments_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.txt"
+    file.write_text("--bf16 # precision\n--data-path 'a b'\n")
+    assert read_launch(file, ["--seed", "3"]) == ["--bf16", "--data-path", "a b", "--seed", "3"]
+    file.write_text("torchrun --nnodes 8 -m megatron_tst.pretrain --bf16")
+    assert read_launch(file) == ["--bf16"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("absent.sh", None, "cannot be read"),
+        ("usage.sh", "echo 'error: DATA_PATH is not set' >&2; exit 2", "error: DATA_PATH is not"),
+        ("other.sh", "echo hello", "launches no program named pretrain"),
+        ("quotes", "--data-path 'a", "not quoted as in a shell"),
+    ],
+)
+def test_unusable_scripts_are_told(
+    tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_launch(tmp_path / name)
+
+
+def preflight(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/preflight.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_tool_writes_its_report_and_ends_with_1_on_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATA_PATH", "TOKENIZER", "OUTPUT_DIR"):
+        monkeypatch.setenv(name, "/absent")
+    script, report = str(PRETRAIN / "pretrain_gpt_270m.sh"), tmp_path / "report.json"
+    small = ["--gpu-memory", "24", "--json", str(report)]
+    done = preflight(script, "--world-size", "64", *small, "--", "--seed", "7")
+    assert done.returncode == 1, done.stderr
+    assert "error: rank 0 needs about 47 GiB in phase 2, and a GPU has 22 GiB" in done.stdout
+    assert "phase 1      steps 0 to 5,999, s = 6: 75.5 B tokens of text" in done.stdout
+    found = json.loads(report.read_text())
+    assert not found["fits"]
+    assert found["switch_step"] == 6000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_tool_ends_with_2_on_unusable_input(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = preflight(str(tmp_path / "absent.sh"), "--world-size", "64", "--json", str(report))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/absent.sh cannot be read")
+    assert not report.exists()
