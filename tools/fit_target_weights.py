@@ -23,7 +23,8 @@ from megatron_tst.data.mutual_information import (
     measure,
 )
 from megatron_tst.data.token_sample import TokenSample, sample_tokens
-from megatron_tst.report.corpus_plots import draw_decay, write_file
+from megatron_tst.report.corpus_plots import draw_decay
+from megatron_tst.report.files import write_file
 
 _FEWEST_DISTANCES_UP_TO = 8
 

@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from megatron_tst.config import DocumentBoundary, Variant
 from megatron_tst.data.tokenizer import load_tokenizer
-from megatron_tst.report.corpus_plots import draw_lengths, write_file
+from megatron_tst.report.corpus_plots import draw_lengths
+from megatron_tst.report.files import write_file
 
 if TYPE_CHECKING:
     from megatron_tst.data.inspection import LengthDistribution, PhaseOneSample

@@ -139,7 +139,6 @@ def read_run(folder: Path) -> Run:
             "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval)."
         )
     run = Run(folder=folder, schedule=schedule, info=info, scalars=scalars)
-    _check_losses(run)
     _check_tokens(run)
     return run
 
@@ -215,15 +214,6 @@ def _series(values: dict[int, float]) -> Series:
         steps=np.array(steps, dtype=np.int64),
         values=np.array([values[step] for step in steps], dtype=np.float64),
     )
-
-
-def _check_losses(run: Run) -> None:
-    broken = ~np.isfinite(run.validation.values)
-    if broken.any():
-        raise ValueError(
-            f"{run.folder}: {VALIDATION_LOSS!r} is not finite at step "
-            f"{run.validation.steps[broken][0]}: the run diverged and cannot be compared."
-        )
 
 
 def _check_tokens(run: Run) -> None:

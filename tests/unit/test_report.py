@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from math import exp
 from pathlib import Path
@@ -14,96 +14,24 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.report.comparison import Comparison, compare, first_reached, value_at
 from megatron_tst.report.html import write_report
 from megatron_tst.report.runs import read_run
 from megatron_tst.report.wording import NOT_REACHED, cautions, duration, quantity, verdict
-from megatron_tst.schedule import SuperpositionSchedule
+from tests.unit.run_folders import (
+    BASELINE,
+    BATCH,
+    RTOL,
+    TOKENS_PER_STEP,
+    TOTAL_STEPS,
+    TST,
+    baseline_loss,
+    make_run,
+    tst_loss,
+    write_events,
+    write_info,
+)
 from tools.compare_runs import main
-
-BASELINE = SuperpositionConfig()
-TST = SuperpositionConfig(bag_size=4, step_ratio=0.25)
-TOTAL_STEPS, BATCH, LENGTH = 100, 2, 8
-TOKENS_PER_STEP = BATCH * LENGTH
-# TensorBoard stores float32.
-RTOL = 1e-6
-
-Curve = Callable[[int], float]
-
-
-def schedule_of(config: SuperpositionConfig) -> SuperpositionSchedule:
-    return SuperpositionSchedule(config, TOTAL_STEPS, BatchSizes.constant(BATCH), LENGTH)
-
-
-def write_events(
-    run: Path,
-    config: SuperpositionConfig,
-    loss: Curve,
-    *,
-    steps: range = range(10, TOTAL_STEPS + 1, 10),
-    seconds_per_step: float = 0.5,
-    suffix: str = "",
-    leave_out: str = "",
-    test_loss: float | None = None,
-) -> None:
-    """One process's event file: the scalars that Megatron and the training entry log."""
-    schedule = schedule_of(config)
-    writer = SummaryWriter(str(run / "tensorboard"), filename_suffix=suffix)
-    for step in steps:
-        scalars = {
-            "lm loss": loss(step) + 0.1,
-            "lm loss validation": loss(step),
-            "tst/seconds": step * seconds_per_step,
-            "tst/data tokens": schedule.data_tokens(step),
-            "tst/equivalent tokens": schedule.equivalent_tokens(step),
-        }
-        if step <= schedule.switch_step:
-            offsets = range(1, config.bag_size + 1)
-            scalars |= {f"tst/loss at offset {i}": loss(step) + i for i in offsets}
-        for tag, value in scalars.items():
-            if tag != leave_out:
-                writer.add_scalar(tag, value, step)
-    if test_loss is not None:
-        writer.add_scalar("lm loss validation", test_loss, steps[-1])
-    writer.close()
-
-
-def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
-    info = {
-        "superposition": config.to_dict(),
-        "switch_step": schedule_of(config).switch_step,
-        "total_steps": TOTAL_STEPS,
-        "batch_sizes": [[0, BATCH]],
-        "sequence_length": LENGTH,
-        "text_share": 1.0,
-        "parameters": 1_234_567,
-        "seed": 7,
-        "settings": {"lr": 0.001, "num_layers": 2},
-        "commit": "abc1234",
-        "machine": {"cpu": "Example <CPU>", "cores": 2},
-        "command": "python -m megatron_tst.pretrain --num-layers 2",
-    }
-    path = run / "tensorboard" / "tst_run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(info | changes))
-
-
-def make_run(run: Path, config: SuperpositionConfig, loss: Curve, **options: Any) -> Path:
-    write_events(run, config, loss, **options)
-    write_info(run, config)
-    return run
-
-
-def tst_loss(step: int) -> float:
-    """9 in phase 1, then straight down from 6 at step 30 to 2.5 at step 100."""
-    return 9.0 if step <= 25 else 6.0 - (step - 30) * 0.05
-
-
-def baseline_loss(step: int) -> float:
-    """Straight down from 5.7 at step 10 to 3 at step 100."""
-    return 6.0 - step * 0.03
 
 
 @pytest.fixture(scope="module")
@@ -268,12 +196,6 @@ def test_a_damaged_description_is_refused(tmp_path: Path, what: str, message: st
     with pytest.raises(ValueError, match=message) as error:
         read_run(run)
     assert str(run) in str(error.value)
-
-
-def test_a_diverged_run_is_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", BASELINE, lambda step: float("nan") if step == 50 else 3.0)
-    with pytest.raises(ValueError, match="not finite at step 50"):
-        read_run(run)
 
 
 def test_swapped_arms_are_refused(comparison: Comparison) -> None:

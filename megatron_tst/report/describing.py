@@ -1,0 +1,151 @@
+"""Describes a run for a comparison: what was asked, what was read, how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import log, prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_tst.report.runs import FloatArray, Series
+from megatron_tst.schedule import SuperpositionSchedule
+
+Status = Literal["finished", "diverged", "unfinished"]
+Setting = str | int | float | bool
+IntArray = npt.NDArray[np.int64]
+
+_MODEL_SETTINGS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "num_experts",
+    "padded_vocab_size",
+)
+_TRAINING_SETTINGS = (
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "lr_wsd_decay_iters",
+    "lr_wsd_decay_style",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "clip_grad",
+    "bf16",
+)
+# Logged training losses kept as they are on each side of the switch, and means over the others.
+_KEPT_AT_SWITCH = 10
+_TRAINING_MEANS = 40
+# Nats a token. A model that ends this far above a uniform guess, or above the best that it had
+# reached as an ordinary model, has diverged; noise and an unlucky batch stay well below.
+_ABSURD = 1.0
+
+
+def status_of(settings: Mapping[str, Setting], validation: Series, training: Series) -> Status:
+    """How a run ended.
+
+    Args:
+        settings: of the run; ``switch_step``, ``total_steps`` and ``padded_vocab_size`` count.
+        validation: next-token losses.
+        training: training losses as logged.
+    """
+    if not (np.isfinite(validation.values).all() and np.isfinite(training.values).all()):
+        return "diverged"
+    # In phase 1 the validation loss is that of a model that reads bags, and may rise.
+    ordinary = validation.values[validation.steps > int(settings.get("switch_step", 0))]
+    if ordinary.size:
+        vocabulary = settings.get("padded_vocab_size")
+        uniform_guess = log(vocabulary) if isinstance(vocabulary, int) else np.inf
+        if ordinary[-1] > min(uniform_guess, ordinary.min()) + _ABSURD:
+            return "diverged"
+    last = int(validation.steps[-1]) if validation.steps.size else 0
+    return "finished" if last >= int(settings.get("total_steps", last)) else "unfinished"
+
+
+def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting]:
+    """The settings of superposition that have an influence on a run with this schedule."""
+    config = schedule.config
+    if not config.enabled:
+        return {"bag_size": 1}
+    found: dict[str, Setting] = {
+        "bag_size": config.bag_size,
+        "step_ratio": config.step_ratio or round(schedule.switch_step / schedule.total_steps, 6),
+        "switch_step": schedule.switch_step,
+        "variant": config.variant,
+        "target_weighting": str(config.target_weighting),
+        "objective": config.objective,
+        "reset_at_switch": config.reset_at_switch,
+        "document_boundary": config.document_boundary,
+    }
+    if config.target_weighting == "power-law":
+        found["power_law_exponent"] = config.power_law_exponent
+    return found
+
+
+def describe_settings(arguments: Mapping[str, Any]) -> dict[str, Setting]:
+    """The settings, apart from superposition, that have an influence on the loss.
+
+    Args:
+        arguments: Megatron's, by name; those that are missing or None are left out.
+    """
+    renamed = {"learning_rate": arguments.get("lr"), "total_steps": arguments.get("train_iters")}
+    same = {name: arguments.get(name) for name in (*_MODEL_SETTINGS, *_TRAINING_SETTINGS, "seed")}
+    return {name: value for name, value in {**renamed, **same}.items() if value is not None}
+
+
+def describe_data(arguments: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """Names the text, the tokenizer and the validation set of a run by Megatron's arguments."""
+    paths = arguments.get("data_path")
+    parts = [paths] if isinstance(paths, str) else paths or []
+    model = arguments.get("tokenizer_model")
+    sizes = [arguments.get(n) for n in ("eval_iters", "eval_global_batch_size", "seq_length")]
+    found: dict[str, Any] = {
+        "data_path": " ".join(Path(str(part)).name for part in parts) or None,
+        "split": arguments.get("split"),
+        "tokenizer_type": arguments.get("tokenizer_type"),
+        "tokenizer_model": Path(str(model)).name if model else None,
+        "sequence_length": arguments.get("seq_length"),
+        "validation_tokens": None if None in sizes else prod(int(size) for size in sizes if size),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def describe_machine(machine: Mapping[str, Any]) -> str:
+    """Processor, cores and accelerator in one line."""
+    parts = [str(machine.get("cpu") or "unknown processor")]
+    if "cores" in machine:
+        parts.append(f"{machine['cores']} cores")
+    if machine.get("accelerator", "CPU") != "CPU":
+        parts.append(str(machine["accelerator"]))
+    return ", ".join(parts)
+
+
+def thin_training_loss(series: Series, switch_step: int) -> tuple[IntArray, FloatArray]:
+    """Keeps what is near the switch and averages the rest over neighbours, never across it.
+
+    Returns:
+        Steps and losses, each [m], with m at most 60.
+    """
+    if not series.steps.size:
+        return series.steps, series.values
+    switch = int(np.searchsorted(series.steps, switch_step, side="right"))
+    first, end = max(switch - _KEPT_AT_SWITCH, 0), switch + _KEPT_AT_SWITCH
+    if switch == 0:
+        end = 0
+    kept = [np.array([i]) for i in range(first, min(end, len(series.steps)))]
+    outside = [np.arange(first), np.arange(end, len(series.steps))]
+    share = _TRAINING_MEANS / max(sum(map(len, outside)), 1)
+    pieces = [*_split(outside[0], share), *kept, *_split(outside[1], share)]
+    steps = np.array([round(float(series.steps[piece].mean())) for piece in pieces])
+    losses = np.array([float(series.values[piece].mean()) for piece in pieces])
+    return steps.astype(np.int64), losses
+
+
+def _split(indices: IntArray, share: float) -> Iterable[IntArray]:
+    count = min(len(indices), max(int(len(indices) * share), 1))
+    return np.array_split(indices, count) if count else []
