@@ -131,7 +131,7 @@ def _cross_entropy(
     from megatron_tst.model.kernels import cross_entropy as kernels
 
     element, label = _TYPE_NAMES[dtype], f"{_TYPE_NAMES[dtype]} s<={padded_bag} v={vocabulary}"
-    lanes, num_warps = kernels.block_shape(vocabulary, dtype)
+    depth, lanes, num_warps = kernels.block_shape(vocabulary, dtype)
     common = {"logits": f"*{element}", "columns": "*i64", "coefficients": "*fp32"}
     sizes = {"v": "i32", "s": "i32", "row_stride": "i32"}
     divisible = {"v", "row_stride", "out_stride"} if vocabulary % 16 == 0 else set()
@@ -140,7 +140,7 @@ def _cross_entropy(
         kernels._statistics_kernel,
         label,
         common | statistics | sizes,
-        {"depth": kernels._DEPTH, "lanes": lanes, "padded_bag": padded_bag},
+        {"depth": depth, "lanes": lanes, "padded_bag": padded_bag},
         divisible,
         num_warps,
     )
@@ -149,7 +149,7 @@ def _cross_entropy(
         kernels._gradient_kernel,
         label,
         common | gradient | sizes | {"out_stride": "i32"},
-        {"block": kernels._DEPTH * lanes, "padded_bag": padded_bag},
+        {"block": depth * lanes, "padded_bag": padded_bag},
         divisible,
         num_warps,
     )

@@ -30,7 +30,13 @@ def compiled(request: pytest.FixtureRequest) -> Compiled:
     chosen = specialisations(
         bag_sizes=[16], vocabularies=[128256, 50257], dtypes=[torch.bfloat16, torch.float32]
     )
-    return [compile_for(each, request.param) for each in chosen]
+    # Rows shorter than a block of four reads a thread.
+    short = specialisations(bag_sizes=[16], vocabularies=[250], dtypes=[torch.float16])
+    return [compile_for(each, request.param) for each in (*chosen, *short)]
+
+
+def _is_aligned(resources: Resources) -> bool:
+    return not {"v=50257", "v=250"} & set(resources.label.split())
 
 
 def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
@@ -45,12 +51,12 @@ def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
         assert resources.spill_bytes == resources.stack_bytes == 0, resources
         assert resources.shared_bytes <= 4096, resources
         # Where rows are aligned, registers leave room for at least half of the threads.
-        assert resources.registers <= 64 or "v=50257" in resources.label, resources
+        assert resources.registers <= 64 or not _is_aligned(resources), resources
 
 
 def test_aligned_rows_are_read_16_bytes_at_once(compiled: Compiled) -> None:
     for resources, ptx in compiled:
-        assert ("ld.global.v4.b32" in ptx) == ("v=50257" not in resources.label), resources
+        assert ("ld.global.v4.b32" in ptx) == _is_aligned(resources), resources
 
 
 def test_targets_are_read_before_and_written_after_the_row(compiled: Compiled) -> None:

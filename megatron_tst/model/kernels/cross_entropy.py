@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_tst.model.kernels.launch import next_power_of_2, on_device, require_rows
 
-# A block of the vocabulary is `_DEPTH` reads of 16 bytes for each thread of at most 8 warps.
+# A block of the vocabulary is up to 4 reads of 16 bytes for each thread of at most 8 warps.
 _READ_BYTES = 16
-_DEPTH = 4
+_MAX_DEPTH = 4
 _MAX_WARPS = 8
 
 
@@ -48,7 +48,7 @@ def shard_statistics(
         3, n, dtype=torch.float32, device=logits.device
     ).unbind()
     if n:
-        lanes, num_warps = block_shape(v, logits.dtype)
+        depth, lanes, num_warps = block_shape(v, logits.dtype)
         with on_device(logits):
             _statistics_kernel[(n,)](
                 logits,
@@ -60,7 +60,7 @@ def shard_statistics(
                 v,
                 columns.shape[1],
                 logits.stride(0),
-                depth=_DEPTH,
+                depth=depth,
                 lanes=lanes,
                 padded_bag=next_power_of_2(columns.shape[1]),
                 num_warps=num_warps,
@@ -113,7 +113,7 @@ def shard_gradient(
             f"logits {tuple(logits.shape)}: pass one number a row, [n]."
         )
     if n:
-        lanes, num_warps = block_shape(v, logits.dtype)
+        depth, lanes, num_warps = block_shape(v, logits.dtype)
         with on_device(logits):
             _gradient_kernel[(n,)](
                 logits,
@@ -126,18 +126,22 @@ def shard_gradient(
                 columns.shape[1],
                 logits.stride(0),
                 out.stride(0),
-                block=_DEPTH * lanes,
+                block=depth * lanes,
                 padded_bag=next_power_of_2(columns.shape[1]),
                 num_warps=num_warps,
             )
     return out
 
 
-def block_shape(v: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Lanes (columns that all threads read at once) and warps, for a shard of v columns."""
+def block_shape(v: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Depth (reads a thread), lanes (columns that all threads read at once) and warps.
+
+    No more of each than a row has use for: the registers of a thread hold all that it reads.
+    """
     warp_lanes = 32 * _READ_BYTES // dtype.itemsize
-    num_warps = min(_MAX_WARPS, next_power_of_2(triton.cdiv(v, _DEPTH * warp_lanes)))
-    return num_warps * warp_lanes, num_warps
+    depth = min(_MAX_DEPTH, next_power_of_2(triton.cdiv(v, warp_lanes)))
+    num_warps = min(_MAX_WARPS, next_power_of_2(triton.cdiv(v, depth * warp_lanes)))
+    return depth, num_warps * warp_lanes, num_warps
 
 
 def _require_targets(logits: Tensor, columns: Tensor, coefficients: Tensor) -> None:
