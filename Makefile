@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast support-matrix check format quickstart clean
+.PHONY: help setup test test-fast support-matrix check format quickstart study clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,6 +36,18 @@ format: setup ## Format the code and sort the imports
 
 quickstart: setup ## Train a baseline and a superposition run on this machine and compare them (BPE=1: subwords)
 	$(PY) tools/quickstart.py $(if $(BPE),--bpe)
+
+STUDY := proxy
+STUDY_TEXT := runs/studies/text/python-packages
+
+study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studies, for hours (STUDY=name), and compare them
+	$(PY) tools/run_study.py examples/studies/$(STUDY).yaml
+	$(PY) tools/compare_runs.py runs/studies/$(STUDY)/results.csv \
+	  --output runs/studies/$(STUDY)/report.html
+
+$(STUDY_TEXT).json: | setup
+	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \
+	  --byte-level --shuffle-seed 0 --max-bytes 60000000 --output-prefix $(STUDY_TEXT)
 
 clean: ## Remove .venv, caches and build products (runs/ stays)
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

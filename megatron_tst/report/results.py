@@ -145,24 +145,26 @@ class RunResult:
         return amounts[budget].astype(np.float64)
 
 
-def read_result(folder: Path, name: str | None = None) -> RunResult:
+def read_result(folder: Path, name: str | None = None, status: Status | None = None) -> RunResult:
     """Reads the folder of a run of this project: ``tensorboard/`` with ``tst_run.json``.
 
     Args:
         folder: what ``--tensorboard-dir <folder>/tensorboard`` was for.
         name: name of the run; the name of the folder by default.
+        status: how it ended, where that is known better than the losses tell: a run that was
+            stopped at its first infinite loss has logged none. It may lack any scalar then.
 
     Raises:
         ValueError: naming the folder and what is missing or contradictory.
     """
-    run = read_run(folder)
+    run = read_run(folder, may_lack_scalars=status is not None)
     validation = run.validation
-    training = run.scalars[TRAINING_LOSS]
+    training = run.series(TRAINING_LOSS)
     training_steps, training_loss = thin_training_loss(training, run.schedule.switch_step)
     settings = _settings(run)
     return RunResult(
         name=name or folder.name,
-        status=status_of(settings, validation, training),
+        status=status or status_of(settings, validation, training),
         settings=settings,
         data=describe_data({**run.info["settings"], "seq_length": run.schedule.sequence_length}),
         machine=describe_machine(run.info["machine"]),

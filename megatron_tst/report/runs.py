@@ -75,7 +75,11 @@ class Run:
     @property
     def validation(self) -> Series:
         """Next-token validation loss in nats a token; the same quantity in both phases."""
-        return self.scalars[VALIDATION_LOSS]
+        return self.series(VALIDATION_LOSS)
+
+    def series(self, tag: str) -> Series:
+        """A logged scalar; empty if it never was."""
+        return self.scalars.get(tag, Series(np.zeros(0, dtype=np.int64), np.zeros(0)))
 
     @property
     def last_step(self) -> int:
@@ -110,6 +114,8 @@ class Run:
         return np.array(spent, dtype=np.float64)
 
     def _seconds_at(self, steps: FloatArray) -> FloatArray:
+        if not steps.size:
+            return steps
         logged = self.scalars[SECONDS]
         at = np.interp(steps, [0, *logged.steps], [0.0, *logged.values])
         # The last validation may come later than the last logged step; go on at the mean speed.
@@ -117,8 +123,12 @@ class Run:
         return np.where(beyond, logged.values[-1] * steps / logged.steps[-1], at)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
     """Reads ``folder/tensorboard``: the event files and ``tst_run.json``.
+
+    Args:
+        folder: of the run.
+        may_lack_scalars: accept a run that ended before it logged or evaluated.
 
     Raises:
         ValueError: naming the folder and what is missing or contradictory.
@@ -133,7 +143,7 @@ def read_run(folder: Path) -> Run:
     schedule = _schedule(info, folder)
     scalars = _read_scalars(events)
     missing = [tag for tag in _REQUIRED_SCALARS if tag not in scalars]
-    if missing:
+    if missing and not may_lack_scalars:
         raise ValueError(
             f"{events} has no values of {', '.join(map(repr, missing))}: the run must log to "
             "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval)."
@@ -219,6 +229,8 @@ def _series(values: dict[int, float]) -> Series:
 def _check_tokens(run: Run) -> None:
     """Refuses a ``tst_run.json`` that lies beside the event files of another run."""
     for tag in _TOKEN_SCALARS:
+        if tag not in run.scalars:
+            continue
         step = int(run.scalars[tag].steps[-1])
         logged = float(run.scalars[tag].values[-1])
         budget: Budget = "data tokens" if tag.endswith("data tokens") else "equivalent tokens"

@@ -11,7 +11,7 @@ import pytest
 from megatron_tst.report.describing import describe_data, status_of, thin_training_loss
 from megatron_tst.report.results import RunResult, read_result, read_results, write_results
 from megatron_tst.report.runs import Series
-from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss
+from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,17 @@ def test_a_folder_becomes_a_result(results: list[RunResult]) -> None:
     assert baseline.offset_losses.size == 0
 
 
+def test_a_run_that_diverged_at_once_is_kept(tmp_path: Path) -> None:
+    write_info(tmp_path, TST)
+    with pytest.raises(ValueError, match="has no values of"):
+        read_result(tmp_path)
+    silent = read_result(tmp_path, status="diverged")
+    assert (silent.status, silent.steps.size, silent.training_steps.size) == ("diverged", 0, 0)
+    write_results([silent], tmp_path / "results.csv")
+    (again,) = read_results(tmp_path / "results.csv")
+    assert (again.status, again.settings) == ("diverged", silent.settings)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_the_table_gives_back_what_was_written(
     results: list[RunResult], tmp_path: Path, suffix: str
@@ -49,8 +60,11 @@ def test_the_table_gives_back_what_was_written(
         status="diverged",
         commit="1234567",
         data={**results[0].data, "split": "98"},
-        **dict.fromkeys(("steps", "equivalent_tokens", "data_tokens"), nothing.astype(np.int64)),
-        **dict.fromkeys(("validation_loss", "seconds"), nothing),
+        steps=nothing.astype(np.int64),
+        equivalent_tokens=nothing.astype(np.int64),
+        data_tokens=nothing.astype(np.int64),
+        validation_loss=nothing,
+        seconds=nothing,
     )
     written = [*results, silent]
     path = tmp_path / "new" / f"results.{suffix}"

@@ -1,0 +1,299 @@
+"""Reads a study file: a grid of runs over one text, see docs/studies.md."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_tst.study.settings import RunSettings, Scalar
+
+_SCHEDULE = ("warmup_share", "decay_share")
+_VALIDATION = ("times", "tokens", "batch_size")
+_TOP = ("arguments", "models", "schedule", "validation", "defaults", "seeds", "arms")
+_OPTIONAL = ("checkpoints", "processes")
+# Set from the keys of the study, once for all of its runs.
+_OWN_FLAGS = {
+    "train-iters": "total_steps",
+    "lr": "learning_rate",
+    "lr-warmup-iters": "schedule.warmup_share",
+    "lr-wsd-decay-iters": "schedule.decay_share",
+    "seed": "seeds",
+    "eval-interval": "validation.times",
+    "eval-iters": "validation.tokens",
+    "eval-micro-batch-size": "validation.batch_size",
+    "eval-global-batch-size": "validation.batch_size",
+    "save-interval": "checkpoints",
+    "save": "--output of tools/run_study.py",
+    "load": "--output of tools/run_study.py",
+    "tensorboard-dir": "--output of tools/run_study.py",
+    "data-cache-path": "--output of tools/run_study.py",
+}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the runs are evaluated, all on the same text.
+
+    Attributes:
+        times: evaluations a run, evenly spaced.
+        tokens: at least so many of the validation text each time.
+        batch_size: sequences a forward pass; memory against speed.
+    """
+
+    times: int
+    tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run.
+
+    Attributes:
+        settings: what distinguishes it.
+        arguments: its Megatron command line without the paths of its outputs.
+    """
+
+    settings: RunSettings
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Unique in the study."""
+        return self.settings.name
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study file.
+
+    Attributes:
+        arguments: Megatron arguments of all runs, by name without the dashes.
+        models: Megatron arguments of each model.
+        warmup_share: fraction of a run's steps in which the learning rate rises.
+        decay_share: fraction of a run's steps, at its end, in which it falls.
+        validation: how runs are evaluated.
+        checkpoints: how many are kept ready to go on from, a run; 0: a broken run starts anew.
+        processes: ranks of each run.
+        grid: every run, each once.
+    """
+
+    arguments: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
+    warmup_share: float
+    decay_share: float
+    validation: Validation
+    checkpoints: int
+    processes: int
+    grid: tuple[RunSettings, ...]
+
+    def runs(self) -> list[StudyRun]:
+        """All runs, the first seed of every arm before the second of any."""
+        ordered = sorted(self.grid, key=lambda run: run.seed)
+        return [StudyRun(run, tuple(self._arguments_of(run))) for run in ordered]
+
+    def common(self) -> dict[str, Any]:
+        """What two runs must share to be of one study, as plain values."""
+        shared = ("warmup_share", "decay_share", "processes")
+        return {
+            "arguments": dict(self.arguments),
+            **{name: getattr(self, name) for name in shared},
+            "validation": vars(self.validation),
+        }
+
+    def _arguments_of(self, run: RunSettings) -> list[str]:
+        merged = {**self.arguments, **self.models[run.model]}
+        length, batch = int(merged["seq-length"]), self.validation.batch_size
+        evaluation = {
+            "eval-interval": max(run.total_steps // self.validation.times, 1),
+            "eval-iters": -(-self.validation.tokens // (batch * length)),
+            "eval-micro-batch-size": batch // self.processes,
+            "eval-global-batch-size": batch,
+        }
+        if self.checkpoints:
+            evaluation["save-interval"] = max(run.total_steps // self.checkpoints, 1)
+        return [
+            *command_line(merged),
+            *command_line(evaluation),
+            *run.arguments(self.warmup_share, self.decay_share),
+        ]
+
+
+def command_line(arguments: Mapping[str, Any]) -> list[str]:
+    """``{"bf16": True, "lr": 0.1}`` as ``["--bf16", "--lr", "0.1"]``."""
+    parts: list[str] = []
+    for name, value in arguments.items():
+        parts.append(f"--{name}")
+        if isinstance(value, list):
+            parts += [str(item) for item in value]
+        elif value is not True:
+            parts.append(str(value))
+    return parts
+
+
+def read_study(path: Path) -> StudyConfig:
+    """Reads and checks a study file.
+
+    Raises:
+        ValueError: naming the file, the key, its value and the remedy.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _study(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _study(content: Any) -> StudyConfig:
+    top = _mapping(content, "the study", required=_TOP, optional=_OPTIONAL)
+    schedule = _mapping(top["schedule"], "schedule", required=_SCHEDULE)
+    models = {
+        str(name): _arguments(arguments, f"models.{name}")
+        for name, arguments in _mapping(top["models"], "models").items()
+    }
+    processes = _number(top.get("processes", 1), "processes", int, 1)
+    study = StudyConfig(
+        arguments=_arguments(top["arguments"], "arguments"),
+        models=models,
+        warmup_share=_number(schedule["warmup_share"], "schedule.warmup_share", float, 0.0, 1.0),
+        decay_share=_number(schedule["decay_share"], "schedule.decay_share", float, 0.0, 1.0),
+        validation=_validation(top["validation"], processes),
+        checkpoints=_number(top.get("checkpoints", 0), "checkpoints", int, 0),
+        processes=processes,
+        grid=tuple(_grid(top["arms"], top["defaults"], top["seeds"])),
+    )
+    for run in study.grid:
+        if run.model not in models:
+            known = ", ".join(models)
+            raise ValueError(f"model is {run.model!r}: it is not under models ({known}).")
+        if "seq-length" not in {**study.arguments, **models[run.model]}:
+            raise ValueError("arguments has no seq-length: add it there or to each model.")
+    return study
+
+
+def _validation(value: Any, processes: int) -> Validation:
+    given = _mapping(value, "validation", required=_VALIDATION)
+    numbers = {key: _number(given[key], f"validation.{key}", int, 1) for key in _VALIDATION}
+    if numbers["batch_size"] % processes:
+        raise ValueError(
+            f"validation.batch_size is {numbers['batch_size']}: use a multiple of processes, "
+            f"{processes}."
+        )
+    return Validation(**numbers)
+
+
+def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
+    if not isinstance(arms, list) or not arms:
+        raise ValueError("arms is empty: list the arms, {} for one with the defaults.")
+    known = {field.name for field in fields(RunSettings)} - {"seed"}
+    common = _mapping(defaults, "defaults", optional=known)
+    runs: dict[RunSettings, None] = {}
+    for i, arm in enumerate(arms, start=1):
+        where = f"arms, entry {i}"
+        axes = {**common, **_mapping(arm, where, optional={*known, "seeds"})}
+        axes["seed"] = axes.pop("seeds", seeds)
+        for missing in {"model", "total_steps", "learning_rate"} - set(axes):
+            raise ValueError(f"{where} has no {missing}: set it there or under defaults.")
+        for run in _product(axes, where):
+            runs[run] = None
+    return runs
+
+
+def _product(axes: Mapping[str, Any], where: str) -> Iterable[RunSettings]:
+    """Every combination of the values of an arm."""
+    lists = [value if isinstance(value, list) else [value] for value in axes.values()]
+    for name, values in zip(axes, lists, strict=True):
+        if not values:
+            raise ValueError(f"{where}: {name} is an empty list: give it a value.")
+    for combination in itertools.product(*lists):
+        given = zip(axes, combination, strict=True)
+        try:
+            run = RunSettings(**{name: _setting(name, value) for name, value in given})
+            run.check()
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield run
+
+
+_TYPES = typing.get_type_hints(RunSettings)
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A value of an axis as its type; YAML reads 1e-3 as text."""
+    if name in ("learning_rate", "power_law_exponent"):
+        return _number(value, name, float)
+    if name == "step_ratio" and value is not None:
+        return _number(value, name, float)
+    if _TYPES[name] is int:
+        return _number(value, name, int, 0)
+    return value
+
+
+def _number(
+    value: Any,
+    name: str,
+    kind: type[Any],
+    least: float = float("-inf"),
+    most: float = float("inf"),
+) -> Any:
+    """A number of the file.
+
+    Raises:
+        ValueError: it is none, or outside ``least`` to ``most``.
+    """
+    try:
+        number = kind(value)
+        good = not isinstance(value, bool) and number == float(value) and least <= number <= most
+    except (TypeError, ValueError, OverflowError):
+        good = False
+    if not good:
+        kinds = "a whole number" if kind is int else "a number"
+        bounds = "" if least == float("-inf") else f" of at least {least:g}"
+        bounds += "" if most == float("inf") else f" and at most {most:g}"
+        raise ValueError(f"{name} is {value!r}: use {kinds}{bounds}.")
+    return number
+
+
+def _arguments(value: Any, where: str) -> dict[str, Scalar | list[Scalar]]:
+    """Megatron arguments, none of which the study sets itself."""
+    given = _mapping(value, where)
+    for name, argument in given.items():
+        if str(name).startswith("tst-") or name in _OWN_FLAGS:
+            key = _OWN_FLAGS.get(name, "the keys of an arm")
+            raise ValueError(f"{where} has {name}: set it by {key}.")
+        if argument is None or argument is False or isinstance(argument, dict):
+            raise ValueError(
+                f"{where}.{name} is {argument!r}: use a value or a list; true for a flag without "
+                "one, and no entry for a flag that is not to be passed."
+            )
+    return given
+
+
+def _mapping(
+    value: Any,
+    where: str,
+    required: Iterable[str] = (),
+    optional: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """A mapping with known keys; any key if ``required`` and ``optional`` are left out."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}: write keys with values, as docs/studies.md shows.")
+    required = tuple(required)
+    known = {*required, *(optional or ())}
+    if required or optional is not None:
+        for key in value:
+            if key not in known:
+                raise ValueError(
+                    f"{where} has the unknown key {key!r}: use {', '.join(sorted(known))}."
+                )
+    for key in required:
+        if key not in value:
+            raise ValueError(f"{where} has no {key}: add it.")
+    return dict(value)

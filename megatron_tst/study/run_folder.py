@@ -1,0 +1,162 @@
+"""The folder of one run of a study: what was asked, how it stands, its log."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+State = Literal["waiting", "running", "finished", "diverged", "failed"]
+ENDED: tuple[State, ...] = ("finished", "diverged")
+
+_RECORD = "run.json"
+_STEP = re.compile(rb"iteration +(\d+)/ *\d+ .*?lm loss: (\S+)")
+_VALIDATION = re.compile(rb"validation loss at iteration (\d+) .*?lm loss value: (\S+)")
+# Megatron's guard against losses and gradients that are no numbers, as failures.py repeats it.
+_NOT_FINITE = re.compile(rb"^error: rank .*\b(nan|inf)\b", re.I | re.M)
+_LAST_WORDS = re.compile(rb"^(?:error|ended): .*", re.M)
+
+
+@dataclass
+class LogReader:
+    """What the log of a run has said so far; reads only what is new."""
+
+    path: Path
+    step: int = 0
+    loss: float | None = None
+    validation: float | None = None
+    _offset: int = 0
+
+    def poll(self) -> None:
+        """Reads on."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as log:
+            log.seek(self._offset)
+            news = log.read()
+        # The last line may still be written.
+        news = news[: news.rfind(b"\n") + 1]
+        self._offset += len(news)
+        if steps := _STEP.findall(news):
+            self.step, self.loss = int(steps[-1][0]), _float(steps[-1][1])
+        if validations := _VALIDATION.findall(news):
+            self.step = max(self.step, int(validations[-1][0]))
+            self.validation = _float(validations[-1][1])
+
+
+def _float(text: bytes) -> float:
+    return float(text.decode())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run of a study lives.
+
+    Attributes:
+        path: its folder.
+    """
+
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        """Everything that the run printed, all attempts."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``--save``."""
+        return self.path / "checkpoints"
+
+    def outputs(self, keeps_checkpoints: bool) -> list[str]:
+        """Megatron's arguments for the paths it writes."""
+        paths = {
+            "--tensorboard-dir": self.path / "tensorboard",
+            "--data-cache-path": self.path / "cache",
+        }
+        if keeps_checkpoints:
+            paths |= {"--save": self.checkpoints, "--load": self.checkpoints}
+        return [part for name, path in paths.items() for part in (name, str(path))]
+
+    def state(self) -> State:
+        """How the run stands, by its record; one that broke off is waiting again."""
+        return self.record().get("state", "waiting")
+
+    def record(self) -> dict[str, Any]:
+        """The content of ``run.json``; empty before the first attempt.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.path / _RECORD
+        if not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove {self.path}.") from error
+        assert isinstance(content, dict)
+        return content
+
+    def write_record(self, **content: Any) -> None:
+        """Replaces ``run.json``."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{_RECORD}.{os.getpid()}"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / _RECORD)
+
+    def begin(self) -> None:
+        """Clears what an attempt without checkpoints left, so that its scalars do not mix in."""
+        if not (self.checkpoints / "latest_checkpointed_iteration.txt").exists():
+            for name in ("tensorboard", "cache", "checkpoints"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            self.log.unlink(missing_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def has_diverged(self) -> bool:
+        """Whether the last attempt ended by a loss or gradient that is no number."""
+        last_words = _LAST_WORDS.findall(self._log_tail())
+        return any(_NOT_FINITE.search(line) for line in last_words)
+
+    def last_words(self) -> str:
+        """The line of the log that says why the run ended, or its last."""
+        tail = self._log_tail()
+        found = _LAST_WORDS.findall(tail) or tail.strip().splitlines() or [b"no output"]
+        return bytes(found[-1]).decode(errors="replace").strip()
+
+    def _log_tail(self) -> bytes:
+        if not self.log.exists():
+            return b""
+        with self.log.open("rb") as log:
+            log.seek(max(self.log.stat().st_size - 65536, 0))
+            return log.read()
+
+    @contextmanager
+    def lock(self) -> Iterator[IO[bytes]]:
+        """Holds the folder; a process that inherits the file holds it until it ends as well.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.path / "lock") as file:
+            yield file
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[IO[bytes]]:
+    """Holds an exclusive lock.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file

@@ -1,0 +1,106 @@
+"""The folder of a study: one study only, one runner at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_tst.study.config import StudyConfig, StudyRun
+from megatron_tst.study.execution import Execution
+from megatron_tst.study.run_folder import RunFolder, lock_file
+
+STUDY_FILE = "study.json"
+RUNS = "runs"
+RESULTS_FILE = "results.csv"
+
+
+@contextmanager
+def open_study(study: StudyConfig, folder: Path) -> Iterator[None]:
+    """Claims a folder for a study for as long as the context lasts.
+
+    Arms, seeds and models may be added to a study, or left out, from one call to the next.
+
+    Raises:
+        ValueError: the folder holds another study, or another runner works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock_file(folder / "lock"):
+            check_same_study(study, folder)
+            yield
+    except BlockingIOError:
+        raise ValueError(
+            f"--output {folder}: another process runs this study or one of its runs; wait for it, "
+            "or end it."
+        ) from None
+
+
+def check_same_study(study: StudyConfig, folder: Path) -> None:
+    """Writes down what the runs of a folder share, or compares with what is written there.
+
+    Raises:
+        ValueError: naming the keys that differ.
+    """
+    path = folder / STUDY_FILE
+    wanted = {"common": study.common(), "models": _plain(study.models)}
+    if not path.exists():
+        if any(folder.glob(f"{RUNS}/*")):
+            raise ValueError(
+                f"--output {folder} has runs but no {STUDY_FILE}: use an empty folder."
+            )
+    else:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = [
+            *_different(found["common"], wanted["common"]),
+            *(f"models.{n}" for n in _different(found["models"], wanted["models"], added=True)),
+        ]
+        if different:
+            raise ValueError(
+                f"--output {folder} holds another study, which differs in "
+                f"{', '.join(different)}: use another folder."
+            )
+        wanted["models"] = {**found["models"], **wanted["models"]}
+    temporary = folder / f".{STUDY_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _different(
+    found: dict[str, object], wanted: dict[str, object], added: bool = False
+) -> list[str]:
+    names = set(found) & set(wanted) if added else set(found) | set(wanted)
+    changed = []
+    for name in sorted(names):
+        before, now = found.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += [f"{name}.{inner}" for inner in _different(before, now)]
+        elif before != now:
+            changed.append(name)
+    return changed
+
+
+def _plain(models: object) -> dict[str, object]:
+    plain = json.loads(json.dumps(models))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def executions(study: StudyConfig, folder: Path) -> list[Execution]:
+    """All runs of a study, to be executed in its folder."""
+    return [execution_of(study, run, folder) for run in study.runs()]
+
+
+def execution_of(study: StudyConfig, run: StudyRun, folder: Path) -> Execution:
+    """One run of a study."""
+    return Execution(
+        name=run.name,
+        folder=RunFolder(folder / RUNS / run.name),
+        arguments=run.arguments,
+        total_steps=run.settings.total_steps,
+        processes=study.processes,
+        keeps_checkpoints=study.checkpoints > 0,
+        record={"settings": run.settings.to_dict()},
+    )

@@ -1,0 +1,145 @@
+"""Studies of real training runs: side by side, interrupted, taken up again, diverged, submitted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tst.report.results import read_results
+from megatron_tst.study.config import read_study
+from megatron_tst.study.slurm import submit
+from megatron_tst.study.study_folder import open_study
+from tests.studies import study_content, write_study
+
+pytestmark = pytest.mark.slow
+
+BASELINE, TST = "tiny-10steps-lr0.001-baseline-seed0", "tiny-10steps-lr0.001-s2-r0.3-seed0"
+
+
+def run_study(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/run_study.py", str(study), "--output", str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def records(output: Path) -> dict[str, dict[str, Any]]:
+    paths = output.glob("runs/*/run.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def wait_for(condition: Any, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Path) -> None:
+    # The third arm diverges and the fourth cannot be started.
+    content = study_content(corpus)
+    content["models"]["odd batch"] = {**content["models"]["tiny"], "micro-batch-size": 3}
+    content["arms"] += [{"learning_rate": 1e38}, {"model": "odd batch"}]
+    study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
+    done = run_study(study, output, "--jobs", "2")
+    assert done.returncode == 1, done.stderr
+    assert "4 runs: 2 finished, 1 diverged, 1 failed" in done.stdout
+    assert "failed: odd batch-10steps-lr0.001-baseline-seed0: error: " in done.stderr
+    found = records(output)
+    assert [found[name]["state"] for name in (BASELINE, TST)] == ["finished"] * 2
+    assert found[TST]["settings"]["bag_size"] == 2
+    cores = [found[name]["cores"] for name in (BASELINE, TST)]
+    assert not set(cores[0]) & set(cores[1])
+
+    results = {result.name: result for result in read_results(output / "results.csv")}
+    assert set(results) == {BASELINE, TST, "tiny-10steps-lr1e+38-baseline-seed0"}
+    assert results["tiny-10steps-lr1e+38-baseline-seed0"].status == "diverged"
+    assert [results[name].status for name in (BASELINE, TST)] == ["finished"] * 2
+    # 10 steps of 2 x 32 tokens; twice the text in 3 of them.
+    assert results[BASELINE].data_tokens.tolist() == [320, 640]
+    assert results[TST].data_tokens.tolist() == [512, 832]
+    assert results[TST].equivalent_tokens.tolist() == [320, 640]
+
+    before = {name: record["seconds"] for name, record in found.items()}
+    times = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
+    write_study(study, {**content, "arms": content["arms"][:3]})
+    again = run_study(study, output)
+    assert again.returncode == 0, again.stderr
+    assert "3 runs: 2 finished, 1 diverged" in again.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in times}, before
+
+
+def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
+    content = study_content(corpus, checkpoints=4, arms=[{"total_steps": 2000}])
+    study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
+    command = [sys.executable, "tools/run_study.py", str(study), "--output", str(output)]
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    (folder,) = [output / "runs" / "tiny-2000steps-lr0.001-baseline-seed0"]
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    wait_for(tracker.exists)
+    # A runner that is killed leaves its run behind, which nobody may start a second time.
+    runner.kill()
+    runner.wait()
+    refused = run_study(study, output)
+    assert refused.returncode == 2
+    assert "another process runs this study or one of its runs" in refused.stderr
+    left = json.loads((folder / "run.json").read_text())
+    assert left["state"] == "running"
+    subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)
+
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for(lambda: "loaded checkpoint" in (folder / "log.txt").read_text(errors="replace"))
+    runner.send_signal(signal.SIGINT)
+    assert b"the same command goes on" in runner.communicate(timeout=60)[1]
+    assert runner.returncode == 130
+    assert records(output)[folder.name]["state"] == "waiting"
+
+    last = run_study(study, output)
+    assert last.returncode == 0, last.stderr
+    (result,) = read_results(output / "results.csv")
+    assert (result.status, int(result.steps[-1])) == ("finished", 2000)
+    assert result.steps.tolist() == sorted(set(result.steps.tolist()))
+
+
+def test_a_study_runs_as_jobs_of_submitit(corpus: Path, tmp_path: Path) -> None:
+    content = study_content(corpus, arms=[{}])
+    study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
+    config = read_study(study)
+    with open_study(config, output):
+        jobs = submit(config, output, None, {"timeout_min": 5}, cluster="local")
+    assert [name for name, _ in jobs] == [BASELINE]
+    wait_for(lambda: records(output).get(BASELINE, {}).get("state") == "finished")
+    with open_study(config, output):
+        assert submit(config, output, None, {"timeout_min": 5}, cluster="local") == []
+    collected = run_study(study, output, "--collect")
+    assert collected.stdout.strip() == str(output / "results.csv")
+    assert [result.name for result in read_results(output / "results.csv")] == [BASELINE]
+
+
+def test_an_array_is_submitted_with_the_parameters_given(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script that sbatch is given; there is no Slurm here, so that it ends there."""
+    recorder = tmp_path / "bin" / "sbatch"
+    recorder.parent.mkdir()
+    recorder.write_text(
+        f'#!/bin/sh\ncp "$1" {tmp_path}/script\necho "sbatch: no cluster" >&2\nexit 1\n'
+    )
+    recorder.chmod(0o755)
+    (recorder.parent / "srun").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{recorder.parent}:{os.environ['PATH']}")
+    study = write_study(tmp_path / "study.yaml", study_content(corpus))
+    options = ["timeout_min=7", "slurm_partition=b200", "gpus_per_node=1"]
+    done = run_study(study, tmp_path / "out", "--jobs", "1", "--slurm", *options)
+    assert done.returncode == 2
+    assert "error: --slurm: " in done.stderr
+    assert "no cluster" in done.stderr
+    script = (tmp_path / "script").read_text()
+    for line in ("--array=0-1%1", "--time=7", "--partition=b200", "--gpus-per-node=1"):
+        assert f"#SBATCH {line}" in script

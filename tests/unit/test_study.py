@@ -1,0 +1,243 @@
+"""Study files: the grid, the command lines, what is refused; folders and slots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tst.study.config import read_study
+from megatron_tst.study.execution import slots_of_this_machine
+from megatron_tst.study.run_folder import LogReader, RunFolder
+from megatron_tst.study.settings import RunSettings
+from megatron_tst.study.slurm import parse_slurm_options
+from megatron_tst.study.study_folder import open_study
+from tests.studies import study_content, write_study
+from tools.run_study import main
+
+CORPUS = Path("corpus")
+
+
+def read(tmp_path: Path, **changes: Any):
+    return read_study(write_study(tmp_path / "study.yaml", study_content(CORPUS, **changes)))
+
+
+def option(arguments: tuple[str, ...], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_a_grid_has_every_combination_once_and_the_first_seed_of_all_first(tmp_path: Path) -> None:
+    arms = [
+        {},
+        {"bag_size": [2, 4], "step_ratio": [0.2, 0.3]},
+        {"bag_size": 4, "step_ratio": 0.3, "seeds": [0, 5]},
+        {"learning_rate": ["1e-3", 2e-3], "seeds": 1},
+    ]
+    runs = read(tmp_path, arms=arms, seeds=[0, 1]).runs()
+    names = [run.name for run in runs]
+    assert len(names) == len(set(names)) == 2 + 8 + 1 + 1
+    assert [run.settings.seed for run in runs] == [0] * 5 + [1] * 6 + [5]
+    assert names[0] == "tiny-10steps-lr0.001-baseline-seed0"
+    assert "tiny-10steps-lr0.001-s4-r0.3-seed5" in names
+    assert "tiny-10steps-lr0.002-baseline-seed1" in names
+
+
+def test_the_command_line_of_a_run(tmp_path: Path) -> None:
+    arm = {
+        "bag_size": 4,
+        "step_ratio": 0.3,
+        "variant": "input-only",
+        "objective": "mce-sum",
+        "reset_at_switch": "optimizer",
+        "target_weighting": "power-law",
+        "power_law_exponent": 1.25,
+        "total_steps": 200,
+        "seeds": [3],
+    }
+    (run,) = read(tmp_path, arms=[arm], checkpoints=4).runs()
+    expected = {
+        "--num-layers": "1",
+        "--train-iters": "200",
+        "--lr": "0.001",
+        "--lr-warmup-iters": "20",
+        "--lr-wsd-decay-iters": "40",
+        "--seed": "4",
+        "--eval-interval": "100",
+        # 500 tokens are 3.9 batches of 4 x 32.
+        "--eval-iters": "4",
+        "--eval-global-batch-size": "4",
+        "--save-interval": "50",
+        "--tst-bag-size": "4",
+        "--tst-step-ratio": "0.3",
+        "--tst-variant": "input-only",
+        "--tst-objective": "mce-sum",
+        "--tst-reset-at-switch": "optimizer",
+        "--tst-target-weighting": "power-law",
+        "--tst-power-law-exponent": "1.25",
+    }
+    assert {name: option(run.arguments, name) for name in expected} == expected
+    assert "--bf16" in run.arguments
+    assert "True" not in run.arguments
+    assert run.name == (
+        "tiny-200steps-lr0.001-s4-r0.3-input-only-power-law-p1.25-mce-sum-optimizer-seed3"
+    )
+
+
+def test_names_tell_all_settings_apart() -> None:
+    common = {"model": "m", "total_steps": 10, "learning_rate": 1e-3, "seed": 0}
+    changes: list[Mapping[str, Any]] = [
+        {"bag_size": 2},
+        {"step_ratio": 0.31},
+        {"variant": "output-only"},
+        {"target_weighting": "exponential"},
+        {"power_law_exponent": 2.0},
+        {"objective": "bce"},
+        {"reset_at_switch": "embeddings"},
+        {"document_boundary": "align"},
+        {"seed": 1},
+        {"learning_rate": 1.5e-3},
+        {"total_steps": 11},
+        {"model": "n"},
+    ]
+    base = {**common, "bag_size": 4, "step_ratio": 0.3}
+    names = {RunSettings(**{**base, **change}).name for change in changes}
+    assert len(names - {RunSettings(**base).name}) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arm": []}, ["unknown key 'arm'", "arms"]),
+        ({"arms": []}, ["arms is empty"]),
+        ({"arms": [{"bagsize": 2}]}, ["arms, entry 1", "unknown key 'bagsize'", "bag_size"]),
+        ({"arms": [{}, {"bag_size": 4}]}, ["arms, entry 2", "--tst-step-ratio"]),
+        ({"arms": [{"bag_size": []}]}, ["bag_size is an empty list"]),
+        ({"arms": [{"bag_size": 2.5, "step_ratio": 0.3}]}, ["bag_size is 2.5", "whole number"]),
+        ({"arms": [{"bag_size": True, "step_ratio": 0.3}]}, ["bag_size is True"]),
+        ({"arms": [{"bag_size": 2, "step_ratio": 1.5}]}, ["--tst-step-ratio is 1.5"]),
+        ({"arms": [{"bag_size": 2, "step_ratio": 0.01}]}, ["switch at step 0"]),
+        ({"arms": [{"step_ratio": 0.3}]}, ["bag_size is 1", "step_ratio", "ignored"]),
+        (
+            {"arms": [{"bag_size": 2, "step_ratio": 0.3, "objective": "mse"}]},
+            ["--tst-objective", "'mse'", "mce-sum"],
+        ),
+        ({"arms": [{"learning_rate": "fast"}]}, ["learning_rate is 'fast'", "a number"]),
+        ({"arms": [{"learning_rate": 0}]}, ["learning_rate is 0", "above 0"]),
+        ({"arms": [{"total_steps": 0}]}, ["total_steps is 0"]),
+        ({"arms": [{"model": "huge"}]}, ["'huge'", "under models (tiny)"]),
+        ({"defaults": {"model": "tiny", "total_steps": 10}}, ["no learning_rate", "defaults"]),
+        ({"schedule": {"warmup_share": 2, "decay_share": 0.1}}, ["warmup_share is 2", "most 1"]),
+        ({"validation": {"times": 2, "tokens": 500}}, ["validation has no batch_size"]),
+        ({"processes": 3}, ["validation.batch_size is 4", "multiple of processes, 3"]),
+        ({"models": {"tiny": {"lr": 0.1}}}, ["models.tiny has lr", "learning_rate"]),
+        ({"arguments": {"tst-bag-size": 2}}, ["arguments has tst-bag-size", "keys of an arm"]),
+        ({"arguments": {"bf16": False}}, ["arguments.bf16 is False", "no entry"]),
+        ({"arguments": {"bf16": True}}, ["no seq-length"]),
+        ({"seeds": [-1]}, ["seed is -1"]),
+    ],
+)
+def test_a_bad_study_file_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: list[str]
+) -> None:
+    path = write_study(tmp_path / "study.yaml", study_content(CORPUS, **changes))
+    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {path}: ")
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("arms: [")
+    with pytest.raises(ValueError, match=r"study\.yaml: .*line 1"):
+        read_study(path)
+
+
+def test_a_study_may_grow_but_not_change(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with open_study(read(tmp_path), folder):
+        pass
+    larger = {**study_content(CORPUS)["models"], "more": {"num-layers": 2}}
+    with open_study(read(tmp_path, models=larger, seeds=[0, 1], arms=[{}]), folder):
+        pass
+    other = {"times": 2, "tokens": 1000, "batch_size": 4}
+    with pytest.raises(ValueError, match=r"another study, which differs in validation\.tokens: "):
+        open_study(read(tmp_path, validation=other), folder).__enter__()
+    models = {**larger, "more": {"num-layers": 3}}
+    with pytest.raises(ValueError, match=r"differs in models\.more\.num-layers: "):
+        open_study(read(tmp_path, models=models), folder).__enter__()
+
+
+def test_a_folder_has_one_runner_at_a_time(tmp_path: Path) -> None:
+    study = read(tmp_path)
+    with (
+        open_study(study, tmp_path / "out"),
+        pytest.raises(ValueError, match="another process runs this study"),
+    ):
+        open_study(study, tmp_path / "out").__enter__()
+
+
+def test_a_log_is_read_while_it_is_written(tmp_path: Path) -> None:
+    reader = LogReader(tmp_path / "log.txt")
+    reader.poll()
+    assert (reader.step, reader.loss, reader.validation) == (0, None, None)
+    line = " [date] iteration       12/    40 | consumed samples: 96 | lm loss: 3.25E+00 |\n"
+    end = (
+        "validation loss at iteration 20 | lm loss value: 2.5E+00 | lm loss PPL: 1.2E+01 |\n"
+        " iteration 21/ 40"
+    )
+    reader.path.write_text(line)
+    reader.poll()
+    assert (reader.step, reader.loss, reader.validation) == (12, 3.25, None)
+    reader.path.write_text(line + end)
+    reader.poll()
+    assert (reader.step, reader.loss, reader.validation) == (20, 3.25, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("log", "diverged", "last"),
+    [
+        (b"error: rank 0, step 9: Unexpected result nan on rank 0.\nmore\n", True, "error: rank 0"),
+        (b"error: rank 0, step 9: found Inf in local grad norm\n", True, "error: rank 0"),
+        (b"error: rank 0, step 9: disk full in /nano/info\n", False, "error: rank 0"),
+        (b"warning: nan\nKilled\n", False, "Killed"),
+    ],
+)
+def test_a_diverged_run_is_told_from_a_broken_one(
+    tmp_path: Path, log: bytes, diverged: bool, last: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log.write_bytes(b"x" * 100_000 + b"\n" + log)
+    assert folder.has_diverged() is diverged
+    assert folder.last_words().startswith(last)
+
+
+def test_slots_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    by_cores = slots_of_this_machine(3, 2)
+    assert [slot.cores for slot in by_cores] == [(0, 1), (2, 3), (4, 5)]
+    assert len(slots_of_this_machine(None, 2)) == 4
+    with pytest.raises(ValueError, match="--jobs is 5: 5 runs of 2 processes need 10 cores"):
+        slots_of_this_machine(5, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,GPU-a,GPU-b")
+    by_gpus = slots_of_this_machine(None, 2)
+    assert [slot.gpus for slot in by_gpus] == [("2", "3"), ("GPU-a", "GPU-b")]
+    assert [slot.cores for slot in by_gpus] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    with pytest.raises(ValueError, match="need 6 GPUs, and this machine has 4"):
+        slots_of_this_machine(3, 2)
+
+
+def test_slurm_parameters() -> None:
+    found = parse_slurm_options(["slurm_partition=b200", "timeout_min=90"])
+    assert found == {"slurm_partition": "b200", "timeout_min": 90}
+    with pytest.raises(ValueError, match="timeout_min"):
+        parse_slurm_options([])
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        parse_slurm_options(["timeout_min"])
