@@ -17,7 +17,9 @@ _LOADING = {"load_checkpoint"}
 _VALIDATING = {"validate_result"}
 # What gloo and NCCL tell the ranks that wait for one that is gone.
 _LOST_RANK = re.compile(
-    "closed by peer|reset by peer|broken pipe|remote process exited|likely been shutdown", re.I
+    "closed by peer|reset by peer|broken pipe|remote process exited|likely been shutdown"
+    "|timed out waiting",
+    re.I,
 )
 
 
@@ -49,8 +51,8 @@ def _explain(error: BaseException) -> str:
     when = f"step {args.curr_iteration + 1}" if has_begun else "before any step"
     if _LOST_RANK.search(str(error)):
         return (
-            f"{when}: another rank is gone, whose own last line says why ({cause}). The same "
-            "command continues from the last checkpoint."
+            f"{when}: another rank is gone or hangs, whose own last line says why ({cause}). The "
+            "same command continues from the last checkpoint."
         )
     if callers & _LOADING:
         return f"{when}: {_explain_load(cause, args)}"
