@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu.activate()
     from megatron_tst.training.stock_data import write_stock_data
 
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         written = write_stock_data(options.checkpoint, options.data_cache_path)
     except (ValueError, OSError) as error:
