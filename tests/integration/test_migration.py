@@ -77,7 +77,11 @@ def test_superposition_as_a_new_run_from_the_weights_of_a_baseline(
 def test_a_script_of_ones_own_trains_as_the_entry_point_does(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "save_interval": 4}
+    layout: dict[str, Any] = {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "save_interval": 4,
+    }
     ours, own = (
         SmallRun(corpus, tmp_path / name).with_(**SUPERPOSED, **layout, hidden_dropout=0.1)
         for name in ("ours", "own")
