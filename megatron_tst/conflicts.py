@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,42 +94,53 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
     """Refuses Megatron arguments that superposition, or this entry point, does not work with.
 
     Raises:
-        ValueError: naming the argument, its value, the reason and the remedy.
+        ValueError: the first of ``conflicts``.
+    """
+    for message in conflicts(args):
+        raise ValueError(message)
+
+
+def conflicts(args: argparse.Namespace) -> Iterator[str]:
+    """Megatron arguments that superposition, or this entry point, does not work with.
+
+    Returns:
+        Messages, each naming the argument, its value, the reason and the remedy.
     """
     is_superposed = args.tst_bag_size > 1
     for conflict in _CONFLICTS:
-        value = conflict.value(args)
-        if not conflict.is_refused(value) or not (is_superposed or conflict.at_any_bag_size):
-            continue
-        setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
-        if conflict.at_any_bag_size:
-            context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
-        else:
-            context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
-        raise ValueError(
-            f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
-        )
+        if conflict.is_refused(conflict.value(args)) and (
+            is_superposed or conflict.at_any_bag_size
+        ):
+            yield _described(conflict, args)
     if args.async_save and not args.use_persistent_ckpt_worker:
-        raise ValueError(
-            "--async-save without --use-persistent-ckpt-worker is turned off by Megatron: add it."
-        )
+        yield "--async-save without --use-persistent-ckpt-worker is turned off by Megatron: add it."
     if args.overlap_moe_expert_parallel_comm and args.hybrid_layer_pattern:
-        raise ValueError(
+        yield (
             "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
         )
     if args.dataloader_inter_document_masking:
-        _refuse_document_masking(args)
+        yield from _with_document_masking(args)
     if args.tst_loss_impl == "linear":
-        _refuse_linear_loss(args)
+        yield from _with_linear_loss(args)
     if is_superposed and args.tst_reset_at_switch == "embeddings":
-        _refuse_embedding_reset(args)
+        yield from _with_embedding_reset(args)
 
 
-def _refuse_document_masking(args: argparse.Namespace) -> None:
+def _described(conflict: _Conflict, args: argparse.Namespace) -> str:
+    value = conflict.value(args)
+    setting = conflict.flag if value is True else f"{conflict.flag} {_written(value)}"
+    if conflict.at_any_bag_size:
+        context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
+    else:
+        context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
+    return f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
+
+
+def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
     flag = "--dataloader-inter-document-masking"
     if args.tst_bag_size > 1 and args.tst_document_boundary != "align":
-        raise ValueError(
+        yield (
             f"{flag} does not work with --tst-bag-size {args.tst_bag_size} and "
             f"--tst-document-boundary {args.tst_document_boundary}: {_DOCUMENT_BOUNDARIES}. Use "
             "--tst-document-boundary align."
@@ -160,10 +171,10 @@ def _refuse_document_masking(args: argparse.Namespace) -> None:
     }
     for setting, (is_set, reason) in refused.items():
         if is_set:
-            raise ValueError(f"{flag} does not work with {setting}: {reason}. Remove one of them.")
+            yield f"{flag} does not work with {setting}: {reason}. Remove one of them."
 
 
-def _refuse_linear_loss(args: argparse.Namespace) -> None:
+def _with_linear_loss(args: argparse.Namespace) -> Iterator[str]:
     objective = args.tst_objective
     refused = {
         f"--tst-objective {objective}": (objective != "mce", "it needs the logits as a whole"),
@@ -178,12 +189,10 @@ def _refuse_linear_loss(args: argparse.Namespace) -> None:
     }
     for setting, (is_set, reason) in refused.items():
         if is_set:
-            raise ValueError(
-                f"--tst-loss-impl linear does not work with {setting}: {reason}. Remove one."
-            )
+            yield f"--tst-loss-impl linear does not work with {setting}: {reason}. Remove one."
 
 
-def _refuse_embedding_reset(args: argparse.Namespace) -> None:
+def _with_embedding_reset(args: argparse.Namespace) -> Iterator[str]:
     is_tied_across_stages = (
         not args.untie_embeddings_and_output_weights and args.pipeline_model_parallel_size > 1
     )
@@ -194,7 +203,7 @@ def _refuse_embedding_reset(args: argparse.Namespace) -> None:
     }
     for setting, is_set in refused.items():
         if is_set:
-            raise ValueError(
+            yield (
                 f"{setting} does not work with --tst-reset-at-switch embeddings: not all copies "
                 "of the weights would be redrawn alike. Remove it, or reset nothing."
             )

@@ -19,7 +19,7 @@ from packaging.version import Version
 from megatron_tst.arguments import superposition_schedule_from_args
 from megatron_tst.batch_arguments import refuse_unusable_batch_sizes
 from megatron_tst.conflicts import refuse_conflicting_arguments
-from megatron_tst.training.pretrain import add_arguments, check_arguments
+from megatron_tst.training.command_line import add_arguments, check_arguments
 
 # Kernels whose absence Megatron's model configuration refuses by importing them.
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")

@@ -327,6 +327,15 @@ BROKEN: dict[str, Broken] = {
         "error",
         "it overwrites bf16 logits",
     ),
+    "documents locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --dataloader-inter-document-masking "
+        "--tst-document-boundary align",
+        "error",
+        "does not work with --transformer-impl local on a GPU",
+    ),
     "overlapped gather": (
         "3b",
         "--use-distributed-optimizer --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag",

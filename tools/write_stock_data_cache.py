@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--checkpoint", type=Path, required=True, help="an iter_... folder, or a --save folder")
     add("--data-cache-path", type=Path, required=True, help="folder to write")
     options = parser.parse_args(arguments)
+    # Of Megatron, on what is not installed and what it does.
+    warnings.simplefilter("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
     from megatron_tst import cpu
 

@@ -9,12 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tst.arguments import (
-    refuse_no_epochs,
-    superposition_config_from_args,
-    superposition_schedule_from_args,
-)
-from megatron_tst.batch_arguments import refuse_bad_batch_sizes, refuse_unusable_batch_sizes
+from megatron_tst.argument_checks import argument_errors
+from megatron_tst.arguments import superposition_schedule_from_args
+from megatron_tst.batch_arguments import refuse_unusable_batch_sizes
 from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.planning import misfits, model_checks, posing
@@ -155,21 +152,9 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
 
 
 def _check_before_validation(report: Report, args: argparse.Namespace) -> None:
-    # The checks of the entry point, of which each stops at its first error.
-    for check in (
-        refuse_bad_batch_sizes,
-        refuse_no_epochs,
-        superposition_config_from_args,
-        refuse_conflicting_arguments,
-    ):
-        _attempt(report, lambda check=check: check(args))  # type: ignore[misc]
-    has_steps = args.train_iters or args.train_samples
-    if args.yaml_cfg is not None:
-        report.findings.append(error(f"--yaml-cfg {args.yaml_cfg}: pass its values as flags."))
-    elif not has_steps:
+    report.findings.extend(map(error, argument_errors(args, has_gpu=True)))
+    if args.yaml_cfg is None and not (args.train_iters or args.train_samples):
         report.findings.append(error("--train-iters is not given: pass the steps of the run."))
-    elif args.global_batch_size and not report.has_errors:
-        _attempt(report, lambda: superposition_schedule_from_args(args))
     report.findings.extend(misfits.misfits(args))
 
 

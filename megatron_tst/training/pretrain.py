@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import sys
@@ -20,32 +19,15 @@ from megatron.training.argument_utils import (
     hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
-from megatron.training.arguments import parse_and_validate_args, parse_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst import cpu
-from megatron_tst.arguments import (
-    add_superposition_arguments,
-    refuse_no_epochs,
-    superposition_config_from_args,
-    superposition_schedule_from_args,
-)
-from megatron_tst.batch_arguments import (
-    batch_sizes_from_args,
-    refuse_bad_batch_sizes,
-    refuse_unusable_batch_sizes,
-)
-from megatron_tst.conflicts import refuse_conflicting_arguments
-from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.command_line import parse_command_line
 from megatron_tst.training.data_budget import check_data_budget
-from megatron_tst.training.datasets import (
-    DatasetsProvider,
-    check_data_files,
-    check_data_vocabulary,
-)
+from megatron_tst.training.datasets import DatasetsProvider
 from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.fused_paths import report_fused_paths
@@ -56,7 +38,6 @@ from megatron_tst.training.reporting import (
     count_parameters,
     write_run_description,
 )
-from megatron_tst.training.resume import check_resume, record_settings
 from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
 from megatron_tst.training.switch import switch_phase
 
@@ -97,7 +78,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     """
     _rendezvous_alone()
     with _refusing_in_one_line():
-        args, schedule = _parse()
+        args, schedule = parse_command_line()
         if not cpu.is_active():
             report_fused_paths(args)
         is_hybrid = args.hybrid_layer_pattern is not None
@@ -181,90 +162,6 @@ def _rendezvous_alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
-
-
-def _parse() -> tuple[argparse.Namespace, SuperpositionSchedule]:
-    # Parsed twice: Megatron's validation prints all arguments, builds the tokenizer and the
-    # writers, and reports by assertion.
-    args = parse_args(add_arguments)
-    check_arguments(args)
-    args = parse_and_validate_args(add_arguments, args_defaults=_evaluation_defaults(args))
-    # Validation resolves deprecated spellings and --use-checkpoint-args.
-    refuse_conflicting_arguments(args)
-    schedule = superposition_schedule_from_args(args)
-    check_data_vocabulary(args)
-    record_settings(args, schedule)
-    refuse_unusable_batch_sizes(args, steps_done=check_resume(args, schedule))
-    return args, schedule
-
-
-def _evaluation_defaults(args: argparse.Namespace) -> dict[str, int]:
-    """Evaluates with the first batch size of a schedule.
-
-    Megatron's default is one micro-batch of each rank, with which the samples of an evaluation
-    would depend on the number of processes.
-    """
-    if args.step_batch_size_schedule is None or args.eval_global_batch_size is not None:
-        return {}
-    size = batch_sizes_from_args(args).size_at(0)
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    ranks = args.world_size // (model * args.context_parallel_size)
-    at_once = (args.eval_micro_batch_size or args.micro_batch_size) * max(ranks, 1)
-    if size % at_once:
-        raise ValueError(
-            f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: evaluations read "
-            f"batches of its first size, {size}, which {ranks} data-parallel ranks cannot share. "
-            f"Pass --eval-global-batch-size with a multiple of {at_once}; other sizes than before "
-            "change the samples that evaluations read."
-        )
-    return {"eval_global_batch_size": size}
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses what is wrong with a parsed command line before Megatron validates it.
-
-    Raises:
-        ValueError: naming the argument or file, its value and the remedy.
-    """
-    if args.yaml_cfg is not None:
-        raise ValueError(f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags.")
-    refuse_bad_batch_sizes(args)
-    refuse_no_epochs(args)
-    superposition_config_from_args(args)
-    has_batch_sizes = args.global_batch_size or args.step_batch_size_schedule
-    if has_batch_sizes and (args.train_iters or args.train_samples):
-        superposition_schedule_from_args(args)
-    refuse_conflicting_arguments(args)
-    if cpu.is_active():
-        refuse_gpu_arguments(args)
-    elif args.dataloader_inter_document_masking and args.transformer_impl == "local":
-        raise ValueError(
-            "--dataloader-inter-document-masking does not work with --transformer-impl local on a "
-            "GPU, whose attention takes no packed sequences: use transformer_engine."
-        )
-    check_data_files(args)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the ``--tst-*`` arguments to Megatron's parser, and the defaults of the platform."""
-    # Megatron's own usage lists all arguments and would bury the message of a wrong one.
-    parser.usage = "%(prog)s [arguments of Megatron and --tst-*, listed by --help]"
-    parser.formatter_class = _HelpFormatter
-    parser = add_superposition_arguments(parser)
-    # By itself Megatron repeats a step with a NaN, saves, and exits without an error; and it checks
-    # no NaN in the first step after a start, whose weights a later checkpoint would then hold.
-    parser.set_defaults(rerun_mode="disabled")
-    return set_cpu_defaults(parser) if cpu.is_active() else parser
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Prints a help text with a bare percent sign, of which Megatron 0.19 has one, as it is."""
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        try:
-            return super()._expand_help(action)
-        except ValueError:
-            return action.help or ""
 
 
 def _print_settings(schedule: SuperpositionSchedule) -> None:

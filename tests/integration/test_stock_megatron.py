@@ -68,6 +68,7 @@ def stock(launcher: Launcher, superposed: dict[str, SmallRun], folder: Path) -> 
         said = write_cache(launcher, run, step, cache)
         assert f"--ckpt-step {step} --data-cache-path {cache}" in said
         assert ("phase 1 was to last 5 steps and ends after 4" in said) == (step == EARLIER)
+        assert "INFO:" not in said
         runs[target.name] = run.with_(
             target,
             ckpt_step=step,

@@ -15,17 +15,25 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from megatron_tst.config import (
+    DocumentBoundary,
+    Objective,
+    ResetAtSwitch,
+    TargetWeighting,
+    Variant,
+)
 from tests.corpus import write_corpus
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "examples/pretrain"
 MODELS = ("270m", "600m", "3b", "10b_a1b")
 # docs/cluster.md: variables before, arguments behind, in code marks in the last column.
-ABLATIONS = re.findall(r"^\|[^|`]+\| `([^`|]+)` \|$", (ROOT / "docs/cluster.md").read_text(), re.M)
+_TABLE = (ROOT / "docs/cluster.md").read_text().split("## Ablations")[1].split("\n## ")[0]
+ABLATIONS = re.findall(r"^\|.*\| `([^`|]+)` \|$", _TABLE, re.M)
 
 
 def launch(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -152,6 +160,23 @@ def test_the_table_of_ablations_has_an_effect_row_by_row(cases: Cases) -> None:
     published = cases.found["3b tst"]
     for row in ABLATIONS:
         assert cases.found[row] != published, row
+
+
+def test_the_table_of_ablations_is_whole_and_has_every_choice_of_the_method() -> None:
+    heading = 2
+    assert len(ABLATIONS) == _TABLE.count("\n|") - heading
+    choices = {
+        "variant": Variant,
+        "target-weighting": TargetWeighting,
+        "objective": Objective,
+        "reset-at-switch": ResetAtSwitch,
+        "document-boundary": DocumentBoundary,
+    }
+    # What the scripts do without a flag: the published method.
+    published = {"full", "mce", "none", "cross"}
+    for flag, values in choices.items():
+        for value in set(get_args(values)) - published:
+            assert any(f"--tst-{flag} {value}" in row for row in ABLATIONS), (flag, value)
 
 
 def test_phase_2_of_stock_megatron_has_the_steps_of_the_run_and_none_of_our_flags(

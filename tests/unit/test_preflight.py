@@ -46,6 +46,14 @@ LAYOUTS = {
     "experts": ["--expert-model-parallel-size", "2"],
 }
 OPTIMIZER_RANKS = (0, 7)
+SEVERAL_MISTAKES = [
+    *("--yaml-cfg", "model.yaml"),
+    *("--seq-length", "0"),
+    *("--tst-max-epochs", "0"),
+    *("--tst-step-ratio", "1.5"),
+    *("--phase-transition-iterations", "6000"),
+    *("--dataloader-type", "cyclic"),
+]
 
 
 def without(argv: list[str], flags: str) -> list[str]:
@@ -139,6 +147,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     here = ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
     checked.add("corpus", [*scripts["3b", "baseline"], *here])
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    checked.add("several mistakes", [*dense, *SEVERAL_MISTAKES])
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
         for rank in OPTIMIZER_RANKS:
@@ -170,6 +179,15 @@ def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str
     texts = checked.texts(case, level)
     assert any(words in text for text in texts), checked.found[case]["findings"]
     assert checked.found[case]["fits"] == (level == "warning")
+
+
+def test_all_errors_of_arguments_are_told_at_once(checked: Checked) -> None:
+    """A run ends with the first of them."""
+    errors = "\n".join(checked.texts("several mistakes", "error"))
+    assert "--yaml-cfg model.yaml is not supported" in errors
+    for flag in SEVERAL_MISTAKES[2::2]:
+        assert f"{flag} " in errors
+    assert len(errors.splitlines()) == len(SEVERAL_MISTAKES) / 2
 
 
 def test_documented_output_is_that_of_the_tool(checked: Checked) -> None:

@@ -87,7 +87,7 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
 
 
 def test_names_tell_all_settings_apart() -> None:
-    common = {"model": "m", "total_steps": 10, "learning_rate": 1e-3, "seed": 0}
+    common: dict[str, Any] = {"model": "m", "total_steps": 10, "learning_rate": 1e-3, "seed": 0}
     changes: list[Mapping[str, Any]] = [
         {"bag_size": 2},
         {"step_ratio": 0.31},
