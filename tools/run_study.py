@@ -11,6 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from megatron_tst.report.describing import Status
 from megatron_tst.report.results import read_result, write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
@@ -86,7 +87,7 @@ def collect(study: StudyConfig, folder: Path) -> Path:
         state = execution.folder.state()
         if state in ENDED:
             # The losses of a finished run may still show that it has diverged.
-            status = "diverged" if state == "diverged" else None
+            status: Status | None = "diverged" if state == "diverged" else None
             results.append(read_result(execution.folder.path, execution.name, status))
     write_results(results, folder / RESULTS_FILE)
     return folder / RESULTS_FILE
