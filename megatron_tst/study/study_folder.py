@@ -26,6 +26,8 @@ def open_study(study: StudyConfig, folder: Path) -> Iterator[None]:
     Raises:
         ValueError: the folder holds another study, or another runner works in it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(folder / "lock"):

@@ -183,6 +183,12 @@ def test_a_folder_has_one_runner_at_a_time(tmp_path: Path) -> None:
         open_study(study, tmp_path / "out").__enter__()
 
 
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match=r"--output .*out is a file: name a folder\."):
+        open_study(read(tmp_path), tmp_path / "out").__enter__()
+
+
 def test_a_log_is_read_while_it_is_written(tmp_path: Path) -> None:
     reader = LogReader(tmp_path / "log.txt")
     reader.poll()
