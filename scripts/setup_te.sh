@@ -22,6 +22,9 @@ install() {
     --constraint constraints.txt "$@" 2> >(sed '/^WARNING: /d' >&2)
 }
 
+# Named in full below: of a name without a version pip would take the newest.
+version=$(sed -n 's/^transformer_engine_torch==//p' constraints.txt)
+[[ $version ]] || fail "constraints.txt has no transformer_engine_torch==VERSION: add it."
 ask '' || fail ".venv is missing: run 'make setup'."
 
 # What a build fits. pip would not build again for another torch.
@@ -44,7 +47,7 @@ cuda=$(ask 'import torch; print(torch.version.cuda)') || fail "torch does not im
     "install the torch of constraints.txt."
 
 export MAX_JOBS=${MAX_JOBS:-$(nproc)}
-say "building Transformer Engine with $MAX_JOBS compilers at a time:" \
+say "building Transformer Engine $version with $MAX_JOBS compilers at a time:" \
   "about 15 minutes of one core's time, up to 3 GB of memory each (MAX_JOBS=1: one at a time)"
 started=$SECONDS
 
@@ -64,7 +67,7 @@ if ! PATH=$PWD/.venv/bin:$PATH \
   NVTE_FRAMEWORK=pytorch \
   NVTE_PYTORCH_FORCE_BUILD=TRUE \
   install --verbose --no-cache-dir --no-deps --no-build-isolation --force-reinstall \
-  transformer_engine_torch >"$log" 2>&1; then
+  "transformer_engine_torch==$version" >"$log" 2>&1; then
   grep -m 5 -E 'error:|Error:|Killed' "$log" >&2 || tail -n 20 "$log" >&2
   fail "the build has failed; all of its output is in $log."
 fi

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PINS = "torch==2.0\ntransformer_engine==3.0\nrich==1.0\n"
+PINS = "torch==2.0\ntransformer_engine_torch==3.0\nrich==1.0\n"
 HEADERS = (
     "cudnn/include/cudnn.h",
     "nccl/include/nccl.h",
@@ -104,6 +104,15 @@ def test_what_is_missing_is_named(tree: Tree, missing: str, words: str) -> None:
     done = tree.build()
     assert done.returncode == 1
     assert re.search(words, done.stderr), done.stderr
+
+
+def test_the_pinned_version_is_built_and_no_other(tree: Tree) -> None:
+    assert tree.build().returncode == 0
+    assert "transformer_engine_torch==3.0" in (tree.folder / "calls").read_text()
+    (tree.folder / "constraints.txt").write_text("torch==2.0\n")
+    done = tree.build()
+    assert done.returncode == 1
+    assert "constraints.txt has no transformer_engine_torch==VERSION" in done.stderr
 
 
 def test_missing_compiler_is_named(tree: Tree) -> None:
