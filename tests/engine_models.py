@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
 from megatron_tst.arguments import superposition_config_from_args
@@ -98,7 +102,8 @@ def _saved(args: argparse.Namespace, config: Any) -> tuple[dict[str, list[int]],
             stage = posing.build_stage(args, config, rank)
             with posing.posing_as(args, rank) as groups:
                 metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=groups.dp_cp)
-                for chunk in stage.chunks:
+                chunks: list[Any] = stage.chunks
+                for chunk in chunks:
                     for entry in _entries(chunk.sharded_state_dict(metadata=metadata)):
                         if isinstance(entry, ShardedTensor):
                             tensors[entry.key] = list(entry.global_shape)
@@ -107,11 +112,12 @@ def _saved(args: argparse.Namespace, config: Any) -> tuple[dict[str, list[int]],
     return tensors, sorted(objects)
 
 
-def _entries(state: Any) -> list[ShardedTensor | ShardedObject]:
+def _entries(state: Any) -> list[Any]:
+    """The ShardedTensor and ShardedObject entries of a nested state."""
     if isinstance(state, dict):
         return [entry for value in state.values() for entry in _entries(value)]
     # Gate and up are a factory of two tensors with one key.
-    if hasattr(state, "build"):
+    if isinstance(state, ShardedTensorFactory):
         return _entries(state.build())
     if isinstance(state, list):
         return [entry for value in state for entry in _entries(value)]
@@ -144,8 +150,8 @@ def quantizable(recipe: str, size: list[int]) -> bool:
 
     Tensors on the meta device: no data is asked for.
     """
-    import transformer_engine_torch as tex
     from transformer_engine.pytorch import Float8BlockQuantizer, MXFP8Quantizer
+    from transformer_engine.pytorch.constants import DType
     from transformer_engine.pytorch.utils import check_dim_for_fp8_exec
 
     weight = torch.empty(size, dtype=torch.bfloat16, device="meta")
@@ -153,6 +159,4 @@ def quantizable(recipe: str, size: list[int]) -> bool:
         # The gradient of the input is a product with the transposed weight.
         return check_dim_for_fp8_exec(weight) and check_dim_for_fp8_exec(weight.T)
     quantizer = {"mxfp8": MXFP8Quantizer, "blockwise": Float8BlockQuantizer}[recipe]
-    return bool(
-        quantizer(tex.DType.kFloat8E4M3, rowwise=True, columnwise=True).is_quantizable(weight)
-    )
+    return bool(quantizer(DType.kFloat8E4M3, rowwise=True, columnwise=True).is_quantizable(weight))
