@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
 )
