@@ -4,13 +4,16 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-fast support-matrix check format quickstart study clean
+.PHONY: help setup setup-te test test-fast support-matrix check format quickstart study clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: ## Create or refresh .venv (at once when it is up to date)
 	@scripts/bootstrap.sh
+
+setup-te: setup ## Build Transformer Engine into .venv, for the preflight's real modules (no GPU needed)
+	@scripts/setup_te.sh
 
 test: setup ## Run all tests; narrow them with ARGS="-k name"
 	$(PYTEST) $(ARGS)

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,8 @@ def _checked(parser: argparse.ArgumentParser, case: dict[str, Any]) -> dict[str,
 
 
 def _measured(function: str, arguments: list[Any]) -> Any:
-    from tests import preflight_measured
-
-    return getattr(preflight_measured, function)(*arguments)
+    module, _, name = function.partition(".")
+    return getattr(import_module(f"tests.{module}"), name)(*arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+import torch
+
 from megatron_tst.planning.findings import Finding, error
 
 _REMOVED = {
@@ -13,6 +15,8 @@ _REMOVED = {
     "--keep-fp8-weight-transpose-cache": "use --keep-fp8-transpose-cache or remove it",
     "--async-ckpt-use-cached-structure": "remove it; --ckpt-assume-constant-structure is there",
 }
+# Of the GPU, by --fp8-recipe.
+_CAPABILITIES = {"mxfp8": (10, 0), "blockwise": (9, 0)}
 
 
 def removed_arguments(argv: list[str]) -> list[Finding]:
@@ -27,6 +31,8 @@ def removed_arguments(argv: list[str]) -> list[Finding]:
 
 def misfits(args: argparse.Namespace) -> list[Finding]:
     """Errors of sizes and combinations that a parsed command line has, all of them.
+
+    The process must have called ``posing.pose``.
 
     Args:
         args: parsed, not validated.
@@ -163,6 +169,13 @@ def _precision(args: argparse.Namespace) -> Iterator[Finding]:
         yield error(
             f"--fp8-format {args.fp8} does not work with --transformer-impl local: use "
             "transformer_engine."
+        )
+    capability, needed = torch.cuda.get_device_capability(), _CAPABILITIES.get(args.fp8_recipe)
+    if args.fp8 and needed and capability < needed:
+        yield error(
+            f"--fp8-recipe {args.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, and "
+            f"the GPU has {capability[0]}.{capability[1]} (--compute-capability): use tensorwise "
+            "on H100."
         )
     if args.fp8_param_gather and not args.use_distributed_optimizer:
         yield error("--fp8-param-gather needs --use-distributed-optimizer: add it.")

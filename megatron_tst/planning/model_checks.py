@@ -75,6 +75,11 @@ def layer_products(args: argparse.Namespace, stage: Stage) -> dict[str, tuple[in
     return shapes
 
 
+def fp8_multiple(recipe: str) -> int:
+    """What both dimensions of a matrix product must be multiples of in FP8."""
+    return _ALIGNMENT.get(recipe, _OTHER_ALIGNMENT)
+
+
 def fp8_misalignments(args: argparse.Namespace, stage: Stage) -> list[Finding]:
     """Matrix products in FP8 whose dimensions on a GPU have no whole number of blocks.
 
@@ -84,7 +89,7 @@ def fp8_misalignments(args: argparse.Namespace, stage: Stage) -> list[Finding]:
     """
     if not args.fp8:
         return []
-    multiple = _ALIGNMENT.get(args.fp8_recipe, _OTHER_ALIGNMENT)
+    multiple = fp8_multiple(args.fp8_recipe)
     if args.use_transformer_engine_op_fuser:
         multiple = _OP_FUSER_ALIGNMENT
     found = [
@@ -123,7 +128,8 @@ def positions_of_rank(args: argparse.Namespace) -> int:
 
 def _kind(name: str) -> str:
     part = "experts." if ".experts." in name else ""
-    return part + name.removesuffix(".weight").split(".")[-1]
+    # Transformer Engine numbers the experts at the end: linear_fc1.weight7.
+    return part + name.split(".")[-2]
 
 
 def unmodelled(args: argparse.Namespace) -> list[Finding]:

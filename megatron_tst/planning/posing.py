@@ -12,10 +12,9 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -35,6 +34,7 @@ from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tst.arguments import add_superposition_arguments
+from megatron_tst.planning.engine import enter_recipes, forget_capability, has_transformer_engine
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
@@ -55,24 +55,29 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-@cache
-def has_transformer_engine() -> bool:
-    """Whether models are built with Transformer Engine, and not with Megatron's own modules."""
-    try:
-        import_module("transformer_engine.pytorch")
-    # Where a library of its own is missing it raises other errors than ImportError.
-    except Exception:
-        return False
-    return True
-
-
 def pose(compute_capability: tuple[int, int]) -> None:
     """Answers Megatron's questions about the machine as a cluster would."""
     torch.cuda.get_device_capability = lambda device=None: compute_capability
-    if not has_transformer_engine():
+    torch.cuda.get_device_properties = _properties(compute_capability)
+    if has_transformer_engine():
+        forget_capability()
+    else:
         utils._te_version = Version(POSED_ENGINE_VERSION)
     # As the launch scripts set it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def _properties(compute_capability: tuple[int, int]) -> Callable[..., Any]:
+    real = torch.cuda.get_device_properties(0)
+    major, minor = compute_capability
+    posed = SimpleNamespace(
+        name="posed GPU",
+        major=major,
+        minor=minor,
+        total_memory=real.total_memory,
+        multi_processor_count=real.multi_processor_count,
+    )
+    return lambda device=None: posed
 
 
 def launch_parser() -> argparse.ArgumentParser:
@@ -188,6 +193,21 @@ def posing_as(args: argparse.Namespace, rank: int) -> Iterator[ProcessGroupColle
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def check_recipes(args: argparse.Namespace, config: Any) -> None:
+    """Has Transformer Engine, where it is installed, make the FP8 recipe of every layer.
+
+    Args:
+        args: validated.
+        config: of ``build_configuration``.
+
+    Raises:
+        Exception: whatever Megatron and Transformer Engine raise.
+    """
+    if args.fp8 and has_transformer_engine():
+        with posing_as(args, 0):
+            enter_recipes(config.transformer)
 
 
 def stage_ranks(args: argparse.Namespace) -> list[int]:

@@ -14,7 +14,7 @@ from megatron_tst.arguments import superposition_schedule_from_args
 from megatron_tst.batch_arguments import refuse_unusable_batch_sizes
 from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.data.budget import CorpusBudget
-from megatron_tst.planning import misfits, model_checks, posing
+from megatron_tst.planning import engine, misfits, model_checks, posing
 from megatron_tst.planning.corpus_check import check_text, resolve_vocabulary
 from megatron_tst.planning.findings import Finding, error, warning
 from megatron_tst.planning.memory import (
@@ -26,7 +26,7 @@ from megatron_tst.planning.memory import (
     rank_parameters,
 )
 from megatron_tst.planning.model_size import BuiltModel, whole_model
-from megatron_tst.planning.suspects import assumptions, suspects
+from megatron_tst.planning.suspects import engine_note, suspects
 from megatron_tst.schedule import SuperpositionSchedule
 
 
@@ -146,8 +146,8 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
     _build(report, args, launch)
     report.budgets, found = check_text(args, report.schedule)
     report.findings.extend(found)
-    engine = posing.has_transformer_engine()
-    report.findings.extend(assumptions(engine, posing.POSED_ENGINE_VERSION))
+    installed = engine.engine_version() if engine.has_transformer_engine() else None
+    report.findings.append(engine_note(installed, posing.POSED_ENGINE_VERSION))
     return report
 
 
@@ -213,6 +213,7 @@ def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
 
     def build() -> None:
         config = posing.build_configuration(args)
+        posing.check_recipes(args, config)
         ranks = posing.stage_ranks(args)
         wanted = dict.fromkeys([*ranks, *launch.ranks])
         built.extend(posing.build_stage(args, config, rank) for rank in wanted)

@@ -245,14 +245,13 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
         )
 
 
-def assumptions(has_engine: bool, engine_version: str) -> list[Finding]:
-    """What the machine of the check has instead of the cluster's."""
-    if has_engine:
-        return [note("built with Transformer Engine on the meta device, its weights in bf16.")]
-    return [
-        note(
-            "Transformer Engine is not installed here: version "
-            f"{engine_version} was assumed in the checks, and Megatron's local modules were built, "
-            "which have the same parameters in bf16."
+def engine_note(installed: str | None, posed: str) -> Finding:
+    """What was built: with this version of Transformer Engine, or posing as if with another."""
+    if installed is not None:
+        return note(
+            f"built with Transformer Engine {installed} on the meta device, its weights in bf16."
         )
-    ]
+    return note(
+        f"Transformer Engine is not installed here: version {posed} was assumed in the checks, and "
+        "Megatron's local modules were built, which have the same parameters in bf16."
+    )

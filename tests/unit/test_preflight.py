@@ -11,18 +11,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron_tst.planning.launch_command import read_launch
 from tests.corpus import write_corpus
 from tests.preflight_broken import BROKEN, WHOLE
+from tests.preflight_checked import MODELS, PRETRAIN, VARIANTS, Checked
 
 ROOT = Path(__file__).parents[2]
-PRETRAIN = ROOT / "examples/pretrain"
-MODELS = ("270m", "600m", "3b", "10b_a1b")
-VARIANTS = ("baseline", "tst")
 GIB = 1 << 30
 
 # Real models, small enough to be built and trained here: several buckets, and padding between them.
@@ -67,51 +64,6 @@ def without(argv: list[str], flags: str) -> list[str]:
     return kept
 
 
-class Checked:
-    """Reports of launches, by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._launches: dict[str, dict[str, Any]] = {}
-        self._measurements: dict[str, tuple[str, list[Any]]] = {}
-        self.found: dict[str, dict[str, Any]] = {}
-        self.measured: dict[str, Any] = {}
-
-    def script(self, model: str, **variables: str) -> list[str]:
-        paths = {"DATA_PATH": "/absent/corpus", "TOKENIZER": "/absent", "OUTPUT_DIR": "/absent/run"}
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (paths | variables).items():
-                patch.setenv(name, value)
-            return read_launch(PRETRAIN / f"pretrain_gpt_{model}.sh")
-
-    def add(self, name: str, argv: list[str], size: int = 64, **more: Any) -> None:
-        self._launches[name] = {"argv": argv, "world_size": size, "gpu_bytes": 192e9} | more
-
-    def measure(self, name: str, function: str, *arguments: Any) -> None:
-        self._measurements[name] = (function, list(arguments))
-
-    def run(self) -> None:
-        cases, results = self.folder / "cases.json", self.folder / "results.json"
-        asked = {
-            "launches": list(self._launches.values()),
-            "measured": list(self._measurements.values()),
-        }
-        cases.write_text(json.dumps(asked))
-        subprocess.run(
-            [sys.executable, "-m", "tests.preflight_cases", str(cases), str(results)],
-            cwd=ROOT,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-            stderr=subprocess.DEVNULL,
-        )
-        answers = json.loads(results.read_text())
-        self.found = dict(zip(self._launches, answers["launches"], strict=True))
-        self.measured = dict(zip(self._measurements, answers["measured"], strict=True))
-
-    def texts(self, name: str, level: str) -> list[str]:
-        return [f["text"] for f in self.found[name]["findings"] if f["level"] == level]
-
-
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked = Checked(tmp_path_factory.mktemp("preflight"))
@@ -153,12 +105,16 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         for rank in OPTIMIZER_RANKS:
             laid_out = [*argv, *LAYOUTS[name]]
             checked.add(f"{name} {rank}", laid_out, size=8, ranks=[rank])
-            checked.measure(f"{name} {rank}", "measured_optimizer", laid_out, 8, rank)
-        checked.measure(f"activations {name}", "measured_activations", argv)
+            checked.measure(
+                f"{name} {rank}", "preflight_measured.measured_optimizer", laid_out, 8, rank
+            )
+        checked.measure(f"activations {name}", "preflight_measured.measured_activations", argv)
         checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
         checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
     for model in MODELS:
-        checked.measure(f"FLOPs {model}", "megatron_flops", scripts[model, "tst"], 64)
+        checked.measure(
+            f"FLOPs {model}", "preflight_measured.megatron_flops", scripts[model, "tst"], 64
+        )
     checked.run()
     return checked
 
@@ -379,6 +335,16 @@ def test_tool_writes_its_report_and_ends_with_1_on_errors(
     assert not found["fits"]
     assert found["switch_step"] == 6000
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_tool_tells_a_recipe_that_the_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DATA_PATH", "TOKENIZER", "OUTPUT_DIR"):
+        monkeypatch.setenv(name, "/absent")
+    launch = str(PRETRAIN / "pretrain_gpt_270m.sh"), "--world-size", "64"
+    done = preflight(*launch, "--compute-capability", "9.0")
+    assert done.returncode == 1, done.stderr
+    words = "error: --fp8-recipe mxfp8 needs compute capability 10.0, and the GPU has 9.0"
+    assert words in done.stdout
 
 
 def test_tool_ends_with_2_on_unusable_input(tmp_path: Path) -> None:
