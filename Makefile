@@ -7,7 +7,7 @@ PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: help setup setup-te test test-fast support-matrix check format quickstart study clean
 
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: ## Create or refresh .venv (at once when it is up to date)
 	@scripts/bootstrap.sh
