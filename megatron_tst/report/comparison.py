@@ -12,6 +12,7 @@ from math import log
 import numpy as np
 
 from megatron_tst.report.curves import first_reached, value_at
+from megatron_tst.report.events import FloatArray
 from megatron_tst.report.families import (
     LENGTH_SETTINGS,
     SUPERPOSITION_SETTINGS,
@@ -19,10 +20,11 @@ from megatron_tst.report.families import (
     Group,
     differing,
     incomparable,
+    superposition_label,
 )
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.runs import Budget, FloatArray
+from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
 
@@ -231,11 +233,11 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
             f"the losses of {baseline.name} and {tst.name} cannot be compared: they differ in "
             f"{', '.join(apart)}. Pass runs of one model, one tokenizer and one validation set."
         )
-    groups = [
-        Group(name, run.settings, (run,)) for name, run in (("baseline", baseline), ("TST", tst))
-    ]
-    counted = [group.counted for group in groups]
-    pairs = (Pair(baseline, tst),) if all(counted) else ()
+    groups = (
+        Group("baseline", baseline.settings, (baseline,)),
+        Group(f"TST ({superposition_label(tst.settings)})", tst.settings, (tst,)),
+    )
+    pairs = (Pair(baseline, tst),) if all(group.counted for group in groups) else ()
     expected = (*SUPERPOSITION_SETTINGS, "parameters")
     differences = [
         name for name in differing([baseline.settings, tst.settings]) if name not in expected

@@ -9,9 +9,10 @@ from matplotlib.ticker import EngFormatter
 
 from megatron_tst.report.comparison import Group, Matchup
 from megatron_tst.report.drawing import FOREGROUND, Canvas
+from megatron_tst.report.events import FloatArray
 from megatron_tst.report.pairs import ARMS
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.runs import Budget, FloatArray
+from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate
 from megatron_tst.report.units import amount, loss_text, seeds
 

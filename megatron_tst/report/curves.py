@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_tst.report.runs import FloatArray
+from megatron_tst.report.events import FloatArray
 
 
 def value_at(x: FloatArray, y: FloatArray, at: float) -> float | None:

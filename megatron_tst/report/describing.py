@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tst.report.runs import FloatArray, Series
+from megatron_tst.report.events import FloatArray, Series
 from megatron_tst.schedule import SuperpositionSchedule
 
 Status = Literal["finished", "diverged", "unfinished"]

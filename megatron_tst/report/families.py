@@ -141,20 +141,26 @@ def _key(settings: Mapping[str, Setting]) -> frozenset[tuple[str, Setting]]:
 
 
 def _family_names(families: Sequence[Sequence[RunResult]]) -> list[str]:
-    names = [_family_name(family) for family in families]
-    if len(set(names)) == len(names):
-        return names
     identities = [_identity(family[0]) for family in families]
-    apart = differing(identities)
+    in_name = ("data_path", *MODEL_SETTINGS) if all(map(_sizes, families)) else ("data_path",)
+    apart = [name for name in differing(identities) if name not in in_name]
     return [
-        ", ".join([name, *(f"{key} {identity.get(key, 'not recorded')}" for key in apart)])
-        for name, identity in zip(names, identities, strict=True)
+        ", ".join([_family_name(family), *(f"{key} {_recorded(identity, key)}" for key in apart)])
+        for family, identity in zip(families, identities, strict=True)
     ]
 
 
+def _recorded(settings: Mapping[str, Setting], name: str) -> Setting:
+    return settings.get(name, "not recorded")
+
+
+def _sizes(runs: Sequence[RunResult]) -> list[float]:
+    return [float(run.settings["parameters"]) for run in runs if "parameters" in run.settings]
+
+
 def _family_name(runs: Sequence[RunResult]) -> str:
-    counts = [float(run.settings["parameters"]) for run in runs if "parameters" in run.settings]
-    model = f"{quantity(counts[0])} parameters" if counts else "A model of unrecorded size"
+    sizes = _sizes(runs)
+    model = f"{quantity(sizes[0])} parameters" if sizes else "A model of unrecorded size"
     return f"{model} on {runs[0].data.get('data_path', 'text that is not recorded')}"
 
 

@@ -77,8 +77,6 @@ def read_stated(text: str) -> RunResult:
             "mine=logs/a,bag_size=4,switch_step=3000,tokens_per_step=1048576."
         )
     path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"--run {text!r}: {folder} is no folder.")
     stated = {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
     if any((place / RUN_FILE).exists() for place in (path, path / "tensorboard")):
         result = read_run_folder(path, name)

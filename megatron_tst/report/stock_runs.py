@@ -21,9 +21,9 @@ from megatron_tst.report.describing import (
     status_of,
     thin_training_loss,
 )
-from megatron_tst.report.events import Series, read_scalars, read_texts
+from megatron_tst.report.events import FloatArray, Series, read_scalars, read_texts
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.runs import TRAINING_LOSS, VALIDATION_LOSS, FloatArray
+from megatron_tst.report.runs import TRAINING_LOSS, VALIDATION_LOSS
 
 _ITERATION_TIME = "iteration-time"
 
@@ -40,6 +40,8 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
     Raises:
         ValueError: naming the folder and what is missing.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: pass the folder of a run.")
     scalars, arguments = read_scalars(folder), _arguments(folder)
     validation = scalars.get(VALIDATION_LOSS)
     if validation is None:
@@ -51,6 +53,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
     tokens_per_step = _tokens_per_step(folder, scalars, arguments, stated)
     equivalent = (validation.steps * tokens_per_step).astype(np.int64)
     switch, bag_size = int(settings.get("switch_step", 0)), int(settings["bag_size"])
+    reads_bags = settings.get("variant") != "output-only"
     in_phase_1 = np.minimum(validation.steps, switch) * tokens_per_step
     training = scalars.get(TRAINING_LOSS, Series(np.zeros(0, dtype=np.int64), np.zeros(0)))
     training_steps, training_loss = thin_training_loss(training, switch)
@@ -65,7 +68,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         steps=validation.steps,
         validation_loss=validation.values,
         equivalent_tokens=equivalent,
-        data_tokens=equivalent + ((bag_size - 1) * in_phase_1).astype(np.int64),
+        data_tokens=equivalent + (reads_bags * (bag_size - 1) * in_phase_1).astype(np.int64),
         seconds=_seconds(scalars, validation),
         training_steps=training_steps,
         training_loss=training_loss,
@@ -73,12 +76,14 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
 
 
 def _arguments(folder: Path) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, text in read_texts(folder).items():
         try:
-            found[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            found[name] = text
+            value = text
+        # A split such as 98,2,0 is no tuple.
+        found[name] = text if isinstance(value, tuple) else value
     return found
 
 

@@ -233,10 +233,10 @@ def test_labels_say_what_differs() -> None:
     (family,) = families_of(runs)
     assert [group.label for group in family.groups] == [
         "baseline",
-        "baseline, lr 0.0005",
-        "baseline, 1.5\N{MULTIPLICATION SIGN} steps",
-        "s=2 r=0.25, weight_decay 0.2",
-        "s=2 r=0.25, weight_decay 0.3",
+        "baseline lr 0.0005",
+        "baseline 1.5\N{MULTIPLICATION SIGN} steps",
+        "s=2 r=0.25 weight_decay 0.2",
+        "s=2 r=0.25 weight_decay 0.3",
         "s=4 r=0.25",
         "s=4 r=0.25 power-law",
         "s=4 r=0.5 input-only",
