@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from megatron_tst.report.comparison import Group, Matchup
+from megatron_tst.report.comparison import Matchup
 from megatron_tst.report.drawing import FOREGROUND, Canvas
 from megatron_tst.report.events import FloatArray
-from megatron_tst.report.pairs import ARMS
+from megatron_tst.report.families import Group
+from megatron_tst.report.pairs import ARMS, Arm
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate
@@ -71,8 +73,8 @@ def draw_validation(
         matchup: whose switch is marked, and whose equal losses if they have one seed.
         second_half: whether to show only the second half of phase 2.
     """
-    curves = [_draw_group(canvas, group, place, budget) for place, group in enumerate(groups)]
-    curves = [curve for curve in curves if curve is not None]
+    drawn = [_draw_group(canvas, group, place, budget) for place, group in enumerate(groups)]
+    curves = [curve for curve in drawn if curve is not None]
     for place, group in enumerate(groups):
         for run in group.diverged:
             _draw_diverged(canvas, run, place, budget)
@@ -90,7 +92,7 @@ def draw_validation(
     canvas.axes.set_xlabel("training time (s)" if budget == "seconds" else budget)
     canvas.axes.set_ylabel("validation loss (nats/token)")
     canvas.axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend(canvas)
+    legend(canvas.axes)
 
 
 def draw_training(canvas: Canvas, groups: list[Group]) -> None:
@@ -110,17 +112,15 @@ def draw_training(canvas: Canvas, groups: list[Group]) -> None:
     _frame(canvas, curves, _INITIAL_TRANSIENT * max(x[-1] for x, _ in curves))
     canvas.axes.set_xlabel("optimizer step")
     canvas.axes.set_ylabel("training loss (nats/token)")
-    legend(canvas)
+    legend(canvas.axes)
 
 
-def legend(canvas: Canvas) -> None:
+def legend(axes: Axes) -> None:
     """A legend above the plot, where no curve can run through it."""
-    labels = canvas.axes.get_legend_handles_labels()[1]
+    labels = axes.get_legend_handles_labels()[1]
     # A legend wider than the figure would squeeze the axes.
     columns = max(1, min(3, _CHARACTERS_A_LINE // (max(map(len, labels), default=0) + 6)))
-    canvas.axes.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2
-    )
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2)
 
 
 def _draw_group(canvas: Canvas, group: Group, place: int, budget: Budget) -> Curve | None:
@@ -165,7 +165,7 @@ def _mark_equal_loss(canvas: Canvas, matchup: Matchup, budget: Budget) -> None:
     pair = matchup.pairs[0]
     for target_of in ARMS:
         reading = pair.equal_loss(budget, target_of)
-        chaser = "TST" if target_of == "baseline" else "baseline"
+        chaser: Arm = "TST" if target_of == "baseline" else "baseline"
         cost, cost_of_target = reading.cost_of(chaser), reading.cost_of(target_of)
         if cost is None or cost_of_target is None:
             continue

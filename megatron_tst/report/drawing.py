@@ -18,7 +18,7 @@ FOREGROUND = "#1f2328"
 
 # A date would make two reports of the same runs differ.
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-_STYLE = {
+STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",
     "svg.hashsalt": "megatron-tst",
@@ -37,6 +37,8 @@ _STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 3.5,
 }
+"""Settings of Matplotlib for all plots."""
+
 _POINTS_PER_INCH = 72
 _TARGET_RADIUS = 6
 
@@ -81,7 +83,7 @@ def render(
     name: str, title: str, caption: str, draw: Callable[[Canvas], None], height: float = 3.9
 ) -> Plot:
     """Draws once and renders as SVG and PNG; ``height`` in inches, of 7.2 inches of width."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         canvas = Canvas(figure.add_subplot())
         draw(canvas)

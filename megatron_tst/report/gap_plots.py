@@ -141,7 +141,7 @@ def _finish_lines(canvas: Canvas, over: str) -> None:
     canvas.axes.axhline(0, color=FOREGROUND, linewidth=1)
     canvas.axes.set_xlabel(over)
     canvas.axes.set_ylabel(_GAP_AXIS.replace(" (", "\n("))
-    legend(canvas)
+    legend(canvas.axes)
 
 
 def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) -> None:
@@ -174,7 +174,7 @@ def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) ->
     lengths = sorted({float(run.equivalent_tokens[-1]) for runs in ends.values() for run in runs})
     canvas.axes.set_xticks(lengths, [quantity(length) for length in lengths])
     canvas.axes.xaxis.set_minor_formatter(NullFormatter())
-    legend(canvas)
+    legend(canvas.axes)
 
 
 def _say_ends(canvas: Canvas, runs: Iterable[RunResult], label: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from megatron_tst.report import wording
-from megatron_tst.report.comparison import Group, Matchup, Study
+from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.curve_plots import draw_training, draw_validation
 from megatron_tst.report.drawing import Plot, render
+from megatron_tst.report.families import Group
 from megatron_tst.report.gap_plots import (
     draw_gaps,
     draw_heat_map,

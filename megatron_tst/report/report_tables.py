@@ -9,9 +9,9 @@ from statistics import fmean
 import numpy as np
 
 from megatron_tst.report import page, wording
-from megatron_tst.report.comparison import Group, Matchup, Study
+from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.describing import Setting
-from megatron_tst.report.families import differing
+from megatron_tst.report.families import Group, differing
 from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_tst.report.comparison import Group, Matchup, Study
+from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
@@ -181,7 +182,7 @@ def switch_sentence(matchup: Matchup) -> str:
 
 def cautions(study: Study) -> list[str]:
     """What a reader must know before trusting the verdict."""
-    found = []
+    found: list[str] = []
     if study.ranked:
         found += _cautions_on_seeds(study)
     for group in study.groups:

@@ -19,7 +19,7 @@ from tests.unit.run_folders import (
     make_run,
     tst_loss,
 )
-from tests.unit.synthetic_runs import synthetic_run
+from tests.unit.synthetic_runs import line, synthetic_run
 from tools.compare_runs import main
 
 Capture = pytest.CaptureFixture[str]
@@ -40,17 +40,13 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2):
         for steps in (100, 200):
             end = 3.0 if steps == 100 else 2.8
-            results.append(
-                synthetic_run(
-                    lambda s, e=end, n=steps: e + 0.01 * (n - s), total_steps=steps, seed=seed
-                )
-            )
+            results.append(synthetic_run(line(end, steps), total_steps=steps, seed=seed))
         for size, gain in ((2, 0.1), (4, 0.05)):
             for ratio in (0.25, 0.5):
                 has_diverged = (size, ratio, seed) == (4, 0.5, 2)
                 results.append(
                     synthetic_run(
-                        lambda s, g=gain, k=seed: 3.0 - g + 0.001 * k + 0.01 * (100 - s),
+                        line(3.0 - gain + 0.001 * seed),
                         bag_size=size,
                         step_ratio=ratio,
                         seed=seed,

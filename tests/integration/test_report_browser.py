@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_tst.report.results import write_results
-from tests.unit.synthetic_runs import synthetic_run
+from tests.unit.synthetic_runs import line, synthetic_run
 from tools.compare_runs import main
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -26,7 +26,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over s and r with two seeds and baselines of two lengths."""
     results = [
         synthetic_run(
-            lambda step, end=3.0 - 0.01 * size - 0.01 * seed, n=steps: end + 0.01 * (n - step),
+            line(3.0 - 0.01 * size - 0.01 * seed, steps),
             bag_size=size,
             step_ratio=ratio,
             total_steps=steps,

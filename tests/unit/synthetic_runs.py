@@ -12,6 +12,11 @@ from megatron_tst.report.results import RunResult
 TOKENS_PER_STEP = 16
 
 
+def line(end: float, total_steps: int = 100) -> Callable[[float], float]:
+    """A straight line down to ``end`` at the last step."""
+    return lambda step: end + 0.01 * (total_steps - step)
+
+
 def synthetic_run(
     loss: Callable[[float], float],
     *,
@@ -31,7 +36,7 @@ def synthetic_run(
     switch = round(step_ratio * total_steps) if bag_size > 1 else 0
     steps = np.arange(every, total_steps + 1, every)
     training_steps = np.arange(1, total_steps + 1)
-    superposition = {"bag_size": bag_size}
+    superposition: dict[str, Any] = {"bag_size": bag_size}
     if bag_size > 1:
         superposition |= {"step_ratio": step_ratio, "switch_step": switch, "variant": "full"}
     label = f"s{bag_size}-r{step_ratio}" if bag_size > 1 else "baseline"
@@ -53,12 +58,12 @@ def synthetic_run(
         machine="test",
         commit="abc",
         steps=steps,
-        validation_loss=np.array([loss(step) for step in steps], dtype=np.float64),
+        validation_loss=np.array([loss(float(step)) for step in steps], dtype=np.float64),
         equivalent_tokens=steps * TOKENS_PER_STEP,
         data_tokens=(steps + np.minimum(steps, switch) * (bag_size - 1)) * TOKENS_PER_STEP,
-        seconds=steps * seconds_per_step,
+        seconds=np.asarray(steps * seconds_per_step, dtype=np.float64),
         training_steps=training_steps,
         training_loss=np.array(
-            [loss(step) + (3.0 if step <= switch else 1.0) for step in training_steps]
+            [loss(float(step)) + (3.0 if step <= switch else 1.0) for step in training_steps]
         ),
     )

@@ -49,8 +49,11 @@ def test_the_table_gives_back_what_was_written(
         status="diverged",
         commit="1234567",
         data={**results[0].data, "split": "98"},
-        **dict.fromkeys(("steps", "equivalent_tokens", "data_tokens"), nothing.astype(np.int64)),
-        **dict.fromkeys(("validation_loss", "seconds"), nothing),
+        steps=nothing.astype(np.int64),
+        equivalent_tokens=nothing.astype(np.int64),
+        data_tokens=nothing.astype(np.int64),
+        validation_loss=nothing,
+        seconds=nothing,
     )
     written = [*results, silent]
     path = tmp_path / "new" / f"results.{suffix}"
