@@ -344,12 +344,12 @@ def verify_export(arm: Arm, folder: Path, console: Console) -> None:
 
 def write_comparison(arms: list[Arm], target: Path, sample: str) -> Path:
     """Writes the report and returns its path."""
-    from megatron_tst.report.comparison import compare
+    from megatron_tst.report.comparison import study_of_two
     from megatron_tst.report.html import write_report
-    from megatron_tst.report.runs import read_run
+    from megatron_tst.report.results import read_result
 
-    baseline, tst = (read_run(arm.folder) for arm in arms)
-    write_report(compare(baseline, tst), target, sample_text=sample)
+    baseline, tst = (read_result(arm.folder) for arm in arms)
+    write_report([study_of_two(baseline, tst)], target, sample_text=sample)
     return target
 
 

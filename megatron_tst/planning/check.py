@@ -17,7 +17,7 @@ from megatron_tst.planning.published import (
     PublishedRun,
     published_runs,
 )
-from megatron_tst.report.wording import quantity
+from megatron_tst.report.units import quantity
 from megatron_tst.schedule import SuperpositionSchedule
 
 

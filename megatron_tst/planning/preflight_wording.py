@@ -10,7 +10,7 @@ from rich.table import Table
 
 from megatron_tst.planning.memory import ALLOWANCE_BYTES, GIB
 from megatron_tst.planning.preflight import Report
-from megatron_tst.report.wording import quantity
+from megatron_tst.report.units import quantity
 
 _MEMORY_LINES = {
     "weights": "weights",

@@ -1,209 +1,265 @@
-"""Compares a baseline and a TST run at equal FLOPs, loss, data and time. Arithmetic only.
+"""Compares groups of TST runs with their baselines, seed by seed. Arithmetic only.
 
-The validation curves are read off by linear interpolation. A gap is positive where TST is ahead.
+A gap is the baseline's loss minus that of TST: positive where TST is ahead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from math import log
 
 import numpy as np
 
-from megatron_tst.report.runs import Budget, FloatArray, Run
-
-Arm = Literal["baseline", "TST"]
-ARMS: tuple[Arm, Arm] = ("baseline", "TST")
+from megatron_tst.report.curves import first_reached, value_at
+from megatron_tst.report.events import FloatArray
+from megatron_tst.report.families import (
+    LENGTH_SETTINGS,
+    SUPERPOSITION_SETTINGS,
+    Family,
+    Group,
+    differing,
+    incomparable,
+    superposition_label,
+)
+from megatron_tst.report.pairs import Pair
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.runs import Budget
+from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
 
 @dataclass(frozen=True)
-class EqualBudget:
-    """Validation losses of both arms after spending the same.
+class Length:
+    """How long a baseline must train, in units of the TST run, as far as the runs tell.
 
     Attributes:
-        budget: what is equal.
-        amount: how much both arms had spent; the smaller of their totals.
-        baseline_loss: nats a token; None if the arm was first evaluated after ``amount``.
-        tst_loss: likewise.
-        tst_in_superposition: whether TST was still in phase 1 at that point.
+        estimate: over seeds; None if a seed lies outside of the lengths that were trained.
+        beyond: seeds whose baselines of all lengths ended above the target.
+        below: seeds whose baselines of all lengths ended below it.
+        seeds: number of seeds.
+        longest: longest length that was trained, in units of the TST run.
+        shortest: likewise.
+        lengths: number of lengths.
     """
 
-    budget: Budget
-    amount: float
-    baseline_loss: float | None
-    tst_loss: float | None
-    tst_in_superposition: bool
-
-    @property
-    def gap(self) -> float | None:
-        """Baseline loss minus TST loss, nats a token."""
-        if self.baseline_loss is None or self.tst_loss is None:
-            return None
-        return self.baseline_loss - self.tst_loss
+    estimate: Estimate | None
+    beyond: int
+    below: int
+    seeds: int
+    longest: float
+    shortest: float
+    lengths: int
 
 
-@dataclass(frozen=True)
-class EqualLoss:
-    """What each arm spent until its validation loss first reached a target.
+@dataclass(frozen=True, eq=False)
+class Matchup:
+    """TST runs of one setting against baselines of the same settings, seed by seed.
 
     Attributes:
-        budget: what is counted.
-        target_of: the arm whose final loss is the target.
-        target_loss: nats a token.
-        baseline_cost: None if not reached within the run.
-        tst_cost: likewise.
+        baseline: the baseline of the same length.
+        tst: the TST runs.
+        pairs: runs that count, by seed.
+        baselines: finished baselines that differ in nothing but their length, ``baseline``
+            included.
+        differences: settings outside of superposition in which the arms differ.
     """
 
-    budget: Budget
-    target_of: Arm
-    target_loss: float
-    baseline_cost: float | None
-    tst_cost: float | None
-
-    def cost_of(self, arm: Arm) -> float | None:
-        """What this arm spent; None if it never reached the target."""
-        return self.baseline_cost if arm == "baseline" else self.tst_cost
+    baseline: Group
+    tst: Group
+    pairs: tuple[Pair, ...]
+    baselines: tuple[Group, ...]
+    differences: tuple[str, ...] = ()
 
     @property
-    def speed_up(self) -> float | None:
-        """Baseline cost over TST cost; above 1 where TST is cheaper."""
-        if self.baseline_cost is None or self.tst_cost is None:
+    def gap(self) -> Estimate | None:
+        """Mean and interval of the paired differences of the final losses."""
+        return estimate([pair.gap for pair in self.pairs]) if self.pairs else None
+
+    @property
+    def times_are_comparable(self) -> bool:
+        """Whether all runs were timed on one kind of machine."""
+        runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
+        timed = all(np.isfinite(run.seconds).all() for run in runs)
+        return timed and len({run.machine for run in runs}) == 1
+
+    def mean_of(self, reading: Callable[[Pair], float | None]) -> Estimate | None:
+        """Mean over seeds of a reading; None if a seed has none."""
+        values = [reading(pair) for pair in self.pairs]
+        found = [value for value in values if value is not None]
+        return estimate(found) if found and len(found) == len(values) else None
+
+    def speed_up_off_curve(self, budget: Budget) -> Estimate | None:
+        """Speed-up read off one curve; None if a seed has none."""
+        values = [pair.speed_up_off_curve(budget) for pair in self.pairs]
+        found = [value for value in values if value is not None]
+        return estimate_ratio(found) if found and len(found) == len(values) else None
+
+    def speed_up_off_ends(self) -> Length | None:
+        """Speed-up read off finished baselines of several lengths; None without a second one.
+
+        Each seed's final losses are interpolated linearly over the logarithm of the length.
+        """
+        curves = [self._ends(pair) for pair in self.pairs]
+        if not curves or any(len(lengths) < 2 for lengths, _ in curves):
             return None
-        return self.baseline_cost / self.tst_cost
+        found, beyond, below = [], 0, 0
+        for pair, (lengths, losses) in zip(self.pairs, curves, strict=True):
+            target = pair.tst.final_loss
+            if losses[0] < target:
+                below += 1
+                continue
+            reached = first_reached(np.log(lengths), losses, target)
+            if reached is None:
+                beyond += 1
+            else:
+                found.append(float(np.exp(reached)))
+        trained = [length for lengths, _ in curves for length in lengths]
+        is_whole = len(found) == len(curves)
+        return Length(
+            estimate=estimate_ratio(found) if is_whole else None,
+            beyond=beyond,
+            below=below,
+            seeds=len(curves),
+            longest=max(trained),
+            shortest=min(trained),
+            lengths=len(set(trained)),
+        )
+
+    def equal_data_off_ends(self) -> Estimate | None:
+        """Gap to a finished baseline that read as much text as TST.
+
+        Interpolated between baselines of neighbouring lengths; None if the lengths that were
+        trained do not reach as far.
+        """
+        gaps = []
+        for pair in self.pairs:
+            lengths, losses = self._ends(pair)
+            loss = _loss_at_length(
+                lengths, losses, pair.tst.data_tokens[-1] / pair.tst.equivalent_tokens[-1]
+            )
+            if loss is None:
+                return None
+            gaps.append(loss - pair.tst.final_loss)
+        return estimate(gaps) if gaps else None
+
+    def _ends(self, pair: Pair) -> tuple[FloatArray, FloatArray]:
+        """Lengths of a seed's baselines, in units of the TST run, ascending; their final losses."""
+        total = pair.tst.equivalent_tokens[-1]
+        ends = sorted(
+            (float(run.equivalent_tokens[-1] / total), run.final_loss)
+            for group in self.baselines
+            for run in group.runs
+            if run.status == "finished" and run.seed == pair.baseline.seed
+        )
+        return np.array([length for length, _ in ends]), np.array([loss for _, loss in ends])
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs and everything that the report says about them."""
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What is said about runs whose losses can be compared.
 
-    baseline: Run
-    tst: Run
-    equal_flops: EqualBudget
-    equal_data: EqualBudget
-    equal_time: EqualBudget
-    equal_loss: tuple[EqualLoss, ...]
+    Attributes:
+        name: heading.
+        groups: all groups of runs, compared or not.
+        matchups: each TST group that has a baseline.
+        alone: TST groups without a baseline of the same settings.
+    """
 
-    def equal_loss_for(self, target_of: Arm, budget: Budget) -> EqualLoss:
-        """The equal-loss reading with this target and unit."""
-        return next(e for e in self.equal_loss if e.target_of == target_of and e.budget == budget)
+    name: str
+    groups: tuple[Group, ...]
+    matchups: tuple[Matchup, ...]
+    alone: tuple[Group, ...] = ()
+
+    @property
+    def ranked(self) -> list[Matchup]:
+        """Matchups with a pair that counts, the largest mean gap first."""
+        found = [(matchup.gap.mean, matchup) for matchup in self.matchups if matchup.gap]
+        return [matchup for _, matchup in sorted(found, key=lambda one: -one[0])]
 
 
-def compare(baseline: Run, tst: Run) -> Comparison:
-    """Compares two runs.
+def study_of(family: Family) -> Study:
+    """Compares what can be compared in a family."""
+    matchups, alone = matchups_of(family)
+    return Study(family.name, family.groups, tuple(matchups), tuple(alone))
+
+
+def study_of_two(baseline: RunResult, tst: RunResult) -> Study:
+    """Compares two runs that the user named; see :func:`match_two`."""
+    matchup = match_two(baseline, tst)
+    return Study("Token superposition", (matchup.baseline, matchup.tst), (matchup,))
+
+
+def matchups_of(family: Family) -> tuple[list[Matchup], list[Group]]:
+    """Pairs each TST group with its baseline.
+
+    Returns:
+        The matchups, and the TST groups without a baseline of the same settings.
+    """
+    baselines = {_key(group, ()): group for group in family.groups if group.is_baseline}
+    found, alone = [], []
+    for group in family.groups:
+        if group.is_baseline:
+            continue
+        baseline = baselines.get(_key(group, ()))
+        if baseline is None:
+            alone.append(group)
+            continue
+        by_seed = {run.seed: run for run in baseline.counted}
+        pairs = [Pair(by_seed[run.seed], run) for run in group.counted if run.seed in by_seed]
+        found.append(
+            Matchup(baseline, group, tuple(pairs), _of_all_lengths(group, list(baselines.values())))
+        )
+    return found, alone
+
+
+def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
+    """Pairs two runs that the user named, whatever their seeds and settings.
 
     Raises:
-        ValueError: the baseline has a superposition phase, or the TST run has none.
+        ValueError: the arms are swapped, or their losses cannot be compared.
     """
-    if baseline.schedule.config.enabled:
+    if baseline.bag_size > 1:
         raise ValueError(
-            f"--baseline {baseline.folder} is a TST run (bag size "
-            f"{baseline.schedule.config.bag_size}): swap the folders, or pass an ordinary run."
+            f"--baseline {baseline.name} is a TST run (bag size {baseline.bag_size}): "
+            "swap the folders, or pass an ordinary run."
         )
-    if not tst.schedule.config.enabled:
+    if tst.bag_size == 1:
         raise ValueError(
-            f"--tst {tst.folder} is a run without superposition (bag size 1): "
+            f"--tst {tst.name} is a run without superposition (bag size 1): "
             "swap the folders, or pass a run with --tst-bag-size of 2 or more."
         )
-    targets: tuple[tuple[Arm, float], ...] = (
-        ("baseline", baseline.final_loss),
-        ("TST", tst.final_loss),
+    if apart := incomparable(baseline, tst):
+        raise ValueError(
+            f"the losses of {baseline.name} and {tst.name} cannot be compared: they differ in "
+            f"{', '.join(apart)}. Pass runs of one model, one tokenizer and one validation set."
+        )
+    groups = (
+        Group("baseline", baseline.settings, (baseline,)),
+        Group(f"TST ({superposition_label(tst.settings)})", tst.settings, (tst,)),
     )
-    budgets: tuple[Budget, ...] = ("equivalent tokens", "seconds")
-    return Comparison(
-        baseline=baseline,
-        tst=tst,
-        equal_flops=_equal_budget(baseline, tst, "equivalent tokens"),
-        equal_data=_equal_budget(baseline, tst, "data tokens"),
-        equal_time=_equal_budget(baseline, tst, "seconds"),
-        equal_loss=tuple(
-            EqualLoss(
-                budget=budget,
-                target_of=arm,
-                target_loss=loss,
-                baseline_cost=_cost_of(baseline, budget, loss),
-                tst_cost=_cost_of(tst, budget, loss),
-            )
-            for arm, loss in targets
-            for budget in budgets
-        ),
-    )
-
-
-def _equal_budget(baseline: Run, tst: Run, budget: Budget) -> EqualBudget:
-    amount = min(run.spent(budget, run.last_step) for run in (baseline, tst))
-    return EqualBudget(
-        budget=budget,
-        amount=amount,
-        baseline_loss=value_at(
-            baseline.validation_spent(budget), baseline.validation.values, amount
-        ),
-        tst_loss=value_at(tst.validation_spent(budget), tst.validation.values, amount),
-        tst_in_superposition=amount < tst.spent(budget, tst.schedule.switch_step),
-    )
-
-
-def _cost_of(run: Run, budget: Budget, loss: float) -> float | None:
-    return first_reached(run.validation_spent(budget), run.validation.values, loss)
-
-
-def value_at(x: FloatArray, y: FloatArray, at: float) -> float | None:
-    """Linear interpolation of a curve; None outside of it.
-
-    Args:
-        x: [n], ascending.
-        y: [n].
-        at: where to read the curve.
-    """
-    if not x[0] <= at <= x[-1]:
-        return None
-    return float(np.interp(at, x, y))
-
-
-def first_reached(x: FloatArray, y: FloatArray, target: float) -> float | None:
-    """Where a linearly interpolated curve first comes down to ``target``; None if it never does.
-
-    Args:
-        x: [n], ascending.
-        y: [n].
-        target: value to reach; a curve that starts at or below it reaches it at ``x[0]``.
-    """
-    below = np.flatnonzero(y <= target)
-    if below.size == 0:
-        return None
-    i = int(below[0])
-    if i == 0:
-        return float(x[0])
-    fraction = (y[i - 1] - target) / (y[i - 1] - y[i])
-    return float(x[i - 1] + fraction * (x[i] - x[i - 1]))
-
-
-def settings_side_by_side(comparison: Comparison) -> list[tuple[str, Any, Any]]:
-    """Rows (name, value of the baseline, value of TST) of all settings; None where one has none."""
-    baseline, tst = (_flat_settings(run.info) for run in (comparison.baseline, comparison.tst))
-    names = list(dict.fromkeys([*baseline, *tst]))
-    return [(name, baseline.get(name), tst.get(name)) for name in names]
-
-
-def unexpected_differences(comparison: Comparison) -> list[str]:
-    """Names of settings outside of superposition in which the arms differ."""
-    return [
-        name
-        for name, baseline, tst in settings_side_by_side(comparison)
-        if baseline != tst and not name.startswith(("superposition.", "tst_", "switch_step"))
+    pairs = (Pair(baseline, tst),) if all(group.counted for group in groups) else ()
+    expected = (*SUPERPOSITION_SETTINGS, "parameters")
+    differences = [
+        name for name in differing([baseline.settings, tst.settings]) if name not in expected
     ]
+    return Matchup(groups[0], groups[1], pairs, (groups[0],), tuple(differences))
 
 
-def _flat_settings(info: dict[str, Any]) -> dict[str, Any]:
-    run_level = (
-        "parameters",
-        "total_steps",
-        "switch_step",
-        "batch_sizes",
-        "sequence_length",
-        "seed",
-    )
-    return {
-        **{f"superposition.{name}": value for name, value in info["superposition"].items()},
-        **{name: info[name] for name in run_level},
-        **info["settings"],
-    }
+def _of_all_lengths(group: Group, baselines: Sequence[Group]) -> tuple[Group, ...]:
+    wanted = _key(group, LENGTH_SETTINGS)
+    return tuple(one for one in baselines if _key(one, LENGTH_SETTINGS) == wanted)
+
+
+def _loss_at_length(lengths: FloatArray, losses: FloatArray, length: float) -> float | None:
+    if not lengths.size:
+        return None
+    nearest = int(np.argmin(np.abs(lengths - length)))
+    # A schedule rounds its switch to whole steps.
+    if abs(lengths[nearest] - length) <= 0.005 * length:
+        return float(losses[nearest])
+    return value_at(np.log(lengths), losses, log(length))
+
+
+def _key(group: Group, left_out: Sequence[str]) -> frozenset[tuple[str, object]]:
+    ignored = {*SUPERPOSITION_SETTINGS, *left_out}
+    return frozenset(item for item in group.settings.items() if item[0] not in ignored)

@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
 from megatron_tst.data.mutual_information import DecayFit, Measurement
-from megatron_tst.report.plots import _COLOURS, _FOREGROUND, _STYLE, _legend
+from megatron_tst.report.curve_plots import COLOURS, legend
+from megatron_tst.report.drawing import FOREGROUND, STYLE
 
 if TYPE_CHECKING:
     from megatron_tst.data.inspection import LengthDistribution
@@ -31,16 +32,16 @@ def draw_lengths(lengths: LengthDistribution) -> bytes:
     steps = np.geomspace(positive[0], positive[-1] + 1, _BINS + 1).round()
     edges = np.unique(steps) - 0.5
     documents, tokens = (_percent(numbers) for numbers in lengths.binned(edges))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
-        colours = _COLOURS["baseline"], _COLOURS["TST"]
+        colours = COLOURS[:2]
         axes.stairs(documents, edges, fill=True, alpha=0.55, color=colours[0], label="documents")
         axes.stairs(tokens, edges, color=colours[1], linewidth=1.6, label="tokens in them")
         for share, name, style in ((0.5, "median", "--"), (0.95, "p95", ":")):
             length = max(lengths.quantile(share), 1)
             label = f"{name} {length:,}"
-            axes.axvline(length, color=_FOREGROUND, linestyle=style, linewidth=1.0, label=label)
+            axes.axvline(length, color=FOREGROUND, linestyle=style, linewidth=1.0, label=label)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel(f"tokens a document ({lengths.documents:,}, {lengths.empty:,} empty)")
@@ -55,12 +56,12 @@ def _percent(numbers: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def draw_decay(measurement: Measurement, fit: DecayFit) -> bytes:
     """Mutual information against distance with the fitted law, and the residuals, as PNG."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.2), layout="constrained")
         curve, residuals = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         _draw_curve(curve, measurement, fit)
         difference = measurement.information - fit.law(measurement.distances)
-        residuals.axhline(0.0, color=_COLOURS["TST"])
+        residuals.axhline(0.0, color=COLOURS[1])
         _draw_points(residuals, measurement, fit, difference)
         residuals.set_ylabel("residual (nats)")
         residuals.set_xlabel("distance D (tokens)")
@@ -76,12 +77,12 @@ def _draw_curve(axes: Axes, measurement: Measurement, fit: DecayFit) -> None:
     _draw_points(axes, measurement, fit, measurement.information)
     fine = np.geomspace(distances[0], distances[-1], 200)
     label = f"{law.constant:.3f} + {law.amplitude:.3f} D$^{{{law.exponent:.3f}}}$"
-    axes.plot(fine, law(fine), color=_COLOURS["TST"], label=label)
+    axes.plot(fine, law(fine), color=COLOURS[1], label=label)
     constant = f"constant {law.constant:.3f}"
-    axes.axhline(law.constant, color=_FOREGROUND, linestyle=":", linewidth=1.0, label=constant)
+    axes.axhline(law.constant, color=FOREGROUND, linestyle=":", linewidth=1.0, label=constant)
     axes.set_xscale("log", base=2)
     axes.set_ylabel("mutual information (nats)")
-    _legend(axes)
+    legend(axes)
 
 
 def _draw_points(
@@ -92,7 +93,7 @@ def _draw_points(
         values,
         yerr=None if fit.standard_errors is None else 2.0 * fit.standard_errors,
         fmt="o",
-        color=_COLOURS["baseline"],
+        color=COLOURS[0],
         capsize=2.0,
         zorder=5,
         label="measured" if fit.standard_errors is None else "measured, 2 std. errors",

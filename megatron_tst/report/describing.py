@@ -10,14 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tst.report.runs import FloatArray, Series
+from megatron_tst.report.events import FloatArray, Series
 from megatron_tst.schedule import SuperpositionSchedule
 
 Status = Literal["finished", "diverged", "unfinished"]
 Setting = str | int | float | bool
 IntArray = npt.NDArray[np.int64]
 
-_MODEL_SETTINGS = (
+MODEL_SETTINGS = (
+    "parameters",
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -37,6 +38,14 @@ _TRAINING_SETTINGS = (
     "adam_beta2",
     "clip_grad",
     "bf16",
+)
+DATA_KEYS = (
+    "data_path",
+    "split",
+    "tokenizer_type",
+    "tokenizer_model",
+    "sequence_length",
+    "validation_tokens",
 )
 # Logged training losses kept as they are on each side of the switch, and means over the others.
 _KEPT_AT_SWITCH = 10
@@ -94,7 +103,7 @@ def describe_settings(arguments: Mapping[str, Any]) -> dict[str, Setting]:
         arguments: Megatron's, by name; those that are missing or None are left out.
     """
     renamed = {"learning_rate": arguments.get("lr"), "total_steps": arguments.get("train_iters")}
-    same = {name: arguments.get(name) for name in (*_MODEL_SETTINGS, *_TRAINING_SETTINGS, "seed")}
+    same = {name: arguments.get(name) for name in (*MODEL_SETTINGS, *_TRAINING_SETTINGS, "seed")}
     return {name: value for name, value in {**renamed, **same}.items() if value is not None}
 
 

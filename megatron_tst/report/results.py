@@ -24,11 +24,11 @@ from megatron_tst.report.describing import (
     superposition_settings,
     thin_training_loss,
 )
+from megatron_tst.report.events import FloatArray
 from megatron_tst.report.runs import (
     OFFSET_LOSS_PREFIX,
     TRAINING_LOSS,
     Budget,
-    FloatArray,
     Run,
     read_run,
 )

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.report.events import FloatArray, Series, read_scalars
 from megatron_tst.schedule import SuperpositionSchedule
 
-FloatArray = npt.NDArray[np.float64]
 Budget = Literal["equivalent tokens", "data tokens", "seconds"]
 """What a run spends: FLOPs (proportional to equivalent tokens), text, or training time."""
 
@@ -41,19 +40,6 @@ _REQUIRED_KEYS = (
 )
 # TensorBoard stores float32.
 _TOKEN_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Series:
-    """A logged scalar.
-
-    Attributes:
-        steps: optimizer steps completed when the value was logged, ascending, [n].
-        values: float64, [n].
-    """
-
-    steps: npt.NDArray[np.int64]
-    values: FloatArray
 
 
 @dataclass(frozen=True)
@@ -141,7 +127,7 @@ def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
         )
     info = _read_info(events / RUN_FILE)
     schedule = _schedule(info, folder)
-    scalars = _read_scalars(events)
+    scalars = read_scalars(events)
     missing = [tag for tag in _REQUIRED_SCALARS if tag not in scalars]
     if missing and not may_lack_scalars:
         raise ValueError(
@@ -185,45 +171,6 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
             f"settings switch at step {schedule.switch_step}: the file was edited."
         )
     return schedule
-
-
-def _read_scalars(folder: Path) -> dict[str, Series]:
-    """Merges the event files of a run and its restarts.
-
-    A step that two files have was run again after a restart, so the later file wins. Within a file
-    the first value wins: after training, Megatron logs the test loss under the tag and step of the
-    last validation loss (``evaluate_and_print_results`` in megatron/training/training.py).
-    """
-    files = [_read_event_file(path) for path in folder.rglob("events.out.tfevents.*")]
-    merged: dict[str, dict[int, float]] = {}
-    for _, scalars in sorted(files, key=lambda file: file[0]):
-        for tag, values in scalars.items():
-            merged.setdefault(tag, {}).update(values)
-    return {tag: _series(values) for tag, values in merged.items()}
-
-
-def _read_event_file(path: Path) -> tuple[float, dict[str, dict[int, float]]]:
-    """When the file was started, and the first value of each tag and step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # Purging would drop the validation losses, which are logged after the scalars of a later step.
-    reader = EventAccumulator(str(path), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    reader.Reload()
-    scalars: dict[str, dict[int, float]] = {}
-    for tag in reader.Tags()["scalars"]:
-        values = scalars.setdefault(tag, {})
-        for event in reader.Scalars(tag):
-            values.setdefault(event.step, event.value)
-    started = reader.FirstEventTimestamp() if scalars else 0.0
-    return started, scalars
-
-
-def _series(values: dict[int, float]) -> Series:
-    steps = sorted(values)
-    return Series(
-        steps=np.array(steps, dtype=np.int64),
-        values=np.array([values[step] for step in steps], dtype=np.float64),
-    )
 
 
 def _check_tokens(run: Run) -> None:

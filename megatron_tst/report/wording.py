@@ -2,55 +2,256 @@
 
 from __future__ import annotations
 
-from math import exp
+from collections.abc import Iterable
 
-from megatron_tst.report.comparison import (
-    ARMS,
-    Arm,
-    Comparison,
-    EqualBudget,
-    EqualLoss,
-    unexpected_differences,
-)
+from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.families import Group
+from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
+from megatron_tst.report.statistics import Estimate
+from megatron_tst.report.units import (
+    TIMES,
+    amount,
+    gap_text,
+    perplexity_change,
+    ratio_text,
+    seeds,
+    signed,
+)
 
-ARM_NAMES: dict[Arm, str] = {"baseline": "the baseline", "TST": "TST"}
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-TIMES = "\N{MULTIPLICATION SIGN}"
 NOT_REACHED = "not reached within the run"
 # Losses are quoted to three decimals; a smaller gap is no gap.
 _DRAW = 5e-4
 
 
-def quantity(value: float) -> str:
-    """A count with three significant digits: 42 B, 1.05 T."""
-    for factor, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        # 999.6 k would otherwise be rounded to 1e+03 k.
-        if value >= factor * 0.9995:
-            return f"{value / factor:#.3g}".rstrip(".") + suffix
-    return f"{value:.3g}"
+def outcome(gap: Estimate) -> str:
+    """What a gap says about TST: won, lost, drew or undecided.
+
+    With several seeds the interval decides, with one the number alone.
+    """
+    if gap.n > 1 and not gap.excludes(0.0):
+        return "undecided"
+    if abs(gap.mean) < _DRAW:
+        return "drew"
+    return "won" if gap.mean > 0 else "lost"
 
 
-def duration(seconds: float) -> str:
-    """A time span in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+def verdict(study: Study) -> list[str]:
+    """The outcome of a study, a sentence each; about the setting with the largest gap."""
+    if not study.ranked:
+        return ["No TST run can be set against a baseline."]
+    best = study.ranked[0]
+    sentences = [
+        _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
+        *speed_sentences(best),
+        *_equal_data(best),
+        _equal_budget(best, "At equal training time", "seconds")
+        if best.times_are_comparable
+        else "",
+        switch_sentence(best),
+    ]
+    if len(study.ranked) > 1:
+        sentences.insert(0, _ranking(study))
+    return [sentence for sentence in sentences if sentence]
 
 
-def amount(budget: Budget, value: float) -> str:
-    """An amount spent, with its unit."""
-    return duration(value) if budget == "seconds" else f"{quantity(value)} {budget}"
+def _ranking(study: Study) -> str:
+    ranked = study.ranked
+    outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
+    counts = ", ".join(
+        f"{outcomes.count(word)} {word}"
+        for word in ("won", "lost", "drew", "undecided")
+        if word in outcomes
+    )
+    return (
+        f"{len(ranked)} TST settings at equal FLOPs: {counts}. "
+        f"The largest gap is that of {ranked[0].tst.label}, which the sentences below are about."
+    )
 
 
-def signed(value: float) -> str:
-    """A gap in nats with its sign."""
-    return f"{value:+.3f}".replace("-", MINUS)
+def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
+    readings = [pair.equal_budget(budget) for pair in matchup.pairs]
+    gap = matchup.mean_of(lambda pair: pair.equal_budget(budget).gap)
+    spent = sum(reading.amount for reading in readings) / len(readings)
+    condition = f"{condition} ({amount(budget, spent)})"
+    if gap is None:
+        return f"{condition} the arms cannot be compared: one was first evaluated later."
+    phase = ", while still in phase 1" if any(r.tst_in_superposition for r in readings) else ""
+    losses = [
+        sum(loss for loss in losses if loss is not None) / len(readings)
+        for losses in (
+            [reading.tst_loss for reading in readings],
+            [reading.baseline_loss for reading in readings],
+        )
+    ]
+    return f"{condition} {_claim(gap, phase)}: {_losses(losses, gap)}"
+
+
+def _claim(gap: Estimate, phase: str = "") -> str:
+    result = outcome(gap)
+    if result == "undecided":
+        return f"it is undecided whether TST gains{phase}"
+    return f"the arms drew{phase}" if result == "drew" else f"TST {result}{phase}"
+
+
+def _losses(losses: list[float], gap: Estimate) -> str:
+    text = (
+        f"validation loss {losses[0]:.3f} against {losses[1]:.3f}, a gap of {signed(gap.mean)} "
+        f"nats ({perplexity_change(gap.mean)} perplexity)"
+    )
+    return f"{text}{_over_seeds(gap)}."
+
+
+def _over_seeds(gap: Estimate) -> str:
+    if gap.low is None or gap.high is None:
+        return ""
+    zero = "" if gap.excludes(0.0) else ", which holds zero"
+    return f"; 95% interval over {seeds(gap.n)} {signed(gap.low)} to {signed(gap.high)}{zero}"
+
+
+def speed_sentences(matchup: Matchup) -> list[str]:
+    """The speed-up, read off one curve and off finished runs of several lengths."""
+    return [sentence for sentence in (_off_curve(matchup), off_ends(matchup)) if sentence]
+
+
+def _off_curve(matchup: Matchup) -> str:
+    flops = matchup.speed_up_off_curve("equivalent tokens")
+    if flops is None:
+        return ""
+    time = matchup.speed_up_off_curve("seconds") if matchup.times_are_comparable else None
+    by_time = "" if time is None else f" and {ratio_text(time)} by training time"
+    return (
+        "Read off one curve, to the final loss of the arm that ended higher, TST was "
+        f"{ratio_text(flops)} as fast as the baseline by FLOPs{by_time}; the arm that ended lower "
+        "is read before its learning rate has decayed."
+    )
+
+
+def off_ends(matchup: Matchup) -> str:
+    """The speed-up off finished baselines; empty if there is one length only."""
+    found = matchup.speed_up_off_ends()
+    if found is None:
+        return ""
+    start = f"Read off finished runs of {found.lengths} lengths, "
+    if found.estimate is not None:
+        return (
+            f"{start}a baseline must train {ratio_text(found.estimate)} as many steps to end at "
+            "the final loss of TST."
+        )
+    bounds = []
+    if found.beyond:
+        bounds.append(f"more than {found.longest:.3g}{TIMES} as many steps in {found.beyond}")
+    if found.below:
+        bounds.append(f"fewer than {found.shortest:.3g}{TIMES} as many in {found.below}")
+    return (
+        f"{start}a baseline must train {' and '.join(bounds)} of {seeds(found.seeds)} to end at "
+        "the final loss of TST."
+    )
+
+
+def _equal_data(matchup: Matchup) -> list[str]:
+    curve = _equal_budget(matchup, "At equal data", "data tokens")
+    finished = matchup.equal_data_off_ends()
+    if finished is None:
+        return [curve]
+    return [
+        f"Against a finished baseline that read as much text, {_claim(finished)}: "
+        f"a gap of {signed(finished.mean)} nats{_over_seeds(finished)}."
+    ]
+
+
+def switch_sentence(matchup: Matchup) -> str:
+    """The jump at the switch and how long it lasts; empty if it was not logged."""
+    jump = matchup.mean_of(lambda pair: pair.switch().jump)
+    crossings = [pair.switch().steps_to_crossing for pair in matchup.pairs]
+    reached = [steps for steps in crossings if steps is not None]
+    first = ""
+    if jump is not None:
+        moved = "jumped" if jump.mean > 0 else "moved"
+        first = f"At the switch the training loss {moved} by {gap_text(jump)} nats. "
+    if not reached:
+        return f"{first}After the switch the validation loss never came under the baseline's."
+    mean = sum(reached) / len(reached)
+    share = mean / matchup.tst.total_steps
+    some = "" if len(reached) == len(crossings) else f" in {len(reached)} of {len(crossings)} seeds"
+    return (
+        f"{first}The validation loss was back under the baseline's of the same step "
+        f"{mean:.0f} steps after the switch ({share:.0%} of the run){some}."
+    )
+
+
+def cautions(study: Study) -> list[str]:
+    """What a reader must know before trusting the verdict."""
+    found: list[str] = []
+    if study.ranked:
+        found += _cautions_on_seeds(study)
+    for group in study.groups:
+        found += _cautions_on_runs(group)
+    for group in study.alone:
+        found.append(f"{group.label} has no baseline of the same settings and length.")
+    for matchup in study.matchups:
+        found += _cautions_on_arms(matchup)
+    return list(dict.fromkeys(found))
+
+
+def _cautions_on_seeds(study: Study) -> Iterable[str]:
+    counts = [len(matchup.pairs) for matchup in study.ranked]
+    if max(counts) == 1:
+        yield "One seed; no interval: a second seed may move the gap."
+    elif min(counts) == 1:
+        alone = [m.tst.label for m in study.ranked if len(m.pairs) == 1]
+        yield f"One seed, so no interval: {', '.join(alone)}."
+    if len(counts) > 1:
+        yield (
+            f"The setting with the largest of {len(counts)} gaps was picked by the gap itself: "
+            "expect a smaller one from new seeds."
+        )
+    undecided = [
+        m.tst.label for m in study.ranked if m.gap and m.gap.n > 1 and not m.gap.excludes(0.0)
+    ]
+    if undecided:
+        yield f"Undecided, the interval of the gap holds zero: {', '.join(undecided)}."
+
+
+def _cautions_on_runs(group: Group) -> Iterable[str]:
+    if group.diverged:
+        names = ", ".join(run.name for run in group.diverged)
+        yield (
+            f"{len(group.diverged)} of {len(group.runs)} runs of {group.label} diverged and are in "
+            f"no mean: {names}."
+        )
+    for run in group.runs:
+        if run.status != "unfinished":
+            continue
+        last = int(run.steps[-1]) if run.steps.size else 0
+        use = "" if run in group.counted else "; it is in no mean"
+        yield (
+            f"{run.name} was last evaluated at step {last} of {run.total_steps}: its learning rate "
+            f"had not finished its decay{use}."
+        )
+        if last < run.switch_step:
+            yield (
+                f"{run.name} was stopped in phase 1: it is not an ordinary language model yet, and "
+                "the verdict is not one about the method."
+            )
+
+
+def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
+    if matchup.differences:
+        yield (
+            f"The arms differ in more than superposition: {', '.join(matchup.differences)}. "
+            "The gap cannot be put down to superposition alone."
+        )
+    runs = [run for pair in matchup.pairs for run in (pair.baseline, pair.tst)]
+    if len({run.commit for run in runs}) > 1:
+        yield "The arms were trained with different commits."
+    if len({run.machine for run in runs}) > 1:
+        yield "The arms were trained on different machines: times cannot be compared."
+    if any(not run.data for run in runs):
+        yield (
+            "Which text, tokenizer and validation set the runs had is not recorded: that they are "
+            "the same was not checked."
+        )
 
 
 def cost(reading: EqualLoss, arm: Arm) -> str:
@@ -59,96 +260,15 @@ def cost(reading: EqualLoss, arm: Arm) -> str:
     return NOT_REACHED if spent is None else amount(reading.budget, spent)
 
 
-def verdict(comparison: Comparison) -> list[str]:
-    """Who won at equal FLOPs, at equal loss, at equal data and at equal time: a sentence each."""
-    sentences = [
-        _outcome("At equal FLOPs", comparison.equal_flops),
-        _speed_sentence(comparison),
-        _outcome("At equal data", comparison.equal_data),
-        _outcome("At equal training time", comparison.equal_time),
-    ]
-    return [sentence for sentence in sentences if sentence]
-
-
-def _outcome(condition: str, reading: EqualBudget) -> str:
-    condition = f"{condition} ({amount(reading.budget, reading.amount)})"
-    if reading.gap is None:
-        return f"{condition} the arms cannot be compared: one was first evaluated later."
-    if abs(reading.gap) < _DRAW:
-        return f"{condition} the arms drew: validation loss {reading.tst_loss:.3f} in both."
-    word = "won" if reading.gap > 0 else "lost"
-    phase = ", while still in phase 1" if reading.tst_in_superposition else ""
-    return (
-        f"{condition} TST {word}{phase}: validation loss {reading.tst_loss:.3f} against "
-        f"{reading.baseline_loss:.3f}, a gap of {signed(reading.gap)} nats "
-        f"({perplexity_change(reading.gap)} perplexity)."
-    )
-
-
-def perplexity_change(gap: float) -> str:
-    """What a gap in nats (positive where TST is ahead) does to the perplexity."""
-    ratio = exp(-gap)
-    if ratio > 2:
-        return f"{ratio:.3g}{TIMES} the"
-    return f"{abs(ratio - 1):.1%} {'lower' if ratio < 1 else 'higher'}"
-
-
-def _speed_sentence(comparison: Comparison) -> str:
-    """How much sooner the arm with the lower final loss reached the final loss of the other."""
-    tst_ahead = comparison.tst.final_loss <= comparison.baseline.final_loss
-    winner, loser = ARMS if not tst_ahead else reversed(ARMS)
-    flops = comparison.equal_loss_for(loser, "equivalent tokens")
-    flops_ratio, time_ratio = (
-        reading.speed_up if tst_ahead or reading.speed_up is None else 1 / reading.speed_up
-        for reading in (flops, comparison.equal_loss_for(loser, "seconds"))
-    )
-    if flops_ratio is None or time_ratio is None:
-        return ""
-    return (
-        f"To reach the final loss of {ARM_NAMES[loser]} ({flops.target_loss:.3f}), "
-        f"{ARM_NAMES[winner]} needed {cost(flops, winner)} and {ARM_NAMES[loser]} "
-        f"{cost(flops, loser)}: {ARM_NAMES[winner]} was {flops_ratio:.2f}{TIMES} as fast by FLOPs "
-        f"and {time_ratio:.2f}{TIMES} as fast by training time."
-    )
-
-
-def cautions(comparison: Comparison) -> list[str]:
-    """What a reader must know before trusting the verdict."""
-    found = ["One seed; no interval: a second seed may move the gap."]
-    for name, run in (("baseline", comparison.baseline), ("TST", comparison.tst)):
-        if run.last_step < run.schedule.total_steps:
-            found.append(
-                f"The {name} run was last evaluated at step {run.last_step} of "
-                f"{run.schedule.total_steps}: its learning rate had not finished its decay."
-            )
-    if comparison.tst.ended_in_superposition:
-        found.append(
-            "The TST run was stopped in phase 1: it is not an ordinary language model yet, and the "
-            "verdict is not one about the method."
-        )
-    different = unexpected_differences(comparison)
-    if different:
-        found.append(
-            f"The arms differ in more than superposition: {', '.join(different)}. "
-            "The gap cannot be put down to superposition alone."
-        )
-    if comparison.baseline.info["commit"] != comparison.tst.info["commit"]:
-        found.append("The arms were trained with different commits.")
-    if comparison.baseline.info["machine"] != comparison.tst.info["machine"]:
-        found.append("The arms were trained on different machines: times cannot be compared.")
-    return found
-
-
-def jump_explanation(comparison: Comparison) -> str:
+def jump_explanation(pair: Pair) -> str:
     """Why the training loss of a TST run is discontinuous."""
-    config = comparison.tst.schedule.config
-    s = config.bag_size
-    if config.superposes_output:
-        seen = f"in phase 1 it scores {s} tokens at once"
-    else:
+    settings, s = pair.tst.settings, pair.tst.bag_size
+    if settings.get("variant", "full") == "input-only":
         seen = f"in phase 1 it predicts the first token of a bag from bags of {s}"
+    else:
+        seen = f"in phase 1 it scores {s} tokens at once"
     return (
-        f"The training loss of TST jumps at step {comparison.tst.schedule.switch_step} because it "
-        f"is another quantity before: {seen}, afterwards the next token. "
+        f"The training loss of TST jumps at step {pair.tst.switch_step} because it is another "
+        f"quantity before: {seen}, afterwards the next token. "
         "The validation loss is the next-token loss throughout."
     )

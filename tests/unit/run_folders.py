@@ -17,6 +17,14 @@ BASELINE = SuperpositionConfig()
 TST = SuperpositionConfig(bag_size=4, step_ratio=0.25)
 TOTAL_STEPS, BATCH, LENGTH = 100, 2, 8
 TOKENS_PER_STEP = BATCH * LENGTH
+SETTINGS = {
+    "lr": 0.001,
+    "num_layers": 2,
+    "hidden_size": 8,
+    "data_path": ["/somewhere/corpus"],
+    "split": "98,2,0",
+    "tokenizer_type": "NullTokenizer",
+}
 # TensorBoard stores float32.
 RTOL = 1e-6
 
@@ -70,7 +78,7 @@ def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
         "text_share": 1.0,
         "parameters": 1_234_567,
         "seed": 7,
-        "settings": {"lr": 0.001, "num_layers": 2},
+        "settings": SETTINGS,
         "commit": "abc1234",
         "machine": {"cpu": "Example <CPU>", "cores": 2},
         "command": "python -m megatron_tst.pretrain --num-layers 2",

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_tst.report.comparison import Comparison, compare, first_reached, value_at
+from megatron_tst.report.comparison import Study, study_of_two
+from megatron_tst.report.curves import first_reached, value_at
 from megatron_tst.report.html import write_report
+from megatron_tst.report.results import read_result
 from megatron_tst.report.runs import read_run
-from megatron_tst.report.wording import NOT_REACHED, cautions, duration, quantity, verdict
+from megatron_tst.report.units import duration, quantity
+from megatron_tst.report.wording import NOT_REACHED, cautions, verdict
 from tests.unit.run_folders import (
     BASELINE,
     BATCH,
     RTOL,
-    TOKENS_PER_STEP,
+    SETTINGS,
     TOTAL_STEPS,
     TST,
     baseline_loss,
@@ -31,22 +34,25 @@ from tests.unit.run_folders import (
     write_events,
     write_info,
 )
-from tools.compare_runs import main
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """TST wins; its steps take twice as long."""
     root = tmp_path_factory.mktemp("runs")
     baseline = make_run(root / "baseline", BASELINE, baseline_loss)
-    tst = make_run(root / "tst", TST, tst_loss, seconds_per_step=1.0)
-    return compare(read_run(baseline), read_run(tst))
+    return baseline, make_run(root / "tst", TST, tst_loss, seconds_per_step=1.0)
 
 
 @pytest.fixture(scope="module")
-def page(comparison: Comparison, tmp_path_factory: pytest.TempPathFactory) -> str:
+def study(runs: tuple[Path, Path]) -> Study:
+    return study_of_two(*map(read_result, runs))
+
+
+@pytest.fixture(scope="module")
+def page(study: Study, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(comparison, output, sample_text="Once <upon> a time")
+    write_report([study], output, sample_text="Once <upon> a time")
     return output.read_text()
 
 
@@ -71,57 +77,6 @@ def test_value_at_never_extrapolates(at: float, expected: float | None) -> None:
     assert value_at(np.array([0.0, 10.0]), np.array([4.0, 2.0]), at) == expected
 
 
-def test_equal_flops_compares_the_ends_of_equally_long_runs(comparison: Comparison) -> None:
-    reading = comparison.equal_flops
-    assert reading.amount == TOTAL_STEPS * TOKENS_PER_STEP
-    assert (reading.baseline_loss, reading.tst_loss) == pytest.approx((3.0, 2.5), rel=RTOL)
-    assert reading.gap == pytest.approx(0.5, rel=RTOL)
-    assert not reading.tst_in_superposition
-
-
-def test_equal_data_is_read_where_the_baseline_has_read_all_its_text(
-    comparison: Comparison,
-) -> None:
-    # TST reads 4 * 25 * 16 tokens in phase 1, which is what the baseline reads in its 100 steps:
-    # a point halfway, in data tokens, between the validations at steps 20 (1280) and 30 (1680)
-    # would be 1480; 1600 lies at 0.8, between losses 9 and 6.
-    reading = comparison.equal_data
-    assert reading.amount == 1600
-    assert reading.baseline_loss == pytest.approx(3.0, rel=RTOL)
-    assert reading.tst_loss == pytest.approx(9.0 - 0.8 * 3.0, rel=RTOL)
-
-
-def test_equal_time_is_read_at_the_end_of_the_faster_run(comparison: Comparison) -> None:
-    # The baseline takes 50 s; TST is at step 50 then, at a loss of 5.
-    reading = comparison.equal_time
-    assert reading.amount == pytest.approx(50.0, rel=RTOL)
-    assert (reading.baseline_loss, reading.tst_loss) == pytest.approx((3.0, 5.0), rel=RTOL)
-
-
-def test_speed_up_is_read_off_the_interpolated_curves(comparison: Comparison) -> None:
-    # TST passes the baseline's 3.0 at step 90 of 100; its steps take twice as long.
-    flops = comparison.equal_loss_for("baseline", "equivalent tokens")
-    assert flops.tst_cost == pytest.approx(90 * TOKENS_PER_STEP, rel=RTOL)
-    assert flops.speed_up == pytest.approx(100 / 90, rel=RTOL)
-    time = comparison.equal_loss_for("baseline", "seconds")
-    assert time.speed_up == pytest.approx(50 / 90, rel=RTOL)
-
-
-def test_a_loss_that_an_arm_never_reaches_has_no_speed_up(comparison: Comparison) -> None:
-    reading = comparison.equal_loss_for("TST", "equivalent tokens")
-    assert reading.baseline_cost is None
-    assert reading.speed_up is None
-
-
-def test_equal_data_before_the_first_evaluation_is_not_read(tmp_path: Path) -> None:
-    baseline = make_run(tmp_path / "baseline", BASELINE, baseline_loss, steps=range(10, 21, 10))
-    tst = make_run(tmp_path / "tst", TST, tst_loss, steps=range(20, 101, 20))
-    reading = compare(read_run(baseline), read_run(tst)).equal_data
-    assert reading.amount == 20 * TOKENS_PER_STEP
-    assert reading.tst_loss is None
-    assert reading.gap is None
-
-
 @pytest.mark.parametrize(
     ("final", "words"), [(2.5, "TST won"), (3.5, "TST lost"), (3.0, "the arms drew")]
 )
@@ -129,7 +84,7 @@ def test_verdict_follows_the_numbers(tmp_path: Path, final: float, words: str) -
     baseline = make_run(tmp_path / "baseline", BASELINE, baseline_loss)
     shift = final - tst_loss(TOTAL_STEPS)
     tst = make_run(tmp_path / "tst", TST, lambda step: tst_loss(step) + shift)
-    headline = verdict(compare(read_run(baseline), read_run(tst)))[0]
+    headline = verdict(study_of_two(read_result(baseline), read_result(tst)))[0]
     assert headline.startswith("At equal FLOPs")
     assert words in headline
 
@@ -198,11 +153,12 @@ def test_a_damaged_description_is_refused(tmp_path: Path, what: str, message: st
     assert str(run) in str(error.value)
 
 
-def test_swapped_arms_are_refused(comparison: Comparison) -> None:
+def test_swapped_arms_are_refused(runs: tuple[Path, Path]) -> None:
+    baseline, tst = map(read_result, runs)
     with pytest.raises(ValueError, match=r"--baseline .* is a TST run"):
-        compare(comparison.tst, comparison.tst)
+        study_of_two(tst, tst)
     with pytest.raises(ValueError, match=r"--tst .* without superposition"):
-        compare(comparison.baseline, comparison.baseline)
+        study_of_two(baseline, baseline)
 
 
 @pytest.mark.parametrize(
@@ -210,27 +166,49 @@ def test_swapped_arms_are_refused(comparison: Comparison) -> None:
     [
         ({}, "One seed; no interval"),
         ({"seed": 8}, "more than superposition: seed"),
-        ({"settings": {"lr": 0.002, "num_layers": 2}}, "more than superposition: lr"),
+        (
+            {"settings": {**SETTINGS, "lr": 0.002}},
+            "more than superposition: learning_rate",
+        ),
         ({"commit": "def5678"}, "different commits"),
         ({"machine": {"cpu": "another"}}, "different machines"),
     ],
 )
 def test_cautions_name_what_makes_the_comparison_unfair(
-    comparison: Comparison, tmp_path: Path, changes: Mapping[str, Any], caution: str
+    runs: tuple[Path, Path], tmp_path: Path, changes: Mapping[str, Any], caution: str
 ) -> None:
     tst = make_run(tmp_path / "tst", TST, tst_loss)
     write_info(tst, TST, **changes)
-    found = cautions(compare(comparison.baseline, read_run(tst)))
+    found = cautions(study_of_two(read_result(runs[0]), read_result(tst)))
     assert any(caution in sentence for sentence in found)
     assert len(found) == (2 if changes else 1)
 
 
-def test_a_run_stopped_in_phase_1_is_no_verdict(comparison: Comparison, tmp_path: Path) -> None:
+def test_other_data_is_refused_by_name(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    tst = make_run(tmp_path / "tst", TST, tst_loss)
+    write_info(tst, TST, settings={**SETTINGS, "split": "90,10,0"})
+    with pytest.raises(ValueError, match="cannot be compared: they differ in split"):
+        study_of_two(read_result(runs[0]), read_result(tst))
+
+
+def test_a_run_stopped_in_phase_1_is_no_verdict(runs: tuple[Path, Path], tmp_path: Path) -> None:
     tst = make_run(tmp_path / "tst", TST, tst_loss, steps=range(10, 21, 10))
-    unfinished = compare(comparison.baseline, read_run(tst))
+    unfinished = study_of_two(read_result(runs[0]), read_result(tst))
     assert any("stopped in phase 1" in sentence for sentence in cautions(unfinished))
-    names = [path.name for path in write_report(unfinished, tmp_path / "report.html")]
+    names = [path.name for path in write_report([unfinished], tmp_path / "report.html")]
     assert "report-end-of-run.png" not in names
+
+
+def test_a_diverged_run_is_marked_and_decides_nothing(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tst = make_run(tmp_path / "tst", TST, lambda step: float("nan") if step > 50 else 3.0)
+    study = study_of_two(read_result(runs[0]), read_result(tst))
+    output = tmp_path / "report.html"
+    assert write_report([study], output) == [output]
+    page = output.read_text()
+    assert "No TST run can be set against a baseline" in page
+    assert "1 of 1 runs of TST (s=4 r=0.25) diverged and are in no mean: tst." in page
 
 
 class References(HTMLParser):
@@ -256,7 +234,8 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
     parser = References()
     parser.feed(page)
     assert parser.tags.count("svg") == 6
-    assert not {"script", "link", "iframe", "img"} & set(parser.tags)
+    assert parser.tags.count("script") == 1
+    assert not {"link", "iframe", "img"} & set(parser.tags)
     assert "http" not in page
     assert parser.references
     for reference in parser.references:
@@ -272,7 +251,8 @@ def test_the_page_shows_the_numbers(page: str) -> None:
         f"{1 - exp(-0.5):.1%} lower",
         "<td>1.11\N{MULTIPLICATION SIGN}</td>",
         NOT_REACHED,
-        '<tr class="differs"><td>superposition.bag_size</td><td>1</td><td>4</td></tr>',
+        '<tr class="differs"><td>bag_size</td><td>1</td><td>4</td></tr>',
+        "<title>TST (s=4 r=0.25): 2.5000 at 1.60 k equivalent tokens</title>",
         "<tr><td>num_layers</td><td>2</td><td>2</td></tr>",
         "One seed; no interval",
         "Once &lt;upon&gt; a time",
@@ -282,38 +262,6 @@ def test_the_page_shows_the_numbers(page: str) -> None:
         "jumps at step 25",
     ]
     assert [text for text in shown if text not in page] == []
-
-
-def test_the_command_writes_page_and_plots(
-    comparison: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "new" / "report.html"
-    arms = [comparison.baseline.folder, comparison.tst.folder]
-    arguments = ["--baseline", str(arms[0]), "--tst", str(arms[1]), "--output", str(output)]
-    assert main(arguments) == 0
-    assert "TST won" in capsys.readouterr().out
-    plots = sorted(path.name for path in output.parent.glob("*.png"))
-    assert plots == [
-        f"report-{name}.png"
-        for name in (
-            "end-of-run",
-            "equal-data",
-            "equal-flops",
-            "offset-loss",
-            "training-loss",
-            "training-time",
-        )
-    ]
-    # Nothing unfinished is left behind.
-    assert len(list(output.parent.iterdir())) == 1 + len(plots)
-
-
-def test_the_command_names_a_missing_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--baseline", str(tmp_path / "none"), "--tst", "x", "--output", "y.html"]
-    assert main(arguments) == 2
-    assert "none has no folder tensorboard/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,265 @@
+"""Sorts runs: what can be compared with what, and which runs differ in their seed alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_tst.config import POWER_LAW_FROM_BAG_SIZE
+from megatron_tst.report.describing import MODEL_SETTINGS, Setting
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.units import TIMES, quantity
+
+SUPERPOSITION_SETTINGS = (
+    "bag_size",
+    "step_ratio",
+    "switch_step",
+    "variant",
+    "target_weighting",
+    "power_law_exponent",
+    "objective",
+    "reset_at_switch",
+    "document_boundary",
+)
+LENGTH_SETTINGS = ("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters")
+"""What a run of another length has otherwise: its schedule is scaled with it."""
+
+_NAMES = {"learning_rate": "lr", "global_batch_size": "batch size"}
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what sets the group apart in its family.
+        settings: of all its runs, without the seed.
+        runs: by seed.
+    """
+
+    label: str
+    settings: dict[str, Setting]
+    runs: tuple[RunResult, ...]
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether its runs have no superposition."""
+        return self.settings.get("bag_size", 1) == 1
+
+    @property
+    def counted(self) -> tuple[RunResult, ...]:
+        """The runs that means are taken over: finished ones; unfinished if none is finished."""
+        finished = tuple(run for run in self.runs if run.status == "finished")
+        unfinished = (run for run in self.runs if run.status == "unfinished" and run.steps.size)
+        return finished or tuple(unfinished)
+
+    @property
+    def diverged(self) -> tuple[RunResult, ...]:
+        """The runs whose loss means nothing."""
+        return tuple(run for run in self.runs if run.status == "diverged")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of each of its runs."""
+        return self.runs[0].total_steps
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Runs with equal data and equal model, whose losses can be compared.
+
+    Attributes:
+        name: model and text, and what else sets it apart from other families.
+        groups: baselines first, then by label.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def runs(self) -> list[RunResult]:
+        """All runs, by group."""
+        return [run for group in self.groups for run in group.runs]
+
+
+def families_of(runs: Sequence[RunResult]) -> list[Family]:
+    """Separates runs whose losses cannot be compared, the largest family first.
+
+    Raises:
+        ValueError: two runs have one name, or the same settings and seed.
+    """
+    _refuse_duplicates(runs)
+    by_key: dict[object, list[RunResult]] = {}
+    for run in runs:
+        by_key.setdefault(_key(_identity(run)), []).append(run)
+    members = sorted(by_key.values(), key=len, reverse=True)
+    names = _family_names(members)
+    return [
+        Family(name, tuple(_groups(family))) for name, family in zip(names, members, strict=True)
+    ]
+
+
+def incomparable(first: RunResult, second: RunResult) -> list[str]:
+    """Names of what keeps the losses of two runs from being compared: data and model."""
+    return differing([_identity(first), _identity(second)])
+
+
+def differing(settings: Sequence[Mapping[str, Setting]]) -> list[str]:
+    """Names whose values are not the same everywhere."""
+    names = dict.fromkeys(name for one in settings for name in one)
+    return [name for name in names if len({one.get(name) for one in settings}) > 1]
+
+
+def _refuse_duplicates(runs: Sequence[RunResult]) -> None:
+    seen: dict[object, str] = {}
+    names: set[str] = set()
+    for run in runs:
+        if run.name in names:
+            raise ValueError(
+                f"two runs are called {run.name}: name them apart with --run NAME=FOLDER."
+            )
+        names.add(run.name)
+        twin = seen.setdefault((_key(_identity(run)), _key(run.settings)), run.name)
+        if twin != run.name:
+            raise ValueError(
+                f"runs {twin} and {run.name} have the same settings and seed {run.seed}: leave "
+                "one out; a copy is no second seed."
+            )
+
+
+def _identity(run: RunResult) -> dict[str, Setting]:
+    model = {name: run.settings[name] for name in MODEL_SETTINGS if name in run.settings}
+    if "hidden_size" in model:
+        # Follows from the shape, and a stock Megatron run does not record it.
+        model.pop("parameters", None)
+    return {**run.data, **model}
+
+
+def _key(settings: Mapping[str, Setting]) -> frozenset[tuple[str, Setting]]:
+    return frozenset(settings.items())
+
+
+def _family_names(families: Sequence[Sequence[RunResult]]) -> list[str]:
+    identities = [_identity(family[0]) for family in families]
+    in_name = ("data_path", *MODEL_SETTINGS) if all(map(_sizes, families)) else ("data_path",)
+    apart = [name for name in differing(identities) if name not in in_name]
+    return [
+        ", ".join([_family_name(family), *(f"{key} {_recorded(identity, key)}" for key in apart)])
+        for family, identity in zip(families, identities, strict=True)
+    ]
+
+
+def _recorded(settings: Mapping[str, Setting], name: str) -> Setting:
+    return settings.get(name, "not recorded")
+
+
+def _sizes(runs: Sequence[RunResult]) -> list[float]:
+    return [float(run.settings["parameters"]) for run in runs if "parameters" in run.settings]
+
+
+def _family_name(runs: Sequence[RunResult]) -> str:
+    sizes = _sizes(runs)
+    model = f"{quantity(sizes[0])} parameters" if sizes else "A model of unrecorded size"
+    return f"{model} on {runs[0].data.get('data_path', 'text that is not recorded')}"
+
+
+def _groups(runs: Iterable[RunResult]) -> list[Group]:
+    by_key: dict[object, list[RunResult]] = {}
+    for run in runs:
+        by_key.setdefault(_key(_without_seed(run.settings)), []).append(run)
+    members = [sorted(group, key=lambda run: run.seed) for group in by_key.values()]
+    settings = [_without_seed(group[0].settings) for group in members]
+    labels = _labels(settings, [len(group) for group in members])
+    groups = [
+        Group(label, chosen, tuple(group))
+        for label, chosen, group in zip(labels, settings, members, strict=True)
+    ]
+    return sorted(groups, key=_order)
+
+
+def _order(group: Group) -> tuple[object, ...]:
+    settings = group.settings
+    size, ratio = settings.get("bag_size", 1), float(settings.get("step_ratio", 0))
+    return (not group.is_baseline, size, ratio, group.total_steps, group.label)
+
+
+def _without_seed(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    return {name: value for name, value in settings.items() if name not in ("seed", "parameters")}
+
+
+def _labels(settings: Sequence[dict[str, Setting]], counts: Sequence[int]) -> list[str]:
+    """Names each group by what sets it apart from what most runs have."""
+    others = [
+        name
+        for name in differing(settings)
+        if name not in (*SUPERPOSITION_SETTINGS, *LENGTH_SETTINGS)
+    ]
+    usual = {name: _most_common(settings, counts, name) for name in ("total_steps", *others)}
+    labels = []
+    for one in settings:
+        parts = [superposition_label(one)]
+        steps, usual_steps = one.get("total_steps"), usual["total_steps"]
+        if steps != usual_steps:
+            parts.append(f"{float(steps or 0) / float(usual_steps or 1):.3g}{TIMES} steps")
+        parts += [_shown(name, one.get(name)) for name in others if one.get(name) != usual[name]]
+        labels.append(" ".join(parts))
+    return _told_apart(labels, settings)
+
+
+def superposition_label(settings: Mapping[str, Setting]) -> str:
+    """The superposition of a run, with what is not the published choice."""
+    size = int(settings.get("bag_size", 1))
+    if size == 1:
+        return "baseline"
+    ratio = float(settings.get("step_ratio", 0))
+    parts = [f"s={size} r={ratio:.4g}"]
+    if settings.get("variant", "full") != "full":
+        parts.append(str(settings["variant"]))
+    if (weighting := weighting_label(settings)) is not None:
+        parts.append(weighting)
+    for name, plain in (("objective", "mce"), ("document_boundary", "cross")):
+        if settings.get(name, plain) != plain:
+            parts.append(str(settings[name]))
+    if settings.get("reset_at_switch", "none") != "none":
+        parts.append(f"reset of {settings['reset_at_switch']}")
+    return " ".join(parts)
+
+
+def weighting_label(settings: Mapping[str, Setting]) -> str | None:
+    """Target weights that are not the default of the bag size; None for those that are."""
+    weighting = settings.get("target_weighting")
+    is_large = int(settings.get("bag_size", 1)) >= POWER_LAW_FROM_BAG_SIZE
+    default = "power-law" if is_large else "uniform"
+    exponent = settings.get("power_law_exponent", 1.0)
+    if weighting == "power-law" and exponent != 1.0:
+        return f"power-law {exponent:g}"
+    return None if weighting in (None, default) else str(weighting)
+
+
+def _most_common(
+    settings: Sequence[Mapping[str, Setting]], counts: Sequence[int], name: str
+) -> Setting | None:
+    votes: Counter[Setting | None] = Counter()
+    for one, count in zip(settings, counts, strict=True):
+        votes[one.get(name)] += count
+    return votes.most_common(1)[0][0]
+
+
+def _shown(name: str, value: Setting | None) -> str:
+    shown = "not recorded" if value is None else f"{value:g}" if _is_number(value) else str(value)
+    return f"{_NAMES.get(name, name)} {shown}"
+
+
+def _is_number(value: Setting) -> bool:
+    return isinstance(value, float)
+
+
+def _told_apart(labels: list[str], settings: Sequence[dict[str, Setting]]) -> list[str]:
+    """Adds to labels that several groups share all settings in which these groups differ."""
+    found = []
+    for label, one in zip(labels, settings, strict=True):
+        twins = [other for other, its in zip(settings, labels, strict=True) if its == label]
+        extra = [_shown(name, one.get(name)) for name in differing(twins)]
+        found.append(" ".join([label, *extra]))
+    return found

@@ -1,0 +1,160 @@
+"""Reads two runs of one seed against each other: at equal FLOPs, loss, data and time.
+
+A gap is the baseline's loss minus that of TST: positive where TST is ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_tst.report.curves import first_reached, value_at
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.runs import Budget
+
+Arm = Literal["baseline", "TST"]
+ARMS: tuple[Arm, Arm] = ("baseline", "TST")
+# Logged training losses averaged on each side of the switch.
+_AROUND_SWITCH = 3
+
+
+@dataclass(frozen=True)
+class EqualBudget:
+    """Validation losses of both arms after spending the same.
+
+    Attributes:
+        budget: what is equal.
+        amount: how much both arms had spent; the smaller of their totals.
+        baseline_loss: nats a token; None if the arm was first evaluated after ``amount``.
+        tst_loss: likewise.
+        tst_in_superposition: whether TST was still in phase 1 at that point.
+    """
+
+    budget: Budget
+    amount: float
+    baseline_loss: float | None
+    tst_loss: float | None
+    tst_in_superposition: bool
+
+    @property
+    def gap(self) -> float | None:
+        """Baseline loss minus TST loss, nats a token."""
+        if self.baseline_loss is None or self.tst_loss is None:
+            return None
+        return self.baseline_loss - self.tst_loss
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """What each arm spent until its validation loss first reached a target.
+
+    Attributes:
+        budget: what is counted.
+        target_of: the arm whose final loss is the target.
+        target_loss: nats a token.
+        baseline_cost: None if not reached within the run.
+        tst_cost: likewise.
+    """
+
+    budget: Budget
+    target_of: Arm
+    target_loss: float
+    baseline_cost: float | None
+    tst_cost: float | None
+
+    def cost_of(self, arm: Arm) -> float | None:
+        """What this arm spent; None if it never reached the target."""
+        return self.baseline_cost if arm == "baseline" else self.tst_cost
+
+    @property
+    def speed_up(self) -> float | None:
+        """Baseline cost over TST cost; above 1 where TST is cheaper."""
+        if self.baseline_cost is None or self.tst_cost is None:
+            return None
+        return self.baseline_cost / self.tst_cost
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What happens at the switch from bags to tokens.
+
+    Attributes:
+        jump: rise of the training loss, nats; a change of quantity, not of the model. None if one
+            side was not logged.
+        steps_to_crossing: steps after the switch until the validation loss is back at or under the
+            baseline's of the same step; None if that does not happen within the run.
+    """
+
+    jump: float | None
+    steps_to_crossing: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A baseline and a TST run of one seed."""
+
+    baseline: RunResult
+    tst: RunResult
+
+    @property
+    def gap(self) -> float:
+        """Final loss of the baseline minus that of TST."""
+        return self.baseline.final_loss - self.tst.final_loss
+
+    def equal_budget(self, budget: Budget) -> EqualBudget:
+        """Both validation curves where the cheaper run ends."""
+        spent = [run.spent(budget) for run in (self.baseline, self.tst)]
+        amount = float(min(spent[0][-1], spent[1][-1]))
+        return EqualBudget(
+            budget=budget,
+            amount=amount,
+            baseline_loss=value_at(spent[0], self.baseline.validation_loss, amount),
+            tst_loss=value_at(spent[1], self.tst.validation_loss, amount),
+            tst_in_superposition=amount < self.spent_at_switch(budget),
+        )
+
+    def spent_at_switch(self, budget: Budget) -> float:
+        """What TST had spent when phase 2 began, at the mean pace of phase 1."""
+        spent = self.tst.spent(budget)
+        in_phase_1 = np.flatnonzero(self.tst.steps <= self.tst.switch_step)
+        last = in_phase_1[-1] if in_phase_1.size else 0
+        return float(spent[last] * self.tst.switch_step / self.tst.steps[last])
+
+    def equal_loss(self, budget: Budget, target_of: Arm) -> EqualLoss:
+        """Both validation curves where they first reach the final loss of one arm."""
+        target = (self.baseline if target_of == "baseline" else self.tst).final_loss
+        costs = [
+            first_reached(run.spent(budget), run.validation_loss, target)
+            for run in (self.baseline, self.tst)
+        ]
+        return EqualLoss(budget, target_of, target, *costs)
+
+    def speed_up_off_curve(self, budget: Budget) -> float | None:
+        """How much sooner TST reached the final loss of whichever arm ended higher."""
+        return self.equal_loss(budget, "baseline" if self.gap >= 0 else "TST").speed_up
+
+    def switch(self) -> Switch:
+        """The jump of the training loss and the crossing of the validation curves."""
+        return Switch(self._jump(), self._steps_to_crossing())
+
+    def _jump(self) -> float | None:
+        is_before = self.tst.training_steps <= self.tst.switch_step
+        before, after = self.tst.training_loss[is_before], self.tst.training_loss[~is_before]
+        if not (before.size and after.size):
+            return None
+        return float(after[:_AROUND_SWITCH].mean() - before[-_AROUND_SWITCH:].mean())
+
+    def _steps_to_crossing(self) -> float | None:
+        switch = self.tst.switch_step
+        steps = np.union1d(self.baseline.steps, self.tst.steps).astype(np.float64)
+        last = min(self.baseline.steps[-1], self.tst.steps[-1])
+        steps = steps[(steps > switch) & (steps <= last) & (steps >= self.baseline.steps[0])]
+        if not steps.size:
+            return None
+        excess = np.interp(steps, self.tst.steps, self.tst.validation_loss) - np.interp(
+            steps, self.baseline.steps, self.baseline.validation_loss
+        )
+        reached = first_reached(steps, excess, 0.0)
+        return None if reached is None else reached - switch

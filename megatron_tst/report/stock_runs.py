@@ -1,0 +1,145 @@
+"""Reads runs that are not this project's: TensorBoard folders of stock Megatron-LM.
+
+Megatron writes its arguments to TensorBoard as texts, one a tag, so that a folder says which model,
+text and batch it was; what it does not say is stated by whoever compares.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tst.report.describing import (
+    DATA_KEYS,
+    Setting,
+    describe_data,
+    describe_settings,
+    status_of,
+    thin_training_loss,
+)
+from megatron_tst.report.events import FloatArray, Series, read_scalars, read_texts
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.runs import TRAINING_LOSS, VALIDATION_LOSS
+
+_ITERATION_TIME = "iteration-time"
+
+
+def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> RunResult:
+    """Reads a folder of event files that has no ``tst_run.json``.
+
+    Args:
+        folder: TensorBoard folder.
+        name: name of the run.
+        stated: what the folder does not say or says wrongly: ``tokens_per_step``, ``bag_size`` and
+            ``switch_step`` of the user's own superposition, or any setting or data key.
+
+    Raises:
+        ValueError: naming the folder and what is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: pass the folder of a run.")
+    scalars, arguments = read_scalars(folder), _arguments(folder)
+    validation = scalars.get(VALIDATION_LOSS)
+    if validation is None:
+        raise ValueError(
+            f"{folder} has no values of {VALIDATION_LOSS!r}: pass the --tensorboard-dir of a run "
+            "that evaluated at least once (--eval-interval)."
+        )
+    settings = _settings(arguments, validation, stated)
+    tokens_per_step = _tokens_per_step(folder, scalars, arguments, stated)
+    equivalent = (validation.steps * tokens_per_step).astype(np.int64)
+    switch, bag_size = int(settings.get("switch_step", 0)), int(settings["bag_size"])
+    reads_bags = settings.get("variant") != "output-only"
+    in_phase_1 = np.minimum(validation.steps, switch) * tokens_per_step
+    training = scalars.get(TRAINING_LOSS, Series(np.zeros(0, dtype=np.int64), np.zeros(0)))
+    training_steps, training_loss = thin_training_loss(training, switch)
+    data = {**describe_data(arguments), **{k: v for k, v in stated.items() if k in DATA_KEYS}}
+    return RunResult(
+        name=name,
+        status=status_of(settings, validation, training),
+        settings=settings,
+        data=data,
+        machine="",
+        commit="",
+        steps=validation.steps,
+        validation_loss=validation.values,
+        equivalent_tokens=equivalent,
+        data_tokens=equivalent + (reads_bags * (bag_size - 1) * in_phase_1).astype(np.int64),
+        seconds=_seconds(scalars, validation),
+        training_steps=training_steps,
+        training_loss=training_loss,
+    )
+
+
+def _arguments(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, text in read_texts(folder).items():
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        # A split such as 98,2,0 is no tuple.
+        found[name] = text if isinstance(value, tuple) else value
+    return found
+
+
+def _settings(
+    arguments: Mapping[str, Any], validation: Series, stated: Mapping[str, Setting]
+) -> dict[str, Setting]:
+    size = arguments.get("global_batch_size")
+    batch: dict[str, Setting] = {} if size is None else {"global_batch_size": size}
+    length = arguments.get("seq_length")
+    settings: dict[str, Setting] = {
+        "bag_size": 1,
+        **describe_settings(arguments),
+        **({} if length is None else {"sequence_length": length}),
+        **batch,
+        **{key: value for key, value in stated.items() if key not in DATA_KEYS},
+    }
+    settings.pop("tokens_per_step", None)
+    settings.setdefault("total_steps", int(validation.steps[-1]))
+    if int(settings["bag_size"]) > 1:
+        if "switch_step" not in settings:
+            raise ValueError(
+                f"bag_size={settings['bag_size']} is stated without switch_step: state the first "
+                "step of phase 2 too, as in --run NAME=FOLDER,bag_size=4,switch_step=3000."
+            )
+        ratio = int(settings["switch_step"]) / int(settings["total_steps"])
+        settings.setdefault("step_ratio", round(ratio, 6))
+    return settings
+
+
+def _tokens_per_step(
+    folder: Path,
+    scalars: Mapping[str, Series],
+    arguments: Mapping[str, Any],
+    stated: Mapping[str, Setting],
+) -> float:
+    if "tokens_per_step" in stated:
+        return float(stated["tokens_per_step"])
+    sizes = scalars.get("batch-size")
+    length = stated.get("sequence_length", arguments.get("seq_length"))
+    if sizes is not None and length is not None and np.ptp(sizes.values) == 0:
+        return float(sizes.values[0]) * float(length)
+    if arguments.get("global_batch_size") and length is not None and sizes is None:
+        return float(arguments["global_batch_size"]) * float(length)
+    raise ValueError(
+        f"{folder} does not say how many tokens a step has, or their number changes: state the "
+        "mean, sequences times sequence length, as in --run NAME=FOLDER,tokens_per_step=1048576."
+    )
+
+
+def _seconds(scalars: Mapping[str, Series], validation: Series) -> FloatArray:
+    """Time in training steps at the validations; NaN if the run did not log it."""
+    times = scalars.get(_ITERATION_TIME)
+    if times is None:
+        return np.full(len(validation.steps), np.nan)
+    elapsed = np.cumsum(np.diff(times.steps, prepend=0) * times.values)
+    steps = validation.steps.astype(np.float64)
+    at = np.interp(steps, [0, *times.steps], [0.0, *elapsed])
+    beyond = steps > times.steps[-1]
+    return np.where(beyond, elapsed[-1] * steps / times.steps[-1], at)

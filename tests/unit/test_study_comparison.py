@@ -1,0 +1,302 @@
+"""The arithmetic of a comparison over seeds, on curves with known answers."""
+
+from __future__ import annotations
+
+from math import exp, log, sqrt
+
+import pytest
+from scipy import stats
+
+from megatron_tst.report.comparison import Matchup, match_two, matchups_of
+from megatron_tst.report.families import families_of
+from megatron_tst.report.pairs import Pair
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
+from megatron_tst.report.sweep import largest_sweep
+from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
+
+
+def falling(total_steps: int, end: float, slope: float = 0.03):
+    """A straight line that reaches ``end`` at the last step."""
+    return lambda step: end + slope * (total_steps - step)
+
+
+def matchup_of(runs: list[RunResult]) -> Matchup:
+    (family,) = families_of(runs)
+    (matchup,), alone = matchups_of(family)
+    assert not alone
+    return matchup
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 29, 100])
+def test_student_t_is_that_of_scipy(degrees: int) -> None:
+    assert t_quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-9)
+    expected = stats.t.cdf(1.3, degrees) - stats.t.cdf(-1.3, degrees)
+    assert t_probability(1.3, degrees) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_estimate_has_the_interval_of_the_textbook() -> None:
+    found = estimate([1.0, 2.0, 3.0])
+    # Standard deviation 1; t of 2 degrees of freedom is 4.3027.
+    assert found.mean == 2.0
+    assert found.standard_error == pytest.approx(1 / sqrt(3))
+    assert (found.low, found.high) == pytest.approx(
+        (2 - 4.3027 / sqrt(3), 2 + 4.3027 / sqrt(3)), 1e-4
+    )
+    assert found.excludes(-0.5)
+    assert not found.excludes(0.0)
+
+
+def test_one_value_has_no_interval_and_decides_nothing() -> None:
+    found = estimate([5.0])
+    assert (found.mean, found.low, found.high, found.standard_error) == (5.0, None, None, None)
+    assert not found.excludes(0.0)
+
+
+def test_a_ratio_is_averaged_in_logarithms() -> None:
+    found = estimate_ratio([1.0, 4.0])
+    assert found.mean == pytest.approx(2.0)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low * found.high == pytest.approx(4.0)
+
+
+def test_paired_differences_are_free_of_what_a_seed_does_to_both_arms() -> None:
+    runs = []
+    for seed, (shift, gap) in enumerate([(0.0, 0.15), (0.5, 0.2), (-0.4, 0.25)]):
+        runs.append(synthetic_run(falling(100, 3.0 + shift), seed=seed))
+        runs.append(synthetic_run(falling(100, 3.0 + shift - gap), bag_size=4, seed=seed))
+    found = matchup_of(runs).gap
+    assert found is not None
+    assert found.mean == pytest.approx(0.2)
+    assert found.half_width == pytest.approx(t_quantile(2) * 0.05 / sqrt(3))
+    assert found.excludes(0.0)
+
+
+def test_seeds_of_one_arm_alone_make_no_pair() -> None:
+    runs = [synthetic_run(falling(100, 3.0), seed=seed) for seed in (0, 1)]
+    runs += [synthetic_run(falling(100, 2.9), bag_size=4, seed=seed) for seed in (1, 2)]
+    assert [pair.tst.seed for pair in matchup_of(runs).pairs] == [1]
+
+
+def test_a_diverged_run_is_kept_and_not_averaged() -> None:
+    runs = [synthetic_run(falling(100, 3.0), seed=seed) for seed in (0, 1, 2)]
+    runs += [synthetic_run(falling(100, 2.9), bag_size=4, seed=seed) for seed in (0, 1)]
+    runs.append(synthetic_run(lambda step: 50.0, bag_size=4, seed=2, status="diverged"))
+    matchup = matchup_of(runs)
+    assert matchup.gap is not None
+    assert matchup.gap.n == 2
+    assert matchup.gap.mean == pytest.approx(0.1)
+    assert [run.seed for run in matchup.tst.diverged] == [2]
+    assert len(matchup.tst.runs) == 3
+
+
+def test_unfinished_runs_count_only_where_nothing_is_finished() -> None:
+    early = synthetic_run(falling(100, 9.0), seed=1, status="unfinished")
+    (family,) = families_of([synthetic_run(falling(100, 3.0)), early])
+    assert [run.seed for run in family.groups[0].counted] == [0]
+    (family,) = families_of([early])
+    assert [run.seed for run in family.groups[0].counted] == [1]
+
+
+def test_equal_budgets_are_read_where_the_cheaper_run_ends() -> None:
+    baseline = synthetic_run(falling(100, 3.0))
+    tst = synthetic_run(falling(100, 2.0), bag_size=4, seconds_per_step=1.0)
+    pair = Pair(baseline, tst)
+    flops = pair.equal_budget("equivalent tokens")
+    assert flops.amount == 100 * TOKENS_PER_STEP
+    assert flops.gap == pytest.approx(1.0)
+    # TST has read the baseline's 1600 tokens after its 25 steps of phase 1. Its curve is read in
+    # data tokens between validations at step 20 (1280) and 30 (1680): 0.8 of the way.
+    data = pair.equal_budget("data tokens")
+    assert data.amount == 1600
+    assert data.tst_loss == pytest.approx(2.0 + 0.03 * (80 - 0.8 * 10))
+    assert not data.tst_in_superposition
+    # The baseline takes 50 s, in which TST does 50 steps.
+    assert pair.equal_budget("seconds").tst_loss == pytest.approx(2.0 + 0.03 * 50)
+
+
+def test_speed_up_off_one_curve() -> None:
+    # TST passes 3.0, the baseline's end, 10 steps before its own end at 2.7.
+    pairs = [
+        synthetic_run(falling(100, end), bag_size=size, seed=seed)
+        for seed in (0, 1)
+        for size, end in ((1, 3.0), (4, 2.7))
+    ]
+    found = matchup_of(pairs).speed_up_off_curve("equivalent tokens")
+    assert found is not None
+    assert found.mean == pytest.approx(100 / 90)
+    assert found.high == pytest.approx(100 / 90)
+
+
+def test_speed_up_off_one_curve_when_tst_lost() -> None:
+    runs = [synthetic_run(falling(100, 2.7)), synthetic_run(falling(100, 3.0), bag_size=4)]
+    found = matchup_of(runs).speed_up_off_curve("equivalent tokens")
+    assert found is not None
+    assert found.mean == pytest.approx(0.9)
+
+
+def scaling(lengths: list[int], seed: int, shift: float = 0.0) -> list[RunResult]:
+    """Baselines whose final loss is 3 - 0.5 ln(length / 100), with curves far above it before."""
+    return [
+        synthetic_run(
+            falling(steps, 3.0 + shift - 0.5 * log(steps / 100), slope=1.0),
+            total_steps=steps,
+            seed=seed,
+            every=25,
+        )
+        for steps in lengths
+    ]
+
+
+def test_speed_up_off_finished_runs_interpolates_over_the_logarithm_of_the_length() -> None:
+    runs = []
+    for seed, speed_up in enumerate((1.2, 1.8)):
+        runs += scaling([100, 150, 200], seed, shift=seed)
+        end = 3.0 + seed - 0.5 * log(speed_up)
+        runs.append(synthetic_run(falling(100, end), bag_size=4, seed=seed))
+    matchup = matchup_of(runs)
+    found = matchup.speed_up_off_ends()
+    assert found is not None
+    assert found.estimate is not None
+    assert found.estimate.mean == pytest.approx(sqrt(1.2 * 1.8))
+    assert (found.shortest, found.longest, found.lengths) == (1.0, 2.0, 3)
+    reach = t_quantile(1) * abs(log(1.8 / 1.2)) / 2
+    assert found.estimate.high == pytest.approx(sqrt(1.2 * 1.8) * exp(reach))
+
+
+@pytest.mark.parametrize(("end", "beyond", "below"), [(2.0, 1, 0), (3.5, 0, 1)])
+def test_speed_up_is_not_extrapolated(end: float, beyond: int, below: int) -> None:
+    runs = [*scaling([100, 200], 0), synthetic_run(falling(100, end), bag_size=4)]
+    found = matchup_of(runs).speed_up_off_ends()
+    assert found is not None
+    assert found.estimate is None
+    assert (found.beyond, found.below) == (beyond, below)
+
+
+def test_one_length_gives_no_speed_up_off_finished_runs() -> None:
+    runs = [*scaling([100], 0), synthetic_run(falling(100, 2.9), bag_size=4)]
+    assert matchup_of(runs).speed_up_off_ends() is None
+
+
+@pytest.mark.parametrize("lengths", [[100, 175], [100, 150, 200]], ids=["trained", "between"])
+def test_equal_data_is_read_off_a_baseline_that_read_as_much(lengths: list[int]) -> None:
+    # s=4 and r=0.25 read 1.75 times the text.
+    runs = [*scaling(lengths, 0), synthetic_run(falling(100, 2.9), bag_size=4)]
+    found = matchup_of(runs).equal_data_off_ends()
+    assert found is not None
+    assert found.mean == pytest.approx(3.0 - 0.5 * log(1.75) - 2.9)
+
+
+def test_equal_data_is_not_extrapolated() -> None:
+    runs = [*scaling([100, 150], 0), synthetic_run(falling(100, 2.9), bag_size=4)]
+    assert matchup_of(runs).equal_data_off_ends() is None
+
+
+def test_the_switch_has_a_jump_and_a_crossing() -> None:
+    baseline = synthetic_run(lambda step: 4.0)
+    # 6 at the first validation after the switch at step 25, then down by 0.1 a step: 4 at step 50.
+    tst = synthetic_run(lambda step: 9.0 - 0.1 * step, bag_size=4)
+    found = Pair(baseline, tst).switch()
+    assert found.steps_to_crossing == pytest.approx(25.0)
+    # Two nats lower by definition after the switch; means of steps 26 to 28 and 23 to 25.
+    assert found.jump == pytest.approx(-2.0 - 0.3)
+
+
+def test_no_crossing_is_no_number() -> None:
+    pair = Pair(synthetic_run(lambda step: 1.0), synthetic_run(lambda step: 2.0, bag_size=4))
+    assert pair.switch().steps_to_crossing is None
+
+
+def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0), learning_rate=2e-3),
+        synthetic_run(falling(100, 2.9), bag_size=4),
+    ]
+    (family,) = families_of(runs)
+    matchups, alone = matchups_of(family)
+    assert not matchups
+    assert [group.settings["learning_rate"] for group in alone] == [1e-3]
+
+
+def test_labels_say_what_differs() -> None:
+    runs = [
+        *[synthetic_run(falling(100, 3.0), seed=seed) for seed in range(3)],
+        synthetic_run(falling(150, 3.0), total_steps=150),
+        synthetic_run(falling(100, 3.0), learning_rate=5e-4),
+        synthetic_run(falling(100, 3.0), bag_size=4, target_weighting="uniform"),
+        synthetic_run(
+            falling(100, 3.0), bag_size=4, target_weighting="power-law", power_law_exponent=1.0
+        ),
+        synthetic_run(falling(100, 3.0), bag_size=4, step_ratio=0.5, variant="input-only"),
+        synthetic_run(falling(100, 3.0), bag_size=2, weight_decay=0.2),
+        synthetic_run(falling(100, 3.0), bag_size=2, weight_decay=0.3),
+    ]
+    (family,) = families_of(runs)
+    assert [group.label for group in family.groups] == [
+        "baseline",
+        "baseline lr 0.0005",
+        "baseline 1.5\N{MULTIPLICATION SIGN} steps",
+        "s=2 r=0.25 weight_decay 0.2",
+        "s=2 r=0.25 weight_decay 0.3",
+        "s=4 r=0.25",
+        "s=4 r=0.25 power-law",
+        "s=4 r=0.5 input-only",
+    ]
+
+
+def test_other_data_is_another_family_by_name() -> None:
+    other = {"data_path": "corpus", "split": "95,5,0"}
+    runs = [
+        synthetic_run(falling(100, 3.0)),
+        synthetic_run(falling(100, 2.9), bag_size=4),
+        synthetic_run(falling(100, 3.1), data=other, name="elsewhere"),
+    ]
+    names = [family.name for family in families_of(runs)]
+    assert names == [
+        "1.00 k parameters on corpus, split 98,2,0",
+        "1.00 k parameters on corpus, split 95,5,0",
+    ]
+
+
+def test_the_same_seed_twice_is_refused() -> None:
+    runs = [synthetic_run(falling(100, 3.0), name=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="runs a and b have the same settings and seed 0"):
+        families_of(runs)
+
+
+def test_one_comparison_of_other_data_is_refused_by_name() -> None:
+    baseline = synthetic_run(falling(100, 3.0), data={"split": "98,2,0"})
+    tst = synthetic_run(falling(100, 2.9), bag_size=4, data={"split": "95,5,0"})
+    with pytest.raises(ValueError, match=r"cannot be compared: they differ in split"):
+        match_two(baseline, tst)
+
+
+def test_two_runs_that_the_user_named_may_differ_in_their_seed() -> None:
+    baseline = synthetic_run(falling(100, 3.0), seed=1)
+    matchup = match_two(baseline, synthetic_run(falling(100, 2.9), bag_size=4, seed=2))
+    assert matchup.differences == ("seed",)
+    assert matchup.gap is not None
+    assert matchup.gap.mean == pytest.approx(0.1)
+
+
+def test_a_sweep_is_a_grid_with_holes() -> None:
+    runs = [synthetic_run(falling(100, 3.0))]
+    for size, ratio in ((2, 0.25), (4, 0.25), (4, 0.5), (8, 0.5)):
+        law = "power-law" if size == 8 else "uniform"
+        runs.append(
+            synthetic_run(
+                falling(100, 3.0 - size / 10), bag_size=size, step_ratio=ratio, target_weighting=law
+            )
+        )
+    runs.append(synthetic_run(falling(100, 1.0), bag_size=6, variant="input-only"))
+    (family,) = families_of(runs)
+    sweep = largest_sweep(matchups_of(family)[0])
+    assert sweep is not None
+    assert (sweep.bag_sizes, sweep.step_ratios) == ([2, 4, 8], [0.25, 0.5])
+    assert (2, 0.5) not in sweep.cells
+    assert {r: len(line) for r, line in sweep.over_bag_sizes().items()} == {0.25: 2, 0.5: 2}
+    assert {s: len(line) for s, line in sweep.over_step_ratios().items()} == {4: 2}
+    gap = sweep.cells[4, 0.5].gap
+    assert gap is not None
+    assert gap.mean == pytest.approx(0.4)
