@@ -9,19 +9,22 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_tst.study.execution import Execution, Slot
+from megatron_tst.study.run_folder import RunFolder
+from megatron_tst.study.runner import Progress as StudyProgress
+from megatron_tst.study.runner import run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def __init__(self, "
@@ -45,8 +48,8 @@ class Settings:
     text_bytes: int = 40_000_000
     seed: int = 0
 
-    def megatron_arguments(self, corpus: Path, folder: Path) -> list[str]:
-        """Command line of an arm, without the superposition flags."""
+    def megatron_arguments(self, corpus: Path) -> list[str]:
+        """Command line of an arm, without the superposition flags and the paths it writes."""
         text = f"""
             --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
             --num-attention-heads {self.heads} --kv-channels {self.hidden // self.heads}
@@ -60,86 +63,16 @@ class Settings:
             --lr-warmup-iters {self.steps // 20} --lr-wsd-decay-iters {self.steps // 10}
             --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
             --seed {self.seed + 1} --split 98,2,0
-            --eval-interval {max(self.steps // 20, 1)} --eval-iters {min(self.steps, 100)}
+            --eval-interval {max(self.steps // 20, 1)} --eval-iters {min(max(self.steps // 4, 1), 100)}
             --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
             --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10
             --save-interval {max(self.steps // 4, 1)} --tokenizer-type HuggingFaceTokenizer
         """
-        checkpoints = str(folder / "checkpoints")
-        paths = {
-            "--tokenizer-model": f"{corpus}-tokenizer",
-            "--data-path": str(corpus),
-            "--data-cache-path": str(folder / "cache"),
-            "--tensorboard-dir": str(folder / "tensorboard"),
-            "--save": checkpoints,
-            "--load": checkpoints,
-        }
+        paths = {"--tokenizer-model": f"{corpus}-tokenizer", "--data-path": str(corpus)}
         return text.split() + [part for pair in paths.items() for part in pair]
 
 
 SUBWORDS = Settings(vocabulary=2048)
-
-
-@dataclass
-class Arm:
-    """One training run and what its log has said so far."""
-
-    name: str
-    folder: Path
-    arguments: list[str]
-    core: int | None
-    process: subprocess.Popen[bytes] | None = None
-    step: int = 0
-    loss: str = "-"
-    validation: str = "-"
-    _read: int = field(default=0, repr=False)
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "log.txt"
-
-    def start(self) -> None:
-        """Launches the run with torchrun, pinned to its core."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "1", "-m", "megatron_tst.pretrain", *self.arguments),
-        ]
-        if self.core is not None and shutil.which("taskset"):
-            command = ["taskset", "-c", str(self.core), *command]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONWARNINGS": "ignore",
-        }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-            )
-
-    def poll(self) -> bool:
-        """Reads what is new in the log and returns whether the run has ended well."""
-        assert self.process is not None
-        code = self.process.poll()
-        with self.log.open(errors="replace") as log:
-            log.seek(self._read)
-            news = log.read()
-            self._read = log.tell()
-        for step, loss in re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", news):
-            self.step, self.loss = int(step), f"{float(loss):.3f}"
-        for value in re.findall(r"validation loss at iteration .*?lm loss value: (\S+)", news):
-            self.validation = f"{float(value):.3f}"
-        if code:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-            sys.exit(f"{tail}\n\nThe {self.name} run failed (exit code {code}): see {self.log}")
-        return code == 0
-
-    def stop(self) -> None:
-        """Ends the run if it is still going."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(30)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or ROOT / "runs" / name
     corpus = prepare_text(output, settings, is_byte_level=not options.bpe, console=console)
     arms = make_arms(output, settings, corpus)
-    train(arms, settings.steps, console)
+    train(arms, console)
     folders = export(arms, corpus, output, console)
     evaluate_exports(folders, output)
     sample = generate_sample(folders[1], console)
@@ -217,25 +150,24 @@ def prepare_text(output: Path, settings: Settings, is_byte_level: bool, console:
     return prefix
 
 
-def make_arms(output: Path, settings: Settings, corpus: Path) -> list[Arm]:
+def make_arms(output: Path, settings: Settings, corpus: Path) -> list[Execution]:
     """The baseline and the TST run, in fresh folders."""
     superposed = [
         *("--tst-bag-size", str(settings.bag_size)),
         *("--tst-step-ratio", str(settings.step_ratio)),
     ]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     arms = []
-    for i, (name, flags) in enumerate((("baseline", []), ("tst", superposed))):
-        folder = output / name
-        shutil.rmtree(folder, ignore_errors=True)
-        arguments = [*settings.megatron_arguments(corpus, folder), *flags]
-        arms.append(Arm(name, folder, arguments, cores[i] if len(cores) > i else None))
+    for name, flags in (("baseline", []), ("tst", superposed)):
+        shutil.rmtree(output / name, ignore_errors=True)
+        arguments = [*settings.megatron_arguments(corpus), *flags]
+        arms.append(Execution(name, RunFolder(output / name), arguments, settings.steps))
     return arms
 
 
-def train(arms: list[Arm], steps: int, console: Console) -> None:
+def train(arms: list[Execution], console: Console) -> None:
     """Runs the arms side by side, or one after the other on a single core."""
-    side_by_side = all(arm.core is not None for arm in arms)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    slots = [Slot(cores=(core,)) for core in cores[: len(arms)]] or [Slot()]
     progress = Progress(
         TextColumn("{task.description:9}"),
         BarColumn(),
@@ -245,32 +177,33 @@ def train(arms: list[Arm], steps: int, console: Console) -> None:
         console=console,
     )
     console.print("Training on real Megatron, both arms for the same FLOPs ...")
-    try:
-        with progress:
-            tasks = {
-                arm.name: progress.add_task(arm.name, total=steps, loss="-", validation="-")
-                for arm in arms
-            }
-            for group in [arms] if side_by_side else [[arm] for arm in arms]:
-                for arm in group:
-                    arm.start()
-                running = list(group)
-                while running:
-                    time.sleep(0.5)
-                    running = [arm for arm in running if not arm.poll()]
-                    for arm in group:
-                        progress.update(
-                            tasks[arm.name],
-                            completed=arm.step,
-                            loss=arm.loss,
-                            validation=arm.validation,
-                        )
-    finally:
-        for arm in arms:
-            arm.stop()
+    with progress:
+        tasks = {
+            arm.name: progress.add_task(arm.name, total=arm.total_steps, loss="-", validation="-")
+            for arm in arms
+        }
+
+        def show(state: StudyProgress) -> None:
+            for arm in arms:
+                progress.update(
+                    tasks[arm.name],
+                    completed=arm.log.step,
+                    loss=_three_decimals(arm.log.loss),
+                    validation=_three_decimals(arm.log.validation),
+                )
+                if state.states[arm.name] in ("failed", "diverged"):
+                    log = arm.folder.log
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
+                    sys.exit(f"{tail}\n\nThe {arm.name} run failed: see {log}")
+
+        run_all(arms, slots, show)
 
 
-def export(arms: list[Arm], corpus: Path, output: Path, console: Console) -> list[Path]:
+def _three_decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def export(arms: list[Execution], corpus: Path, output: Path, console: Console) -> list[Path]:
     """Converts the last checkpoint of each arm to Hugging Face format."""
     from megatron_tst.checkpoint.hf_export import export_to_huggingface
 
@@ -278,7 +211,7 @@ def export(arms: list[Arm], corpus: Path, output: Path, console: Console) -> lis
     tokenizer = corpus.with_name(f"{corpus.name}-tokenizer")
     folders = [output / "huggingface" / arm.name for arm in arms]
     for arm, folder in zip(arms, folders, strict=True):
-        export_to_huggingface(arm.folder / "checkpoints", tokenizer, folder, overwrite=True)
+        export_to_huggingface(arm.folder.checkpoints, tokenizer, folder, overwrite=True)
     return folders
 
 
@@ -327,7 +260,7 @@ def generate_sample(folder: Path, console: Console) -> str:
     return text
 
 
-def verify_export(arm: Arm, folder: Path, console: Console) -> None:
+def verify_export(arm: Execution, folder: Path, console: Console) -> None:
     """Compares the logits of an exported model with those of Megatron's."""
     from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE, largest_logit_difference
 
@@ -336,19 +269,21 @@ def verify_export(arm: Arm, folder: Path, console: Console) -> None:
     with warnings.catch_warnings():
         # Megatron's, of libraries for GPUs.
         warnings.simplefilter("ignore")
-        difference = largest_logit_difference(arm.folder / "checkpoints", folder)
+        difference = largest_logit_difference(arm.folder.checkpoints, folder)
     if not difference <= LOGIT_TOLERANCE:
-        sys.exit(f"{folder} and the checkpoint of {arm.folder} differ by {difference} in a logit.")
+        sys.exit(
+            f"{folder} and the checkpoint of {arm.folder.path} differ by {difference} in a logit."
+        )
     console.print(f"Largest difference between its logits and Megatron's: {difference:.1e}.")
 
 
-def write_comparison(arms: list[Arm], target: Path, sample: str) -> Path:
+def write_comparison(arms: list[Execution], target: Path, sample: str) -> Path:
     """Writes the report and returns its path."""
     from megatron_tst.report.comparison import study_of_two
     from megatron_tst.report.html import write_report
     from megatron_tst.report.results import read_result
 
-    baseline, tst = (read_result(arm.folder) for arm in arms)
+    baseline, tst = (read_result(arm.folder.path) for arm in arms)
     write_report([study_of_two(baseline, tst)], target, sample_text=sample)
     return target
 
