@@ -189,6 +189,7 @@ def _import_everything() -> None:
     from megatron_tst import cpu
 
     cpu.activate()
+    import megatron.core.models.mimo
     import megatron.core.tokenizers.text
     import megatron.training.argument_utils
     import megatron.training.arguments
