@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import inspect
 import json
 import os
 import random
@@ -190,7 +189,9 @@ def _import_everything() -> None:
     from megatron_tst import cpu
 
     cpu.activate()
+    import megatron.core.models.mimo
     import megatron.core.tokenizers.text
+    import megatron.training.argument_utils
     import megatron.training.arguments
     import torch._dynamo
     import torch.multiprocessing
@@ -199,7 +200,10 @@ def _import_everything() -> None:
     import megatron_tst.training.pretrain  # noqa: F401
 
     # Megatron makes its parser from the sources of its settings, several times a run.
-    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+    factory: Any = megatron.training.argument_utils.ArgumentGroupFactory
+    read_help = functools.partial(factory._get_field_docstrings, object.__new__(factory))
+    help_of = functools.cache(read_help)
+    factory._get_field_docstrings = lambda self, settings: help_of(settings)
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     # Megatron's checkpoint writer starts one a rank, which imports torch.
     _manager = torch.multiprocessing.get_context("spawn").Manager()

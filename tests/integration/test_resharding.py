@@ -13,8 +13,8 @@ from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
 
-SWITCH, STEPS, BAG_SIZE = 4, 8, 4
-STOPS = {"phase 1": 2, "switch": SWITCH, "phase 2": 6}
+SWITCH, STEPS, BAG_SIZE = 2, 5, 4
+STOPS = {"phase 1": 1, "switch": SWITCH, "phase 2": 3}
 
 # Model and layout of the run that saves, and the layouts that continue from each of its stops.
 ROUTES: dict[tuple[str, str], dict[str, str]] = {
@@ -48,7 +48,7 @@ CASES = [
 def saved_run(
     launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], SmallRun]:
-    """Runs that were not interrupted, with a checkpoint every second step, made when needed."""
+    """Runs that were not interrupted, with a checkpoint every step, made when needed."""
     runs: dict[tuple[str, str], SmallRun] = {}
 
     def get(model: str, layout: str) -> SmallRun:
@@ -59,7 +59,7 @@ def saved_run(
                 tst_steps=SWITCH,
                 train_iters=STEPS,
                 eval_iters=0,
-                save_interval=2,
+                save_interval=1,
                 bf16=False,
                 micro_batch_size=1,
             )
