@@ -63,7 +63,8 @@ class Settings:
             --lr-warmup-iters {self.steps // 20} --lr-wsd-decay-iters {self.steps // 10}
             --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
             --seed {self.seed + 1} --split 98,2,0
-            --eval-interval {max(self.steps // 20, 1)} --eval-iters {min(max(self.steps // 4, 1), 100)}
+            --eval-interval {max(self.steps // 20, 1)}
+            --eval-iters {min(max(self.steps // 4, 1), 100)}
             --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
             --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10
             --save-interval {max(self.steps // 4, 1)} --tokenizer-type HuggingFaceTokenizer
