@@ -68,6 +68,7 @@ class Execution:
         self.log = LogReader(self.folder.log)
         self.started = 0.0
         self.first_step = 0
+        self._slot = Slot()
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
 
@@ -79,7 +80,8 @@ class Execution:
         """
         lock = self._resources.enter_context(self.folder.lock())
         self.folder.begin()
-        self._write("running", slot)
+        self._slot = slot
+        self._write("running")
         output = self._resources.enter_context(self.folder.log.open("ab"))
         self.started = time.monotonic()
         self._process = subprocess.Popen(
@@ -134,9 +136,9 @@ class Execution:
         self._write("waiting")
         self._resources.close()
 
-    def _write(self, state: State, slot: Slot | None = None, **more: Any) -> None:
+    def _write(self, state: State, **more: Any) -> None:
         elapsed = {} if state == "running" else {"seconds": round(time.monotonic() - self.started)}
-        place = {} if slot is None else {"cores": slot.cores, "gpus": slot.gpus}
+        place = {"cores": self._slot.cores, "gpus": self._slot.gpus}
         command = " ".join(self.command())
         self.folder.write_record(
             state=state, **self.record, **elapsed, **place, **more, command=command

@@ -76,11 +76,11 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
 
 
 def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
-    content = study_content(corpus, checkpoints=4, arms=[{"total_steps": 2000}])
+    content = study_content(corpus, checkpoints=4, arms=[{"total_steps": 1000}])
     study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
     command = [sys.executable, "tools/run_study.py", str(study), "--output", str(output)]
     runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    (folder,) = [output / "runs" / "tiny-2000steps-lr0.001-baseline-seed0"]
+    (folder,) = [output / "runs" / "tiny-1000steps-lr0.001-baseline-seed0"]
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_for(tracker.exists)
     # A runner that is killed leaves its run behind, which nobody may start a second time.
@@ -103,7 +103,7 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     last = run_study(study, output)
     assert last.returncode == 0, last.stderr
     (result,) = read_results(output / "results.csv")
-    assert (result.status, int(result.steps[-1])) == ("finished", 2000)
+    assert (result.status, int(result.steps[-1])) == ("finished", 1000)
     assert result.steps.tolist() == sorted(set(result.steps.tolist()))
 
 
