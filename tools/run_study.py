@@ -19,7 +19,7 @@ from megatron_tst.study.execution import slots_of_this_machine
 from megatron_tst.study.run_folder import ENDED
 from megatron_tst.study.runner import Progress, run_all
 from megatron_tst.study.slurm import parse_slurm_options, submit
-from megatron_tst.study.study_folder import RESULTS_FILE, executions, open_study
+from megatron_tst.study.study_folder import RESULTS_FILE, check_same_study, executions, open_study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = read_study(options.study)
         folder = options.output or Path("runs") / "studies" / options.study.stem
+        if options.list or options.collect:
+            # While another process may run it.
+            check_same_study(study, folder)
+            return _list(study, folder) if options.list else _print_collected(study, folder)
         with open_study(study, folder):
-            if options.list:
-                _list(study, folder)
-                return 0
-            if options.collect:
-                print(collect(study, folder))
-                return 0
             if options.slurm is not None:
                 return _submit(study, folder, options)
             return _run(study, folder, options.jobs)
@@ -111,11 +109,17 @@ def _report_failures(progress: Progress) -> int:
     return 1 if failed else 0
 
 
-def _list(study: StudyConfig, folder: Path) -> None:
+def _print_collected(study: StudyConfig, folder: Path) -> int:
+    print(collect(study, folder))
+    return 0
+
+
+def _list(study: StudyConfig, folder: Path) -> int:
     runs = executions(study, folder)
     for execution in runs:
         print(f"{execution.folder.state():9} {execution.name}")
     print(f"{len(runs)} runs, {sum(e.total_steps for e in runs):,} steps")
+    return 0
 
 
 def _submit(study: StudyConfig, folder: Path, options: argparse.Namespace) -> int:

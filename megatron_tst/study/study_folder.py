@@ -31,7 +31,7 @@ def open_study(study: StudyConfig, folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(folder / "lock"):
-            check_same_study(study, folder)
+            _write_study(check_same_study(study, folder), folder)
             yield
     except BlockingIOError:
         raise ValueError(
@@ -40,8 +40,8 @@ def open_study(study: StudyConfig, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def check_same_study(study: StudyConfig, folder: Path) -> None:
-    """Writes down what the runs of a folder share, or compares with what is written there.
+def check_same_study(study: StudyConfig, folder: Path) -> dict[str, dict[str, object]]:
+    """Compares a study with what is written down in a folder; returns what is to be written.
 
     Raises:
         ValueError: naming the keys that differ.
@@ -53,21 +53,24 @@ def check_same_study(study: StudyConfig, folder: Path) -> None:
             raise ValueError(
                 f"--output {folder} has runs but no {STUDY_FILE}: use an empty folder."
             )
-    else:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = [
-            *_different(found["common"], wanted["common"]),
-            *(f"models.{n}" for n in _different(found["models"], wanted["models"], added=True)),
-        ]
-        if different:
-            raise ValueError(
-                f"--output {folder} holds another study, which differs in "
-                f"{', '.join(different)}: use another folder."
-            )
-        wanted["models"] = {**found["models"], **wanted["models"]}
+        return wanted
+    found = json.loads(path.read_text(encoding="utf-8"))
+    different = [
+        *_different(found["common"], wanted["common"]),
+        *(f"models.{n}" for n in _different(found["models"], wanted["models"], added=True)),
+    ]
+    if different:
+        raise ValueError(
+            f"--output {folder} holds another study, which differs in {', '.join(different)}: "
+            "use another folder."
+        )
+    return {**wanted, "models": {**found["models"], **wanted["models"]}}
+
+
+def _write_study(content: dict[str, dict[str, object]], folder: Path) -> None:
     temporary = folder / f".{STUDY_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / STUDY_FILE)
 
 
 def _different(

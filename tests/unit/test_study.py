@@ -183,6 +183,19 @@ def test_a_folder_has_one_runner_at_a_time(tmp_path: Path) -> None:
         open_study(study, tmp_path / "out").__enter__()
 
 
+def test_a_study_is_listed_while_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, folder = read(tmp_path), tmp_path / "out"
+    with open_study(study, folder):
+        assert main([str(tmp_path / "study.yaml"), "--output", str(folder), "--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "waiting   tiny-10steps-lr0.001-baseline-seed0",
+        "waiting   tiny-10steps-lr0.001-s2-r0.3-seed0",
+        "2 runs, 20 steps",
+    ]
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(ValueError, match=r"--output .*out is a file: name a folder\."):
