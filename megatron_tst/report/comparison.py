@@ -76,6 +76,11 @@ class Matchup:
         return estimate([pair.gap for pair in self.pairs]) if self.pairs else None
 
     @property
+    def baseline_loss(self) -> float:
+        """Mean final loss of the baseline."""
+        return float(np.mean([pair.baseline.final_loss for pair in self.pairs]))
+
+    @property
     def times_are_comparable(self) -> bool:
         """Whether all runs were timed on one kind of machine."""
         runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
@@ -172,9 +177,22 @@ class Study:
 
     @property
     def ranked(self) -> list[Matchup]:
-        """Matchups with a pair that counts, the largest mean gap first."""
+        """Matchups with a pair that counts: against the best baseline of their length first.
+
+        Among these, and among the others, the largest mean gap comes first: a gap to a baseline
+        whose learning rate does not suit it says little.
+        """
         found = [(matchup.gap.mean, matchup) for matchup in self.matchups if matchup.gap]
-        return [matchup for _, matchup in sorted(found, key=lambda one: -one[0])]
+        best: dict[int, float] = {}
+        for _, matchup in found:
+            steps = matchup.baseline.total_steps
+            best[steps] = min(matchup.baseline_loss, best.get(steps, np.inf))
+
+        def order(one: tuple[float, Matchup]) -> tuple[bool, float]:
+            gap, matchup = one
+            return matchup.baseline_loss > best[matchup.baseline.total_steps], -gap
+
+        return [matchup for _, matchup in sorted(found, key=order)]
 
 
 def study_of(family: Family) -> Study:

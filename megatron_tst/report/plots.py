@@ -48,7 +48,7 @@ def render_plots(study: Study, prefix: str = "") -> list[Plot]:
 
 
 def drawn_groups(study: Study) -> list[Group]:
-    """The groups whose curves are drawn: a baseline and its settings with the largest gaps."""
+    """The groups whose curves are drawn: the best baseline and settings with the largest gaps."""
     best = study.ranked[0]
     drawn = [matchup for matchup in study.ranked if matchup.baseline is best.baseline]
     groups = [best.baseline, *(matchup.tst for matchup in drawn[:_DRAWN_SETTINGS])]

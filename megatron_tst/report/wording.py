@@ -37,7 +37,7 @@ def outcome(gap: Estimate) -> str:
 
 
 def verdict(study: Study) -> list[str]:
-    """The outcome of a study, a sentence each; about the setting with the largest gap."""
+    """The outcome of a study, a sentence each; about its first setting by rank."""
     if not study.ranked:
         return ["No TST run can be set against a baseline."]
     best = study.ranked[0]
@@ -65,7 +65,8 @@ def _ranking(study: Study) -> str:
     )
     return (
         f"{len(ranked)} TST settings at equal FLOPs: {counts}. "
-        f"The largest gap is that of {ranked[0].tst.label}, which the sentences below are about."
+        f"{ranked[0].tst.label} has the largest gap to the best baseline of its length; the "
+        "sentences below are about it."
     )
 
 

@@ -7,7 +7,7 @@ from math import exp, log, sqrt
 import pytest
 from scipy import stats
 
-from megatron_tst.report.comparison import Matchup, match_two, matchups_of
+from megatron_tst.report.comparison import Matchup, match_two, matchups_of, study_of
 from megatron_tst.report.families import families_of
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
@@ -217,6 +217,20 @@ def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
     matchups, alone = matchups_of(family)
     assert not matchups
     assert [group.settings["learning_rate"] for group in alone] == [1e-3]
+
+
+def test_a_gap_to_an_untuned_baseline_comes_last() -> None:
+    losses = {1e-3: (3.0, 2.9), 4e-3: (3.5, 2.95), 5e-4: (3.2, 3.1)}
+    runs = []
+    for rate, (baseline, tst) in losses.items():
+        runs.append(synthetic_run(falling(100, baseline), learning_rate=rate))
+        runs.append(synthetic_run(falling(100, tst), bag_size=4, learning_rate=rate))
+    runs.append(synthetic_run(falling(100, 2.95), bag_size=8))
+    (family,) = families_of(runs)
+    ranked = [matchup.tst.label for matchup in study_of(family).ranked]
+    # By gap alone it would be the second.
+    assert ranked[:2] == ["s=4 r=0.25", "s=8 r=0.25"]
+    assert ranked[2] == "s=4 r=0.25 lr 0.004"
 
 
 def test_labels_say_what_differs() -> None:
