@@ -71,7 +71,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         if target.startswith("http"):
             continue
         path, _, anchor = target.partition("#")
-        linked = page.parent / path
+        linked = page.parent / path if path else page
         assert linked.exists(), target
         if anchor:
             titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
