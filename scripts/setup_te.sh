@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Builds Transformer Engine into .venv, where neither a GPU nor a CUDA toolkit is needed.
+# Builds Transformer Engine for the preflight, where neither a GPU nor a CUDA toolkit is needed.
+#
+# It goes into a folder of its own in .venv, which training does not see: Megatron takes other ways
+# where it finds Transformer Engine, on CPUs too.
 #
 # Its kernels come compiled; its half for PyTorch comes as C++ that is compiled here, against the
 # headers of CUDA, cuDNN and NCCL, which are in wheels beside torch's libraries. Inside of a
@@ -8,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly python=.venv/bin/python
+readonly folder=.venv/transformer-engine
 readonly stamp=.venv/installed-te
 readonly log=.venv/build-te.log
 
@@ -66,15 +70,20 @@ if ! PATH=$PWD/.venv/bin:$PATH \
   NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
   NVTE_FRAMEWORK=pytorch \
   NVTE_PYTORCH_FORCE_BUILD=TRUE \
-  install --verbose --no-cache-dir --no-deps --no-build-isolation --force-reinstall \
-  "transformer_engine_torch==$version" >"$log" 2>&1; then
+  install --verbose --no-cache-dir --no-deps --no-build-isolation --upgrade --target "$folder" \
+  {transformer_engine_torch,transformer_engine,transformer_engine_cu13}"==$version" >"$log" 2>&1; then
   grep -m 5 -E 'error:|Error:|Killed' "$log" >&2 || tail -n 20 "$log" >&2
   fail "the build has failed; all of its output is in $log."
 fi
 say "compiled after $((SECONDS - started)) s"
-install --editable '.[dev,te]'
+# What its Python half imports, beside what torch and Megatron bring.
+install einops onnx onnxscript nvdlfw-inspect
+# Its library links the driver's, which is missing without a GPU, and calls nothing of it there.
+"$compiler" -shared -fPIC -Wl,-soname,libcuda.so.1 -x c /dev/null -o "$folder/libcuda.so.1"
 
-"$python" -c 'import transformer_engine.pytorch' >"$log" 2>&1 || {
+"$python" -c 'from megatron_tst.planning.engine_path import make_engine_importable
+make_engine_importable()
+import transformer_engine.pytorch' >"$log" 2>&1 || {
   tail -n 3 "$log" >&2
   fail "Transformer Engine was built and does not import."
 }

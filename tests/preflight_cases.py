@@ -18,13 +18,16 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from megatron_tst import cpu
+    from megatron_tst.planning.engine_path import make_engine_importable
 
+    cases, results = (Path(name) for name in sys.argv[1:])
+    asked = json.loads(cases.read_text())
+    if asked["with_engine"]:
+        make_engine_importable()
     cpu.activate()
     from megatron_tst.planning import posing
 
     posing.pose((10, 0))
-    cases, results = (Path(name) for name in sys.argv[1:])
-    asked = json.loads(cases.read_text())
     parser = posing.launch_parser()
     found = {
         "launches": [_checked(parser, case) for case in asked["launches"]],

@@ -20,10 +20,11 @@ VARIANTS = ("baseline", "tst")
 
 
 class Checked:
-    """Reports of launches, by name."""
+    """Reports of launches, by name; with the Transformer Engine of ``make setup-te`` on request."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_engine: bool = False) -> None:
         self.folder = folder
+        self.with_engine = with_engine
         self._launches: dict[str, dict[str, Any]] = {}
         self._measurements: dict[str, tuple[str, list[Any]]] = {}
         self.found: dict[str, dict[str, Any]] = {}
@@ -47,6 +48,7 @@ class Checked:
         asked = {
             "launches": list(self._launches.values()),
             "measured": list(self._measurements.values()),
+            "with_engine": self.with_engine,
         }
         cases.write_text(json.dumps(asked))
         subprocess.run(

@@ -96,7 +96,9 @@ def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from megatron_tst import cpu
+    from megatron_tst.planning.engine_path import make_engine_importable
 
+    make_engine_importable()
     cpu.activate()
     from megatron_tst.evaluation.results import write_results
     from megatron_tst.planning import posing

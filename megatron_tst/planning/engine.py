@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from megatron.core.fp8_utils import get_fp8_context
 
 
@@ -34,6 +35,23 @@ def forget_capability() -> None:
     for name in ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_NVFP4_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT"):
         assert hasattr(quantization, name), name
         setattr(quantization, name, None)
+
+
+def mark_split_weights(model: torch.nn.Module) -> None:
+    """Marks the parameters of which each tensor-parallel rank has a part, where nobody has.
+
+    Transformer Engine does that when it fills them, which it leaves undone on the meta device;
+    Megatron does it for experts.
+    """
+    base = import_module("transformer_engine.pytorch.module.base").TransformerEngineBaseModule
+    for module in model.modules():
+        mode = getattr(module, "parallel_mode", None)
+        if not isinstance(module, base) or mode not in ("column", "row"):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            is_split = name == "weight" or (name == "bias" and mode == "column")
+            if is_split and not hasattr(parameter, "tensor_model_parallel"):
+                parameter.tensor_model_parallel = True
 
 
 def enter_recipes(transformer: Any) -> list[str | None]:

@@ -34,7 +34,12 @@ from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tst.arguments import add_superposition_arguments
-from megatron_tst.planning.engine import enter_recipes, forget_capability, has_transformer_engine
+from megatron_tst.planning.engine import (
+    enter_recipes,
+    forget_capability,
+    has_transformer_engine,
+    mark_split_weights,
+)
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
@@ -250,6 +255,9 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
         stages: list[int | None] = [None] if virtual is None else list(range(virtual))
         with torch.device("meta"):
             chunks = [builder.build_model(groups, vp_stage=stage) for stage in stages]
+        if has_transformer_engine():
+            for chunk in chunks:
+                mark_split_weights(chunk)
         if args.bf16 or args.fp16:
             chunks = [Float16Module(transformer, chunk) for chunk in chunks]
         return Stage(

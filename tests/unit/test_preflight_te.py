@@ -5,15 +5,14 @@ They are built on the meta device in a process that poses as a rank of a cluster
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 
+from megatron_tst.planning.engine_path import engine_is_there
 from megatron_tst.planning.model_checks import fp8_multiple
 from tests.preflight_checked import MODELS, VARIANTS, Checked
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="make setup-te"),
+    pytest.mark.skipif(not engine_is_there(), reason="make setup-te"),
     pytest.mark.slow,
 ]
 
@@ -44,7 +43,7 @@ RECIPES = ("mxfp8", "blockwise", "tensorwise")
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    checked = Checked(tmp_path_factory.mktemp("preflight"))
+    checked = Checked(tmp_path_factory.mktemp("preflight"), with_engine=True)
     for model in MODELS:
         for precision in PRECISIONS:
             for variant in VARIANTS:

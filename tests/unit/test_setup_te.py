@@ -41,7 +41,7 @@ class Tree:
         self.python.write_text(
             "#!/bin/bash\n"
             f'[[ $2 == pip ]] && echo "$@" >>{self.folder}/calls\n'
-            f'case "$1 $2" in {cases} "-m pip") [[ "$*" != *force-reinstall* ]] || '
+            f'case "$1 $2" in {cases} "-m pip") [[ "$*" != *--target* ]] || '
             "{ echo 'pip is asked to build'; exit ${BUILD_STATUS:-0}; } ;; esac\n"
         )
         self.python.chmod(0o755)
