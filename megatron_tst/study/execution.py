@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_tst.study.run_folder import LogReader, RunFolder, State
 
-_SECONDS_TO_STOP = 30.0
+# Longer than torchrun waits for its processes before it kills them.
+_SECONDS_TO_STOP = 60.0
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,16 @@ class Execution:
             shutil.rmtree(self.folder.path / "cache", ignore_errors=True)
         return state
 
+    def terminate(self) -> None:
+        """Asks the run to end; :meth:`stop` waits for it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def stop(self) -> None:
         """Ends the run if it still goes; it is waiting afterwards."""
         if self._process is None or self._process.poll() is not None:
             return
-        self._process.send_signal(signal.SIGTERM)
+        self.terminate()
         try:
             self._process.wait(_SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:

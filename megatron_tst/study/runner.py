@@ -88,6 +88,8 @@ def run_all(
             on_change(progress)
     finally:
         for execution in progress.running:
+            execution.terminate()
+        for execution in progress.running:
             execution.stop()
             progress.states[execution.name] = "waiting"
     return progress
