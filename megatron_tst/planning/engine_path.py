@@ -15,11 +15,6 @@ ENGINE_FOLDER = Path(sys.prefix) / "transformer-engine"
 _DRIVER = "libcuda.so.1"
 
 
-def engine_is_there() -> bool:
-    """Whether Transformer Engine is installed, or was built by ``make setup-te``."""
-    return find_spec("transformer_engine") is not None or ENGINE_FOLDER.is_dir()
-
-
 def make_engine_importable() -> None:
     """Lets this process import the build; to be called before Megatron's first import.
 

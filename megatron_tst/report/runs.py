@@ -38,6 +38,7 @@ _REQUIRED_KEYS = (
     "machine",
     "command",
 )
+NOT_LOGGED = Series(np.zeros(0, dtype=np.int64), np.zeros(0))
 # TensorBoard stores float32.
 _TOKEN_TOLERANCE = 1e-4
 
@@ -65,22 +66,7 @@ class Run:
 
     def series(self, tag: str) -> Series:
         """A logged scalar; empty if it never was."""
-        return self.scalars.get(tag, Series(np.zeros(0, dtype=np.int64), np.zeros(0)))
-
-    @property
-    def last_step(self) -> int:
-        """Step of the last validation, where all totals of the run are taken."""
-        return int(self.validation.steps[-1])
-
-    @property
-    def final_loss(self) -> float:
-        """Last validation loss."""
-        return float(self.validation.values[-1])
-
-    @property
-    def ended_in_superposition(self) -> bool:
-        """Whether the run was stopped before it became an ordinary model."""
-        return self.last_step < self.schedule.switch_step
+        return self.scalars.get(tag, NOT_LOGGED)
 
     def spent(self, budget: Budget, step: float) -> float:
         """What the first ``step`` steps cost."""
@@ -96,17 +82,23 @@ class Run:
         elif budget == "data tokens":
             spent = [self.schedule.data_tokens(int(step)) for step in steps]
         else:
-            return self._seconds_at(steps)
+            return seconds_at(steps, self.series(SECONDS))
         return np.array(spent, dtype=np.float64)
 
-    def _seconds_at(self, steps: FloatArray) -> FloatArray:
-        if not steps.size:
-            return steps
-        logged = self.scalars[SECONDS]
-        at = np.interp(steps, [0, *logged.steps], [0.0, *logged.values])
-        # The last validation may come later than the last logged step; go on at the mean speed.
-        beyond = steps > logged.steps[-1]
-        return np.where(beyond, logged.values[-1] * steps / logged.steps[-1], at)
+
+def seconds_at(steps: FloatArray, logged: Series) -> FloatArray:
+    """Time in training steps until each step, [n]; NaN if none was logged.
+
+    Args:
+        steps: [n].
+        logged: seconds since the start, by step.
+    """
+    if not logged.steps.size:
+        return np.full(len(steps), np.nan)
+    at = np.interp(steps, [0, *logged.steps], [0.0, *logged.values])
+    # The last validation may come later than the last logged step; go on at the mean speed.
+    beyond = steps > logged.steps[-1]
+    return np.where(beyond, logged.values[-1] * steps / logged.steps[-1], at)
 
 
 def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:

@@ -23,7 +23,7 @@ from megatron_tst.report.describing import (
 )
 from megatron_tst.report.events import FloatArray, Series, read_scalars, read_texts
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.runs import TRAINING_LOSS, VALIDATION_LOSS
+from megatron_tst.report.runs import NOT_LOGGED, TRAINING_LOSS, VALIDATION_LOSS, seconds_at
 
 _ITERATION_TIME = "iteration-time"
 
@@ -55,7 +55,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
     switch, bag_size = int(settings.get("switch_step", 0)), int(settings["bag_size"])
     reads_bags = settings.get("variant") != "output-only"
     in_phase_1 = np.minimum(validation.steps, switch) * tokens_per_step
-    training = scalars.get(TRAINING_LOSS, Series(np.zeros(0, dtype=np.int64), np.zeros(0)))
+    training = scalars.get(TRAINING_LOSS, NOT_LOGGED)
     training_steps, training_loss = thin_training_loss(training, switch)
     data = {**describe_data(arguments), **{k: v for k, v in stated.items() if k in DATA_KEYS}}
     return RunResult(
@@ -135,11 +135,6 @@ def _tokens_per_step(
 
 def _seconds(scalars: Mapping[str, Series], validation: Series) -> FloatArray:
     """Time in training steps at the validations; NaN if the run did not log it."""
-    times = scalars.get(_ITERATION_TIME)
-    if times is None:
-        return np.full(len(validation.steps), np.nan)
+    times = scalars.get(_ITERATION_TIME, NOT_LOGGED)
     elapsed = np.cumsum(np.diff(times.steps, prepend=0) * times.values)
-    steps = validation.steps.astype(np.float64)
-    at = np.interp(steps, [0, *times.steps], [0.0, *elapsed])
-    beyond = steps > times.steps[-1]
-    return np.where(beyond, elapsed[-1] * steps / times.steps[-1], at)
+    return seconds_at(validation.steps.astype(np.float64), Series(times.steps, elapsed))

@@ -204,7 +204,7 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
         yield f"One seed, so no interval: {', '.join(alone)}."
     if len(counts) > 1:
         yield (
-            f"The setting with the largest of {len(counts)} gaps was picked by the gap itself: "
+            f"The first of {len(counts)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
     undecided = [

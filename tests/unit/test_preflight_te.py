@@ -5,14 +5,18 @@ They are built on the meta device in a process that poses as a rank of a cluster
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 
-from megatron_tst.planning.engine_path import engine_is_there
+from megatron_tst.planning.engine_path import ENGINE_FOLDER
 from megatron_tst.planning.model_checks import fp8_multiple
 from tests.preflight_checked import MODELS, VARIANTS, Checked
 
 pytestmark = [
-    pytest.mark.skipif(not engine_is_there(), reason="make setup-te"),
+    pytest.mark.skipif(
+        not (ENGINE_FOLDER.is_dir() or find_spec("transformer_engine")), reason="make setup-te"
+    ),
     pytest.mark.slow,
 ]
 

@@ -47,6 +47,13 @@ def test_a_run_that_diverged_at_once_is_kept(tmp_path: Path) -> None:
     assert (again.status, again.settings) == ("diverged", silent.settings)
 
 
+def test_a_run_may_end_before_its_time_was_logged(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", TST, tst_loss, leave_out="tst/seconds")
+    early = read_result(run, status="diverged")
+    assert early.steps.size
+    assert np.isnan(early.seconds).all()
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_the_table_gives_back_what_was_written(
     results: list[RunResult], tmp_path: Path, suffix: str
