@@ -111,7 +111,8 @@ class StudyConfig:
         merged = {**self.arguments, **self.models[run.model]}
         length, batch = int(merged["seq-length"]), self.validation.batch_size
         evaluation = {
-            "eval-interval": max(run.total_steps // self.validation.times, 1),
+            # One short of every share, as pretrain evaluates after the last step in any case.
+            "eval-interval": run.total_steps // self.validation.times + 1,
             "eval-iters": -(-self.validation.tokens // (batch * length)),
             "eval-micro-batch-size": batch // self.processes,
             "eval-global-batch-size": batch,

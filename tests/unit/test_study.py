@@ -65,7 +65,7 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
         "--lr-warmup-iters": "20",
         "--lr-wsd-decay-iters": "40",
         "--seed": "4",
-        "--eval-interval": "100",
+        "--eval-interval": "101",
         # 500 tokens are 3.9 batches of 4 x 32.
         "--eval-iters": "4",
         "--eval-global-batch-size": "4",
