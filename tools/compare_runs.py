@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_tst.report.comparison import Study, study_of, study_of_two
 from megatron_tst.report.families import families_of
 from megatron_tst.report.html import write_report
+from megatron_tst.report.markdown import write_tables
 from megatron_tst.report.results import RunResult, write_results
 from megatron_tst.report.sources import read_run_folder, read_sources, read_stated
 from megatron_tst.report.wording import verdict
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = _runs(args)
         studies = _studies(args, runs)
         files = write_report(studies, args.output, sample, args.figures)
+        if args.tables is not None:
+            write_tables(studies, args.tables)
+            files.append(args.tables)
         if args.results is not None:
             write_results(runs, args.results)
             files.append(args.results)
@@ -62,6 +66,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="HTML file to write")
     add("--figures", type=Path, help="folder for the plots as PNG; default: next to the page")
     add("--results", type=Path, help="also write all runs to this table (.csv or .parquet)")
+    add("--tables", type=Path, help="also write the verdicts and tables to this Markdown file")
     add("--sample", type=Path, help="text file with a sample that the trained model generated")
     args = parser.parse_args(arguments)
     if (args.baseline is None) != (args.tst is None):

@@ -92,21 +92,25 @@ def _study(study: Study, plots: Sequence[Plot], level: int) -> list[str]:
         page.bullets(wording.cautions(study)),
         heading("The numbers"),
         page.note(_NUMBERS_NOTE),
-        report_tables.groups_table(study.groups),
+        page.table(report_tables.groups_table(study.groups)),
     ]
     if study.matchups:
         parts += [
             heading("TST against the baseline"),
-            report_tables.matchups_table(study.matchups),
+            page.table(report_tables.matchups_table(study.matchups, study.noise)),
         ]
+    if study.noise is not None:
+        parts.append(page.note(wording.noise_sentence(study.noise)))
     parts += _pair_tables(study, heading("At equal cost"), heading("At equal loss"))
     if plots:
         curves_note = "Loss axes leave out the drop over the first 5% of the run."
         parts += [heading("Plots"), page.note(curves_note), *map(page.figure, plots)]
+    settings_note, settings = report_tables.settings_table(study)
     return [
         *parts,
         heading("Settings"),
-        report_tables.settings_table(study),
+        page.note(settings_note),
+        page.table(settings),
         heading("Origin"),
         *_origin(study),
     ]
@@ -120,18 +124,18 @@ def _pair_tables(study: Study, cost_heading: str, loss_heading: str) -> list[str
     pair, with_time = matchup.pairs[0], matchup.times_are_comparable
     return [
         cost_heading,
-        report_tables.equal_budget_table(pair, with_time),
+        page.table(report_tables.equal_budget_table(pair, with_time)),
         loss_heading,
         page.note(_CURVES_NOTE),
-        report_tables.equal_loss_table(pair, with_time),
+        page.table(report_tables.equal_loss_table(pair, with_time)),
     ]
 
 
 def _origin(study: Study) -> list[str]:
     runs = [run for group in study.groups for run in group.runs]
     return [
-        report_tables.data_table(runs[0]),
-        page.folded(f"All runs ({len(runs)})", report_tables.runs_table(study.groups)),
+        page.table(report_tables.data_table(runs[0])),
+        page.folded(f"All runs ({len(runs)})", page.table(report_tables.runs_table(study.groups))),
         *_commands(runs),
     ]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from megatron_tst.report.drawing import Plot
+from megatron_tst.report.text_table import Table
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #59636e; --page: #ffffff; --line: #d1d9e0;
@@ -86,14 +87,12 @@ def document(title: str, parts: Iterable[str]) -> str:
     )
 
 
-def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], differs: Sequence[bool] | None = None
-) -> str:
+def table(content: Table) -> str:
     """A table of text, which scrolls in itself where it is too wide."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in content.header)
     body = []
-    for i, row in enumerate(rows):
-        mark = ' class="differs"' if differs is not None and differs[i] else ""
+    for i, row in enumerate(content.rows):
+        mark = ' class="differs"' if content.marked and content.marked[i] else ""
         body.append(f"<tr{mark}>{''.join(map(_cell, row))}</tr>")
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n'

@@ -8,14 +8,16 @@ from statistics import fmean
 
 import numpy as np
 
-from megatron_tst.report import page, wording
+from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.describing import Setting
 from megatron_tst.report.families import Group, differing
+from megatron_tst.report.noise import Noise
 from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import estimate
+from megatron_tst.report.text_table import Table
 from megatron_tst.report.units import (
     DASH,
     TIMES,
@@ -31,7 +33,7 @@ from megatron_tst.report.units import (
 _SIDE_BY_SIDE = 4
 
 
-def groups_table(groups: Sequence[Group]) -> str:
+def groups_table(groups: Sequence[Group]) -> Table:
     """What each setting ended with and what it cost."""
     rows = [_group_row(group) for group in groups]
     header = (
@@ -45,7 +47,7 @@ def groups_table(groups: Sequence[Group]) -> str:
         "Training time",
         "Time per step",
     )
-    return page.table(header, rows)
+    return Table(header, rows)
 
 
 def _group_row(group: Group) -> tuple[str, ...]:
@@ -74,11 +76,12 @@ def _group_row(group: Group) -> tuple[str, ...]:
     )
 
 
-def matchups_table(matchups: Sequence[Matchup]) -> str:
+def matchups_table(matchups: Sequence[Matchup], noise: Noise | None = None) -> Table:
     """Each TST setting against its baseline."""
     header = (
         "Setting",
         "Gap at equal FLOPs (nats)",
+        "The same, pooled noise",
         "Seeds",
         "Outcome",
         "Speed-up, read off one curve",
@@ -88,15 +91,15 @@ def matchups_table(matchups: Sequence[Matchup]) -> str:
         "Jump at the switch (nats)",
         "Steps from switch to crossing",
     )
-    return page.table(header, [_matchup_row(matchup) for matchup in matchups])
+    return Table(header, [_matchup_row(matchup, noise) for matchup in matchups])
 
 
-def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
+def _matchup_row(matchup: Matchup, noise: Noise | None) -> tuple[str, ...]:
     gap = matchup.mean_of(lambda pair: pair.equal_budget("equivalent tokens").gap)
     if gap is None:
         lost = f"{len(matchup.tst.diverged)} of {len(matchup.tst.runs)} diverged"
         reason = lost if matchup.tst.diverged else "no pair"
-        return (matchup.tst.label, DASH, "0", reason, *[DASH] * 6)
+        return (matchup.tst.label, DASH, DASH, "0", reason, *[DASH] * 6)
     off_curve = matchup.speed_up_off_curve("equivalent tokens")
     data = matchup.mean_of(lambda pair: pair.equal_budget("data tokens").gap)
     data_off_ends = matchup.equal_data_off_ends()
@@ -105,6 +108,7 @@ def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
     return (
         matchup.tst.label,
         gap_text(gap),
+        DASH if noise is None else gap_text(noise.interval(gap)),
         str(gap.n),
         wording.outcome(gap),
         DASH if off_curve is None else ratio_text(off_curve),
@@ -131,7 +135,7 @@ def _off_ends(matchup: Matchup) -> str:
     return " or ".join(bounds)
 
 
-def equal_budget_table(pair: Pair, with_time: bool) -> str:
+def equal_budget_table(pair: Pair, with_time: bool) -> Table:
     """Both arms of one pair after spending the same."""
     rows = []
     for name, budget in _budgets(with_time):
@@ -143,10 +147,10 @@ def equal_budget_table(pair: Pair, with_time: bool) -> str:
         )
         gap = DASH if reading.gap is None else signed(reading.gap)
         rows.append((f"{name}: {amount(budget, reading.amount)}{phase}", *losses, gap))
-    return page.table(("", "Baseline loss", "TST loss", "Gap (nats; + is TST ahead)"), rows)
+    return Table(("", "Baseline loss", "TST loss", "Gap (nats; + is TST ahead)"), rows)
 
 
-def equal_loss_table(pair: Pair, with_time: bool) -> str:
+def equal_loss_table(pair: Pair, with_time: bool) -> Table:
     """What both arms of one pair spent until they reached the final loss of either."""
     rows = []
     for _, budget in _budgets(with_time):
@@ -163,7 +167,7 @@ def equal_loss_table(pair: Pair, with_time: bool) -> str:
                     DASH if speed_up is None else f"{speed_up:.2f}{TIMES}",
                 )
             )
-    return page.table(("Target", "Baseline", "TST", "Speed-up of TST"), rows)
+    return Table(("Target", "Baseline", "TST", "Speed-up of TST"), rows)
 
 
 def _budgets(with_time: bool) -> list[tuple[str, Budget]]:
@@ -174,7 +178,7 @@ def _budgets(with_time: bool) -> list[tuple[str, Budget]]:
     return [*found, ("Equal training time", "seconds")] if with_time else found
 
 
-def runs_table(groups: Sequence[Group]) -> str:
+def runs_table(groups: Sequence[Group]) -> Table:
     """Every run, averaged or not."""
     rows = [
         (
@@ -200,25 +204,23 @@ def runs_table(groups: Sequence[Group]) -> str:
         "Commit",
         "Machine",
     )
-    return page.table(header, rows)
+    return Table(header, rows)
 
 
-def settings_table(study: Study) -> str:
-    """Settings side by side; of many groups, what they have in common."""
+def settings_table(study: Study) -> tuple[str, Table]:
+    """Settings side by side; of many groups, what they have in common. A note comes first."""
     groups = study.groups
     settings = [{**group.settings, **_seeds(group)} for group in groups]
     names = list(dict.fromkeys(name for one in settings for name in one))
     apart = differing(settings)
     if len(groups) <= _SIDE_BY_SIDE:
         rows = [(name, *(_shown(one.get(name)) for one in settings)) for name in names]
-        marked = page.table(
-            ("Setting", *(group.label for group in groups)), rows, [name in apart for name in names]
+        header = ("Setting", *(group.label for group in groups))
+        return "Differences are highlighted.", Table(
+            header, rows, tuple(name in apart for name in names)
         )
-        return page.note("Differences are highlighted.") + marked
     common = [(name, _shown(settings[0].get(name))) for name in names if name not in apart]
-    return page.note(f"Of all groups. They differ in {', '.join(apart)}.") + page.table(
-        ("Setting", "Value"), common
-    )
+    return f"Of all groups. They differ in {', '.join(apart)}.", Table(("Setting", "Value"), common)
 
 
 def _seeds(group: Group) -> dict[str, Setting]:
@@ -226,9 +228,9 @@ def _seeds(group: Group) -> dict[str, Setting]:
     return {"seeds": ", ".join(str(run.seed) for run in runs)} if runs else {}
 
 
-def data_table(run: RunResult) -> str:
+def data_table(run: RunResult) -> Table:
     """The text, tokenizer and validation set."""
-    return page.table(("", ""), [(name, _shown(value)) for name, value in run.data.items()])
+    return Table(("", ""), [(name, _shown(value)) for name, value in run.data.items()])
 
 
 def _shown(value: Setting | None) -> str:
