@@ -72,14 +72,19 @@ def _run(study: StudyConfig, folder: Path, jobs: int | None) -> int:
     console = Console()
     with Display(console) as display:
         progress = run_all(executions(study, folder), slots, display.show)
-    results = collect(study, folder)
     console.print(summary(progress), markup=False, highlight=False)
-    console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
+    if any(state in ENDED for state in progress.states.values()):
+        results = collect(study, folder)
+        console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
     return _report_failures(progress)
 
 
 def collect(study: StudyConfig, folder: Path) -> Path:
-    """Writes the results of all runs that have ended, and returns the file."""
+    """Writes the results of all runs that have ended, and returns the file.
+
+    Raises:
+        ValueError: none has.
+    """
     results = []
     for execution in executions(study, folder):
         state = execution.folder.state()
@@ -87,6 +92,8 @@ def collect(study: StudyConfig, folder: Path) -> Path:
             # The losses of a finished run may still show that it has diverged.
             status: Status | None = "diverged" if state == "diverged" else None
             results.append(read_result(execution.folder.path, execution.name, status))
+    if not results:
+        raise ValueError(f"no run in {folder} has ended: there are no results to collect yet.")
     write_results(results, folder / RESULTS_FILE)
     return folder / RESULTS_FILE
 

@@ -26,15 +26,19 @@ class Slot:
     Attributes:
         cores: CPU cores; empty: any.
         gpus: names of GPUs as in ``CUDA_VISIBLE_DEVICES``; empty: none.
+        threads: CPU threads of each process.
     """
 
     cores: tuple[int, ...] = ()
     gpus: tuple[str, ...] = ()
+    threads: int = 1
 
     def environment(self) -> dict[str, str]:
         """Environment variables of a run in this slot."""
-        threads = {"OMP_NUM_THREADS": "1"} if self.cores or not self.gpus else {}
-        return {**threads, "CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+        return {
+            "OMP_NUM_THREADS": str(self.threads),
+            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
+        }
 
     def prefix(self) -> list[str]:
         """What stands before a command to keep it on the cores."""
@@ -161,6 +165,11 @@ def gpus_of_this_machine() -> list[str]:
     return [str(i) for i in range(len(listed.stdout.splitlines()))]
 
 
+def cores_of_this_process() -> list[int]:
+    """Numbers of the CPU cores that it may use; empty where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def slots_of_this_machine(jobs: int | None, processes: int) -> list[Slot]:
     """Divides cores and GPUs among runs so that none is given twice.
 
@@ -171,7 +180,7 @@ def slots_of_this_machine(jobs: int | None, processes: int) -> list[Slot]:
     Raises:
         ValueError: naming what there is too little of.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = cores_of_this_process()
     gpus = gpus_of_this_machine()
     kind, available = ("GPUs", len(gpus)) if gpus else ("cores", len(cores) or os.cpu_count() or 1)
     jobs = jobs or max(available // processes, 1)
@@ -185,6 +194,7 @@ def slots_of_this_machine(jobs: int | None, processes: int) -> list[Slot]:
         Slot(
             cores=tuple(cores[i * share : (i + 1) * share]),
             gpus=tuple(gpus[i * processes : (i + 1) * processes]),
+            threads=max(share // processes, 1),
         )
         for i in range(jobs)
     ]

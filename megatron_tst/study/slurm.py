@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.study.config import StudyConfig
-from megatron_tst.study.execution import Execution, Slot, gpus_of_this_machine
+from megatron_tst.study.execution import (
+    Execution,
+    Slot,
+    cores_of_this_process,
+    gpus_of_this_machine,
+)
 from megatron_tst.study.run_folder import ENDED, State
 from megatron_tst.study.study_folder import executions
 
@@ -81,7 +86,8 @@ def run_in_job(execution: Execution) -> State:
     if execution.folder.state() in ENDED:
         return execution.folder.state()
     try:
-        execution.start(Slot(gpus=tuple(gpus_of_this_machine())))
+        threads = max(len(cores_of_this_process()) // execution.processes, 1)
+        execution.start(Slot(gpus=tuple(gpus_of_this_machine()), threads=threads))
     except BlockingIOError:
         return "running"
     try:

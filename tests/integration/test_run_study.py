@@ -89,6 +89,9 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     refused = run_study(study, output)
     assert refused.returncode == 2
     assert "another process runs this study or one of its runs" in refused.stderr
+    nothing = run_study(study, output, "--collect")
+    assert nothing.returncode == 2
+    assert "no run in" in nothing.stderr
     left = json.loads((folder / "run.json").read_text())
     assert left["state"] == "running"
     subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)

@@ -242,6 +242,8 @@ def test_slots_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     by_cores = slots_of_this_machine(3, 2)
     assert [slot.cores for slot in by_cores] == [(0, 1), (2, 3), (4, 5)]
+    assert [slot.threads for slot in by_cores] == [1, 1, 1]
+    assert [slot.threads for slot in slots_of_this_machine(1, 2)] == [4]
     assert len(slots_of_this_machine(None, 2)) == 4
     with pytest.raises(ValueError, match="--jobs is 5: 5 runs of 2 processes need 10 cores"):
         slots_of_this_machine(5, 2)

@@ -118,7 +118,8 @@ def test_pooled_noise_takes_settings_with_fewer_seeds() -> None:
     without, beside = (noise_of(families_of(one)[0].groups) for one in (runs[:-1], runs))
     assert without is not None
     assert beside is not None
-    assert (beside.degrees, beside.deviation) == (2, pytest.approx(without.deviation))
+    assert beside.degrees == without.degrees == 2
+    assert beside.deviation == pytest.approx(without.deviation)
 
 
 def test_one_seed_has_no_noise_to_pool() -> None:
