@@ -61,10 +61,10 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert set(results) == {BASELINE, TST, "tiny-10steps-lr1e+38-baseline-seed0"}
     assert results["tiny-10steps-lr1e+38-baseline-seed0"].status == "diverged"
     assert [results[name].status for name in (BASELINE, TST)] == ["finished"] * 2
-    # 10 steps of 2 x 32 tokens; twice the text in 3 of them.
-    assert results[BASELINE].data_tokens.tolist() == [320, 640]
-    assert results[TST].data_tokens.tolist() == [512, 832]
-    assert results[TST].equivalent_tokens.tolist() == [320, 640]
+    # 10 steps of 2 x 32 tokens, evaluated after the 6th and the last; twice the text in 3 of them.
+    assert results[BASELINE].data_tokens.tolist() == [384, 640]
+    assert results[TST].data_tokens.tolist() == [576, 832]
+    assert results[TST].equivalent_tokens.tolist() == [384, 640]
 
     before = {name: record["seconds"] for name, record in found.items()}
     times = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
