@@ -17,7 +17,8 @@ from megatron_tst.report.comparison import Study, study_of, study_of_two
 from megatron_tst.report.families import families_of
 from megatron_tst.report.html import write_report
 from megatron_tst.report.markdown import write_tables
-from megatron_tst.report.results import RunResult, write_results
+from megatron_tst.report.results import RunResult
+from megatron_tst.report.results_table import write_results
 from megatron_tst.report.sources import read_run_folder, read_sources, read_stated
 from megatron_tst.report.wording import verdict
 

@@ -12,7 +12,8 @@ from types import FrameType
 from rich.console import Console
 
 from megatron_tst.report.describing import Status
-from megatron_tst.report.results import read_result, write_results
+from megatron_tst.report.results import read_result
+from megatron_tst.report.results_table import write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
 from megatron_tst.study.execution import slots_of_this_machine

@@ -1,15 +1,9 @@
-"""What a comparison keeps of a run, and a set of runs as one tidy table.
-
-A row of the table is one logged loss. Rows of validation losses repeat the settings of their run,
-so that the table can be filtered and grouped as it is; those of training losses leave them out.
-"""
+"""What a comparison keeps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
@@ -32,40 +26,6 @@ from megatron_tst.report.runs import (
     Run,
     read_run,
 )
-from megatron_tst.report.tables import Row, read_table, write_table
-
-VALIDATION, TRAINING, OFFSET = "validation loss", "training loss", "loss at offset"
-_DATA_PREFIX = "data."
-_LEADING = (
-    "run",
-    "status",
-    "quantity",
-    "step",
-    "loss",
-    "equivalent_tokens",
-    "data_tokens",
-    "seconds",
-)
-_TRAILING = ("machine", "commit")
-# Never read as numbers, whatever they look like.
-_TEXT = {
-    "run",
-    "status",
-    "quantity",
-    "machine",
-    "commit",
-    "variant",
-    "target_weighting",
-    "objective",
-    "reset_at_switch",
-    "document_boundary",
-    "lr_decay_style",
-    "lr_wsd_decay_style",
-    "data.data_path",
-    "data.split",
-    "data.tokenizer_type",
-    "data.tokenizer_model",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,129 +139,6 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         offset_losses=_offset_losses(run),
         command=str(run.info["command"]),
     )
-
-
-def write_results(results: Sequence[RunResult], path: Path) -> None:
-    """Writes runs to ``path``, Parquet if its suffix is ``.parquet``, else CSV.
-
-    Losses keep six significant digits. The file appears whole or not at all.
-
-    Raises:
-        ValueError: two runs have one name.
-    """
-    names = [result.name for result in results]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: several runs are called {', '.join(twice)}: rename them.")
-    rows = [row for result in results for row in _rows(result)]
-    columns = _columns(results)
-    write_table(path, rows, columns)
-
-
-def read_results(path: Path) -> list[RunResult]:
-    """Reads what :func:`write_results` wrote; rows may be in any order of runs.
-
-    Raises:
-        ValueError: naming the file and the column or run that is wrong.
-    """
-    rows = read_table(path, required=_LEADING, text_columns=_TEXT)
-    by_run: dict[str, list[Row]] = {}
-    for row in rows:
-        by_run.setdefault(row["run"], []).append(row)
-    if not by_run:
-        raise ValueError(f"{path} holds no run.")
-    return [_result(path, name, rows) for name, rows in by_run.items()]
-
-
-def _columns(results: Sequence[RunResult]) -> list[str]:
-    settings = [name for result in results for name in result.settings]
-    data = [f"{_DATA_PREFIX}{name}" for result in results for name in result.data]
-    return list(dict.fromkeys([*_LEADING, *settings, *data, *_TRAILING]))
-
-
-def _rows(result: RunResult) -> Iterator[Row]:
-    described: Row = {
-        "run": result.name,
-        "status": result.status,
-        **result.settings,
-        **{f"{_DATA_PREFIX}{name}": value for name, value in result.data.items()},
-        "machine": result.machine,
-        "commit": result.commit,
-    }
-    if not result.steps.size:
-        yield described
-    for i, step in enumerate(result.steps):
-        yield {
-            **described,
-            "quantity": VALIDATION,
-            "step": int(step),
-            "loss": _rounded(result.validation_loss[i]),
-            "equivalent_tokens": int(result.equivalent_tokens[i]),
-            "data_tokens": int(result.data_tokens[i]),
-            "seconds": _rounded(result.seconds[i]),
-        }
-    for quantity, steps, losses in (
-        (TRAINING, result.training_steps, result.training_loss),
-        (OFFSET, np.arange(1, len(result.offset_losses) + 1), result.offset_losses),
-    ):
-        for step, loss in zip(steps, losses, strict=True):
-            yield {
-                "run": result.name,
-                "quantity": quantity,
-                "step": int(step),
-                "loss": _rounded(loss),
-            }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
-    described = next((row for row in rows if row.get("status")), None)
-    if described is None or described["status"] not in get_args(Status):
-        raise ValueError(f"{path}: run {name} has no row with its status and settings.")
-    known = {*_LEADING, *_TRAILING}
-    rest = {key: value for key, value in described.items() if key not in known}
-    present = {key: value for key, value in rest.items() if value is not None}
-    try:
-        return RunResult(
-            name=name,
-            status=described["status"],
-            settings={k: v for k, v in present.items() if not k.startswith(_DATA_PREFIX)},
-            data={
-                key.removeprefix(_DATA_PREFIX): value
-                for key, value in present.items()
-                if key.startswith(_DATA_PREFIX)
-            },
-            machine=described.get("machine") or "",
-            commit=described.get("commit") or "",
-            **_curves(rows),
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: run {name} has a row that cannot be read: {error}") from error
-
-
-def _curves(rows: list[Row]) -> dict[str, Any]:
-    by_quantity: dict[str, list[Row]] = {VALIDATION: [], TRAINING: [], OFFSET: []}
-    for row in rows:
-        if row.get("quantity"):
-            by_quantity[row["quantity"]].append(row)
-
-    def column(quantity: str, name: str, dtype: type) -> Any:
-        ordered = sorted(by_quantity[quantity], key=lambda row: row["step"])
-        return np.array([row[name] for row in ordered], dtype=dtype)
-
-    return {
-        "steps": column(VALIDATION, "step", np.int64),
-        "validation_loss": column(VALIDATION, "loss", np.float64),
-        "equivalent_tokens": column(VALIDATION, "equivalent_tokens", np.int64),
-        "data_tokens": column(VALIDATION, "data_tokens", np.int64),
-        "seconds": column(VALIDATION, "seconds", np.float64),
-        "training_steps": column(TRAINING, "step", np.int64),
-        "training_loss": column(TRAINING, "loss", np.float64),
-        "offset_losses": column(OFFSET, "loss", np.float64),
-    }
 
 
 def _settings(run: Run) -> dict[str, Setting]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tst.report.describing import Setting
-from megatron_tst.report.results import RunResult, read_result, read_results
+from megatron_tst.report.results import RunResult, read_result
+from megatron_tst.report.results_table import read_results
 from megatron_tst.report.runs import RUN_FILE
 from megatron_tst.report.stock_runs import read_stock_run
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_tst.report.results import read_results, write_results
+from megatron_tst.report.results_table import read_results, write_results
 from tests.unit.run_folders import (
     BASELINE,
     BATCH,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.report.results import write_results
+from megatron_tst.report.results_table import write_results
 from tests.unit.synthetic_runs import line, synthetic_run
 from tools.compare_runs import main
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.report.results import read_results
+from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
 from megatron_tst.study.study_folder import open_study

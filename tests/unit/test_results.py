@@ -10,7 +10,8 @@ import pytest
 
 from megatron_tst.report.describing import describe_data, status_of, thin_training_loss
 from megatron_tst.report.events import Series
-from megatron_tst.report.results import RunResult, read_result, read_results, write_results
+from megatron_tst.report.results import RunResult, read_result
+from megatron_tst.report.results_table import read_results, write_results
 from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
 
 
