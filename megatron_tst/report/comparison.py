@@ -190,16 +190,29 @@ class Study:
         whose learning rate does not suit it says little.
         """
         found = [(matchup.gap.mean, matchup) for matchup in self.matchups if matchup.gap]
-        best: dict[int, float] = {}
-        for _, matchup in found:
-            steps = matchup.baseline.total_steps
-            best[steps] = min(matchup.baseline_loss, best.get(steps, np.inf))
 
         def order(one: tuple[float, Matchup]) -> tuple[bool, float]:
             gap, matchup = one
-            return matchup.baseline_loss > best[matchup.baseline.total_steps], -gap
+            return not self._has_best_baseline(matchup), -gap
 
         return [matchup for _, matchup in sorted(found, key=order)]
+
+    @property
+    def best(self) -> Matchup | None:
+        """What the verdict is about: of those against a best baseline, and then of those with the
+        most seeds, the first by rank."""
+
+        def order(matchup: Matchup) -> tuple[bool, int]:
+            return self._has_best_baseline(matchup), len(matchup.pairs)
+
+        return max(self.ranked, key=order, default=None)
+
+    def _has_best_baseline(self, matchup: Matchup) -> bool:
+        steps = matchup.baseline.total_steps
+        losses = [m.baseline_loss for m in self.matchups if m.pairs]
+        lengths = [m.baseline.total_steps for m in self.matchups if m.pairs]
+        of_length = [loss for loss, n in zip(losses, lengths, strict=True) if n == steps]
+        return matchup.baseline_loss <= min(of_length)
 
 
 def study_of(family: Family) -> Study:

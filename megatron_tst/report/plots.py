@@ -30,12 +30,13 @@ def render_plots(study: Study, prefix: str = "") -> list[Plot]:
         study: what to plot.
         prefix: of the plots' names, which tells studies on one page apart.
     """
-    if not study.ranked:
+    best = study.best
+    if best is None:
         return []
-    plots = [*_gap_plots(study, prefix), *_curve_plots(study, prefix)]
-    offsets = study.ranked[0].pairs[0].tst.offset_losses
+    plots = [*_gap_plots(study, best, prefix), *_curve_plots(study, best, prefix)]
+    offsets = best.pairs[0].tst.offset_losses
     if offsets.size:
-        label = study.ranked[0].tst.label
+        label = best.tst.label
         plots.append(
             render(
                 f"{prefix}offset-loss",
@@ -47,17 +48,16 @@ def render_plots(study: Study, prefix: str = "") -> list[Plot]:
     return plots
 
 
-def drawn_groups(study: Study) -> list[Group]:
-    """The groups whose curves are drawn: the best baseline and settings with the largest gaps."""
-    best = study.ranked[0]
-    drawn = [matchup for matchup in study.ranked if matchup.baseline is best.baseline]
-    groups = [best.baseline, *(matchup.tst for matchup in drawn[:_DRAWN_SETTINGS])]
+def drawn_groups(study: Study, best: Matchup) -> list[Group]:
+    """The groups whose curves are drawn: the best, its baseline, and others with large gaps."""
+    drawn = [matchup.tst for matchup in study.ranked if matchup.baseline is best.baseline]
+    groups = list(dict.fromkeys([best.baseline, best.tst, *drawn]))[: _DRAWN_SETTINGS + 1]
     diverged = [m.tst for m in study.matchups if m.tst.diverged and m.tst not in groups]
-    return list(dict.fromkeys([*groups, *diverged]))[:_DRAWN_GROUPS]
+    return [*groups, *diverged][:_DRAWN_GROUPS]
 
 
-def _curve_plots(study: Study, prefix: str) -> list[Plot]:
-    groups, best = drawn_groups(study), study.ranked[0]
+def _curve_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
+    groups = drawn_groups(study, best)
     pair = best.pairs[0]
     band = "" if len(best.pairs) == 1 else " Bands are 95% intervals over seeds."
     dotted = " Dotted with a cross: diverged." if any(group.diverged for group in groups) else ""
@@ -114,9 +114,9 @@ def _curve_plots(study: Study, prefix: str) -> list[Plot]:
     return plots
 
 
-def _gap_plots(study: Study, prefix: str) -> list[Plot]:
+def _gap_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
     plots = []
-    if len(study.ranked) > 1 or len(study.ranked[0].pairs) > 1:
+    if len(study.ranked) > 1 or len(best.pairs) > 1:
         thick = "" if study.noise is None else " (thin) and with the noise of all settings (thick)"
         plots.append(
             render(

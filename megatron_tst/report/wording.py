@@ -38,10 +38,10 @@ def outcome(gap: Estimate) -> str:
 
 
 def verdict(study: Study) -> list[str]:
-    """The outcome of a study, a sentence each; about its first setting by rank."""
-    if not study.ranked:
+    """The outcome of a study, a sentence each; about its best setting."""
+    best = study.best
+    if best is None:
         return ["No TST run can be set against a baseline."]
-    best = study.ranked[0]
     sentences = [
         _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
         *speed_sentences(best),
@@ -52,11 +52,11 @@ def verdict(study: Study) -> list[str]:
         switch_sentence(best),
     ]
     if len(study.ranked) > 1:
-        sentences.insert(0, _ranking(study))
+        sentences.insert(0, _ranking(study, best))
     return [sentence for sentence in sentences if sentence]
 
 
-def _ranking(study: Study) -> str:
+def _ranking(study: Study, best: Matchup) -> str:
     ranked = study.ranked
     outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
     counts = ", ".join(
@@ -64,10 +64,12 @@ def _ranking(study: Study) -> str:
         for word in ("won", "lost", "drew", "undecided")
         if word in outcomes
     )
+    fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
+    among = ", of those with the most seeds," if fewer else ""
     return (
-        f"{len(ranked)} TST settings at equal FLOPs: {counts}. "
-        f"{ranked[0].tst.label} has the largest gap to the best baseline of its length; the "
-        "sentences below are about it."
+        f"{len(ranked)} TST settings at equal FLOPs: {counts}. The largest gap to the best "
+        f"baseline of its length{among} is that of {best.tst.label}; the sentences below are "
+        "about it."
     )
 
 
@@ -205,7 +207,7 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
         yield f"One seed, so no interval: {', '.join(alone)}."
     if len(counts) > 1:
         yield (
-            f"The first of {len(counts)} settings was picked by the gap itself: "
+            f"The best of {len(counts)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
     undecided = [

@@ -16,6 +16,7 @@ from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
+from megatron_tst.report.wording import verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -285,6 +286,22 @@ def test_a_gap_to_an_untuned_baseline_comes_last() -> None:
     # By gap alone it would be the second.
     assert ranked[:2] == ["s=4 r=0.25", "s=8 r=0.25"]
     assert ranked[2] == "s=4 r=0.25 lr 0.004"
+
+
+def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
+    runs = [synthetic_run(falling(100, 3.0), seed=seed) for seed in range(3)]
+    runs += [synthetic_run(falling(100, 2.9), bag_size=4, seed=seed) for seed in range(3)]
+    runs += [synthetic_run(falling(100, 2.95), bag_size=2, seed=seed) for seed in range(3)]
+    # One seed with the largest gap of all, and as many seeds against an untuned baseline.
+    runs.append(synthetic_run(falling(100, 2.7), bag_size=8))
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.5), learning_rate=4e-3, seed=seed))
+        runs.append(synthetic_run(falling(100, 3.1), bag_size=4, learning_rate=4e-3, seed=seed))
+    study = study_of(families_of(runs)[0])
+    assert study.ranked[0].tst.label == "s=8 r=0.25"
+    assert study.best is not None
+    assert study.best.tst.label == "s=4 r=0.25"
+    assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
 
 
 def test_labels_say_what_differs() -> None:
