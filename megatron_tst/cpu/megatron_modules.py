@@ -55,7 +55,7 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import gradients, norm, swiglu
+    from megatron_tst.cpu import experts, gradients, norm, swiglu
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -67,6 +67,7 @@ def install() -> None:
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
     mlp = "megatron.core.transformer.mlp"
     shared_experts = "megatron.core.transformer.moe.shared_experts"
+    _wrap(mlp, "MLP.forward", experts.pad_rows)
     _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
     _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
