@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import log
 
 import numpy as np
@@ -23,7 +22,6 @@ from megatron_tst.report.families import (
     incomparable,
     superposition_label,
 )
-from megatron_tst.report.noise import Noise, noise_of
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
@@ -176,11 +174,6 @@ class Study:
     groups: tuple[Group, ...]
     matchups: tuple[Matchup, ...]
     alone: tuple[Group, ...] = ()
-
-    @cached_property
-    def noise(self) -> Noise | None:
-        """What chance does to a final loss, if several settings have several seeds."""
-        return noise_of(self.groups) if len(self.matchups) > 1 else None
 
     @property
     def ranked(self) -> list[Matchup]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
@@ -13,26 +12,23 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from megatron_tst.report.comparison import Matchup
 from megatron_tst.report.curve_plots import COLOURS, legend
 from megatron_tst.report.drawing import FOREGROUND, Canvas
-from megatron_tst.report.noise import Noise
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.statistics import Estimate
 from megatron_tst.report.sweep import Sweep, cell_of
 from megatron_tst.report.units import DASH, gap_text, quantity, seeds
 
 _GAP_AXIS = "gap to the baseline (nats/token; + is TST ahead)"
 
 
-def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup], noise: Noise | None = None) -> None:
-    """A row for each setting: mean and intervals of the paired differences, and each seed."""
+def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
+    """A row for each setting: mean and interval of the paired differences, and each seed."""
     rows = list(enumerate(reversed(matchups)))
     for row, matchup in rows:
         gap = matchup.gap
         if gap is None:
             continue
         colour = COLOURS[1] if gap.mean > 0 else COLOURS[0]
-        _draw_interval(canvas, row, gap, color=colour, linewidth=1)
-        if noise is not None:
-            _draw_interval(canvas, row, noise.interval(gap), color=colour, linewidth=4, alpha=0.5)
+        if gap.low is not None and gap.high is not None:
+            canvas.axes.plot([gap.low, gap.high], [row, row], color=colour, linewidth=2)
         for pair in matchup.pairs:
             canvas.axes.plot(pair.gap, row, "|", color=FOREGROUND, markersize=6, alpha=0.6)
             canvas.say(pair.gap, row, f"{matchup.tst.label}, seed {pair.tst.seed}: {pair.gap:+.4f}")
@@ -42,11 +38,6 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup], noise: Noise | None =
     canvas.axes.set_yticks([row for row, _ in rows], [matchup.tst.label for _, matchup in rows])
     canvas.axes.set_ylim(-0.7, len(rows) - 0.3)
     canvas.axes.set_xlabel(_GAP_AXIS)
-
-
-def _draw_interval(canvas: Canvas, row: int, found: Estimate, **style: Any) -> None:
-    if found.low is not None and found.high is not None:
-        canvas.axes.plot([found.low, found.high], [row, row], **style)
 
 
 def draw_heat_map(canvas: Canvas, sweep: Sweep) -> None:

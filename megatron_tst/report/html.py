@@ -97,10 +97,8 @@ def _study(study: Study, plots: Sequence[Plot], level: int) -> list[str]:
     if study.matchups:
         parts += [
             heading("TST against the baseline"),
-            page.table(report_tables.matchups_table(study.matchups, study.noise)),
+            page.table(report_tables.matchups_table(study.matchups)),
         ]
-    if study.noise is not None:
-        parts.append(page.note(wording.noise_sentence(study.noise)))
     parts += _pair_tables(study, heading("At equal cost"), heading("At equal loss"))
     if plots:
         curves_note = "Loss axes leave out the drop over the first 5% of the run."

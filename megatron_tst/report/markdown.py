@@ -20,7 +20,5 @@ def _section(study: Study) -> str:
     parts.append("".join(f"- {caution}\n" for caution in wording.cautions(study)))
     parts.append(report_tables.groups_table(study.groups).markdown())
     if study.matchups:
-        parts.append(report_tables.matchups_table(study.matchups, study.noise).markdown())
-    if study.noise is not None:
-        parts.append(f"{wording.noise_sentence(study.noise)}\n")
+        parts.append(report_tables.matchups_table(study.matchups).markdown())
     return "\n".join(parts)

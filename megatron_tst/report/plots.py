@@ -117,14 +117,13 @@ def _curve_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
 def _gap_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
     plots = []
     if len(study.ranked) > 1 or len(best.pairs) > 1:
-        thick = "" if study.noise is None else " (thin) and with the noise of all settings (thick)"
         plots.append(
             render(
                 f"{prefix}gaps",
                 "Gap to the baseline at equal FLOPs",
                 "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
-                f"of its own seeds{thick}, and each seed as a stroke.",
-                partial(draw_gaps, matchups=study.ranked, noise=study.noise),
+                "and each seed as a stroke.",
+                partial(draw_gaps, matchups=study.ranked),
                 height=1.2 + 0.32 * len(study.ranked),
             )
         )

@@ -12,7 +12,6 @@ from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.describing import Setting
 from megatron_tst.report.families import Group, differing
-from megatron_tst.report.noise import Noise
 from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
@@ -76,12 +75,11 @@ def _group_row(group: Group) -> tuple[str, ...]:
     )
 
 
-def matchups_table(matchups: Sequence[Matchup], noise: Noise | None = None) -> Table:
+def matchups_table(matchups: Sequence[Matchup]) -> Table:
     """Each TST setting against its baseline."""
     header = (
         "Setting",
         "Gap at equal FLOPs (nats)",
-        "The same, pooled noise",
         "Seeds",
         "Outcome",
         "Speed-up, read off one curve",
@@ -91,15 +89,15 @@ def matchups_table(matchups: Sequence[Matchup], noise: Noise | None = None) -> T
         "Jump at the switch (nats)",
         "Steps from switch to crossing",
     )
-    return Table(header, [_matchup_row(matchup, noise) for matchup in matchups])
+    return Table(header, [_matchup_row(matchup) for matchup in matchups])
 
 
-def _matchup_row(matchup: Matchup, noise: Noise | None) -> tuple[str, ...]:
+def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
     gap = matchup.mean_of(lambda pair: pair.equal_budget("equivalent tokens").gap)
     if gap is None:
         lost = f"{len(matchup.tst.diverged)} of {len(matchup.tst.runs)} diverged"
         reason = lost if matchup.tst.diverged else "no pair"
-        return (matchup.tst.label, DASH, DASH, "0", reason, *[DASH] * 6)
+        return (matchup.tst.label, DASH, "0", reason, *[DASH] * 6)
     off_curve = matchup.speed_up_off_curve("equivalent tokens")
     data = matchup.mean_of(lambda pair: pair.equal_budget("data tokens").gap)
     data_off_ends = matchup.equal_data_off_ends()
@@ -108,7 +106,6 @@ def _matchup_row(matchup: Matchup, noise: Noise | None) -> tuple[str, ...]:
     return (
         matchup.tst.label,
         gap_text(gap),
-        DASH if noise is None else gap_text(noise.interval(gap)),
         str(gap.n),
         wording.outcome(gap),
         DASH if off_curve is None else ratio_text(off_curve),

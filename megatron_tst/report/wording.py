@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.families import Group
-from megatron_tst.report.noise import Noise
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
@@ -256,16 +255,6 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
             "Which text, tokenizer and validation set the runs had is not recorded: that they are "
             "the same was not checked."
         )
-
-
-def noise_sentence(noise: Noise) -> str:
-    """What the pooled noise is and how large."""
-    return (
-        f"Pooled noise: the final loss of one run has a standard deviation of "
-        f"{noise.deviation:.4f} nats once setting and seed are taken out ({noise.degrees} degrees "
-        "of freedom, all finished runs of this section, taken to be equally noisy). It gives a gap "
-        "a narrower interval than its own few seeds can."
-    )
 
 
 def cost(reading: EqualLoss, arm: Arm) -> str:

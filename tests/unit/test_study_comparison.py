@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import exp, log, sqrt
 
-import numpy as np
 import pytest
 from scipy import stats
 
 from megatron_tst.report.comparison import Matchup, match_two, matchups_of, study_of
 from megatron_tst.report.families import families_of
-from megatron_tst.report.noise import noise_of
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
@@ -75,57 +72,6 @@ def test_paired_differences_are_free_of_what_a_seed_does_to_both_arms() -> None:
     assert found.mean == pytest.approx(0.2)
     assert found.half_width == pytest.approx(t_quantile(2) * 0.05 / sqrt(3))
     assert found.excludes(0.0)
-
-
-# Losses by setting and seed: the effects of both, and what is left.
-ENDS = {1: (3.00, 3.10, 2.95), 2: (2.91, 2.98, 2.88), 4: (2.97, 3.01, 2.90)}
-
-
-def runs_with_ends(bag_sizes: Iterable[int], without: tuple[int, int] | None = None):
-    return [
-        synthetic_run(falling(100, end), bag_size=size, seed=seed)
-        for size in bag_sizes
-        for seed, end in enumerate(ENDS[size])
-        if (size, seed) != without
-    ]
-
-
-def test_pooled_noise_of_two_settings_is_that_of_their_paired_differences() -> None:
-    runs = runs_with_ends([1, 2])
-    noise, gap = noise_of(families_of(runs)[0].groups), matchup_of(runs).gap
-    assert noise is not None
-    assert gap is not None
-    assert noise.degrees == 2
-    pooled = noise.interval(gap)
-    assert (pooled.low, pooled.high) == pytest.approx((gap.low, gap.high))
-    assert pooled.standard_error == pytest.approx(gap.standard_error)
-
-
-def test_pooled_noise_is_what_setting_and_seed_leave() -> None:
-    noise = noise_of(families_of(runs_with_ends([1, 2, 4]))[0].groups)
-    table = np.array(list(ENDS.values()))
-    effects = table.mean(1, keepdims=True) + table.mean(0) - table.mean()
-    assert noise is not None
-    assert noise.degrees == 4
-    assert noise.deviation == pytest.approx(sqrt(((table - effects) ** 2).sum() / 4))
-
-
-def test_pooled_noise_takes_settings_with_fewer_seeds() -> None:
-    noise = noise_of(families_of(runs_with_ends([1, 2, 4], without=(4, 2)))[0].groups)
-    assert noise is not None
-    assert noise.degrees == 3
-    # A setting with one seed is fitted whole: it says nothing about noise.
-    runs = [*runs_with_ends([1, 2]), synthetic_run(falling(100, 9.0), bag_size=8)]
-    without, beside = (noise_of(families_of(one)[0].groups) for one in (runs[:-1], runs))
-    assert without is not None
-    assert beside is not None
-    assert beside.degrees == without.degrees == 2
-    assert beside.deviation == pytest.approx(without.deviation)
-
-
-def test_one_seed_has_no_noise_to_pool() -> None:
-    runs = [synthetic_run(falling(100, 3.0)), synthetic_run(falling(100, 2.9), bag_size=4)]
-    assert noise_of(families_of(runs)[0].groups) is None
 
 
 def test_seeds_of_one_arm_alone_make_no_pair() -> None:
