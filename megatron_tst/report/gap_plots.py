@@ -35,9 +35,22 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
         canvas.axes.plot(gap.mean, row, "o", color=colour, markersize=6)
         canvas.say(gap.mean, row, _gap_title(matchup))
     canvas.axes.axvline(0, color=FOREGROUND, linewidth=1)
+    canvas.axes.set_xlim(*_frame(matchups))
     canvas.axes.set_yticks([row for row, _ in rows], [matchup.tst.label for _, matchup in rows])
     canvas.axes.set_ylim(-0.7, len(rows) - 0.3)
     canvas.axes.set_xlabel(_GAP_AXIS)
+
+
+def _frame(matchups: Sequence[Matchup]) -> tuple[float, float]:
+    """Limits of an axis of gaps: all seeds, whole intervals as far as they are no wider than
+    these. The interval of two seeds can be ten times as wide, and would hide the rest."""
+    gaps = [pair.gap for matchup in matchups for pair in matchup.pairs]
+    low, high = min([*gaps, 0.0]), max([*gaps, 0.0])
+    found = [matchup.gap for matchup in matchups]
+    ends = [end for gap in found if gap is not None for end in (gap.low, gap.high)]
+    width = max(high - low, 1e-3)
+    near = [end for end in ends if end is not None and low - width / 4 <= end <= high + width / 4]
+    return min([low, *near]) - width / 20, max([high, *near]) + width / 20
 
 
 def draw_heat_map(canvas: Canvas, sweep: Sweep) -> None:
@@ -101,21 +114,23 @@ def _shade(value: float) -> tuple[str, str]:
 
 def draw_over_bag_sizes(canvas: Canvas, sweep: Sweep) -> None:
     """The gap over s, a line for each r."""
-    for place, (ratio, line) in enumerate(sweep.over_bag_sizes().items()):
+    lines = sweep.over_bag_sizes()
+    for place, (ratio, line) in enumerate(lines.items()):
         _draw_line(canvas, place, f"r={ratio:g}", [float(cell_of(m)[0]) for m in line], line)
     canvas.axes.set_xscale("log", base=2)
     sizes = sweep.bag_sizes
     canvas.axes.set_xticks(sizes, [str(size) for size in sizes])
     canvas.axes.xaxis.set_minor_formatter(NullFormatter())
-    _finish_lines(canvas, "bag size s")
+    _finish_lines(canvas, "bag size s", lines.values())
 
 
 def draw_over_step_ratios(canvas: Canvas, sweep: Sweep) -> None:
     """The gap over r, a line for each s."""
-    for place, (size, line) in enumerate(sweep.over_step_ratios().items()):
+    lines = sweep.over_step_ratios()
+    for place, (size, line) in enumerate(lines.items()):
         _draw_line(canvas, place, f"s={size}", [cell_of(m)[1] for m in line], line)
     canvas.axes.set_xticks(sweep.step_ratios, [f"{ratio:g}" for ratio in sweep.step_ratios])
-    _finish_lines(canvas, "step ratio r")
+    _finish_lines(canvas, "step ratio r", lines.values())
 
 
 def _draw_line(
@@ -137,8 +152,9 @@ def _draw_line(
         canvas.say(x, gap.mean, _gap_title(matchup))
 
 
-def _finish_lines(canvas: Canvas, over: str) -> None:
+def _finish_lines(canvas: Canvas, over: str, lines: Iterable[Sequence[Matchup]]) -> None:
     canvas.axes.axhline(0, color=FOREGROUND, linewidth=1)
+    canvas.axes.set_ylim(*_frame([matchup for line in lines for matchup in line]))
     canvas.axes.set_xlabel(over)
     canvas.axes.set_ylabel(_GAP_AXIS.replace(" (", "\n("))
     legend(canvas.axes)
@@ -172,9 +188,21 @@ def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) ->
     canvas.axes.set_xlabel("equivalent tokens of the whole run")
     canvas.axes.set_ylabel("final validation loss (nats/token)")
     lengths = sorted({float(run.equivalent_tokens[-1]) for runs in ends.values() for run in runs})
-    canvas.axes.set_xticks(lengths, [quantity(length) for length in lengths])
+    canvas.axes.set_xticks(lengths, _labels_apart(lengths))
     canvas.axes.xaxis.set_minor_formatter(NullFormatter())
     legend(canvas.axes)
+
+
+def _labels_apart(lengths: Sequence[float]) -> list[str]:
+    """A label for each position of a logarithmic axis; none where it would touch the one before."""
+    least = (lengths[-1] / lengths[0]) ** 0.08
+    labels: list[str] = []
+    last = 0.0
+    for length in lengths:
+        fits = length >= last * least
+        labels.append(quantity(length) if fits else "")
+        last = length if fits else last
+    return labels
 
 
 def _say_ends(canvas: Canvas, runs: Iterable[RunResult], label: str) -> None:

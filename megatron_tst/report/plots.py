@@ -122,7 +122,7 @@ def _gap_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
                 f"{prefix}gaps",
                 "Gap to the baseline at equal FLOPs",
                 "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
-                "and each seed as a stroke.",
+                "(beyond the frame where it is far wider than the seeds), each seed a stroke.",
                 partial(draw_gaps, matchups=study.ranked),
                 height=1.2 + 0.32 * len(study.ranked),
             )
@@ -130,21 +130,17 @@ def _gap_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
     plots += _sweep_plots(study, prefix)
     with_lengths = [m for m in study.ranked if m.speed_up_off_ends() is not None]
     if with_lengths:
-        best, others = with_lengths[0], _same_baselines(with_lengths)
+        first = best if best in with_lengths else with_lengths[0]
+        others = [m for m in with_lengths if m.baselines == first.baselines and m is not first]
         plots.append(
             render(
                 f"{prefix}equal-loss",
                 "Equal loss, off finished runs",
-                wording.off_ends(best),
-                partial(draw_lengths, matchup=best, others=others),
+                wording.off_ends(first),
+                partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
             )
         )
     return plots
-
-
-def _same_baselines(matchups: list[Matchup]) -> list[Matchup]:
-    best = matchups[0]
-    return [m for m in matchups[1:_DRAWN_SETTINGS] if m.baselines == best.baselines]
 
 
 def _sweep_plots(study: Study, prefix: str) -> list[Plot]:
