@@ -35,6 +35,7 @@ def argument_errors(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
     yield from _error(refuse_no_epochs, args)
     # The length of a phase is counted in batches.
     yield from _error(superposition_config_from_args if bad_batch_sizes else _refuse_phases, args)
+    yield from _error(_refuse_long_warmup, args)
     yield from conflicts(args)
     if not has_gpu:
         yield from _error(refuse_gpu_arguments, args)
@@ -53,6 +54,19 @@ def _error(
         check(args)
     except ValueError as error:
         yield str(error)
+
+
+def _refuse_long_warmup(args: argparse.Namespace) -> None:
+    # Megatron builds the model and reads the text before it asserts this, without a message.
+    if not args.train_iters or args.lr_warmup_fraction is not None:
+        return
+    until = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
+    steps = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= steps:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} is not less than {until} {steps}: the "
+            "learning rate would never be reached; warm up for a part of the run."
+        )
 
 
 def _refuse_phases(args: argparse.Namespace) -> None:

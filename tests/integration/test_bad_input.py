@@ -434,6 +434,10 @@ LAUNCHES: list[tuple[dict[str, Any], str]] = [
         r"^error: --tst-max-epochs is 1 and this run reads .*text \d\.\d+ times: .* What fits: "
         r"--tst-bag-size 2 or --tst-steps \d+\. --tst-variant output-only .* use more text",
     ),
+    (
+        {"lr_warmup_iters": 12},
+        "^error: --lr-warmup-iters 12 is not less than --train-iters 12: .* a part of the run",
+    ),
     ({"padded_vocab_size": 60}, r"the vocabulary has 60\. .* raise --padded-vocab-size"),
 ]
 
