@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-te test test-fast support-matrix check format quickstart study clean
+.PHONY: help setup setup-te test test-fast support-matrix check format quickstart study results clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +47,11 @@ study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studie
 	$(PY) tools/run_study.py examples/studies/$(STUDY).yaml
 	$(PY) tools/compare_runs.py runs/studies/$(STUDY)/results.csv \
 	  --output runs/studies/$(STUDY)/report.html
+
+results: setup ## Draw the figures and write the tables of docs/results.md anew, from docs/results/proxy.csv
+	$(PY) tools/compare_runs.py docs/results/proxy.csv --output runs/results/report.html \
+	  --figures runs/results --tables docs/results/proxy.md
+	for figure in docs/images/results/*.png; do cp runs/results/$${figure##*/} $$figure; done
 
 $(STUDY_TEXT).json: | setup
 	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \
