@@ -76,11 +76,6 @@ class Matchup:
         return estimate([pair.gap for pair in self.pairs]) if self.pairs else None
 
     @property
-    def baseline_loss(self) -> float:
-        """Mean final loss of the baseline."""
-        return float(np.mean([pair.baseline.final_loss for pair in self.pairs]))
-
-    @property
     def times_are_comparable(self) -> bool:
         """Whether all runs were timed on one kind of machine."""
         runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
@@ -201,11 +196,15 @@ class Study:
         return max(self.ranked, key=order, default=None)
 
     def _has_best_baseline(self, matchup: Matchup) -> bool:
+        """Whether no baseline of its length ends lower, in the mean over all of its seeds."""
         steps = matchup.baseline.total_steps
-        losses = [m.baseline_loss for m in self.matchups if m.pairs]
-        lengths = [m.baseline.total_steps for m in self.matchups if m.pairs]
-        of_length = [loss for loss, n in zip(losses, lengths, strict=True) if n == steps]
-        return matchup.baseline_loss <= min(of_length)
+        baselines = [m.baseline for m in self.matchups if m.pairs]
+        ends = [_mean_end(group) for group in baselines if group.total_steps == steps]
+        return _mean_end(matchup.baseline) <= min(ends)
+
+
+def _mean_end(group: Group) -> float:
+    return float(np.mean([run.final_loss for run in group.counted]))
 
 
 def study_of(family: Family) -> Study:
