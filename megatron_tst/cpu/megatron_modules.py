@@ -55,7 +55,7 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import experts, gradients, norm, swiglu
+    from megatron_tst.cpu import cross_entropy, experts, gradients, norm, swiglu
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -71,6 +71,9 @@ def install() -> None:
     _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
     _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
+    # The name by which models call it.
+    loss = "vocab_parallel_cross_entropy"
+    _wrap("megatron.core.tensor_parallel", loss, cross_entropy.in_chunks)
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
     _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)

@@ -213,7 +213,8 @@ def _lengths(args: argparse.Namespace) -> Iterator[Finding]:
         )
     steps, warmup = args.train_iters, args.lr_warmup_iters or 0
     decay = (args.lr_wsd_decay_iters or 0) if args.lr_decay_style == "WSD" else 0
-    if steps and warmup + decay > steps:
+    # A warm-up that is too long by itself is refused in every run.
+    if steps and decay and warmup < steps < warmup + decay:
         yield error(
             f"--lr-warmup-iters {warmup} and --lr-wsd-decay-iters {decay} are longer than "
             f"--train-iters {steps}: shorten them."

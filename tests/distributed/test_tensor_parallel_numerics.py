@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tst.cpu.cross_entropy import in_chunks
 from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
 from megatron_tst.model.embedding import bag_embedding
 from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
@@ -250,8 +251,39 @@ def cross_entropy_bits_in_chunks(dtype: torch.dtype) -> list[tuple[bytes, bytes]
         return cross_entropy_bits(dtype)
 
 
+def cpu_platform_bits(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    logits, targets, grad = loss_case(1, dtype)
+    targets[3] = -100  # which Megatron's loss does not leave out
+    group = torch.distributed.group.WORLD
+    of_platform = in_chunks(vocab_parallel_cross_entropy)
+    results: list[bytes] = []
+    with mock.patch("megatron_tst.cpu.cross_entropy._CHUNK_ELEMENTS", 5 * VOCABULARY):
+        for cross_entropy in (of_platform, vocab_parallel_cross_entropy):
+            leaf = shard(logits, -1)
+            loss = cross_entropy(leaf.clone(), targets.squeeze(-1), 0.0, group)
+            loss.backward(grad)
+            assert leaf.grad is not None
+            is_chunked = "Chunked" in _backward_names(loss)
+            assert is_chunked == (cross_entropy is of_platform)
+            results += [bits(loss), bits(leaf.grad)]
+    return [(results[0], results[2]), (results[1], results[3])]
+
+
+def _backward_names(loss: Tensor) -> str:
+    nodes, names = [loss.grad_fn], ""
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names += node.name()
+            nodes += [following for following, _ in node.next_functions]
+    return names
+
+
 @pytest.mark.parametrize(
-    "compare", [embedding_bits, cross_entropy_bits, cross_entropy_bits_in_chunks]
+    "compare",
+    [embedding_bits, cross_entropy_bits, cross_entropy_bits_in_chunks, cpu_platform_bits],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,0 +1,86 @@
+"""Megatron's cross-entropy on a CPU: many logits are processed in chunks that fit a cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# The float32 copy of so many logits stays in a second-level cache.
+_CHUNK_ELEMENTS = 1 << 18
+
+
+def in_chunks(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wraps ``vocab_parallel_cross_entropy``: the same bits, without a float32 copy of all logits.
+
+    Upstream passes over that copy seven times, through the memory. What one chunk holds is left to
+    it, and label smoothing.
+    """
+
+    @functools.wraps(upstream)
+    def cross_entropy(
+        vocab_parallel_logits: Tensor,
+        target: Tensor,
+        label_smoothing: float = 0.0,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        if label_smoothing > 0 or vocab_parallel_logits.numel() <= _CHUNK_ELEMENTS:
+            return upstream(vocab_parallel_logits, target, label_smoothing, tp_group)
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+        rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
+        group = tp_group or get_tensor_model_parallel_group()
+        loss: Tensor = ChunkedCrossEntropy.apply(rows, target.reshape(-1), group)
+        return loss.view(target.shape)
+
+    return cross_entropy
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The cross-entropy of one target a row, by upstream's operations, in its order."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """This rank's part [n, v] of the vocabulary and global targets [n] -> float32 [n]."""
+        maximum = logits.amax(-1).float()
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+        column = target - group.rank() * logits.shape[-1]
+        inside = (column >= 0) & (column < logits.shape[-1])
+        column = column.masked_fill_(~inside, 0).unsqueeze(-1)
+        # A target that no rank has counts as a logit of zero, as upstream.
+        predicted = logits.gather(-1, column).squeeze(-1).float().sub_(maximum)
+        predicted.masked_fill_(~inside, 0)
+        sums = torch.empty_like(maximum)
+        for rows, exponentials in _exponentials(logits, maximum):
+            torch.sum(exponentials, -1, out=sums[rows])
+        dist.all_reduce(predicted, group=group)
+        dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(logits, column, inside, maximum, sums)
+        return sums.log() - predicted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """[n] -> [n, v] in the dtype of the logits."""
+        logits, column, inside, maximum, sums = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        one = inside.float().neg_().unsqueeze(-1)
+        for rows, chunk in _exponentials(logits, maximum):
+            chunk.div_(sums[rows].unsqueeze(-1)).scatter_add_(-1, column[rows], one[rows])
+            result[rows] = chunk.mul_(grad[rows].unsqueeze(-1))
+        return result, None, None
+
+
+def _exponentials(logits: Tensor, maximum: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time and their ``exp(logits - maximum)``, to be overwritten at will."""
+    size = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    buffer = logits.new_empty(size, logits.shape[-1], dtype=torch.float32)
+    for first in range(0, len(logits), size):
+        rows = slice(first, min(first + size, len(logits)))
+        chunk = buffer[: rows.stop - first].copy_(logits[rows])
+        yield rows, chunk.sub_(maximum[rows].unsqueeze(-1)).exp_()
