@@ -27,6 +27,9 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
+# Where equal runs take longer than this, something else had the machine.
+LARGEST_TIME_SPREAD = 1.1
+
 
 @dataclass(frozen=True)
 class Length:
@@ -77,10 +80,18 @@ class Matchup:
 
     @property
     def times_are_comparable(self) -> bool:
-        """Whether all runs were timed on one kind of machine."""
+        """Whether all runs were timed, on one kind of machine, and those of an arm alike."""
         runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
         timed = all(np.isfinite(run.seconds).all() for run in runs)
-        return timed and len({run.machine for run in runs}) == 1
+        is_one_machine = len({run.machine for run in runs}) == 1
+        return timed and is_one_machine and self.time_spread <= LARGEST_TIME_SPREAD
+
+    @property
+    def time_spread(self) -> float:
+        """How many times as long as its shortest the longest run of an arm took; 1 for one seed."""
+        arms = zip(*((pair.baseline, pair.tst) for pair in self.pairs), strict=True)
+        times = [[float(run.seconds[-1]) for run in arm] for arm in arms]
+        return max((max(arm) / min(arm) for arm in times if min(arm) > 0), default=1.0)
 
     def mean_of(self, reading: Callable[[Pair], float | None]) -> Estimate | None:
         """Mean over seeds of a reading; None if a seed has none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.comparison import LARGEST_TIME_SPREAD, Matchup, Study
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
@@ -250,6 +250,11 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
         yield "The arms were trained with different commits."
     if len({run.machine for run in runs}) > 1:
         yield "The arms were trained on different machines: times cannot be compared."
+    elif matchup.time_spread > LARGEST_TIME_SPREAD:
+        yield (
+            f"Runs of one arm took up to {matchup.time_spread:.1f} times as long as each other: "
+            "the machine was shared, and times are not compared."
+        )
     if any(not run.data for run in runs):
         yield (
             "Which text, tokenizer and validation set the runs had is not recorded: that they are "

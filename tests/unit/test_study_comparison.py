@@ -13,7 +13,7 @@ from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
-from megatron_tst.report.wording import verdict
+from megatron_tst.report.wording import cautions, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -72,6 +72,21 @@ def test_paired_differences_are_free_of_what_a_seed_does_to_both_arms() -> None:
     assert found.mean == pytest.approx(0.2)
     assert found.half_width == pytest.approx(t_quantile(2) * 0.05 / sqrt(3))
     assert found.excludes(0.0)
+
+
+@pytest.mark.parametrize(("slowest", "is_compared"), [(1.05, True), (1.5, False)])
+def test_times_of_a_shared_machine_are_not_compared(slowest: float, is_compared: bool) -> None:
+    runs = []
+    for seed, pace in enumerate((1.0, slowest)):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed, seconds_per_step=0.5))
+        tst = falling(100, 2.9)
+        runs.append(synthetic_run(tst, bag_size=4, seed=seed, seconds_per_step=pace))
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert matchup_of(runs).time_spread == pytest.approx(slowest)
+    assert any("equal training time" in line for line in verdict(study)) == is_compared
+    said = [line for line in cautions(study) if "times are not compared" in line]
+    assert bool(said) != is_compared
+    assert all("1.5 times as long" in line for line in said)
 
 
 def test_seeds_of_one_arm_alone_make_no_pair() -> None:
