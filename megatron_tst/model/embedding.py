@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron_tst.model.collectives import (
 )
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
 
-_BAGS_AT_ONCE = 256
+_BAGS_AT_ONCE = 128
 # Sums of so many elements stay in a core's cache.
 _ELEMENTS_AT_ONCE = 1 << 17
 
@@ -189,14 +190,15 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 def _sum_rows(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
     """Sum of the rows of each bag, in the accumulation dtype: [v, h], [n, s] -> [n, h]."""
-    dtype = _accumulation_dtype(weight)
-    total = weight.new_empty(0)
-    for offset in range(bags.shape[1]):
-        rows = F.embedding(bags[:, offset], weight)
+    rows = weight.new_empty(len(bags), weight.shape[1])
+    # Widened by itself: a sum of two dtypes takes longer than a copy and a sum of one.
+    total = wide = rows.to(_accumulation_dtype(weight))
+    for offset, column in enumerate(bags.t().contiguous()):
+        torch.index_select(weight, 0, column, out=rows)
         if outside is not None:
             rows.masked_fill_(outside[:, offset].unsqueeze(-1), 0)
-        # The first look-up is a new tensor, so that it may take the others.
-        total = total.add_(rows) if offset else rows.to(dtype)
+        wide.copy_(rows)
+        total = total.add_(wide) if offset else wide.clone()
     return total
 
 
@@ -214,18 +216,31 @@ def _sum_into_rows(
         places = places[~outside.squeeze(-1).t().flatten()]
     tokens, order = bags.t().flatten()[places].sort(stable=True)
     bag_of_place = places[order] % len(bags)
-    rows, counts = torch.unique_consecutive(tokens, return_counts=True)
-    bounds = F.pad(counts.cumsum(0), (1, 0))
-    grad = share.new_zeros(shard_size, share.shape[1], dtype=dtype)
+    rows, bounds = _segments(tokens, shard_size)
+    new = share.new_empty if rows is None else share.new_zeros
+    grad = new(shard_size, share.shape[1], dtype=dtype)
     chunk = max(_ELEMENTS_AT_ONCE // share.shape[1], 1)
-    for first in range(0, len(rows), chunk):
-        part = slice(first, first + chunk)
-        start, *_, stop = bounds[first : first + chunk + 1].tolist()
-        sums = F.embedding_bag(
-            bag_of_place[start:stop], share, bounds[:-1][part] - start, mode="sum"
-        )
-        grad.index_copy_(0, rows[part], sums.to(dtype))
+    stops = [*bounds[:-1:chunk].tolist(), len(tokens)]
+    for index, (start, stop) in enumerate(pairwise(stops)):
+        part = slice(index * chunk, (index + 1) * chunk)
+        offsets = bounds[:-1][part] - start
+        sums = F.embedding_bag(bag_of_place[start:stop], share, offsets, mode="sum")
+        if rows is None:
+            grad[part] = sums
+        else:
+            grad.index_copy_(0, rows[part], sums.to(dtype))
     return grad
+
+
+def _segments(tokens: Tensor, shard_size: int) -> tuple[Tensor | None, Tensor]:
+    """The rows that sorted tokens have, None for all, and where the tokens of each begin and end.
+
+    With as many tokens as rows it is faster to write all rows in order than some by their numbers.
+    """
+    if len(tokens) >= shard_size:
+        return None, torch.searchsorted(tokens, torch.arange(shard_size + 1))
+    rows, counts = torch.unique_consecutive(tokens, return_counts=True)
+    return rows, F.pad(counts.cumsum(0), (1, 0))
 
 
 def _sum_by_offset(share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int) -> Tensor:

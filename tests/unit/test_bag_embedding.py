@@ -33,8 +33,8 @@ def case(
     return weight, bags, torch.randn(3, 7, hidden).to(dtype)
 
 
-# Wide rows are summed in several chunks.
-SIZES = [(50, 24), (1000, 4096)]
+# Wide rows are summed in several chunks; with more tokens than rows all rows are written in order.
+SIZES = [(50, 24), (70, 4096), (1000, 4096)]
 
 
 @pytest.mark.parametrize(("vocabulary", "hidden"), SIZES)
