@@ -194,6 +194,12 @@ def cautions(study: Study) -> list[str]:
         found.append(f"{group.label} has no baseline of the same settings and length.")
     for matchup in study.matchups:
         found += _cautions_on_arms(matchup)
+    spread = max((matchup.time_spread for matchup in study.matchups), default=1.0)
+    if spread > LARGEST_TIME_SPREAD:
+        found.append(
+            f"Runs of one arm took up to {spread:.1f} times as long as each other: the machine was "
+            "shared, and their times are not compared."
+        )
     return list(dict.fromkeys(found))
 
 
@@ -250,11 +256,6 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
         yield "The arms were trained with different commits."
     if len({run.machine for run in runs}) > 1:
         yield "The arms were trained on different machines: times cannot be compared."
-    elif matchup.time_spread > LARGEST_TIME_SPREAD:
-        yield (
-            f"Runs of one arm took up to {matchup.time_spread:.1f} times as long as each other: "
-            "the machine was shared, and times are not compared."
-        )
     if any(not run.data for run in runs):
         yield (
             "Which text, tokenizer and validation set the runs had is not recorded: that they are "
