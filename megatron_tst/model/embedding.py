@@ -19,7 +19,6 @@ from megatron_tst.model.collectives import (
 )
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
 
-_BAGS_AT_ONCE = 128
 # Sums of so many elements stay in a core's cache.
 _ELEMENTS_AT_ONCE = 1 << 17
 
@@ -134,8 +133,9 @@ class _BagMean(torch.autograd.Function):
     ) -> Tensor:
         rows = bags.reshape(-1, bags.shape[-1])
         result = weight.new_empty(len(rows), weight.shape[1])
-        # In chunks whose sums stay in a CPU's cache; a GPU takes them all at once.
-        chunk = max(len(rows), 1) if weight.is_cuda else _BAGS_AT_ONCE
+        # A GPU takes all at once; in a CPU's cache rows and their sums, both wide, are to stay.
+        chunk = len(rows) if weight.is_cuda else _ELEMENTS_AT_ONCE // (2 * weight.shape[1])
+        chunk = max(chunk, 1)
         for first in range(0, len(rows), chunk):
             part = slice(first, first + chunk)
             absent = None if outside is None else outside.reshape(rows.shape)[part]
