@@ -68,9 +68,30 @@ def test_the_page_quotes_the_tables() -> None:
     assert [quoted for quoted in GAPS if quoted not in tables] == []
 
 
+def test_the_page_quotes_final_losses(runs: list[RunResult]) -> None:
+    quoted = set(re.findall(r"\b1[.][0-9]{3}\b", PAGE))
+    assert len(quoted) > 10
+    assert quoted <= {f"{run.final_loss:.3f}" for run in runs}
+
+
+def test_the_page_quotes_the_losses_of_phase_1(runs: list[RunResult]) -> None:
+    (paragraph,) = re.findall(r"From step 500 to the switch at 900 .*?\n\n", PAGE, re.DOTALL)
+    means = []
+    for bag_size in (6, 8, 12, 2, 3, 4):
+        name = f"127k-3000steps-lr0.002-s{bag_size}-r0.3-seed"
+        losses = [
+            run.training_loss[(run.training_steps >= 500) & (run.training_steps <= 900)]
+            for run in runs
+            if run.name.startswith(name)
+        ]
+        assert len(losses) == 3
+        means.append(f"{np.concatenate(losses).mean():.2f}")
+    assert re.findall(r"\b[23][.][0-9]{2}\b", paragraph.replace("3.32", "")) == means
+
+
 def test_the_runs_are_those_of_the_study_file(runs: list[RunResult]) -> None:
     laid_out = {run.name for run in read_study(ROOT / "examples/studies/proxy.yaml").runs()}
-    assert {run.name for run in runs} <= laid_out
+    assert {run.name for run in runs} == laid_out
     assert {run.status for run in runs} <= {"finished", "diverged"}
 
 
