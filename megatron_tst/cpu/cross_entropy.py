@@ -34,7 +34,7 @@ def in_chunks(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         from megatron.core.parallel_state import get_tensor_model_parallel_group
 
         rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
-        group = tp_group or get_tensor_model_parallel_group()
+        group = get_tensor_model_parallel_group() if tp_group is None else tp_group
         loss: Tensor = ChunkedCrossEntropy.apply(rows, target.reshape(-1), group)
         return loss.view(target.shape)
 
@@ -69,9 +69,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """[n] -> [n, v] in the dtype of the logits."""
         logits, column, inside, maximum, sums = ctx.saved_tensors
         result = torch.empty_like(logits)
-        one = inside.float().neg_().unsqueeze(-1)
+        minus_one = inside.float().neg_().unsqueeze(-1)
         for rows, chunk in _exponentials(logits, maximum):
-            chunk.div_(sums[rows].unsqueeze(-1)).scatter_add_(-1, column[rows], one[rows])
+            chunk.div_(sums[rows].unsqueeze(-1)).scatter_add_(-1, column[rows], minus_one[rows])
             result[rows] = chunk.mul_(grad[rows].unsqueeze(-1))
         return result, None, None
 

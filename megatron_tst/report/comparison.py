@@ -27,7 +27,7 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
-# Where equal runs take longer than this, something else had the machine.
+# Where steps of equal runs differ by more, something else had the machine.
 LARGEST_TIME_SPREAD = 1.1
 
 
@@ -88,9 +88,9 @@ class Matchup:
 
     @property
     def time_spread(self) -> float:
-        """How many times as long as its shortest the longest run of an arm took; 1 for one seed."""
+        """How many times as long a step of an arm's slowest run took as one of its fastest."""
         arms = zip(*((pair.baseline, pair.tst) for pair in self.pairs), strict=True)
-        times = [[float(run.seconds[-1]) for run in arm] for arm in arms]
+        times = [[float(run.seconds[-1] / run.steps[-1]) for run in arm] for arm in arms]
         return max((max(arm) / min(arm) for arm in times if min(arm) > 0), default=1.0)
 
     def mean_of(self, reading: Callable[[Pair], float | None]) -> Estimate | None:

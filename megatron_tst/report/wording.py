@@ -197,8 +197,8 @@ def cautions(study: Study) -> list[str]:
     spread = max((matchup.time_spread for matchup in study.matchups), default=1.0)
     if spread > LARGEST_TIME_SPREAD:
         found.append(
-            f"Runs of one arm took up to {spread:.1f} times as long as each other: the machine was "
-            "shared, and their times are not compared."
+            f"A step took up to {spread:.1f} times as long in one run of an arm as in another: the "
+            "machine was shared, and their times are not compared."
         )
     return list(dict.fromkeys(found))
 
