@@ -13,7 +13,13 @@ from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.training import get_args, inprocess_restart, pretrain, print_rank_0
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    inprocess_restart,
+    pretrain,
+    print_rank_0,
+)
 from megatron.training.argument_utils import (
     gpt_config_from_args,
     hybrid_config_from_args,
@@ -106,8 +112,19 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         ForwardStep(schedule, clock, meter),
         store=store,
     )
+    _flush_tensorboard()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _flush_tensorboard() -> None:
+    """Writes what was logged last: the final evaluation comes behind Megatron's own flush.
+
+    A thread writes it, which ends with the process.
+    """
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        writer.flush()
 
 
 class _StepEnd:

@@ -230,6 +230,12 @@ def test_metrics_reach_wandb_through_megatrons_flags(
         assert name.encode() in content, name
 
 
+def test_the_final_evaluation_is_written(launcher: Launcher, small_run: SmallRun) -> None:
+    run = small_run.with_(train_iters=2, lr_wsd_decay_iters=1, lr_warmup_iters=1, tst_steps=1)
+    launcher.run(run.argv, run.log, main="tests.slow_tensorboard:main")
+    assert set(run.scalars()["lm loss validation"]) == {2}
+
+
 @pytest.fixture(scope="module")
 def single(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """One process in fp32, with a checkpoint after its first step."""
