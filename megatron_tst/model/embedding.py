@@ -220,8 +220,8 @@ def _sum_into_rows(
     new = share.new_empty if rows is None else share.new_zeros
     grad = new(shard_size, share.shape[1], dtype=dtype)
     chunk = max(_ELEMENTS_AT_ONCE // share.shape[1], 1)
-    stops = [*bounds[:-1:chunk].tolist(), len(tokens)]
-    for index, (start, stop) in enumerate(pairwise(stops)):
+    cuts = [*bounds[:-1:chunk].tolist(), len(tokens)]
+    for index, (start, stop) in enumerate(pairwise(cuts)):
         part = slice(index * chunk, (index + 1) * chunk)
         offsets = bounds[:-1][part] - start
         sums = F.embedding_bag(bag_of_place[start:stop], share, offsets, mode="sum")
