@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ from megatron_tst.model.collectives import (
     vocabulary_start,
 )
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
-
-# Sums of so many elements stay in a core's cache.
-_ELEMENTS_AT_ONCE = 1 << 17
+from megatron_tst.model.torch_embedding import BagMean, SparseBagMean
 
 
 def bag_embedding(
@@ -69,8 +66,7 @@ def bag_embedding(
         partial = _single_token_embedding(weight_shard, local_ids, outside)
     else:
         sizes = None if is_absent is None else (~is_absent).sum(-1, keepdim=True).clamp_(min=1)
-        function = _FusedBagMean if uses_triton(implementation, weight_shard) else _BagMean
-        partial = function.apply(weight_shard, local_ids, outside, sizes)
+        partial = _bag_mean(weight_shard, local_ids, outside, sizes, implementation)
     if sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
     return reduce_from_tensor_parallel(partial, tp_group)
@@ -124,42 +120,26 @@ def _single_token_embedding(weight: Tensor, bags: Tensor, outside: Tensor | None
     return rows if outside is None else rows.masked_fill(outside, 0)
 
 
-class _BagMean(torch.autograd.Function):
+def _bag_mean(
+    weight: Tensor,
+    bags: Tensor,
+    outside: Tensor | None,
+    sizes: Tensor | None,
+    implementation: Implementation,
+) -> Tensor:
     """Mean over the bag of this rank's rows: [v, h], [b, l, s] -> [b, l, h]; no collective."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
-    ) -> Tensor:
-        rows = bags.reshape(-1, bags.shape[-1])
-        result = weight.new_empty(len(rows), weight.shape[1])
-        # A GPU takes all at once; in a CPU's cache rows and their sums, both wide, are to stay.
-        chunk = len(rows) if weight.is_cuda else _ELEMENTS_AT_ONCE // (2 * weight.shape[1])
-        chunk = max(chunk, 1)
-        for first in range(0, len(rows), chunk):
-            part = slice(first, first + chunk)
-            absent = None if outside is None else outside.reshape(rows.shape)[part]
-            divisor = bags.shape[-1] if sizes is None else sizes.reshape(-1, 1)[part]
-            result[part] = _sum_rows(weight, rows[part], absent).div_(divisor)
-        ctx.save_for_backward(bags, outside, sizes)
-        ctx.shard_size = weight.shape[0]
-        return result.view(*bags.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        bags, outside, sizes = ctx.saved_tensors
-        bag_size = bags.shape[-1]
-        divisor = bag_size if sizes is None else sizes
-        share = grad_output.to(_accumulation_dtype(grad_output)).div(divisor).flatten(0, -2)
-        bags = bags.reshape(-1, bag_size)
-        outside = None if outside is None else outside.reshape(-1, bag_size, 1)
-        grad = _sum_into_rows(share, bags, outside, ctx.shard_size, grad_output.dtype)
-        return grad, None, None, None
+    mean: Tensor
+    if uses_triton(implementation, weight):
+        mean = _FusedBagMean.apply(weight, bags, outside, sizes)
+    elif weight.device.type == "cpu" and sizes is None and bags.shape[-1].bit_count() == 1:
+        mean = SparseBagMean.apply(weight, bags, outside)
+    else:
+        mean = BagMean.apply(weight, bags, outside, sizes)
+    return mean
 
 
 class _FusedBagMean(torch.autograd.Function):
-    """As ``_BagMean``, by Triton kernels: one pass over the rows of a bag each way."""
+    """As ``BagMean``, by Triton kernels: one pass over the rows of a bag each way."""
 
     @staticmethod
     def forward(
@@ -182,71 +162,3 @@ class _FusedBagMean(torch.autograd.Function):
         rows, absent, divisors = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         return bag_mean_backward(grad, rows, absent, divisors, ctx.shard_size), None, None, None
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _sum_rows(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
-    """Sum of the rows of each bag, in the accumulation dtype: [v, h], [n, s] -> [n, h]."""
-    rows = weight.new_empty(len(bags), weight.shape[1])
-    # Widened by itself: a sum of two dtypes takes longer than a copy and a sum of one.
-    total = wide = rows.to(_accumulation_dtype(weight))
-    for offset, column in enumerate(bags.t().contiguous()):
-        torch.index_select(weight, 0, column, out=rows)
-        if outside is not None:
-            rows.masked_fill_(outside[:, offset].unsqueeze(-1), 0)
-        wide.copy_(rows)
-        total = total.add_(wide) if offset else wide.clone()
-    return total
-
-
-def _sum_into_rows(
-    share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int, dtype: torch.dtype
-) -> Tensor:
-    """Add ``share[n]`` to the row of each token of bag n: [n, h], [n, s] -> [v, h] in ``dtype``."""
-    if share.is_cuda:
-        return _sum_by_offset(share, bags, outside, shard_size).to(dtype)
-    # Sorted by token, the shares of a row lie together and are summed before they are rounded: no
-    # wide accumulator for the whole shard. On a GPU the number of rows would have to be waited for.
-    # Offset by offset within a row, the order of the GPU.
-    places = torch.arange(bags.numel())
-    if outside is not None:
-        places = places[~outside.squeeze(-1).t().flatten()]
-    tokens, order = bags.t().flatten()[places].sort(stable=True)
-    bag_of_place = places[order] % len(bags)
-    rows, bounds = _segments(tokens, shard_size)
-    new = share.new_empty if rows is None else share.new_zeros
-    grad = new(shard_size, share.shape[1], dtype=dtype)
-    chunk = max(_ELEMENTS_AT_ONCE // share.shape[1], 1)
-    cuts = [*bounds[:-1:chunk].tolist(), len(tokens)]
-    for index, (start, stop) in enumerate(pairwise(cuts)):
-        part = slice(index * chunk, (index + 1) * chunk)
-        offsets = bounds[:-1][part] - start
-        sums = F.embedding_bag(bag_of_place[start:stop], share, offsets, mode="sum")
-        if rows is None:
-            grad[part] = sums
-        else:
-            grad.index_copy_(0, rows[part], sums.to(dtype))
-    return grad
-
-
-def _segments(tokens: Tensor, shard_size: int) -> tuple[Tensor | None, Tensor]:
-    """The rows that sorted tokens have, None for all, and where the tokens of each begin and end.
-
-    With as many tokens as rows it is faster to write all rows in order than some by their numbers.
-    """
-    if len(tokens) >= shard_size:
-        return None, torch.searchsorted(tokens, torch.arange(shard_size + 1))
-    rows, counts = torch.unique_consecutive(tokens, return_counts=True)
-    return rows, F.pad(counts.cumsum(0), (1, 0))
-
-
-def _sum_by_offset(share: Tensor, bags: Tensor, outside: Tensor | None, shard_size: int) -> Tensor:
-    """[n, h], [n, s] -> [v, h], in a fixed order: it sorts, where index_add_ uses atomics."""
-    total = share.new_zeros(shard_size, share.shape[1])
-    for offset in range(bags.shape[1]):
-        addend = share if outside is None else share.masked_fill(outside[:, offset], 0)
-        total.index_put_((bags[:, offset],), addend, accumulate=True)
-    return total
