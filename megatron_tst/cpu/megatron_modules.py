@@ -55,7 +55,7 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import cross_entropy, experts, gradients, norm, swiglu
+    from megatron_tst.cpu import cross_entropy, experts, gradients, norm, rotary, swiglu
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -71,6 +71,8 @@ def install() -> None:
     _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
     _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
+    rotation = "megatron.core.models.common.embeddings.rope_utils"
+    _wrap(rotation, "_apply_rotary_pos_emb_bshd", rotary.in_fewer_passes)
     # The name by which models call it.
     loss = "vocab_parallel_cross_entropy"
     _wrap("megatron.core.tensor_parallel", loss, cross_entropy.in_chunks)

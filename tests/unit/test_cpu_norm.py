@@ -8,9 +8,9 @@ import pytest
 import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
-from megatron_tst.cpu.norm import build_norm
+from megatron_tst.cpu.norm import RMSNorm, RMSNormFunction, build_norm
 
 
 def config(**settings: Any) -> TransformerConfig:
@@ -23,11 +23,60 @@ def test_norm_is_upstreams(normalization: str) -> None:
     settings = config(normalization=normalization)
     ours = build_norm(WrappedTorchNorm, settings, 8, 1e-3)
     upstream = WrappedTorchNorm(settings, 8, 1e-3)
-    assert type(ours) is type(upstream)
+    assert isinstance(ours, type(upstream))
     assert list(ours.state_dict()) == list(upstream.state_dict())
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)) * 0.01
     assert torch.equal(ours(x), upstream(x))
     assert not any(vars(parameter)["sequence_parallel"] for parameter in ours.parameters())
+
+
+# The row, the reductions and the result are rounded; those in half precision once, at the end.
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2.0**-8, "atol": 1e-5},
+    torch.float16: {"rtol": 2.0**-11, "atol": 1e-5},
+}
+
+
+def gradients(
+    norm: nn.RMSNorm, x: Tensor, weight: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm.weight = nn.Parameter(weight)
+    x = x.detach().requires_grad_()
+    output = norm(x)
+    return output.detach(), *torch.autograd.grad(output, (x, norm.weight), grad)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 24), (2, 1, 1000), (7, 8)])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_rms_norm(dtype: torch.dtype, weight_dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = shape[-1]
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    weight = torch.rand(hidden, generator=generator).to(weight_dtype)
+    output, *found = gradients(RMSNorm(hidden, eps=1e-5), x, weight, grad)
+    assert torch.equal(output, torch.rms_norm(x, (hidden,), weight, 1e-5))
+    exact_norm = nn.RMSNorm(hidden, eps=1e-5)
+    _, *exact = gradients(exact_norm, x.double(), weight.double(), grad.double())
+    for gradient, of, expected in zip(found, (x, weight), exact, strict=True):
+        assert gradient.dtype == of.dtype
+        torch.testing.assert_close(gradient.double(), expected, **TOLERANCE[of.dtype])
+
+
+def test_rms_norm_of_tensors_that_are_not_contiguous() -> None:
+    x, grad = torch.randn(2, 4, 3, 16).transpose(1, 2).unbind()
+    weight = torch.rand(16)
+    norm = RMSNorm(16, eps=1e-5)
+    strided = gradients(norm, x, weight, grad)
+    copied = gradients(norm, x.contiguous(), weight, grad.contiguous())
+    assert all(torch.equal(*pair) for pair in zip(strided, copied, strict=True))
+
+
+def test_gradcheck_of_rms_norm() -> None:
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *of: RMSNormFunction.apply(*of, 1e-5), (x, weight))
 
 
 def test_gradients_are_added_up_under_sequence_parallelism() -> None:
