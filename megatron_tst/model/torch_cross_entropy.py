@@ -81,6 +81,8 @@ class TorchMultiHotCrossEntropy(torch.autograd.Function):
             wide = out if out.dtype == sums.dtype else scratch[: chunk.shape[0]]
             if exponentials is None:
                 wide.copy_(chunk).sub_(chunk_max).exp_().div_(chunk_sum)
+            elif ctx.reuse_logits:
+                wide = exponentials.div_(chunk_sum)
             else:
                 torch.div(exponentials, chunk_sum, out=wide)
             wide.scatter_add_(-1, columns, negated).mul_(chunk_scale)
