@@ -28,9 +28,15 @@ PATCHED_NAMESPACES = (
     "megatron.core.optimizer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
+    "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel",
     "megatron.core.models.backends.LocalSpecProvider",
+    "megatron.core.models.common.embeddings.rope_utils",
     "megatron.core.models.hybrid.hybrid_block",
     "megatron.core.datasets.utils",
+    "megatron.core.tensor_parallel",
+    "megatron.core.transformer.mlp",
+    "megatron.core.transformer.mlp.MLP",
+    "megatron.core.transformer.moe.shared_experts",
     "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.transformer.torch_norm.WrappedTorchNorm",
 )
@@ -71,14 +77,31 @@ def check_operators_pay_for_no_function_mode() -> None:
 
 
 def check_megatron_uses_the_replacements() -> None:
-    from megatron.core import optimizer
+    from megatron.core import optimizer, tensor_parallel
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import mlp
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_tst.cpu import swiglu
     from megatron_tst.cpu.attention import FusedCoreAttention
+    from megatron_tst.cpu.norm import RMSNorm
     from megatron_tst.cpu.optimizer import FusedAdamW
 
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm"
+    )
+    assert type(WrappedTorchNorm(config, 8)) is RMSNorm
     assert LocalSpecProvider().core_attention() is FusedCoreAttention
     assert optimizer.Adam is FusedAdamW
+    assert mlp.bias_swiglu_impl is swiglu.bias_swiglu
+    for wrapped in (
+        rope_utils._apply_rotary_pos_emb_bshd,
+        tensor_parallel.vocab_parallel_cross_entropy,
+        mlp.MLP.forward,
+    ):
+        assert hasattr(wrapped, "__wrapped__"), wrapped
 
 
 def stay_inert_beside_a_gpu() -> None:

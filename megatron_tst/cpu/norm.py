@@ -1,4 +1,4 @@
-"""Normalisation for the CPU: torch's modules, also under sequence parallelism."""
+"""Normalisation for the CPU: torch's forward, also under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, whose gradient on a CPU is put together from that of every single operation."""
+    """torch's, with a gradient of its own: on a CPU torch puts it together from many operations."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h] of the same dtype."""
@@ -20,7 +23,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """``x / rms(x) * weight``: the bits of ``torch.rms_norm``, and a gradient in fewer passes."""
+    """``x / rms(x) * weight`` with the bits of ``torch.rms_norm``.
+
+    With n = x / rms(x) the gradient of x is ``(g * weight - n * mean(g * weight * n)) / rms(x)``.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,7 +34,7 @@ class RMSNormFunction(torch.autograd.Function):
         wide = x.to(_wide(x))
         inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
+        return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -36,14 +42,14 @@ class RMSNormFunction(torch.autograd.Function):
         """[..., h] -> [..., h] and [h]."""
         x, weight, inverse = ctx.saved_tensors
         hidden, wide = x.shape[-1], _wide(x)
-        inverse = inverse.view(-1, 1)
+        inverse = inverse.reshape(-1, 1)
         grad = grad.reshape(-1, hidden).to(wide)
         normalised = x.reshape(-1, hidden).to(wide) * inverse
         product = grad * normalised
         grad_weight = product.sum(0).to(weight.dtype)
         weight = weight.to(wide)
-        # The part along the normalised row, which has a length of its own, is taken out.
-        along = product.mv(weight).div_(hidden).unsqueeze(-1)
+        # Not a product with a vector: the bits of a row would depend on the number of rows.
+        along = product.mul_(weight).mean(-1, keepdim=True)
         grad_x = torch.mul(grad, weight, out=product).addcmul_(normalised, along, value=-1)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.mul(grad_x, inverse, out=result.view(-1, hidden))
@@ -54,7 +60,7 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-_NORMS: dict[str, type[nn.LayerNorm | nn.RMSNorm]] = {
+_NORMS: dict[str, type[nn.LayerNorm | RMSNorm]] = {
     "LayerNorm": nn.LayerNorm,
     "RMSNorm": RMSNorm,
 }

@@ -12,9 +12,10 @@ from torch.autograd.function import once_differentiable
 
 
 def in_fewer_passes(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps ``_apply_rotary_pos_emb_bshd``: the same bits.
+    """Wraps ``_apply_rotary_pos_emb_bshd``, to the same bits, forward and gradient.
 
-    A part of the dimensions and interleaved pairs are left to upstream.
+    Rotations of a part of the dimensions, of interleaved pairs and by angles that are learned are
+    left to upstream.
     """
 
     @functools.wraps(upstream)
@@ -54,7 +55,7 @@ class Rotation(torch.autograd.Function):
         # The sign goes to the table, which is smaller.
         signed = torch.cat((-first, second), dim=-1)
         ctx.save_for_backward(cos, signed)
-        return (t * cos).add_(_swap_halves(t).mul_(signed))
+        return (t * cos).add_(_swap_halves(t).mul_(signed)).contiguous()
 
     @staticmethod
     @once_differentiable

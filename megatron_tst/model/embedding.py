@@ -152,7 +152,8 @@ class _FusedBagMean(torch.autograd.Function):
         divisors = None if sizes is None else sizes.flatten().float()
         ctx.save_for_backward(rows, absent, divisors)
         ctx.shard_size = weight.shape[0]
-        return bag_mean(weight, rows, absent, divisors).view(*bags.shape[:-1], -1)
+        result = bag_mean(weight, rows, absent, divisors)
+        return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
     @once_differentiable

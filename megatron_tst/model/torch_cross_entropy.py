@@ -75,14 +75,14 @@ class TorchMultiHotCrossEntropy(torch.autograd.Function):
         chunks = _chunks(
             logits, grad, maximum.unsqueeze(-1), sums.unsqueeze(-1), local, -coefficients, scale
         )
-        scratch = _scratch(logits, sums.dtype)
+        # Where the logits are given away the graph is used once, so these may go as well.
+        takes_exponentials = ctx.reuse_logits and exponentials is not None
+        scratch = exponentials if takes_exponentials else _scratch(logits, sums.dtype)
         for chunk, out, chunk_max, chunk_sum, columns, negated, chunk_scale in chunks:
             # A narrow gradient is computed in the wide scratch and cast once, at the end.
             wide = out if out.dtype == sums.dtype else scratch[: chunk.shape[0]]
             if exponentials is None:
                 wide.copy_(chunk).sub_(chunk_max).exp_().div_(chunk_sum)
-            elif ctx.reuse_logits:
-                wide = exponentials.div_(chunk_sum)
             else:
                 torch.div(exponentials, chunk_sum, out=wide)
             wide.scatter_add_(-1, columns, negated).mul_(chunk_scale)

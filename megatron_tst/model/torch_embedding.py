@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -13,15 +14,13 @@ from torch.autograd.function import once_differentiable
 
 # Sums of so many elements stay in a core's cache.
 _ELEMENTS_AT_ONCE = 1 << 17
-# torch says so once a process; the tests hold the product that is used here against a sum by hand.
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 
 
 class SparseBagMean(torch.autograd.Function):
     """The mean of bags of a power of two on a CPU, as products of a sparse matrix.
 
     Every dtype has 1/s then, so that the product, which accumulates in the wider dtype and rounds
-    once, has the bits of a sum that is divided; no row is stored in the wider dtype.
+    once, has the bits of ``BagMean`` unless a sum over- or underflows; no row is stored widened.
     """
 
     @staticmethod
@@ -36,7 +35,8 @@ class SparseBagMean(torch.autograd.Function):
             inside = ~outside.flatten()
             tokens = tokens[inside]
             bounds = _bounds(inside.view(-1, bag_size).sum(-1))
-        return _scaled_sums(weight, bounds, tokens, 1 / bag_size).view(*bags.shape[:-1], -1)
+        result = _scaled_sums(weight, bounds, tokens, 1 / bag_size)
+        return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -58,7 +58,7 @@ class BagMean(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
     ) -> Tensor:
-        """As above; ``sizes`` [b, l, 1] is the number of tokens in a bag, None for s of them."""
+        """As ``SparseBagMean``; ``sizes``, [b, l, 1]: tokens of a bag, None where all have s."""
         rows = bags.reshape(-1, bags.shape[-1])
         result = weight.new_empty(len(rows), weight.shape[1])
         # A GPU takes all at once; in a CPU's cache rows and their sums, both wide, are to stay.
@@ -71,7 +71,7 @@ class BagMean(torch.autograd.Function):
             result[part] = _sum_rows(weight, rows[part], absent).div_(divisor)
         ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
-        return result.view(*bags.shape[:-1], -1)
+        return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -150,11 +150,21 @@ def _scaled_sums(rows: Tensor, bounds: Tensor, chosen: Tensor, factor: float) ->
 
     [n, h], [m + 1], [k] -> [m, h] in the dtype of the rows, added up in at least float32, in order.
     """
+    _pass_over_beta_warning()
     factors = rows.new_full((len(chosen),), factor)
     shape = (len(bounds) - 1, len(rows))
-    # The ids were validated.
+    # bag_embedding validates the ids.
     matrix = torch.sparse_csr_tensor(bounds, chosen, factors, shape, check_invariants=False)
     return torch.sparse.mm(matrix, rows, "sum")
+
+
+@functools.cache
+def _pass_over_beta_warning() -> None:
+    """Has torch warn for nobody that its CSR tensors are in beta, which it does once a process."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(zero, zero[:0], zero[:0], (0, 0), check_invariants=False)
 
 
 def _bounds(counts: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def embedding_on_ranks(bag_size: int, sequence_parallel: bool) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("bag_size", [1, 3])
+@pytest.mark.parametrize("bag_size", [1, 3, 4])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_embedding_equals_one_rank(ranks: int, bag_size: int, sequence_parallel: bool) -> None:
     weight, bags, grad = embedding_case(bag_size, torch.float32)

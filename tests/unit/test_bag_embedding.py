@@ -14,7 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_tst.model.embedding import bag_embedding
 from megatron_tst.model.reference import bag_embedding_reference
-from megatron_tst.model.torch_embedding import sum_by_offset, sum_into_rows
+from megatron_tst.model.torch_embedding import (
+    BagMean,
+    SparseBagMean,
+    sum_by_offset,
+    sum_into_rows,
+)
 
 # Half a unit in the last place relative to the exact mean or sum, with float32 noise beside it.
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
@@ -93,6 +98,24 @@ def test_full_bags_have_the_bits_of_bags_that_are_always_full(
     assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
 
 
+@pytest.mark.parametrize("without", ["none", "some", "a bag", "all"])
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float64])
+def test_a_sparse_product_has_the_bits_of_a_sum(dtype: torch.dtype, without: str) -> None:
+    """Also where another tensor-parallel rank has the rows."""
+    weight, bags, grad = case(4, dtype)
+    outside = None if without == "none" else torch.full_like(bags, without == "all").bool()
+    if outside is not None and without == "some":
+        outside = bags % 3 == 0
+    elif outside is not None:
+        outside[1, 2] = True
+    results = [
+        SparseBagMean.apply(weight, bags, outside),
+        BagMean.apply(weight, bags, outside, None),
+    ]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
+
+
 def test_a_batch_without_any_token_has_no_gradient() -> None:
     weight, bags, grad = case(4, torch.bfloat16)
     output = bag_embedding(weight, torch.full_like(bags, -100), ignore_index=-100)
@@ -110,9 +133,11 @@ def test_the_gradient_of_a_gpu_is_that_of_a_cpu(with_gaps: bool) -> None:
     torch.testing.assert_close(sum_by_offset(share, bags, outside, 50), on_cpu)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("bag_size", [3, 4])
+def test_gradcheck(bag_size: int) -> None:
     weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    bags = torch.tensor([[[0, 0, 1], [4, 2, 0]], [[3, 3, 3], [1, 2, 4]]])
+    bags = torch.tensor([[[0, 0, 1, 1], [4, 2, 0, 0]], [[3, 3, 3, 3], [1, 2, 4, 6]]])
+    bags = bags[..., :bag_size]
     assert torch.autograd.gradcheck(lambda w: bag_embedding(w, bags), weight)
 
 
@@ -125,17 +150,19 @@ def test_a_repeated_token_counts_as_often_as_it_occurs() -> None:
     assert weight.grad.tolist() == [[0.25], [0.75]]
 
 
-def test_bfloat16_gradients_are_accumulated_in_float32() -> None:
-    # 512 additions of 1/2 stop at 128 in bfloat16, where 128 + 1/2 rounds to 128.
+@pytest.mark.parametrize("bag_size", [2, 3])
+def test_bfloat16_gradients_are_accumulated_in_float32(bag_size: int) -> None:
+    # Additions of 1/2 stop at 128 in bfloat16, where 128 + 1/2 rounds to 128.
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    bag_embedding(weight, torch.zeros(1, 256, 2, dtype=torch.int64)).sum().backward()
+    bag_embedding(weight, torch.zeros(1, 256, bag_size, dtype=torch.int64)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [[256.0], [0.0]]
 
 
-def test_gradient_has_the_same_bits_each_time_on_several_threads() -> None:
-    weight, _, _ = case(4, torch.float32, vocabulary=8, hidden=64)
-    bags, grad = torch.randint(0, 8, (4, 512, 4)), torch.randn(4, 512, 64)
+@pytest.mark.parametrize("bag_size", [3, 4])
+def test_gradient_has_the_same_bits_each_time_on_several_threads(bag_size: int) -> None:
+    weight, _, _ = case(bag_size, torch.float32, vocabulary=8, hidden=64)
+    bags, grad = torch.randint(0, 8, (4, 512, bag_size)), torch.randn(4, 512, 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -155,8 +182,9 @@ def test_sequence_parallel_layout_without_a_group() -> None:
     assert torch.equal(output, expected)
 
 
-def test_bags_need_not_be_contiguous() -> None:
-    weight, bags, grad = case(4, torch.float32)
+@pytest.mark.parametrize("bag_size", [3, 4])
+def test_bags_need_not_be_contiguous(bag_size: int) -> None:
+    weight, bags, grad = case(bag_size, torch.float32)
     strided = bags.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
     results = [

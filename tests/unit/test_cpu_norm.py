@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_tst.cpu.norm import RMSNorm, RMSNormFunction, build_norm
 
@@ -71,6 +72,40 @@ def test_rms_norm_of_tensors_that_are_not_contiguous() -> None:
     strided = gradients(norm, x, weight, grad)
     copied = gradients(norm, x.contiguous(), weight, grad.contiguous())
     assert all(torch.equal(*pair) for pair in zip(strided, copied, strict=True))
+    assert norm(x).is_contiguous()
+
+
+def test_rms_norm_of_queries_that_are_a_part_of_a_tensor() -> None:
+    x, grad = torch.randn(2, 5, 2, 3, 24)[..., 8:].unbind()
+    weight = torch.rand(16)
+    norm = RMSNorm(16, eps=1e-5)
+    output, grad_x, grad_weight = gradients(norm, x, weight, grad)
+    rows = gradients(norm, x.flatten(0, 2), weight, grad.flatten(0, 2))
+    assert torch.equal(output.flatten(0, 2), rows[0])
+    assert torch.equal(grad_x.flatten(0, 2), rows[1])
+    assert torch.equal(grad_weight, rows[2])
+
+
+def test_bits_of_a_row_do_not_depend_on_the_number_of_rows() -> None:
+    """A micro-batch of another size, or a slice of the positions, changes no bit."""
+    x, grad = torch.randn(2, 64, 1024).unbind()
+    weight = torch.rand(1024)
+    norm = RMSNorm(1024, eps=1e-5)
+    _, whole, _ = gradients(norm, x, weight, grad)
+    for rows in (1, 3, 7, 61):
+        assert torch.equal(gradients(norm, x[:rows], weight, grad[:rows])[1], whole[:rows])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_have_the_same_gradient(reentrant: bool) -> None:
+    norm = RMSNorm(16, eps=1e-5)
+    x = torch.randn(4, 16)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    norm(inputs[0]).square().sum().backward()
+    checkpoint(norm, inputs[1], use_reentrant=reentrant).square().sum().backward()
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is not None
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
 def test_gradcheck_of_rms_norm() -> None:

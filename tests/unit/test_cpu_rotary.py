@@ -42,6 +42,35 @@ def test_bits_are_upstreams(dtype: torch.dtype, mscale: float) -> None:
     assert not torch.equal(ours[0], t)
 
 
+@pytest.mark.parametrize("shape", [(12, 3, 1, 16), (12, 3, 2, 16)])
+def test_angles_of_each_sequence_and_head(shape: tuple[int, ...]) -> None:
+    t, grad, _ = case(torch.bfloat16)
+    freqs = torch.randn(shape)
+    ours = results(in_fewer_passes(UPSTREAM), t, grad, freqs)
+    upstream = results(UPSTREAM, t, grad, freqs)
+    assert all(torch.equal(*pair) for pair in zip(ours, upstream, strict=True))
+
+
+def test_result_is_contiguous_where_the_queries_are_not() -> None:
+    t, grad, freqs = case(torch.float32)
+    t = t.transpose(0, 1).contiguous().transpose(0, 1)
+    ours = results(in_fewer_passes(UPSTREAM), t, grad, freqs)
+    assert ours[0].is_contiguous()
+    upstream = results(UPSTREAM, t, grad, freqs)
+    assert all(torch.equal(*pair) for pair in zip(ours, upstream, strict=True))
+
+
+def test_angles_that_are_learned_get_upstreams_gradient() -> None:
+    t, grad, freqs = case(torch.float32)
+    freqs.requires_grad_()
+    gradients = [
+        torch.autograd.grad(function(t, freqs), freqs, grad)[0]
+        for function in (in_fewer_passes(UPSTREAM), UPSTREAM)
+    ]
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
 @pytest.mark.parametrize("flag", ["rotary_interleaved", "mla_rotary_interleaved"])
 def test_other_forms_are_upstreams(flag: str) -> None:
     t, grad, freqs = case(torch.float32)

@@ -94,6 +94,19 @@ def test_the_gradient_may_take_the_place_of_the_logits(dtype: torch.dtype) -> No
 
 
 @pytest.mark.usefixtures("chunking")
+@pytest.mark.parametrize("reuse_logits", [False, True])
+def test_a_second_backward_pass_is_right_or_refused(reuse_logits: bool) -> None:
+    leaf, targets, grad = case(torch.bfloat16)
+    loss = multi_hot_cross_entropy(leaf * 1, targets, reuse_logits=reuse_logits)
+    (first,) = torch.autograd.grad(loss, leaf, grad, retain_graph=True)
+    if reuse_logits:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, leaf, grad)
+    else:
+        assert torch.equal(torch.autograd.grad(loss, leaf, grad)[0], first)
+
+
+@pytest.mark.usefixtures("chunking")
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_losses_by_offset_come_with_the_same_loss(weights: tuple[float, ...] | None) -> None:
     logits, targets, grad = case(torch.float32)
