@@ -30,7 +30,7 @@ KINDS = {
         "add mul div sub neg pow mean sum rsqrt sqrt cos sin rms_norm _fused_rms_norm zero fill"
     ),
     "exponentials and maxima of the loss": "exp max amax logsumexp log gather scatter eq",
-    "embedding": "embedding _embedding index _index sort unique bincount",
+    "embedding": "embedding _embedding _sparse sparse index _index sort unique bincount",
     "SwiGLU": "silu",
     "Adam, norm of the gradient": "_fused_adamw _foreach linalg",
 }
