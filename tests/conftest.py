@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Workers share the cores, and threads that wait for each other's work spin. Before torch is imported.
+# Workers share the cores, and waiting threads spin. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Time is not what these tests are about, and other work shares the cores.
 settings.register_profile("default", deadline=None)
