@@ -150,7 +150,7 @@ def _scaled_sums(rows: Tensor, bounds: Tensor, chosen: Tensor, factor: float) ->
 
     [n, h], [m + 1], [k] -> [m, h] in the dtype of the rows, added up in at least float32, in order.
     """
-    _pass_over_beta_warning()
+    _silence_beta_warning()
     factors = rows.new_full((len(chosen),), factor)
     shape = (len(bounds) - 1, len(rows))
     # bag_embedding validates the ids.
@@ -159,8 +159,8 @@ def _scaled_sums(rows: Tensor, bounds: Tensor, chosen: Tensor, factor: float) ->
 
 
 @functools.cache
-def _pass_over_beta_warning() -> None:
-    """Has torch warn for nobody that its CSR tensors are in beta, which it does once a process."""
+def _silence_beta_warning() -> None:
+    """Has torch say here, where nobody sees it, what it says once: CSR tensors are in beta."""
     zero = torch.zeros(1, dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
