@@ -83,6 +83,8 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     (folder,) = [output / "runs" / "tiny-1000steps-lr0.001-baseline-seed0"]
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_for(tracker.exists)
+    # So that the run is not over before it is killed.
+    subprocess.run(["pkill", "-STOP", "-f", str(folder)], check=True)
     # A runner that is killed leaves its run behind, which nobody may start a second time.
     runner.kill()
     runner.wait()
