@@ -1,4 +1,4 @@
-"""Megatron's cross-entropy on a CPU: many logits are processed in chunks that fit a cache."""
+"""Megatron's cross-entropy on a CPU: by compiled kernels, or in chunks that fit a cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_tst.native import kernels
+
 # The float32 copy of so many logits stays in a second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
 
 
 def in_chunks(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps ``vocab_parallel_cross_entropy``: the same bits, without a float32 copy of all logits.
+    """Wraps ``vocab_parallel_cross_entropy``: without a float32 copy of all logits.
 
-    Upstream passes over that copy seven times, through the memory. What one chunk holds is left to
-    it, and label smoothing.
+    Upstream passes over that copy seven times, through the memory. One rank takes the kernels,
+    where they are; several compute in chunks, to upstream's bits. What one chunk holds is then left
+    to upstream, and label smoothing always.
     """
 
     @functools.wraps(upstream)
@@ -29,16 +32,55 @@ def in_chunks(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         label_smoothing: float = 0.0,
         tp_group: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        if label_smoothing > 0 or vocab_parallel_logits.numel() <= _CHUNK_ELEMENTS:
-            return upstream(vocab_parallel_logits, target, label_smoothing, tp_group)
         from megatron.core.parallel_state import get_tensor_model_parallel_group
 
-        rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
         group = get_tensor_model_parallel_group() if tp_group is None else tp_group
-        loss: Tensor = ChunkedCrossEntropy.apply(rows, target.reshape(-1), group)
+        is_native = group.size() == 1 and _is_native(vocab_parallel_logits)
+        is_small = vocab_parallel_logits.numel() <= _CHUNK_ELEMENTS and not is_native
+        if label_smoothing > 0 or is_small:
+            return upstream(vocab_parallel_logits, target, label_smoothing, tp_group)
+        rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
+        loss: Tensor
+        if is_native:
+            loss = NativeCrossEntropy.apply(rows, target.reshape(-1))
+        else:
+            loss = ChunkedCrossEntropy.apply(rows, target.reshape(-1), group)
         return loss.view(target.shape)
 
     return cross_entropy
+
+
+def _is_native(logits: Tensor) -> bool:
+    compiled = kernels()
+    return compiled is not None and compiled.serves(logits)
+
+
+class NativeCrossEntropy(torch.autograd.Function):
+    """The cross-entropy of one target a row by compiled kernels, one rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        """[n, v], [n] -> float32 [n]."""
+        compiled = kernels()
+        assert compiled is not None
+        logits = logits.contiguous()
+        inside = (target >= 0) & (target < logits.shape[-1])
+        columns = target.masked_fill(~inside, 0).unsqueeze(-1)
+        # A target outside the vocabulary counts as a logit of the maximum, as upstream.
+        shares = inside.float().unsqueeze(-1)
+        loss, log_sum_exp = compiled.multi_hot_loss(logits, columns, shares)
+        ctx.save_for_backward(logits, columns, shares, log_sum_exp)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """[n] -> [n, v] in the dtype of the logits."""
+        compiled = kernels()
+        assert compiled is not None
+        logits = ctx.saved_tensors[0]
+        out = torch.empty_like(logits)
+        return compiled.multi_hot_gradient(*ctx.saved_tensors, grad.contiguous(), out), None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

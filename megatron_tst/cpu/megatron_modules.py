@@ -55,7 +55,15 @@ def install() -> None:
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
 
-    from megatron_tst.cpu import cross_entropy, experts, gradients, norm, rotary, swiglu
+    from megatron_tst.cpu import (
+        cross_entropy,
+        experts,
+        fused_layer,
+        gradients,
+        norm,
+        rotary,
+        swiglu,
+    )
 
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
@@ -65,6 +73,9 @@ def install() -> None:
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
+    layer = "megatron.core.transformer.transformer_layer"
+    _wrap(layer, "TransformerLayer._forward_attention", fused_layer.fuse_attention)
+    _wrap(layer, "TransformerLayer._forward_mlp", fused_layer.fuse_mlp)
     mlp = "megatron.core.transformer.mlp"
     shared_experts = "megatron.core.transformer.moe.shared_experts"
     _wrap(mlp, "MLP.forward", experts.pad_rows)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
+from megatron_tst.model.native_cross_entropy import NativeMultiHotCrossEntropy, uses_native
 from megatron_tst.model.targets import IGNORE_INDEX, validate_targets
 from megatron_tst.model.torch_cross_entropy import TorchMultiHotCrossEntropy
 from megatron_tst.model.triton_cross_entropy import TritonMultiHotCrossEntropy
@@ -31,13 +32,14 @@ def multi_hot_cross_entropy(
     exponentials, weighted target logit). Statistics are float32 (float64 for float64 logits).
     The logits are what is saved for the backward, which recomputes the exponentials chunk by chunk,
     unless all fit one chunk and are kept. The forward does not modify them, and neither does the
-    backward unless it may reuse them. At s = 1 loss and gradient have the bits of the host's
-    unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with more, the order of the ranks'
-    sums is up to the collective).
+    backward unless it may reuse them. At s = 1 loss and gradient of the torch implementation have
+    the bits of the host's unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with more,
+    the order of the ranks' sums is up to the collective).
 
-    The Triton kernels read the logits once in each pass, and their results repeat bit for bit. The
-    torch implementation adds the gradients of repeated tokens of unequal weight in no fixed order
-    on CUDA, unless ``torch.use_deterministic_algorithms(True)`` is set.
+    The kernels for one CPU core read a row twice in the forward, the second time from a cache, and
+    once in the backward. The Triton kernels read the logits once in each pass, and their results
+    repeat bit for bit. The torch implementation adds the gradients of repeated tokens of unequal
+    weight in no fixed order on CUDA, unless ``torch.use_deterministic_algorithms(True)`` is set.
 
     Args:
         logits: [..., v], this rank's contiguous vocabulary shard; padded rows take part in the
@@ -49,7 +51,9 @@ def multi_hot_cross_entropy(
         reuse_logits: the backward may overwrite the logits with their gradient, which then takes no
             memory of its own. For logits that nobody reads after this loss, such as those of an
             output layer; the graph can be used once.
-        implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed.
+        implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
+            the kernels of ``megatron_tst.native`` on a CPU with one shard and one thread, where
+            they can be compiled.
 
     Returns:
         [...] loss a position, float32 (float64 for float64 logits), the same on every rank.
@@ -114,8 +118,7 @@ def _multi_hot_cross_entropy(
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
     validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
-    is_triton = uses_triton(implementation, logits)
-    function = TritonMultiHotCrossEntropy if is_triton else TorchMultiHotCrossEntropy
+    function = _function_for(implementation, logits, tp_group)
     loss, offset_losses = function.apply(
         logits.reshape(-1, logits.shape[-1]),
         target_bags.reshape(-1, target_bags.shape[-1]),
@@ -128,6 +131,16 @@ def _multi_hot_cross_entropy(
     if offset_losses is not None:
         offset_losses = offset_losses.view(target_bags.shape)
     return loss.view(logits.shape[:-1]), offset_losses
+
+
+def _function_for(
+    implementation: Implementation, logits: Tensor, tp_group: ProcessGroup | None
+) -> type[torch.autograd.Function]:
+    if uses_triton(implementation, logits):
+        return TritonMultiHotCrossEntropy
+    if uses_native(implementation, logits, tp_group):
+        return NativeMultiHotCrossEntropy
+    return TorchMultiHotCrossEntropy
 
 
 @torch.no_grad()
