@@ -60,7 +60,7 @@ def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bo
         )
     resolved = resolve_precision(study, folder, starts_runs=True)
     on_gpu = bool(gpus_of_this_machine())
-    print(f"bf16: auto is {describe_precision(on_gpu)} on this machine.", flush=True)
+    print(f"bf16: auto on this machine: {describe_precision(on_gpu)}.", flush=True)
     return resolved
 
 

@@ -22,6 +22,6 @@ def faster_precision(on_gpu: bool) -> Precision:
 
 
 def describe_precision(on_gpu: bool) -> str:
-    """The choice and its reason, for people: ``bf16 (there is a GPU)``."""
-    why = "there is a GPU" if on_gpu else f"products of bf16 here: {describe_bf16()}"
-    return f"{faster_precision(on_gpu)} ({why})"
+    """The choice and its reason, for people: ``bf16, there being a GPU``."""
+    why = "there being a GPU" if on_gpu else f"products of bf16 being {describe_bf16()}"
+    return f"{faster_precision(on_gpu)}, {why}"

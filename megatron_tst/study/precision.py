@@ -46,9 +46,9 @@ def resolve_precision(study: StudyConfig, folder: Path, starts_runs: bool) -> St
     if starts_runs and before not in (None, here):
         remedy = "write bf16: true" if before == "bf16" else "leave bf16 out"
         raise ValueError(
-            f"--output {folder} holds runs in {before}, and bf16: auto means "
-            f"{describe_precision(on_gpu)} on this machine: {remedy} in the study file to go on in "
-            f"{before}, or use another folder."
+            f"--output {folder} holds runs in {before}, and on this machine bf16: auto means "
+            f"{describe_precision(on_gpu)}: {remedy} in the study file to go on in {before}, or "
+            "use another folder."
         )
     return _in_precision(study, here if before is None else before)
 
