@@ -63,7 +63,9 @@ class PlainLlama(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        cos, sin = self.cos.to(torch.bfloat16), self.sin.to(torch.bfloat16)
+        is_cast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+        cos, sin = self.cos.to(dtype), self.sin.to(dtype)
         for block in self.blocks:
             x = block(x, cos, sin)
         logits = self.head(self.norm(x))
@@ -71,17 +73,18 @@ class PlainLlama(nn.Module):
 
 
 class PlainTrainer:
-    """One optimizer step: bf16 autocast, clipped gradients, AdamW."""
+    """One optimizer step: bf16 autocast or fp32, clipped gradients, AdamW."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_bf16: bool = True) -> None:
         self.model = model
+        self.is_bf16 = is_bf16
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
 
     def step(self, tokens: Tensor, labels: Tensor) -> float:
         """Trains on tokens and labels [b, l] and returns the loss."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.is_bf16):
             loss = self.loss(tokens, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -1,10 +1,12 @@
 """A training step on the CPU platform: baseline, both phases, plain PyTorch and transformers.
 
-    python benchmarks/step.py [--models 127k 9M 270M-layer] [--rounds N] [--json FILE]
+    python benchmarks/step.py [--models 127k 9M 270M-layer] [--rounds N] [--dtype DTYPE]
+        [--json FILE]
 
 Every contestant is a process of its own on the same core, and they take turns, a step each, so that
 all see the same machine. A step begins with reading its batch from a tokenized text and ends with
-the updated weights; nobody logs. Ratios are those of the medians over all rounds.
+the updated weights; nobody logs. Ratios are those of the medians over all rounds. All contestants
+compute in one dtype: what is faster on this CPU, or --dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_tst.cpu.bf16 import describe_bf16
+from megatron_tst.cpu.precision import faster_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_ROUNDS = 5
@@ -88,23 +93,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, help="steps of each contestant (default: by model)")
+    add_dtype(parser)
     parser.add_argument("--json", type=Path, help="also write the results here")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        take_turns(options.contestant, MODELS[options.models[0]])
+        take_turns(options.contestant, MODELS[options.models[0]], options.dtype)
         return
-    results = {name: measure(name, options.rounds) for name in options.models}
+    dtype = chosen_dtype(options.dtype)
+    print(f"{dtype}; products of bf16 on this CPU: {describe_bf16()}")
+    results = {name: measure(name, options.rounds, dtype) for name in options.models}
     if options.json:
         temporary = options.json.with_suffix(".tmp")
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         os.replace(temporary, options.json)
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32", "auto"),
+        default="auto",
+        help="of every contestant (default: auto, what is faster on this CPU)",
+    )
+
+
+def chosen_dtype(asked: str) -> str:
+    """``bf16`` or ``fp32``."""
+    return faster_precision(on_gpu=False) if asked == "auto" else asked
+
+
 # --- the contest ----------------------------------------------------------------------------------
 
 
-def measure(name: str, rounds: int | None) -> dict[str, Any]:
+def measure(name: str, rounds: int | None, dtype: str) -> dict[str, Any]:
     """Lets the contestants of each group take turns, prints the tables and returns the numbers."""
     model = MODELS[name]
     print(
@@ -113,16 +136,16 @@ def measure(name: str, rounds: int | None) -> dict[str, Any]:
     )
     groups = []
     for group in GROUPS:
-        medians, peaks = hold_contest(group, name, WARM_UP_ROUNDS + (rounds or model.rounds))
+        medians, peaks = hold_contest(group, name, WARM_UP_ROUNDS + (rounds or model.rounds), dtype)
         groups.append(print_tables(model, medians, peaks))
-    return {"model": asdict(model), "groups": groups}
+    return {"model": asdict(model), "dtype": dtype, "groups": groups}
 
 
 def hold_contest(
-    group: Sequence[str], name: str, rounds: int
+    group: Sequence[str], name: str, rounds: int, dtype: str
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds and peak bytes of each contestant."""
-    contestants = {who: Contestant(who, name) for who in group}
+    contestants = {who: Contestant(who, name, dtype) for who in group}
     try:
         for _ in range(rounds):
             for contestant in contestants.values():
@@ -141,8 +164,9 @@ def hold_contest(
 class Contestant:
     """A process that does a step whenever it is told to."""
 
-    def __init__(self, who: str, model: str) -> None:
-        command = [sys.executable, "-W", "ignore", __file__, "--contestant", who, "--models", model]
+    def __init__(self, who: str, model: str, dtype: str) -> None:
+        command = [sys.executable, "-W", "ignore", __file__, "--contestant", who]
+        command += ["--models", model, "--dtype", dtype]
         core = max(os.sched_getaffinity(0))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.who = who
@@ -198,19 +222,19 @@ def print_tables(model: Model, medians: dict[str, float], peaks: dict[str, int])
 # --- the contestants ------------------------------------------------------------------------------
 
 
-def take_turns(who: str, model: Model) -> None:
+def take_turns(who: str, model: Model, dtype: str) -> None:
     """Does steps as told, as one of the contestants."""
     from megatron_tst.cpu.platform import restart_with_allocator_settings
 
     restart_with_allocator_settings()
     if who in MEGATRON:
-        run_megatron(who, model)
+        run_megatron(who, model, dtype)
         return
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    step = plain_step(model) if who == "plain PyTorch" else transformers_step(model)
+    step = (plain_step if who == "plain PyTorch" else transformers_step)(model, dtype)
     with tempfile.TemporaryDirectory() as folder:
         batches = read_batches(model, Path(folder))
         for _ in sys.stdin:
@@ -236,16 +260,16 @@ def read_batches(model: Model, folder: Path) -> Iterator[Any]:
         yield torch.from_numpy(windows.astype(numpy.int64))
 
 
-def plain_step(model: Model) -> Callable[..., Any]:
+def plain_step(model: Model, dtype: str) -> Callable[..., Any]:
     from benchmarks.plain_llama import PlainLlama, PlainTrainer
 
     network = PlainLlama(
         model.vocabulary, model.hidden, model.layers, model.heads, model.ffn, model.length
     )
-    return PlainTrainer(network).step
+    return PlainTrainer(network, is_bf16=dtype == "bf16").step
 
 
-def transformers_step(model: Model) -> Callable[..., Any]:
+def transformers_step(model: Model, dtype: str) -> Callable[..., Any]:
     from torch.nn.functional import cross_entropy
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -269,10 +293,10 @@ def transformers_step(model: Model) -> Callable[..., Any]:
             logits = network(tokens).logits
             return cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    return Trainer(network).step
+    return Trainer(network, is_bf16=dtype == "bf16").step
 
 
-def run_megatron(who: str, model: Model) -> None:
+def run_megatron(who: str, model: Model, dtype: str) -> None:
     """Trains on Megatron's own loop, which waits for its turn after each step."""
     from megatron_tst import cpu
 
@@ -296,12 +320,14 @@ def run_megatron(who: str, model: Model) -> None:
         started = time.perf_counter()
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        sys.argv = ["step", *megatron_arguments(model, MEGATRON[who], Path(folder))]
+        sys.argv = ["step", *megatron_arguments(model, MEGATRON[who], Path(folder), dtype)]
         # The first step is not timed: it starts with the model that is yet to be built.
         run(after_step=wait_for_turn)
 
 
-def megatron_arguments(model: Model, settings: dict[str, Any], folder: Path) -> list[str]:
+def megatron_arguments(
+    model: Model, settings: dict[str, Any], folder: Path, dtype: str
+) -> list[str]:
     from tests.runs import SmallRun, tokenize_standard_library
 
     run = SmallRun(tokenize_standard_library(folder), folder / "run").with_(
@@ -318,6 +344,7 @@ def megatron_arguments(model: Model, settings: dict[str, Any], folder: Path) -> 
         padded_vocab_size=model.vocabulary,
         train_iters=2_000_000,
         log_interval=100,
+        bf16=dtype == "bf16",
         eval_iters=0,
         save=None,
         load=None,

@@ -1,6 +1,7 @@
 """Where the time of a training step on the CPU platform goes, by kinds of operators.
 
     python benchmarks/step_profile.py [--models 127k 9M 270M-layer] [--contestant NAME] [--steps N]
+        [--dtype DTYPE]
 
 torch's profiler around steps of the contestants of ``step.py``, on one core. Shares are of the
 time of a step under the profiler, which costs most where operators are many and small.
@@ -18,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_tst.cpu.bf16 import describe_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 5
@@ -40,19 +43,24 @@ REST = "the rest: Python, reading data"
 
 def main() -> None:
     """Profiles every model in a process of its own and prints a table."""
-    from benchmarks.step import MEGATRON, MODELS
+    from benchmarks.step import MEGATRON, MODELS, add_dtype, chosen_dtype
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--contestant", choices=MEGATRON, default="phase 1")
     parser.add_argument("--steps", type=int, default=10)
+    add_dtype(parser)
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_process:
-        profile(options.models[0], options.contestant, options.steps)
+        profile(options.models[0], options.contestant, options.steps, options.dtype)
         return
-    columns = {name: _profiled(name, options.contestant, options.steps) for name in options.models}
-    print(f"{options.contestant}, share of the time of a step\n")
+    dtype = chosen_dtype(options.dtype)
+    print(f"{options.contestant}, share of the time of a step in {dtype}; products of bf16 on this")
+    print(f"CPU: {describe_bf16()}\n")
+    columns = {
+        name: _profiled(name, options.contestant, options.steps, dtype) for name in options.models
+    }
     _print_row(("", *columns))
     _print_row(["---"] * (len(columns) + 1))
     for kind in (*KINDS, OTHERS, REST):
@@ -64,11 +72,11 @@ def _print_row(cells: Sequence[str]) -> None:
     print(f"| {' | '.join(cells)} |")
 
 
-def _profiled(model: str, contestant: str, steps: int) -> dict[str, float]:
+def _profiled(model: str, contestant: str, steps: int, dtype: str) -> dict[str, float]:
     core = max(os.sched_getaffinity(0))
     command = [
         *("taskset", "-c", str(core), sys.executable, "-W", "ignore", __file__, "--in-process"),
-        *("--models", model, "--contestant", contestant, "--steps", str(steps)),
+        *("--models", model, "--contestant", contestant, "--steps", str(steps), "--dtype", dtype),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(ROOT)
@@ -80,7 +88,7 @@ def _profiled(model: str, contestant: str, steps: int) -> dict[str, float]:
     return {kind: float(value) for value, kind in found}
 
 
-def profile(name: str, contestant: str, steps: int) -> None:
+def profile(name: str, contestant: str, steps: int, dtype: str) -> None:
     """Runs the steps in this process and prints a line for each kind."""
     from megatron_tst import cpu
     from megatron_tst.cpu.platform import restart_with_allocator_settings
@@ -110,7 +118,8 @@ def profile(name: str, contestant: str, steps: int) -> None:
             sys.exit()
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        sys.argv = ["step", *megatron_arguments(MODELS[name], MEGATRON[contestant], Path(folder))]
+        settings = MEGATRON[contestant]
+        sys.argv = ["step", *megatron_arguments(MODELS[name], settings, Path(folder), dtype)]
         run(after_step=after_step)
 
 

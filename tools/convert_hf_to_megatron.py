@@ -9,22 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from rich.console import Console
+
 from megatron_tst.checkpoint.hf_export import DtypeName
 from megatron_tst.checkpoint.hf_import import ImportResult, import_from_huggingface
+from megatron_tst.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that is no use."""
     options = _parser().parse_args(arguments)
     try:
-        result = import_from_huggingface(
-            options.model,
-            options.output,
-            dtype=options.dtype,
-            vocabulary_multiple=options.pad_vocab_to_multiple_of,
-            overwrite=options.overwrite,
-            progress=options.progress or sys.stderr.isatty(),
-        )
+        with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
+            result = import_from_huggingface(
+                options.model,
+                options.output,
+                dtype=options.dtype,
+                vocabulary_multiple=options.pad_vocab_to_multiple_of,
+                overwrite=options.overwrite,
+                on_progress=display.counting("Importing", "parts"),
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tensor-model-parallel-size, and best of 128 times it (default: 1, no rows)",
     )
     add("--overwrite", action="store_true", help="replace an earlier import")
-    add("--progress", action="store_true", help="draw a progress bar where there is no terminal")
+    add("--progress", action="store_true", help="draw a bar, not lines, without a terminal too")
     return parser
 
 

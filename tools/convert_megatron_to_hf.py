@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from rich.console import Console
+
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
+from megatron_tst.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,15 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Both models run on the CPU. Before anything looks for a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        result = export_to_huggingface(
-            options.checkpoint,
-            options.tokenizer,
-            options.output,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            max_shard_size=options.max_shard_size,
-            progress=options.progress or sys.stderr.isatty(),
-        )
+        with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
+            result = export_to_huggingface(
+                options.checkpoint,
+                options.tokenizer,
+                options.output,
+                dtype=options.dtype,
+                overwrite=options.overwrite,
+                max_shard_size=options.max_shard_size,
+                on_progress=display.counting("Exporting", "parts"),
+            )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -60,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=get_args(DtypeName), help="of the weights (default: as stored)")
     add("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--progress", action="store_true", help="draw a progress bar where there is no terminal")
+    add("--progress", action="store_true", help="draw a bar, not lines, without a terminal too")
     add(
         "--verify",
         action="store_true",

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from rich.console import Console
+
 from megatron_tst.evaluation.evaluate import EvaluationConfig, evaluate
-from megatron_tst.evaluation.folder import DtypeName
+from megatron_tst.evaluation.folder import DTYPE_HELP, DtypeName
 from megatron_tst.evaluation.harness import PUBLISHED_TASKS
 from megatron_tst.evaluation.results import markdown_table
+from megatron_tst.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,13 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     add("--window", type=int, help="tokens that a prediction sees in --text (default: context)")
     add("--stride", type=int, help="tokens from window to window (default: half a window)")
-    add("--dtype", choices=get_args(DtypeName), default="auto", help="default: as stored")
+    add("--dtype", choices=get_args(DtypeName), default="auto", help=DTYPE_HELP)
     add("--device", default="auto", help="default: the GPU where there is one")
     add("--overwrite", action="store_true", help="replace an existing output")
     options = vars(parser.parse_args(arguments))
     options["tasks"] = options["tasks"] and tuple(options["tasks"])
     try:
-        results, other = evaluate(EvaluationConfig(**options))
+        with TaskProgress(Console(stderr=True)) as display:
+            results, other = evaluate(EvaluationConfig(**options), display)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

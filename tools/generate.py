@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from megatron_tst.evaluation.folder import DtypeName, check_model_folder, device_of, load_model
+from megatron_tst.evaluation.folder import (
+    DTYPE_HELP,
+    DtypeName,
+    check_model_folder,
+    device_of,
+    load_model,
+)
 from megatron_tst.evaluation.generation import generate
 
 
@@ -22,13 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     add("--top-p", type=float, default=1.0, help="of the probability to sample from (default: 1)")
     add("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    add("--dtype", choices=get_args(DtypeName), default="auto", help="default: as stored")
+    add("--dtype", choices=get_args(DtypeName), default="auto", help=DTYPE_HELP)
     add("--device", default="auto", help="default: the GPU where there is one")
     options = parser.parse_args(arguments)
     try:
         prompt = _read_prompt() if options.prompt is None else options.prompt
         folder = check_model_folder(options.model)
         loaded = load_model(folder, options.dtype, device_of(options.device))
+        if loaded.note:
+            print(f"note: {loaded.note}", file=sys.stderr)
         text = generate(
             loaded,
             prompt,

@@ -12,24 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
-from megatron_tst.data.preprocessing import (
-    PreprocessConfig,
-    PreprocessProgress,
-    PreprocessResult,
-    preprocess,
-)
+from megatron_tst.data.preprocessing import PreprocessConfig
+from megatron_tst.data.preprocessing_progress import preprocess_with_progress
 from megatron_tst.data.readers import DEFAULT_EXTENSIONS
-
-_STAGE_TITLES = {"train": "training", "tokenize": "tokenizing"}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
@@ -65,37 +51,6 @@ def _available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(config: PreprocessConfig) -> PreprocessResult:
-    """Preprocesses with a progress bar on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        DownloadColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, TaskID] = {}
-
-    def show(progress: PreprocessProgress) -> None:
-        # Started here, so that an early refusal prints its one line and no empty bar.
-        bar.start()
-        if progress.stage not in tasks:
-            tasks[progress.stage] = bar.add_task(_STAGE_TITLES[progress.stage], status="")
-        task = tasks[progress.stage]
-        status = f"{progress.documents:,} documents"
-        if progress.stage == "tokenize":
-            tokens = progress.tokens - progress.tokens_before
-            status += f", {tokens / progress.seconds:,.0f} tokens/s"
-        bar.update(task, completed=progress.bytes_read, total=progress.total_bytes, status=status)
-
-    try:
-        return preprocess(config, show)
-    finally:
-        if tasks:
-            bar.stop()
-
-
 def _terminate(signal_number: int, frame: object) -> NoReturn:
     # As an exception, so that the worker processes are ended on the way out.
     raise SystemExit(128 + signal_number)
@@ -106,7 +61,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse_arguments()
-        result = run(config)
+        result = preprocess_with_progress(config, Console(stderr=True))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,12 +11,14 @@ from types import FrameType
 
 from rich.console import Console
 
+from megatron_tst.cpu.precision import describe_precision
 from megatron_tst.report.describing import Status
 from megatron_tst.report.results import read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
-from megatron_tst.study.execution import slots_of_this_machine
+from megatron_tst.study.execution import gpus_of_this_machine, slots_of_this_machine
+from megatron_tst.study.precision import leaves_precision_open, resolve_precision
 from megatron_tst.study.run_folder import ENDED
 from megatron_tst.study.runner import Progress, run_all
 from megatron_tst.study.slurm import parse_slurm_options, submit
@@ -31,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = read_study(options.study)
         folder = options.output or Path("runs") / "studies" / options.study.stem
         if options.list or options.collect:
+            study = resolve_precision(study, folder, starts_runs=False)
             # While another process may run it.
             check_same_study(study, folder)
             return _list(study, folder) if options.list else _print_collected(study, folder)
+        study = _in_precision_of_this_machine(study, folder, options.slurm is not None)
         with open_study(study, folder):
             if options.slurm is not None:
                 return _submit(study, folder, options)
@@ -44,6 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: the same command goes on.", file=sys.stderr)
         return 130
+
+
+def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bool) -> StudyConfig:
+    if not leaves_precision_open(study):
+        return study
+    if by_slurm:
+        raise ValueError(
+            "--slurm with bf16: auto would take the precision of the machine that submits: write "
+            "bf16: true in the study file, or leave bf16 out for fp32."
+        )
+    resolved = resolve_precision(study, folder, starts_runs=True)
+    on_gpu = bool(gpus_of_this_machine())
+    print(f"bf16: auto on this machine: {describe_precision(on_gpu)}.", flush=True)
+    return resolved
 
 
 def _end(number: int, frame: FrameType | None) -> None:

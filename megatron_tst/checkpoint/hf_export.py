@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
@@ -26,6 +24,7 @@ from megatron_tst.checkpoint.output_folder import check_disk, check_output, repl
 from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
+from megatron_tst.progress import CountCallback, no_progress
 
 DtypeName = Literal["float32", "bfloat16"]
 _TOKENIZER_FILES = (
@@ -66,7 +65,7 @@ def export_to_huggingface(
     dtype: DtypeName | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    progress: bool = False,
+    on_progress: CountCallback = no_progress,
 ) -> ExportResult:
     """Exports a torch_dist checkpoint; one process, on the CPU, without a process group.
 
@@ -83,7 +82,7 @@ def export_to_huggingface(
         dtype: dtype of the weights; by default the stored one.
         overwrite: whether an existing ``output`` is replaced.
         max_shard_size: size beyond which the weights are split into several files.
-        progress: whether a progress bar is drawn on standard error.
+        on_progress: called with the parts of the model that are written, and their number.
 
     Raises:
         ValueError: naming what is missing, damaged, or cannot be expressed as such a model; or the
@@ -111,7 +110,7 @@ def export_to_huggingface(
     config = huggingface_config(shape, args, model_dtype, bos_id, eos_id)
     files = [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
     check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
-    _write(output, config, source, slices, writer, files, progress)
+    _write(output, config, source, slices, writer, files, on_progress)
     return ExportResult(
         checkpoint=source.folder,
         iteration=iteration,
@@ -180,14 +179,15 @@ def _write(
     slices: Sequence[MegatronSlice],
     writer: SafetensorsWriter,
     files: Sequence[Path],
-    progress: bool,
+    on_progress: CountCallback,
 ) -> None:
     with replacing(output) as temporary:
         writer.start(temporary)
-        console = Console(stderr=True)
-        for part in track(slices, "Exporting", console=console, disable=not progress):
+        for done, part in enumerate(slices):
+            on_progress(done, len(slices))
             for name, weight in part.split(source.read(part.key, part.index)).items():
                 writer.write(name, weight)
+        on_progress(len(slices), len(slices))
         writer.finish()
         special_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(temporary / "config.json", config)

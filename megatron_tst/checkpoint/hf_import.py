@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from megatron_tst.checkpoint.hf_arguments import (
@@ -37,6 +35,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     write_checkpoint,
 )
 from megatron_tst.evaluation.folder import check_model_folder
+from megatron_tst.progress import CountCallback, no_progress
 
 RELEASE = "release"
 """What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""
@@ -68,7 +67,7 @@ def import_from_huggingface(
     dtype: DtypeName | None = None,
     vocabulary_multiple: int = 1,
     overwrite: bool = False,
-    progress: bool = False,
+    on_progress: CountCallback = no_progress,
 ) -> ImportResult:
     """Imports a model as a torch_dist checkpoint that Megatron loads at any parallel layout.
 
@@ -83,7 +82,7 @@ def import_from_huggingface(
         vocabulary_multiple: the embedding and the output layer are padded to a multiple of it, with
             zeros, as Megatron fills rows when it loads into a larger vocabulary.
         overwrite: whether an existing ``output`` is replaced.
-        progress: whether a progress bar is drawn on standard error.
+        on_progress: called with the parts of the model that are read, and their number.
 
     Raises:
         ValueError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
@@ -112,9 +111,13 @@ def import_from_huggingface(
             ["--tokenizer-model", tokenizer],
         ]
     objects = {COMMON_KEY: _common_state(arguments), **states}
-    bar = Progress(console=Console(stderr=True), disable=not progress)
-    with replacing(output) as temporary, bar:
-        advance = partial(bar.advance, bar.add_task("Importing", total=len(chunks)))
+    on_progress(0, len(chunks))
+    done = itertools.count(1)
+    with replacing(output) as temporary:
+
+        def advance() -> None:
+            on_progress(next(done), len(chunks))
+
         write_checkpoint(temporary / RELEASE, shapes, chunks, objects, advance)
         (temporary / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
     used = {name for part in slices for name in part.names}

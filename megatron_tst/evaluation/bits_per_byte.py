@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.evaluation.folder import LoadedModel
+from megatron_tst.progress import CountCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def bits_per_byte(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
+    on_progress: CountCallback = no_progress,
 ) -> BitsPerByte:
     """Measures a model on documents that are not empty.
 
@@ -107,6 +109,7 @@ def bits_per_byte(
         window: most tokens that a prediction sees; the model's context by default.
         stride: tokens from one window to the next; half a window by default.
         batch_size: windows at once.
+        on_progress: called with the windows that are done, and their number.
 
     Raises:
         ValueError: a window or stride that the model cannot have.
@@ -128,9 +131,11 @@ def bits_per_byte(
     # Windows of one length side by side leave little padding, the longest first.
     windows.sort(key=lambda part: -len(part.inputs))
     for begin in range(0, len(windows), batch_size):
+        on_progress(begin, len(windows))
         batch = windows[begin : begin + batch_size]
         for part, nats in zip(batch, _negative_log_likelihoods(loaded, batch), strict=True):
             bits[part.document] += nats / math.log(2)
+    on_progress(len(windows), len(windows))
     sizes = [len(text.encode()) for text in documents]
     return BitsPerByte(
         bits=math.fsum(bits),

@@ -30,6 +30,7 @@ from megatron_tst.evaluation.results import (
     read_results,
     write_results,
 )
+from megatron_tst.progress import TaskProgress
 
 _PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
 
@@ -50,7 +51,7 @@ class EvaluationConfig:
         batch_size: sequences at once.
         window: most tokens that a prediction of bits per byte sees; the model's context by default.
         stride: tokens from one window to the next; half a window by default.
-        dtype: of the weights; ``auto`` is as stored.
+        dtype: of the weights; ``auto`` is as stored, or float32 where a CPU has no bf16.
         device: ``auto`` is the GPU where there is one.
         overwrite: replace an existing output.
     """
@@ -80,8 +81,12 @@ class EvaluationConfig:
         return self.tasks is not None or self.tasks_dir is not None or self.text is None
 
 
-def evaluate(config: EvaluationConfig) -> tuple[Results, Results | None]:
+def evaluate(config: EvaluationConfig, display: TaskProgress) -> tuple[Results, Results | None]:
     """Evaluates one or two models and writes the results; all input is checked before any loads.
+
+    Args:
+        config: what to evaluate.
+        display: shows how far it is.
 
     Returns:
         The results, and those of ``config.compare``.
@@ -105,9 +110,9 @@ def evaluate(config: EvaluationConfig) -> tuple[Results, Results | None]:
     if documents is not None:
         folders = [folder] if second is None else [folder, second]
         _check_windows(config, folders, [] if other is None else [other["text"]["window"]])
-    results = _evaluate_one(config, folder, settings, documents, tasks)
+    results = _evaluate_one(config, folder, settings, documents, tasks, display)
     if second is not None:
-        other = _evaluate_one(config, second, settings, documents, tasks)
+        other = _evaluate_one(config, second, settings, documents, tasks, display)
     write_results({**results, "compared_with": other}, config.output)
     return results, other
 
@@ -162,17 +167,27 @@ def _evaluate_one(
     settings: Results,
     documents: Mapping[Path, str] | None,
     tasks: Tasks | None,
+    display: TaskProgress,
 ) -> Results:
     started = time.monotonic()
     loaded = load_model(folder, config.dtype, device_of(config.device))
+    if loaded.note:
+        display.say(f"note: {loaded.note}")
     text = None
     if documents is not None:
-        texts = list(documents.values())
-        measured = bits_per_byte(loaded, texts, config.window, config.stride, config.batch_size)
+        measured = bits_per_byte(
+            loaded,
+            list(documents.values()),
+            config.window,
+            config.stride,
+            config.batch_size,
+            display.counting(f"{folder.path}, text", "windows"),
+        )
         text = measured.to_dict()
     of_tasks = {}
     if tasks is not None:
-        of_tasks = run_tasks(loaded, tasks, config.batch_size, config.limit)
+        count = display.counting(f"{folder.path}, tasks", "answers")
+        of_tasks = run_tasks(loaded, tasks, config.batch_size, config.limit, count)
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
+
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPE_HELP = "default: as stored, or float32 for bfloat16 on a CPU that has no bf16"
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -57,10 +60,17 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode on its device, and its tokenizer."""
+    """A model in evaluation mode on its device, and its tokenizer.
+
+    Attributes:
+        model: of transformers.
+        tokenizer: of transformers.
+        note: what the user must know of the dtype; empty as a rule.
+    """
 
     model: Any
     tokenizer: Any
+    note: str = ""
 
     @property
     def context(self) -> int:
@@ -165,6 +175,12 @@ def device_of(name: str) -> torch.device:
 def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> LoadedModel:
     """Loads a checked folder; runs none of its code, opens no pickle, and asks no server.
 
+    Args:
+        folder: what to load.
+        dtype: of the weights. ``auto`` is as stored, or float32 for bfloat16 on a CPU that has no
+            instructions for its products.
+        device: where to.
+
     Raises:
         ValueError: transformers cannot load it, or weights are missing in it.
     """
@@ -186,4 +202,15 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ValueError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
-    return LoadedModel(model.to(device).eval(), tokenizer)
+    note = ""
+    if dtype == "auto" and model.dtype == torch.bfloat16 and _widens(device):
+        model = model.float()
+        note = (
+            f"{folder.path} is bfloat16 and computes in float32 here, products of bf16 being "
+            f"{describe_bf16()}: pass --dtype bfloat16 to round as it was trained."
+        )
+    return LoadedModel(model.to(device).eval(), tokenizer, note)
+
+
+def _widens(device: torch.device) -> bool:
+    return device.type == "cpu" and bf16_products() == "widened"

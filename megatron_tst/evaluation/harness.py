@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tst.evaluation.folder import LoadedModel
+from megatron_tst.progress import CountCallback, no_progress
 
 PUBLISHED_TASKS = (
     "hellaswag",
@@ -135,7 +136,11 @@ def _no_data(name: str, error: Exception) -> str:
 
 
 def run_tasks(
-    loaded: LoadedModel, tasks: Tasks, batch_size: int, limit: int | None = None
+    loaded: LoadedModel,
+    tasks: Tasks,
+    batch_size: int,
+    limit: int | None = None,
+    on_progress: CountCallback = no_progress,
 ) -> dict[str, dict[str, Any]]:
     """Runs tasks without examples in the prompt.
 
@@ -144,16 +149,17 @@ def run_tasks(
         tasks: from :func:`load_tasks`.
         batch_size: requests at once.
         limit: only the first samples of each task, for trying out.
+        on_progress: called with the answers of which the model has told the likelihood, and their
+            number.
 
     Returns:
         By task, subtasks of groups included: ``metrics``, each with ``value`` and ``stderr`` (None
         where lm-eval gives none), ``main_metric``, ``samples`` and ``version``.
     """
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     results = simple_evaluate(
-        HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size),
+        _harness_model(loaded, batch_size, on_progress),
         tasks=tasks.built,
         task_manager=tasks.manager,
         num_fewshot=0,
@@ -168,6 +174,30 @@ def run_tasks(
         }
         for name, values in results["results"].items()
     }
+
+
+def _harness_model(loaded: LoadedModel, batch_size: int, on_progress: CountCallback) -> Any:
+    """lm-eval's model, which tells how far it is in place of its own bar."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        done, total = 0, 0
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
+            self.done, self.total = 0, len(requests)
+            answers = super()._loglikelihood_tokens(
+                requests, *args, **{**options, "disable_tqdm": True}
+            )
+            # Fewer sequences than answers: those of one token share one.
+            on_progress(self.total, self.total)
+            return answers
+
+        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+            on_progress(min(self.done, self.total), self.total)
+            self.done += len(inps)
+            return super()._model_call(inps, *args, **options)
+
+    return Counting(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron_tst.report.comparison import Study
 from megatron_tst.report.drawing import Plot
 from megatron_tst.report.files import write_file
 from megatron_tst.report.plots import render_plots
+from megatron_tst.report.precision import precision_sentence
 from megatron_tst.report.results import RunResult
 
 TITLE = "Token superposition against baseline"
@@ -34,6 +35,7 @@ def write_report(
     output: Path,
     sample_text: str | None = None,
     figures: Path | None = None,
+    note: str | None = None,
 ) -> list[Path]:
     """Writes ``output`` and a PNG file for each plot.
 
@@ -43,13 +45,14 @@ def write_report(
         sample_text: text that the trained model generated.
         figures: folder for ``<plot>.png``; by default the plots lie next to the page as
             ``<stem>-<plot>.png``.
+        note: what a reader must know of all runs, on top of the page.
 
     Returns:
         The files written, the report first. Each appears whole or not at all.
     """
     prefixes = ["" if len(studies) == 1 else f"{i}-" for i in range(1, len(studies) + 1)]
     plots = [render_plots(study, prefix) for study, prefix in zip(studies, prefixes, strict=True)]
-    files = {output: report_html(studies, plots, sample_text).encode()}
+    files = {output: report_html(studies, plots, sample_text, note).encode()}
     for plot in (plot for of_study in plots for plot in of_study):
         if figures is None:
             files[output.with_name(f"{output.stem}-{plot.name}.png")] = plot.png
@@ -61,10 +64,15 @@ def write_report(
 
 
 def report_html(
-    studies: Sequence[Study], plots: Sequence[Sequence[Plot]], sample_text: str | None = None
+    studies: Sequence[Study],
+    plots: Sequence[Sequence[Plot]],
+    sample_text: str | None = None,
+    note: str | None = None,
 ) -> str:
     """The page: for each study its verdict, cautions, numbers, plots, settings and origin."""
     parts = [f"<h1>{TITLE}</h1>"]
+    if note is not None:
+        parts.append(page.bullets([note]))
     if len(studies) > 1:
         names = [study.name for study in studies]
         parts.append(
@@ -86,8 +94,10 @@ def _study(study: Study, plots: Sequence[Plot], level: int) -> list[str]:
         return f"<h{level}>{escape(text)}</h{level}>"
 
     name = f"<h2>{escape(study.name)}</h2>" if level > 2 else page.note(f"{study.name}.")
+    precision = precision_sentence(run for group in study.groups for run in group.runs)
     parts = [
         name,
+        page.note(precision),
         page.verdict_box(wording.verdict(study)),
         page.bullets(wording.cautions(study)),
         heading("The numbers"),

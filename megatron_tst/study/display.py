@@ -11,11 +11,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tst.report.units import duration
+from megatron_tst.progress import PeriodicLines, rough_duration
+from megatron_tst.study.execution import Execution
 from megatron_tst.study.run_folder import State
 from megatron_tst.study.runner import Progress
 
-_SECONDS_BETWEEN_LINES = 60.0
 _STATES: tuple[State, ...] = ("finished", "diverged", "failed", "running", "waiting")
 
 
@@ -24,12 +24,30 @@ def summary(progress: Progress) -> str:
     counts = [f"{progress.count(s)} {s}" for s in _STATES if progress.count(s)]
     left = progress.seconds_left
     if progress.running:
-        counts.append("time left unknown" if left is None else f"about {duration(left)} left")
+        counts.append("time left unknown" if left is None else f"about {rough_duration(left)} left")
     return f"{len(progress.states)} runs: {', '.join(counts)}"
 
 
+def running_lines(progress: Progress) -> list[str]:
+    """How each run that goes stands: step, losses, time left."""
+    return [_running_line(execution) for execution in list(progress.running)]
+
+
+def _running_line(execution: Execution) -> str:
+    log = execution.log
+    parts = [f"step {log.step:,} of {execution.total_steps:,}", f"loss {_loss(log.loss)}"]
+    if log.validation is not None:
+        parts.append(f"validation loss {_loss(log.validation)}")
+    new = log.step - execution.first_step
+    if new > 0:
+        seconds = (time.monotonic() - execution.started) / new
+        left = seconds * (execution.total_steps - log.step)
+        parts.append(f"about {rough_duration(left)} left")
+    return f"{execution.name}: {', '.join(parts)}"
+
+
 class Display:
-    """A live table on a terminal; elsewhere a line for each run that ends, and one a minute.
+    """A live table on a terminal; elsewhere a line for each run that ends, and all by the minute.
 
     Args:
         console: where to write.
@@ -39,11 +57,14 @@ class Display:
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._ended: set[str] = set()
-        self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        self._lines = PeriodicLines(console, self._how_it_stands)
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
             self._live.start()
+        else:
+            self._lines.__enter__()
         return self
 
     def __exit__(
@@ -52,10 +73,14 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._live.stop()
+        if self.console.is_terminal:
+            self._live.stop()
+        else:
+            self._lines.__exit__(kind, error, trace)
 
     def show(self, progress: Progress) -> None:
         """Brings the display up to date."""
+        self._progress = progress
         for execution in progress.executions:
             name, state = execution.name, progress.states[execution.name]
             ended_now = state in ("finished", "diverged", "failed") and execution.started
@@ -67,9 +92,11 @@ class Display:
                 self._print(f"{state} {name}, validation loss {loss}{why}")
         if self.console.is_terminal:
             self._live.update(_table(progress), refresh=True)
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._print(summary(progress))
+
+    def _how_it_stands(self) -> list[str]:
+        if self._progress is None:
+            return []
+        return [summary(self._progress), *running_lines(self._progress)]
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -73,6 +73,7 @@ class Execution:
         self.log = LogReader(self.folder.log)
         self.started = 0.0
         self.first_step = 0
+        self.first_logged = 0.0
         self._slot = Slot()
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
@@ -114,7 +115,8 @@ class Execution:
         code = self._process.poll()
         self.log.poll()
         # A run that goes on from a checkpoint does not begin at 0.
-        self.first_step = self.first_step or self.log.step
+        if not self.first_step and self.log.step:
+            self.first_step, self.first_logged = self.log.step, time.monotonic()
         return "running" if code is None else self._end(code)
 
     def _end(self, code: int) -> State:

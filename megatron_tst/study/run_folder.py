@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -18,6 +18,7 @@ ENDED: tuple[State, ...] = ("finished", "diverged")
 
 _RECORD = "run.json"
 _STEP = re.compile(rb"iteration +(\d+)/ *\d+ .*?lm loss: (\S+)")
+_STEP_TIME = re.compile(rb"elapsed time per iteration \(ms\): (\S+)")
 _VALIDATION = re.compile(rb"validation loss at iteration (\d+) .*?lm loss value: (\S+)")
 # Megatron's guard against losses and gradients that are no numbers, as failures.py repeats it.
 _NOT_FINITE = re.compile(rb"^error: rank .*\b(nan|inf)\b", re.I | re.M)
@@ -26,12 +27,21 @@ _LAST_WORDS = re.compile(rb"^(?:error|ended): .*", re.M)
 
 @dataclass
 class LogReader:
-    """What the log of a run has said so far; reads only what is new."""
+    """What the log of a run has said so far; reads only what is new.
+
+    Attributes:
+        path: of the log.
+        step: the last that was logged.
+        loss: training loss there.
+        validation: last validation loss.
+        step_seconds: time of a step in each interval between two lines of the log.
+    """
 
     path: Path
     step: int = 0
     loss: float | None = None
     validation: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
     _offset: int = 0
 
     def poll(self) -> None:
@@ -46,6 +56,7 @@ class LogReader:
         self._offset += len(news)
         if steps := _STEP.findall(news):
             self.step, self.loss = int(steps[-1][0]), _float(steps[-1][1])
+        self.step_seconds += [_float(time) / 1e3 for time in _STEP_TIME.findall(news)]
         if validations := _VALIDATION.findall(news):
             self.step = max(self.step, int(validations[-1][0]))
             self.validation = _float(validations[-1][1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,5 +107,13 @@ def execution_of(study: StudyConfig, run: StudyRun, folder: Path) -> Execution:
         total_steps=run.settings.total_steps,
         processes=study.processes,
         keeps_checkpoints=study.checkpoints > 0,
-        record={"settings": run.settings.to_dict()},
+        record={
+            "settings": run.settings.to_dict(),
+            "precision": _precision_of(run.arguments),
+        },
     )
+
+
+def _precision_of(arguments: Sequence[str]) -> str:
+    """What a command line of Megatron trains in."""
+    return next((name for name in ("bf16", "fp16") if f"--{name}" in arguments), "fp32")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import threading
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.progress import INTERVAL_VARIABLE
 from tests.hf_verification import LARGE
 from tests.llama_checkpoints import (
     ITERATION,
@@ -425,6 +427,7 @@ def test_the_command(
     tokenizer: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(checkpoint: Path, *options: str) -> int:
         folders = {"checkpoint": checkpoint, "tokenizer": tokenizer, "output": tmp_path / "hf"}
@@ -435,7 +438,11 @@ def test_the_command(
     printed = capsys.readouterr()
     assert "vocabulary 250 of 256 rows" in printed.out
     assert "Exporting" not in printed.err
+    # Without a terminal in lines, or in a bar on request.
+    monkeypatch.setenv(INTERVAL_VARIABLE, "0.0001")
+    assert run(checkpoints / "gqa-tied", "--overwrite") == 0
+    assert re.search(r"^Exporting: \d+ of \d+ parts", capsys.readouterr().err, re.M)
     assert run(checkpoints / "gqa-tied", "--overwrite", "--progress") == 0
-    assert "Exporting" in capsys.readouterr().err
+    assert "━" in capsys.readouterr().err
     assert run(checkpoints / "none") == 2
     assert capsys.readouterr().err.startswith("error: ")

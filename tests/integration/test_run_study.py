@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tst.progress import INTERVAL_VARIABLE
 from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
@@ -26,7 +27,14 @@ BASELINE, TST = "tiny-10steps-lr0.001-baseline-seed0", "tiny-10steps-lr0.001-s2-
 
 def run_study(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/run_study.py", str(study), "--output", str(output), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command,
+        env={**os.environ, INTERVAL_VARIABLE: "0.5"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
@@ -50,6 +58,9 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     done = run_study(study, output, "--jobs", "2")
     assert done.returncode == 1, done.stderr
     assert "4 runs: 2 finished, 1 diverged, 1 failed" in done.stdout
+    # How the study and its runs stand, where there is no terminal.
+    assert "\n4 runs: 2 running, 2 waiting, time left unknown\n" in done.stdout
+    assert f"\n{BASELINE}: step 0 of 10, loss -\n" in done.stdout
     assert "failed: odd batch-10steps-lr0.001-baseline-seed0: error: " in done.stderr
     found = records(output)
     assert [found[name]["state"] for name in (BASELINE, TST)] == ["finished"] * 2
