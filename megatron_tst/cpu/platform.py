@@ -55,8 +55,9 @@ def activate() -> bool:
     # Megatron requires it with tensor parallelism, to order the kernels of a GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    from megatron_tst.cpu import collectives, cuda_emulation, data_loader, devices
+    from megatron_tst.cpu import collectives, cuda_emulation, data_loader, devices, widened
 
+    widened.install()
     cuda_emulation.install()
     devices.install()
     collectives.install()
