@@ -1,8 +1,9 @@
 """Runs plain Megatron in processes that cannot import this project.
 
 ``python stock_alone.py cases.json`` in a folder with copies of tests/stock_gpt.py and of the CPU
-platform, which is then called ``cpu_for_megatron``. A case has the arguments of a run and its log.
-Each runs in a fork: the imports, which are most of the time, are paid once.
+platform with its kernels, then called ``cpu_for_megatron`` and ``native_for_megatron``. A case has
+the arguments of a run and its log. Each runs in a fork: the imports, which are most of the time,
+are paid once.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class _NotThisProject(MetaPathFinder):
 def copy_to(folder: Path) -> Path:
     """Copies what a plain run needs, under other names; returns the script to run."""
     tests = Path(__file__).parent
-    shutil.copytree(tests.parent / _PROJECT / "cpu", folder / "cpu_for_megatron")
+    for name in ("cpu", "native"):
+        shutil.copytree(tests.parent / _PROJECT / name, folder / f"{name}_for_megatron")
     for name in ("stock_gpt.py", "stock_alone.py"):
         shutil.copyfile(tests / name, folder / name)
-    for path in [*(folder / "cpu_for_megatron").glob("*.py"), folder / "stock_gpt.py"]:
-        path.write_text(path.read_text().replace(f"{_PROJECT}.cpu", "cpu_for_megatron"))
+    for path in [*folder.glob("*_for_megatron/*.py"), folder / "stock_gpt.py"]:
+        text = path.read_text().replace(f"{_PROJECT}.cpu", "cpu_for_megatron")
+        path.write_text(text.replace(f"{_PROJECT}.native", "native_for_megatron"))
     return folder / "stock_alone.py"
 
 

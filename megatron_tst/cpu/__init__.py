@@ -2,10 +2,11 @@
 
 Megatron addresses its device as ``torch.cuda``. Where no GPU is visible, :func:`activate` gives
 that name a CPU meaning, supplies the modules that upstream has only for GPUs, and picks argument
-defaults that work on a CPU. Where a GPU is visible it does nothing. No other package of the project
-knows that this one exists, apart from the entry points that call :func:`activate`.
+defaults that work on a CPU. Where a GPU is visible it does nothing. The rest of the project knows
+it by the entry points that call :func:`activate`, and by the question whether bf16 is worth while
+on this CPU (``bf16``, ``precision``), which needs no torch.
 """
 
-from megatron_tst.cpu.platform import activate, is_active
+from megatron_tst.cpu.platform import activate, describe, is_active
 
-__all__ = ["activate", "is_active"]
+__all__ = ["activate", "describe", "is_active"]

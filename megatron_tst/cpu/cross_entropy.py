@@ -78,9 +78,9 @@ class NativeCrossEntropy(torch.autograd.Function):
         """[n] -> [n, v] in the dtype of the logits."""
         compiled = kernels()
         assert compiled is not None
-        logits = ctx.saved_tensors[0]
-        out = torch.empty_like(logits)
-        return compiled.multi_hot_gradient(*ctx.saved_tensors, grad.contiguous(), out), None
+        logits, columns, shares, log_sum_exp = ctx.saved_tensors
+        operands = (log_sum_exp, grad.contiguous(), torch.empty_like(logits))
+        return compiled.multi_hot_gradient(logits, columns, shares, *operands), None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -70,6 +70,16 @@ def activate() -> bool:
     return True
 
 
+def describe() -> dict[str, str]:
+    """How the platform computes in this process, for people and records; empty where it is off."""
+    if not _active:
+        return {}
+    from megatron_tst.cpu.bf16 import describe_bf16
+    from megatron_tst.native import describe_kernels
+
+    return {"bf16_products": describe_bf16(), "kernels": describe_kernels()}
+
+
 def restart_with_allocator_settings() -> None:
     """Replaces this process by itself under allocator settings that suit training on a CPU.
 

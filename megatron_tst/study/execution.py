@@ -136,8 +136,8 @@ class Execution:
             self._process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """Ends the run if it still goes; it is waiting afterwards."""
-        if self._process is None or self._process.poll() is not None:
+        """Ends the run if its end was not seen yet; it is waiting afterwards."""
+        if self._process is None or self.folder.state() != "running":
             return
         self.terminate()
         try:

@@ -18,8 +18,6 @@ from megatron_tst.study.pace import Plan, choose_steps, measure_pace
 from megatron_tst.study.run_folder import RunFolder
 from megatron_tst.study.runner import Progress, run_all
 
-_EVALUATIONS = 20
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,6 +44,11 @@ class Settings:
         return min(max(self.steps // 4, 1), 100)
 
     @property
+    def evaluations(self) -> int:
+        """How many times; a shorter run reads as much text each time, but less often."""
+        return min(max(self.steps // 600, 5), 20)
+
+    @property
     def superposition(self) -> list[str]:
         """The flags of the TST run."""
         size, ratio = str(self.bag_size), str(self.step_ratio)
@@ -53,7 +56,8 @@ class Settings:
 
     def batches(self, steps: int) -> int:
         """Batches of a run of some steps: those of training, and those of its evaluations."""
-        return steps + (_EVALUATIONS + 1) * replace(self, steps=steps).validation_batches
+        run = replace(self, steps=steps)
+        return steps + (run.evaluations + 1) * run.validation_batches
 
     def megatron_arguments(self, corpus: Path) -> list[str]:
         """Command line of an arm, without the superposition flags and the paths it writes."""
@@ -70,7 +74,7 @@ class Settings:
             --lr-warmup-iters {self.steps // 20} --lr-wsd-decay-iters {self.steps // 10}
             --adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
             --seed {self.seed + 1} --split 98,2,0
-            --eval-interval {max(self.steps // _EVALUATIONS, 1)}
+            --eval-interval {max(self.steps // self.evaluations, 1)}
             --eval-iters {self.validation_batches}
             --eval-micro-batch-size {4 * self.batch} --eval-global-batch-size {4 * self.batch}
             --log-interval {max(self.steps // 200, 1)} --tensorboard-log-interval 10

@@ -92,6 +92,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         datasets_provider = DatasetsProvider(args, schedule)
         schedule = check_data_budget(args, schedule, datasets_provider.config)
         _print_settings(schedule)
+        _print_platform()
     if schedule.config.enabled or args.tst_loss_impl == "linear":
         superpose = partial(
             superpose_built_models,
@@ -150,7 +151,8 @@ class _StepEnd:
         args.tst_seconds = self.clock.seconds
         if self._is_first_step:
             self._is_first_step = False
-            write_run_description(args, self.schedule, count_parameters(step.model))
+            parameters = count_parameters(step.model)
+            write_run_description(args, self.schedule, parameters, cpu.describe())
         self.reporter.report(step.iteration, args)
         is_switch = self.schedule.config.enabled and step.iteration == self.schedule.switch_step
         if is_switch:
@@ -189,6 +191,13 @@ def _print_settings(schedule: SuperpositionSchedule) -> None:
     print_rank_0(f"    {'switch_step':.<24} {schedule.switch_step} of {steps}")
     print_rank_0(f"    {'data_tokens':.<24} {schedule.data_tokens(steps)}")
     print_rank_0(f"    {'equivalent_tokens':.<24} {schedule.equivalent_tokens(steps)}")
+
+
+def _print_platform() -> None:
+    if cpu.is_active():
+        print_rank_0("> CPU platform:")
+    for name, value in cpu.describe().items():
+        print_rank_0(f"    {name:.<24} {value}")
 
 
 @contextmanager

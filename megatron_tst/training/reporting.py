@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,19 @@ def count_parameters(model: list[torch.nn.Module]) -> int:
 
 
 def write_run_description(
-    args: Namespace, schedule: SuperpositionSchedule, parameters: int
+    args: Namespace,
+    schedule: SuperpositionSchedule,
+    parameters: int,
+    cpu_platform: Mapping[str, str],
 ) -> None:
-    """Writes what identifies the run to ``tst_run.json`` in the TensorBoard folder, on one rank."""
+    """Writes what identifies the run to ``tst_run.json`` in the TensorBoard folder, on one rank.
+
+    Args:
+        args: Megatron's.
+        schedule: phases of the run.
+        parameters: of the whole model.
+        cpu_platform: how the CPU platform computes; empty on a GPU.
+    """
     if not get_tensorboard_writer():
         return
     description = {
@@ -187,6 +198,7 @@ def write_run_description(
         "settings": {name: getattr(args, name, None) for name in _SETTINGS},
         "commit": _commit(),
         "machine": _machine(),
+        "cpu_platform": dict(cpu_platform),
         "command": " ".join(sys.argv),
     }
     target = Path(args.tensorboard_dir) / "tst_run.json"
