@@ -63,6 +63,9 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         out = logits if ctx.reuse_logits else torch.empty_like(logits)
         scale = grad_output.masked_fill(~live, 0)
         grad = _kernels().multi_hot_gradient(logits, columns, shares, log_sum_exp, scale, out)
+        if ctx.reuse_logits:
+            # Has autograd refuse to use them again, as it would by itself for a torch operator.
+            torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None, None, None
 
 

@@ -36,7 +36,7 @@ inline void store(bfloat16 *p, float value) {
   p->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// Within 2 units in the last place between -87 and 88, constant beyond. Branchless, to be vectorised.
+// Within 2 units in the last place; 0 below -87, constant above 88. Branchless, to be vectorised.
 inline float exponential(float x) {
   const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
@@ -53,7 +53,7 @@ inline float exponential(float x) {
   const int32_t bits = (static_cast<int32_t>(power) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return series * scale;
+  return x < -87.0f ? 0.0f : series * scale;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -74,17 +74,19 @@ void rms_norm(const T *x, const T *weight, T *y, float *inverse, int64_t rows, i
 }
 
 // With n = x / rms(x): grad_x = residual + (grad * weight - n * mean(grad * weight * n)) / rms(x),
-// where residual (or nothing) is the gradient that reaches x past the norm; grad_weight is added to.
+// where residual (or nothing) is the gradient that reaches x past the norm. grad_weight is [2, h]:
+// the sum over all rows, and room for that of some, so that rounding does not add up.
 template <typename T>
 void rms_norm_gradient(const T *grad, const T *x, const T *weight, const float *inverse,
                        const T *residual, T *grad_x, float *grad_weight, int64_t rows, int64_t h) {
-  for (int64_t row = 0; row < rows; ++row) {
+  float *part = grad_weight + h;
+  for (int64_t row = 0; row < rows; ++row, grad += h, x += h, grad_x += h) {
     const float scale = inverse[row];
     float along = 0;
 #pragma omp simd reduction(+ : along)
     for (int64_t i = 0; i < h; ++i) {
       const float product = load(grad + i) * load(x + i) * scale;
-      grad_weight[i] += product;
+      part[i] += product;
       along += product * load(weight + i);
     }
     along /= static_cast<float>(h);
@@ -102,7 +104,9 @@ void rms_norm_gradient(const T *grad, const T *x, const T *weight, const float *
         store(grad_x + i, own * scale);
       }
     }
-    grad += h, x += h, grad_x += h;
+    if (row % 128 == 127 || row == rows - 1)
+#pragma omp simd
+      for (int64_t i = 0; i < h; ++i) grad_weight[i] += part[i], part[i] = 0;
   }
 }
 
@@ -242,15 +246,21 @@ void multi_hot_loss(const T *logits, const int64_t *columns, const float *coeffi
       const float logit = load(logits + i);
       highest = logit > highest ? logit : highest;
     }
-    float sum = 0;
+    // In parts, as a long sum in float loses digits.
+    double total = 0;
+    for (int64_t first = 0; first < v; first += 1024) {
+      const int64_t stop = first + 1024 < v ? first + 1024 : v;
+      float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < v; ++i) sum += exponential(load(logits + i) - highest);
+      for (int64_t i = first; i < stop; ++i) sum += exponential(load(logits + i) - highest);
+      total += sum;
+    }
     // Relative to the maximum, so that large logits do not take the digits of the loss. A target
     // without a share may have a logit of minus infinity.
     float target = 0;
     for (int64_t i = 0; i < s; ++i)
       if (coefficients[i] != 0) target += coefficients[i] * (load(logits + columns[i]) - highest);
-    const float log_sum = std::log(sum);
+    const float log_sum = std::log(static_cast<float>(total));
     log_sum_exp[row] = log_sum + highest;
     loss[row] = log_sum - target;
   }

@@ -72,11 +72,11 @@ class Kernels:
         """
         hidden = x.shape[-1]
         grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros(hidden)
+        grad_weight = torch.zeros(2, hidden)
         rows = x.numel() // hidden
         name = "rms_norm_gradient"
         self._call(name, grad, x, weight, inverse, residual, grad_x, grad_weight, rows, hidden)
-        return grad_x, grad_weight.to(weight.dtype)
+        return grad_x, grad_weight[0].to(weight.dtype)
 
     def split_heads(
         self, mixed: Tensor, cosine: Tensor, sine: Tensor, groups: int

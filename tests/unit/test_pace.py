@@ -25,7 +25,9 @@ def plan_at(
 def test_a_run_has_its_steps_and_its_evaluations() -> None:
     # 20 evaluations and the last one, of 100 batches.
     assert Settings().batches(12_000) == 12_000 + 21 * 100
-    assert Settings().batches(100) == 100 + 21 * 25
+    # Shorter runs are evaluated less often, on as much text.
+    assert Settings().batches(6_000) == 6_000 + 11 * 100
+    assert Settings().batches(4_000) == 4_000 + 6 * 100
 
 
 @pytest.mark.parametrize(
@@ -34,10 +36,10 @@ def test_a_run_has_its_steps_and_its_evaluations() -> None:
         (25, 12_000),
         # 20 + 15 + 14,100 x 0.0455 + 20 + 200 x 0.0455 seconds are 706.
         (45.5, 12_000),
-        # 12,000 steps would be 724 s; 11,000 from here on 60 + 15 + 13,100 x 0.0468 + 29.4.
+        # 12,000 steps would be 724 s; 11,000 from here on 60 + 15 + 12,100 x 0.0468 + 29.4.
         (46.8, 11_000),
-        (50, 10_000),
-        (100, 3_000),
+        (50, 11_000),
+        (100, 5_000),
         (400, 1_000),
     ],
 )
@@ -76,7 +78,7 @@ def test_a_short_run_is_not_shortened() -> None:
 def test_the_sentences_say_what_shortening_costs() -> None:
     words = plan_at(100).sentences()
     assert "100 ms a step: 12,000 steps would not fit into 12 minutes" in words
-    assert "Both arms do 3,000, for equal FLOPs" in words
+    assert "Both arms do 5,000, for equal FLOPs" in words
     assert "says little about a longer one" in words
     assert "fewer would show nothing" not in words
     assert "fewer would show nothing" in plan_at(400).sentences()
@@ -84,7 +86,7 @@ def test_the_sentences_say_what_shortening_costs() -> None:
 
 
 def test_a_plan_is_plain_data() -> None:
-    assert dataclasses.asdict(plan_at(100))["steps"] == 3_000
+    assert dataclasses.asdict(plan_at(100))["steps"] == 5_000
 
 
 def test_the_pace_is_that_of_the_slower_run_after_its_first_interval(tmp_path: Path) -> None:
@@ -120,6 +122,6 @@ def test_both_arms_get_the_steps(tmp_path: Path) -> None:
         return int(arguments[arguments.index(name) + 1])
 
     names = ("--train-iters", "--lr-warmup-iters", "--lr-wsd-decay-iters", "--eval-interval")
-    assert [value(name) for name in names] == [4_000, 200, 400, 200]
+    assert [value(name) for name in names] == [4_000, 200, 400, 800]
     assert "--bf16" not in arguments
     assert "--bf16" in Settings().megatron_arguments(tmp_path / "text")
