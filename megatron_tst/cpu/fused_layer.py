@@ -125,7 +125,7 @@ class AttentionHalf(torch.autograd.Function):
         """[l, b, h], [h], [g (r + 2) d, h], [h, g r d], [l, d], [l, d] -> [l, b, h]."""
         compiled = _kernels()
         x = x.contiguous()
-        length, batch, hidden = x.shape
+        length, batch, _ = x.shape
         normed, inverse = compiled.rms_norm(x, norm, eps)
         query, key, value = compiled.split_heads(normed @ qkv.t(), cosine, sine, groups)
         size, heads = cosine.shape[-1], query.shape[1] // length
@@ -136,7 +136,7 @@ class AttentionHalf(torch.autograd.Function):
             x, norm, qkv, proj, cosine, sine, inverse, normed, query, key, value, merged, *kept
         )
         ctx.shape, ctx.scale = (length, batch, groups, heads, size), scale
-        return torch.addmm(x.view(-1, hidden), merged, proj.t()).view_as(x)
+        return _added(x, merged, proj)
 
     @staticmethod
     @once_differentiable
@@ -172,7 +172,7 @@ class MLPHalf(torch.autograd.Function):
         inner = normed.view(-1, x.shape[-1]) @ gate_and_up.t()
         activated = compiled.swiglu(inner)
         ctx.save_for_backward(x, norm, gate_and_up, down, inverse, normed, inner, activated)
-        return torch.addmm(x.view(-1, x.shape[-1]), activated, down.t()).view_as(x)
+        return _added(x, activated, down)
 
     @staticmethod
     @once_differentiable
@@ -189,6 +189,17 @@ class MLPHalf(torch.autograd.Function):
             grad_inner @ gate_and_up, x, norm, inverse, rows
         )
         return grad_x, grad_norm, grad_first, grad_down, None
+
+
+def _added(residual: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """``residual + rows @ weight.T``: [l, b, h], [l b, k], [h, k] -> [l, b, h].
+
+    No view of another tensor: pipeline stages free what they have sent.
+    """
+    result = torch.empty_like(residual)
+    hidden = residual.shape[-1]
+    torch.addmm(residual.view(-1, hidden), rows, weight.t(), out=result.view(-1, hidden))
+    return result
 
 
 def _kernels() -> Kernels:

@@ -17,6 +17,7 @@ from megatron_tst.model.collectives import (
     vocabulary_start,
 )
 from megatron_tst.model.kernels.launch import Implementation, uses_triton
+from megatron_tst.model.native_embedding import NativeBagMean, uses_native
 from megatron_tst.model.torch_embedding import BagMean, SparseBagMean
 
 
@@ -46,7 +47,8 @@ def bag_embedding(
         sequence_parallel: return this rank's slice of the latent positions.
         ignore_index: negative id of places that hold no token; the mean is that of the others, and
             zero where a bag has no others. ``None`` when every place holds one.
-        implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed.
+        implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
+            the kernels of ``megatron_tst.native`` on a CPU, where they can be compiled.
 
     Returns:
         [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism
@@ -131,6 +133,8 @@ def _bag_mean(
     mean: Tensor
     if uses_triton(implementation, weight):
         mean = _FusedBagMean.apply(weight, bags, outside, sizes)
+    elif uses_native(implementation, weight):
+        mean = NativeBagMean.apply(weight, bags, outside, sizes)
     elif weight.device.type == "cpu" and sizes is None and bags.shape[-1].bit_count() == 1:
         mean = SparseBagMean.apply(weight, bags, outside)
     else:

@@ -287,6 +287,59 @@ void multi_hot_gradient(const T *logits, const int64_t *columns, const float *co
   }
 }
 
+// Mean over each bag [n, s] of the rows of a table [v, h]; a negative token has none. The divisor of
+// a bag is its own, or s.
+template <typename T>
+void bag_mean(const T *table, const int64_t *tokens, const float *divisors, T *out, float *scratch,
+              int64_t n, int64_t s, int64_t h) {
+  for (int64_t bag = 0; bag < n; ++bag, tokens += s, out += h) {
+    std::memset(scratch, 0, h * sizeof(float));
+    for (int64_t offset = 0; offset < s; ++offset) {
+      if (tokens[offset] < 0) continue;
+      const T *row = table + tokens[offset] * h;
+#pragma omp simd
+      for (int64_t i = 0; i < h; ++i) scratch[i] += load(row + i);
+    }
+    const float divisor = divisors ? divisors[bag] : static_cast<float>(s);
+#pragma omp simd
+    for (int64_t i = 0; i < h; ++i) store(out + i, scratch[i] / divisor);
+  }
+}
+
+// Gradient of the table: each row is the sum over the places of its token of grad / divisor, offset
+// by offset, rounded once. places [n s] and starts [v + 1] are room for a sort by counting.
+template <typename T>
+void bag_mean_gradient(const T *grad, const int64_t *tokens, const float *divisors, T *out,
+                       float *scratch, int64_t *places, int64_t *starts, int64_t n, int64_t s,
+                       int64_t v, int64_t h) {
+  std::memset(starts, 0, (v + 1) * sizeof(int64_t));
+  for (int64_t i = 0; i < n * s; ++i)
+    if (tokens[i] >= 0) ++starts[tokens[i] + 1];
+  for (int64_t row = 0; row < v; ++row) starts[row + 1] += starts[row];
+  for (int64_t offset = 0; offset < s; ++offset)
+    for (int64_t bag = 0; bag < n; ++bag) {
+      const int64_t token = tokens[bag * s + offset];
+      if (token >= 0) places[starts[token]++] = bag;
+    }
+  // Each start is now where the next row's places begin.
+  int64_t place = 0;
+  for (int64_t row = 0; row < v; ++row, out += h) {
+    if (place == starts[row]) {
+      std::memset(static_cast<void *>(out), 0, h * sizeof(T));
+      continue;
+    }
+    std::memset(scratch, 0, h * sizeof(float));
+    for (; place < starts[row]; ++place) {
+      const T *share = grad + places[place] * h;
+      const float divisor = divisors ? divisors[places[place]] : static_cast<float>(s);
+#pragma omp simd
+      for (int64_t i = 0; i < h; ++i) scratch[i] += load(share + i) / divisor;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < h; ++i) store(out + i, scratch[i]);
+  }
+}
+
 }  // namespace
 
 #define FOR_BOTH_DTYPES(name, arguments, call)                                        \
@@ -348,3 +401,14 @@ FOR_BOTH_DTYPES(multi_hot_loss, MULTI_HOT_LOSS,
 FOR_BOTH_DTYPES(multi_hot_gradient, MULTI_HOT_GRADIENT,
                 multi_hot_gradient(logits, columns, coefficients, log_sum_exp, scale, out, scratch,
                                    rows, v, s))
+
+#define BAG_MEAN(T)                                                                   \
+  (const T *table, const int64_t *tokens, const float *divisors, T *out, float *scratch, \
+   int64_t n, int64_t s, int64_t h)
+FOR_BOTH_DTYPES(bag_mean, BAG_MEAN, bag_mean(table, tokens, divisors, out, scratch, n, s, h))
+
+#define BAG_MEAN_GRADIENT(T)                                                          \
+  (const T *grad, const int64_t *tokens, const float *divisors, T *out, float *scratch, \
+   int64_t *places, int64_t *starts, int64_t n, int64_t s, int64_t v, int64_t h)
+FOR_BOTH_DTYPES(bag_mean_gradient, BAG_MEAN_GRADIENT,
+                bag_mean_gradient(grad, tokens, divisors, out, scratch, places, starts, n, s, v, h))

@@ -195,6 +195,32 @@ class Kernels:
         self._call("multi_hot_gradient", logits, *operands, *shape)
         return out
 
+    def bag_mean(self, table: Tensor, tokens: Tensor, divisors: Tensor | None) -> Tensor:
+        """Mean of the rows of each bag, added up in float32: [v, h], [n, s] -> [n, h].
+
+        Args:
+            table: [v, h].
+            tokens: [n, s] int64 rows; a negative one counts as a row of zeros.
+            divisors: [n] float32; None: s.
+        """
+        (bags, bag_size), hidden = tokens.shape, table.shape[1]
+        out = table.new_empty(bags, hidden)
+        scratch = torch.empty(hidden)
+        self._call("bag_mean", table, tokens, divisors, out, scratch, bags, bag_size, hidden)
+        return out
+
+    def bag_mean_gradient(
+        self, grad: Tensor, tokens: Tensor, divisors: Tensor | None, rows: int
+    ) -> Tensor:
+        """Gradient [v, h] of the table from that of the means [n, h]; rows: v."""
+        bags, bag_size = tokens.shape
+        hidden = grad.shape[1]
+        out = grad.new_empty(rows, hidden)
+        rooms = (torch.empty(hidden), tokens.new_empty(bags * bag_size), tokens.new_empty(rows + 1))
+        shape = (bags, bag_size, rows, hidden)
+        self._call("bag_mean_gradient", grad, tokens, divisors, out, *rooms, *shape)
+        return out
+
     def _call(self, name: str, first: Tensor, *others: Tensor | int | float | None) -> None:
         operands = (first, *others)
         function = self._functions.get((name, first.dtype))

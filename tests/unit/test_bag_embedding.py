@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_tst.model.embedding import bag_embedding
+from megatron_tst.model.native_embedding import NativeBagMean
 from megatron_tst.model.reference import bag_embedding_reference
 from megatron_tst.model.torch_embedding import (
     BagMean,
@@ -112,6 +113,22 @@ def test_a_sparse_product_has_the_bits_of_a_sum(dtype: torch.dtype, without: str
         SparseBagMean.apply(weight, bags, outside),
         BagMean.apply(weight, bags, outside, None),
     ]
+    assert torch.equal(*results)
+    assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
+
+
+@pytest.mark.parametrize("bag_size", [2, 6])
+@pytest.mark.parametrize("without", ["none", "some", "sizes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_for_a_cpu_have_the_bits_of_a_sum(
+    dtype: torch.dtype, without: str, bag_size: int
+) -> None:
+    weight, bags, grad = case(bag_size, dtype)
+    outside = None if without == "none" else bags % 3 == 0
+    sizes = None
+    if outside is not None and without == "sizes":
+        sizes = (~outside).sum(-1, keepdim=True).clamp_(min=1)
+    results = [mean.apply(weight, bags, outside, sizes) for mean in (NativeBagMean, BagMean)]
     assert torch.equal(*results)
     assert torch.equal(*(torch.autograd.grad(result, weight, grad)[0] for result in results))
 
