@@ -74,10 +74,14 @@ def describe() -> dict[str, str]:
     """How the platform computes in this process, for people and records; empty where it is off."""
     if not _active:
         return {}
-    from megatron_tst.cpu.bf16 import describe_bf16
+    from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
+    from megatron_tst.cpu.widened import is_available
     from megatron_tst.native import describe_kernels
 
-    return {"bf16_products": describe_bf16(), "kernels": describe_kernels()}
+    products = describe_bf16()
+    if bf16_products() == "widened" and not is_available():
+        products = "torch's own, slow (this CPU has no bf16 instructions, and torch is too old)"
+    return {"bf16_products": products, "kernels": describe_kernels()}
 
 
 def restart_with_allocator_settings() -> None:

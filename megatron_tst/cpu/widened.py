@@ -29,8 +29,13 @@ _MOST_WIDE_ELEMENTS = 1 << 24
 
 def install() -> None:
     """Replaces torch's kernels in this process, unless the CPU computes bf16 itself. Idempotent."""
-    if bf16_products() == "widened":
+    if bf16_products() == "widened" and is_available():
         _library()
+
+
+def is_available() -> bool:
+    """Whether this torch can hand out the kernels that are replaced; 2.14 can, 2.6 cannot."""
+    return hasattr(torch.library, "get_kernel")
 
 
 @functools.cache
