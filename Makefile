@@ -1,10 +1,10 @@
 PY := .venv/bin/python
-# Files of tests run side by side in the order of their folders, unit tests last, so that no long one
-# is left alone at the end; each worker takes up to 6 GB.
+# Files of tests run side by side, the longest ones of tests/durations.md first, so that none is left
+# alone at the end; each worker takes up to 6 GB.
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-te test test-fast support-matrix check format quickstart study results clean
+.PHONY: help setup setup-te test test-fast durations support-matrix check format quickstart study results clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -20,6 +20,10 @@ test: setup ## Run all tests; narrow them with ARGS="-k name"
 
 test-fast: setup ## Run the tests not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)
+
+durations: setup ## Run all tests and write tests/durations.md, what each file costs
+	$(PYTEST) --junitxml=runs/durations.xml
+	$(PY) -m tests.durations runs/durations.xml
 
 support-matrix: setup ## Run the tests of parallel layouts and write docs/support-matrix.md
 	$(PY) -m pytest tests/integration/test_layouts.py tests/integration/test_resharding.py \

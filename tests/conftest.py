@@ -1,4 +1,4 @@
-"""What all tests share: no deadlines, and tests marked ``gpu`` need a CUDA device."""
+"""What all tests share: costs, no deadlines, and tests marked ``gpu`` need a CUDA device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.costs import (  # noqa: F401
+    pytest_collection_finish,
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 # Workers share the cores, and waiting threads spin. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

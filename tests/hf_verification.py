@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,7 @@ def main() -> int:
         name: _difference_after_swap(checkpoints / variant, work / variant, *names)
         for name, names in SWAPS.items()
     }
-    found["commands"] = [
-        _command(checkpoints / "gqa-untied", tokenizer, work / "command", *options)
-        for options in ((), ("--dtype=bfloat16",), ("--verify-tolerance=0",))
-    ]
+    found["commands"] = _commands(checkpoints / "gqa-untied", tokenizer, work)
     found["gpu run"] = _parameters_of_a_gpu_run()
     write_checkpoint(work / "large", LARGE, torch.float32)
     found["peak bytes"] = peak_bytes(
@@ -100,23 +98,43 @@ def main() -> int:
 
 
 def _difference_after_swap(checkpoint: Path, exported: Path, first: str, second: str) -> float:
-    file = exported / "model.safetensors"
-    weights = load_file(file)
-    intact = {name: weight.clone() for name, weight in weights.items()}
-    weights[first], weights[second] = weights[second], weights[first]
-    save_file(weights, file, metadata={"format": "pt"})
+    _swap(exported, first, second)
     difference = hf_verify.largest_logit_difference(checkpoint, exported)
-    save_file(intact, file, metadata={"format": "pt"})
+    _swap(exported, first, second)
     return difference
 
 
-def _command(checkpoint: Path, tokenizer: Path, output: Path, *options: str) -> tuple[int, str]:
-    """Exit code and output of the tool."""
-    paths = {"checkpoint": checkpoint, "tokenizer": tokenizer, "output": output}
-    arguments = [f"--{name}={path}" for name, path in paths.items()]
+def _swap(exported: Path, first: str, second: str) -> None:
+    file = exported / "model.safetensors"
+    # Copies: the file is mapped, and written anew.
+    weights = {name: weight.clone() for name, weight in load_file(file).items()}
+    weights[first], weights[second] = weights[second], weights[first]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _commands(checkpoint: Path, tokenizer: Path, work: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and output of the tool: what it writes, and the same after a damage."""
+    paths = {"checkpoint": checkpoint, "tokenizer": tokenizer}
+    arguments = [*(f"--{name}={path}" for name, path in paths.items()), "--verify"]
+
+    def command(*options: str) -> tuple[int, str]:
+        return _printed(lambda: convert_megatron_to_hf.main([*arguments, *options]))
+
+    rounded, intact = work / "rounded", work / "intact"
+    found = {
+        "rounded": command(f"--output={rounded}", "--dtype=bfloat16", "--verify-tolerance=0.5"),
+        "intact": command(f"--output={intact}"),
+    }
+    _swap(intact, *(f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up")))
+    verify = convert_megatron_to_hf._verify
+    found["damaged"] = _printed(lambda: verify(checkpoint, intact, hf_verify.LOGIT_TOLERANCE))
+    return found
+
+
+def _printed(call: Callable[[], int]) -> tuple[int, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = convert_megatron_to_hf.main([*arguments, "--verify", "--overwrite", *options])
+        code = call()
     return code, printed.getvalue()
 
 

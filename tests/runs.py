@@ -31,7 +31,7 @@ def tokenize_standard_library(folder: Path) -> Path:
 
 @dataclass
 class SmallRun:
-    """Arguments of a tiny Llama-shaped run on byte-level text.
+    """Arguments of a tiny Llama-shaped run on byte-level text, in fp32.
 
     Attributes:
         corpus: prefix of the tokenized text.
@@ -72,7 +72,6 @@ class SmallRun:
             "untie-embeddings-and-output-weights": True,
             "attention-dropout": 0,
             "hidden-dropout": 0,
-            "bf16": True,
             "lr": 3e-3,
             "min-lr": 0,
             "train-iters": TOTAL_STEPS,

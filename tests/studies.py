@@ -27,7 +27,6 @@ def study_content(corpus: Path, **changes: Any) -> dict[str, Any]:
         "untie-embeddings-and-output-weights": True,
         "attention-dropout": 0,
         "hidden-dropout": 0,
-        "bf16": True,
         "make-vocab-size-divisible-by": 1,
         "seq-length": 32,
         "max-position-embeddings": 32,

@@ -160,7 +160,7 @@ def error_lines(run: Run) -> list[str]:
 
 
 def overwrite_weight(checkpoint: Path, name: str, value: float) -> None:
-    """Writes a value over all numbers of a bf16 tensor in the file of a checkpoint."""
+    """Writes a value over all numbers of a tensor in the file of a checkpoint."""
     stored = {
         index.fqn: info
         for index, info in FileSystemReader(str(checkpoint)).read_metadata().storage_data.items()
@@ -171,9 +171,8 @@ def overwrite_weight(checkpoint: Path, name: str, value: float) -> None:
     (checkpoint / "part").write_bytes(part)
     tensor = torch.load(checkpoint / "part", weights_only=True)
     (checkpoint / "part").unlink()
-    assert tensor.dtype is torch.bfloat16
-    old = tensor.view(torch.int16).numpy().tobytes()
-    new = torch.full_like(tensor, value).view(torch.int16).numpy().tobytes()
+    old = tensor.view(torch.uint8).numpy().tobytes()
+    new = torch.full_like(tensor, value).view(torch.uint8).numpy().tobytes()
     assert part.count(old) == 1
     path.write_bytes(
         content[: stored.offset] + part.replace(old, new) + content[stored.offset + stored.length :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import os
 import random
@@ -207,6 +208,10 @@ def _import_everything() -> None:
     megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
     # Megatron's checkpoint writer starts one a rank, which imports torch.
     _manager = torch.multiprocessing.get_context("spawn").Manager()
+    # Megatron collects garbage around evaluations and saves: no rank needs to look at all of this,
+    # nor get pages of its own for it.
+    gc.collect()
+    gc.freeze()
 
 
 def _kill_session(leader: int) -> None:

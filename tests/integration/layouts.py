@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ _EXPERTS: dict[str, Any] = {
     "qk_layernorm": True,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {"num_layers": 4},
-    "Qwen3-MoE": {"num_layers": 4, **_EXPERTS},
-    "Llama, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*-*-*-*-"},
-    "Llama, tied embeddings": {"num_layers": 4, "untie_embeddings_and_output_weights": None},
-    "Qwen3-MoE, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*E*E*E*E", **_EXPERTS},
+    "Llama": {"num_layers": 2},
+    "Qwen3-MoE": {"num_layers": 2, **_EXPERTS},
+    "Llama, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*-*-"},
+    "Llama, tied embeddings": {"num_layers": 2, "untie_embeddings_and_output_weights": None},
+    "Qwen3-MoE, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*E*E", **_EXPERTS},
 }
+"""Of two layers, which is as many as two stages need."""
 _GPT = ("Llama", "Qwen3-MoE")
 _MOE = ("Qwen3-MoE", "Qwen3-MoE, hybrid")
 
@@ -43,6 +45,19 @@ class Layout:
     arguments: dict[str, Any]
     models: tuple[str, ...] = _GPT
     dtypes: tuple[str, ...] = ("fp32",)
+
+    @property
+    def stages(self) -> int:
+        """Pieces that the layers are cut into, virtual stages included."""
+        virtual = 2 if "num_layers_per_virtual_pipeline_stage" in self.arguments else 1
+        return int(self.arguments.get("pipeline_model_parallel_size", 1)) * virtual
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        kinds = ("tensor_model", "pipeline_model", "context")
+        ranks = [self.arguments.get(f"{kind}_parallel_size", 1) for kind in kinds]
+        return self.processes // math.prod(ranks)
 
 
 _TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -124,16 +139,25 @@ UNTESTED = (
 )
 
 
-def arguments_of(model: str, layout: str) -> dict[str, Any]:
-    """Megatron arguments of a model in a layout."""
-    arguments = {**MODELS[model], **LAYOUTS[layout].arguments}
+def model_arguments(model: str, layers: int) -> dict[str, Any]:
+    """Megatron arguments of a model with an even number of layers."""
+    arguments = dict(MODELS[model])
+    if "hybrid_layer_pattern" in arguments:
+        arguments["hybrid_layer_pattern"] *= layers // 2
+    else:
+        arguments["num_layers"] = layers
+    return arguments
+
+
+def arguments_of(model: str, layout: str, layers: int | None = None) -> dict[str, Any]:
+    """Megatron arguments of a model in a layout; by default of as few layers as it can have."""
+    stages = LAYOUTS[layout].stages
+    arguments = model_arguments(model, layers or max(2, stages)) | LAYOUTS[layout].arguments
     pattern = arguments.get("hybrid_layer_pattern")
-    stages = arguments.get("pipeline_model_parallel_size", 1)
     if pattern and stages > 1:
         # A hybrid model is cut at the pipes of its pattern, also into virtual stages.
-        if arguments.pop("num_layers_per_virtual_pipeline_stage", None):
-            stages *= 2
-        layers = len(pattern) // stages
-        segments = [pattern[i : i + layers] for i in range(0, len(pattern), layers)]
+        arguments.pop("num_layers_per_virtual_pipeline_stage", None)
+        length = len(pattern) // stages
+        segments = [pattern[i : i + length] for i in range(0, len(pattern), length)]
         arguments["hybrid_layer_pattern"] = "|".join(segments)
     return arguments

@@ -59,7 +59,7 @@ def reference(
         "valid_data_path": folder / "other",
         "test_data_path": folder / "other",
     }
-    run = SmallRun(corpus, folder).with_(**RAMPED, **per_split, bf16=False, save_interval=2)
+    run = SmallRun(corpus, folder).with_(**RAMPED, **per_split, save_interval=2)
     environment = {"RECORD_READS": str(folder / "reads")}
     launcher.run(run.argv, run.log, main=MAIN, environment=environment)
     return run

@@ -39,7 +39,6 @@ def reference(
         tst_steps=SWITCH,
         tst_max_epochs=2,
         save_interval=3,
-        bf16=False,
     )
     write_corpus(other_corpus.with_name("second"), [90] * 50, vocabulary_size=256)
     launcher.run(run.argv, run.log)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 # What large runs set, in bundles: each run costs seconds.
 BUNDLES: dict[str, dict[str, Any]] = {
     "distributed optimizer": {
+        "bf16": True,
         "use_distributed_optimizer": True,
         "overlap_grad_reduce": True,
         "overlap_param_gather": True,
@@ -73,6 +74,7 @@ def test_flags_of_large_runs_work(launcher: Launcher, small_run: SmallRun, bundl
 def test_replicas_agree_under_overlapped_reduction(launcher: Launcher, small_run: SmallRun) -> None:
     """Megatron compares the weights of the replicas itself, and stops where they differ."""
     run = small_run.with_(
+        bf16=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
         overlap_param_gather=True,
@@ -87,12 +89,13 @@ def test_sequence_parallelism_changes_the_layout_only(
     launcher: Launcher, small_run: SmallRun
 ) -> None:
     """A run that continues under sequence parallelism, through the end of phase 1."""
-    saved_step = 3
+    saved_step, steps = 3, 6
     run = small_run.with_(
         tensor_model_parallel_size=2,
         tst_bag_size=4,
-        tst_steps=5,
-        bf16=None,
+        tst_steps=4,
+        train_iters=steps,
+        eval_iters=0,
         save_interval=saved_step,
     )
     launcher.run(run.argv, run.log, world_size=2)
@@ -104,12 +107,12 @@ def test_sequence_parallelism_changes_the_layout_only(
     )
     launcher.run(continued.argv, continued.log, world_size=2)
     losses = continued.scalars()["lm loss"]
-    assert sorted(losses) == list(range(saved_step + 1, TOTAL_STEPS + 1))
+    assert sorted(losses) == list(range(saved_step + 1, steps + 1))
     expected = run.scalars()["lm loss"]
     # float32; only the order of sums over positions differs.
     assert losses == pytest.approx({step: expected[step] for step in losses}, rel=1e-4)
     # Each rank sees half of the positions: the weights of the norms agree only if Megatron adds up
     # their gradients. Adam turns a rounding of a tiny gradient into a visible step.
-    for name, weight in continued.checkpoint(TOTAL_STEPS).items():
+    for name, weight in continued.checkpoint(steps).items():
         if "norm" in name:
-            torch.testing.assert_close(weight, run.checkpoint(TOTAL_STEPS)[name], rtol=0, atol=1e-4)
+            torch.testing.assert_close(weight, run.checkpoint(steps)[name], rtol=0, atol=1e-4)

@@ -36,6 +36,7 @@ def test_two_runs_are_bit_equal(
     run = small_run.with_(
         **arguments_of(model, layout),
         **settings,
+        bf16=True,
         tst_bag_size=4,
         tst_steps=2,
         train_iters=STEPS,

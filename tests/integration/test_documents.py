@@ -18,12 +18,15 @@ from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
 
-SWITCH = 5
+SWITCH, STEPS = 4, 7
 # Of models whose steps take longer.
 FEW_STEPS = 6
 DOCUMENTS: dict[str, Any] = {
     "tst_bag_size": 4,
     "tst_steps": SWITCH,
+    "train_iters": STEPS,
+    # Evaluated once, at the end.
+    "eval_interval": STEPS + 1,
     "tst_document_boundary": "align",
     "dataloader_inter_document_masking": True,
 }
@@ -48,7 +51,7 @@ def single(
 ) -> SmallRun:
     """One process in fp32, with a checkpoint after its first step."""
     run = SmallRun(paragraphs, tmp_path_factory.mktemp("single"))
-    run = run.with_(**DOCUMENTS, bf16=False, num_layers=4, eval_interval=TOTAL_STEPS + 1)
+    run = run.with_(**DOCUMENTS, num_layers=4)
     launcher.run(run.with_(exit_interval=1).argv, run.log)
     shutil.copytree(run.folder / "checkpoints", run.folder / "first step")
     launcher.run(run.argv, run.log)
@@ -78,7 +81,7 @@ def test_layouts_train_as_one_process(
     expected, actual = single.scalars(), run.scalars()
     for tag in ("lm loss", "lm loss validation"):
         wanted = {step: expected[tag][step] for step in actual[tag]}
-        assert TOTAL_STEPS in wanted
+        assert STEPS in wanted
         # fp32: sums run in another order; measured 2e-7 at most.
         assert actual[tag] == pytest.approx(wanted, rel=1e-6), tag
 
@@ -104,7 +107,7 @@ def test_other_models(
     settings: dict[str, Any],
     other_settings: dict[str, Any],
 ) -> None:
-    few = {"tst_steps": FEW_STEPS // 2, "train_iters": FEW_STEPS, "eval_iters": 0, "bf16": False}
+    few = {"tst_steps": FEW_STEPS // 2, "train_iters": FEW_STEPS, "eval_iters": 0}
     run = SmallRun(paragraphs, tmp_path / "one").with_(
         **{**DOCUMENTS, **MODELS[model], **settings, **few}
     )
@@ -127,9 +130,9 @@ def test_padding_is_no_text(single: SmallRun) -> None:
     assert places == SWITCH * 4 * 32 * 4
     assert budget["phase_1_padding"] > 0.005 * places
     assert description["text_share"] == budget["phase_1"] / places
-    in_phase_2 = (TOTAL_STEPS - SWITCH) * 4 * 32
+    in_phase_2 = (STEPS - SWITCH) * 4 * 32
     assert scalars["tst/data tokens"][SWITCH] == budget["phase_1"]
-    assert scalars["tst/data tokens"][TOTAL_STEPS] == budget["phase_1"] + in_phase_2
+    assert scalars["tst/data tokens"][STEPS] == budget["phase_1"] + in_phase_2
     assert read_run(single.folder).spent("data tokens", SWITCH) == budget["phase_1"]
 
 
@@ -160,4 +163,4 @@ def test_a_stopped_run_resumes_bit_equal_and_at_no_other_boundary(
     assert launcher.wait(refused) == [2]
     assert "--dataloader-inter-document-masking True, and this command has False" in refused.text
     launcher.run(run.argv, run.log)
-    assert_bit_equal(run.checkpoint(TOTAL_STEPS), single.checkpoint(TOTAL_STEPS))
+    assert_bit_equal(run.checkpoint(STEPS), single.checkpoint(STEPS))

@@ -192,7 +192,7 @@ def test_an_export_that_is_ended_leaves_nothing(
 
 def test_a_real_run_in_both_phases(launcher: Launcher, small_run: SmallRun, tmp_path: Path) -> None:
     """bf16 checkpoints with optimizer and random state: in phase 1, at the switch, at the end."""
-    run = small_run.with_(tst_bag_size=4, tst_steps=4, train_iters=6, save_interval=2)
+    run = small_run.with_(bf16=True, tst_bag_size=4, tst_steps=4, train_iters=6, save_interval=2)
     launcher.run(run.argv, run.log)
     tokenizer = Path(f"{run.corpus}-tokenizer")
     for step in (2, 4, 6):

@@ -15,12 +15,7 @@ from tests.zygote import Launcher
 pytestmark = pytest.mark.slow
 
 SWITCH, STEPS = 4, 8
-SUPERPOSED: dict[str, Any] = {
-    "tst_bag_size": 4,
-    "tst_steps": SWITCH,
-    "train_iters": STEPS,
-    "bf16": False,
-}
+SUPERPOSED: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": SWITCH, "train_iters": STEPS}
 # fp32: the vocabulary is summed up in another order; measured 2e-7 for losses.
 SAME: dict[str, Any] = {"rel": 1e-6}
 

@@ -22,7 +22,7 @@ def stock(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFac
     """A run of plain Megatron that was not interrupted, with a checkpoint half-way."""
     run = SmallRun(corpus, tmp_path_factory.mktemp("stock"))
     # Dropout, so that a random state that does not carry over would show.
-    run = run.with_(hidden_dropout=0.1, save_interval=STOP)
+    run = run.with_(bf16=True, hidden_dropout=0.1, save_interval=STOP)
     launcher.run(run.argv, run.log, main=STOCK)
     return run
 

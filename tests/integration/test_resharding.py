@@ -13,7 +13,7 @@ from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
 
-SWITCH, STEPS, BAG_SIZE = 2, 5, 4
+SWITCH, STEPS, BAG_SIZE = 2, 4, 4
 STOPS = {"phase 1": 1, "switch": SWITCH, "phase 2": 3}
 
 # Model and layout of the run that saves, and the layouts that continue from each of its stops.
@@ -39,6 +39,11 @@ ROUTES: dict[tuple[str, str], dict[str, str]] = {
         "switch": "TP 2 + SP, EP 2, distributed optimizer",
     },
 }
+# As many as the layout with the most stages needs, of each run that saves.
+LAYERS = {
+    saved: max(2, *(LAYOUTS[layout].stages for layout in (saved[1], *stops.values())))
+    for saved, stops in ROUTES.items()
+}
 CASES = [
     (*saved, stop, resumed) for saved, stops in ROUTES.items() for stop, resumed in stops.items()
 ]
@@ -54,13 +59,12 @@ def saved_run(
     def get(model: str, layout: str) -> SmallRun:
         if (model, layout) not in runs:
             run = SmallRun(corpus, tmp_path_factory.mktemp("saved")).with_(
-                **arguments_of(model, layout),
+                **arguments_of(model, layout, LAYERS[model, layout]),
                 tst_bag_size=BAG_SIZE,
                 tst_steps=SWITCH,
                 train_iters=STEPS,
                 eval_iters=0,
                 save_interval=1,
-                bf16=False,
                 micro_batch_size=1,
             )
             launcher.run(run.argv, run.log, world_size=LAYOUTS[layout].processes)
@@ -85,7 +89,7 @@ def test_a_checkpoint_continues_at_another_layout(
     one_of_its_own = dict.fromkeys(LAYOUTS[layout].arguments)
     run = saved.with_(
         tmp_path,
-        **{**one_of_its_own, **arguments_of(model, resumed)},
+        **{**one_of_its_own, **arguments_of(model, resumed, LAYERS[model, layout])},
         load=saved.folder / "checkpoints",
         ckpt_step=STOPS[stop],
         save_interval=STEPS,

@@ -180,7 +180,7 @@ def reference(
     folder = tmp_path_factory.mktemp("reference")
     write_corpus(folder / "text", [1000, 7, TOKENS - 1007], vocabulary_size=256)
     # No dropout, which differs by rank.
-    settings: dict[str, Any] = {**SETTINGS, "bf16": False, "hidden_dropout": 0, "save_interval": 2}
+    settings: dict[str, Any] = {**SETTINGS, "hidden_dropout": 0, "save_interval": 2}
     text: dict[str, Any] = {"data_path": folder / "text", "split": "100,0,0"}
     run = SmallRun(corpus, folder).with_(**settings, **text)
     launcher.run(run.argv, run.log)

@@ -42,7 +42,9 @@ def superposed(launcher: Launcher, corpus: Path, folder: Path) -> dict[str, Smal
     for name, optimizer in OPTIMIZERS.items():
         run = SmallRun(corpus, folder / name)
         # Dropout, so that a random state that does not carry over would show.
-        run = run.with_(hidden_dropout=0.1, train_iters=LAST, eval_interval=LAST, **optimizer)
+        run = run.with_(
+            bf16=True, hidden_dropout=0.1, train_iters=LAST, eval_interval=LAST, **optimizer
+        )
         runs[name] = run
         interval = EARLIER if name == "plain" else LAST
         launcher.run(run.with_(**SUPERPOSED, save_interval=interval).argv, run.log)

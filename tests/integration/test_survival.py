@@ -52,7 +52,7 @@ def single(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFa
 def pair(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """Two data-parallel processes that were not interrupted."""
     run = SmallRun(corpus, tmp_path_factory.mktemp("pair"))
-    run = run.with_(**SETTINGS, **DISTRIBUTED_OPTIMIZER)
+    run = run.with_(**SETTINGS, **DISTRIBUTED_OPTIMIZER, bf16=True)
     launcher.run(run.argv, run.log, world_size=2)
     return run
 

@@ -29,7 +29,7 @@ def reference(
     """A run that was not interrupted, with a checkpoint every third step and at the switch."""
     run = SmallRun(corpus, tmp_path_factory.mktemp("reference"))
     # Dropout, so that a random state lost at a restart would show.
-    run = run.with_(**SUPERPOSED, save_interval=3, hidden_dropout=0.1)
+    run = run.with_(**SUPERPOSED, bf16=True, save_interval=3, hidden_dropout=0.1)
     launcher.run(run.argv, run.log)
     return run
 
@@ -37,7 +37,7 @@ def reference(
 @pytest.fixture(scope="module")
 def stock(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """A run of plain Megatron."""
-    run = SmallRun(corpus, tmp_path_factory.mktemp("stock"))
+    run = SmallRun(corpus, tmp_path_factory.mktemp("stock")).with_(bf16=True)
     launcher.run(run.argv, run.log, main="tests.stock_gpt:main")
     return run
 
@@ -138,7 +138,7 @@ def test_a_killed_run_resumes_bit_equal(
 def test_without_superposition_the_run_is_upstreams(
     launcher: Launcher, small_run: SmallRun, stock: SmallRun
 ) -> None:
-    ours = small_run.with_(tst_bag_size=1)
+    ours = small_run.with_(bf16=True, tst_bag_size=1)
     launcher.run(ours.argv, ours.log)
     assert_bit_equal(ours.checkpoint(TOTAL_STEPS), stock.checkpoint(TOTAL_STEPS))
     expected, actual = stock.scalars(), ours.scalars()
@@ -240,7 +240,7 @@ def test_the_final_evaluation_is_written(launcher: Launcher, small_run: SmallRun
 def single(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """One process in fp32, with a checkpoint after its first step."""
     run = SmallRun(corpus, tmp_path_factory.mktemp("single"))
-    run = run.with_(**SUPERPOSED, bf16=False)
+    run = run.with_(**SUPERPOSED)
     launcher.run(run.with_(exit_interval=1).argv, run.log)
     shutil.copytree(run.folder / "checkpoints", run.folder / "first step")
     launcher.run(run.argv, run.log)

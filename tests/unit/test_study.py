@@ -79,7 +79,7 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
         "--tst-power-law-exponent": "1.25",
     }
     assert {name: option(run.arguments, name) for name in expected} == expected
-    assert "--bf16" in run.arguments
+    assert "--swiglu" in run.arguments
     assert "True" not in run.arguments
     assert run.name == (
         "tiny-200steps-lr0.001-s4-r0.3-input-only-power-law-p1.25-mce-sum-optimizer-seed3"
