@@ -102,7 +102,9 @@ def test_the_remedy_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
     started(auto_study(tmp_path), tmp_path / "out")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    fixed = write_study(tmp_path / "fixed.yaml", study_content(Path("corpus")))
+    content = study_content(Path("corpus"))
+    content["arguments"]["bf16"] = True
+    fixed = write_study(tmp_path / "fixed.yaml", content)
     assert started(fixed, tmp_path / "out").arguments["bf16"] is True
 
 
