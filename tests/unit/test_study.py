@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_tst.study.config import read_study
-from megatron_tst.study.execution import slots_of_this_machine
+from megatron_tst.study.execution import Execution, Slot, slots_of_this_machine
 from megatron_tst.study.run_folder import LogReader, RunFolder
 from megatron_tst.study.settings import RunSettings
 from megatron_tst.study.slurm import parse_slurm_options
@@ -235,6 +235,27 @@ def test_a_diverged_run_is_told_from_a_broken_one(
     folder.log.write_bytes(b"x" * 100_000 + b"\n" + log)
     assert folder.has_diverged() is diverged
     assert folder.last_words().startswith(last)
+
+
+class Sleeping(Execution):
+    """A run whose process does nothing."""
+
+    def command(self) -> list[str]:
+        return ["sleep", "60"]
+
+
+def test_a_run_that_died_unseen_is_waiting_when_it_is_stopped(tmp_path: Path) -> None:
+    run = Sleeping("run", RunFolder(tmp_path / "run"), [], 10)
+    run.start(Slot())
+    assert run._process is not None
+    run._process.kill()
+    run._process.wait()
+    run.stop()
+    assert run.folder.state() == "waiting"
+    # Its lock is free again.
+    again = Sleeping("run", RunFolder(tmp_path / "run"), [], 10)
+    again.start(Slot())
+    again.stop()
 
 
 def test_slots_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
