@@ -335,7 +335,6 @@ def megatron_arguments(
     from tests.runs import SmallRun, tokenize_standard_library
 
     run = SmallRun(tokenize_standard_library(folder), folder / "run").with_(
-        bf16=True,
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
