@@ -43,7 +43,6 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
         self._functions: dict[tuple[str, torch.dtype], Any] = {}
-        self._functions: dict[tuple[str, torch.dtype], Any] = {}
 
     def serves(self, *tensors: Tensor) -> bool:
         """Whether the tensors are of one dtype that the kernels have."""
