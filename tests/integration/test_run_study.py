@@ -46,7 +46,7 @@ def wait_for(condition: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.2)
+        time.sleep(0.02)
 
 
 def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Path) -> None:
@@ -90,8 +90,19 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     content = study_content(corpus, checkpoints=4, arms=[{"total_steps": 1000}])
     study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
     command = [sys.executable, "tools/run_study.py", str(study), "--output", str(output)]
-    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
     (folder,) = [output / "runs" / "tiny-1000steps-lr0.001-baseline-seed0"]
+    runner = start()
+    wait_for(lambda: records(output).get(folder.name, {}).get("state") == "running")
+    runner.send_signal(signal.SIGINT)
+    assert b"the same command goes on" in runner.communicate(timeout=60)[1]
+    assert runner.returncode == 130
+    assert records(output)[folder.name]["state"] == "waiting"
+
+    runner = start()
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_for(tracker.exists)
     # So that the run is not over before it is killed.
@@ -109,15 +120,9 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     assert left["state"] == "running"
     subprocess.run(["pkill", "-KILL", "-f", str(folder)], check=True)
 
-    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for(lambda: "loaded checkpoint" in (folder / "log.txt").read_text(errors="replace"))
-    runner.send_signal(signal.SIGINT)
-    assert b"the same command goes on" in runner.communicate(timeout=60)[1]
-    assert runner.returncode == 130
-    assert records(output)[folder.name]["state"] == "waiting"
-
     last = run_study(study, output)
     assert last.returncode == 0, last.stderr
+    assert "loaded checkpoint" in (folder / "log.txt").read_text(errors="replace")
     (result,) = read_results(output / "results.csv")
     assert (result.status, int(result.steps[-1])) == ("finished", 1000)
     assert result.steps.tolist() == sorted(set(result.steps.tolist()))

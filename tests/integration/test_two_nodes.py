@@ -197,31 +197,7 @@ def assert_same_run(run: SmallRun, reference: SmallRun) -> None:
     assert_bit_equal(run.checkpoint(TOTAL), reference.checkpoint(TOTAL))
 
 
-@pytest.mark.slow
-def test_two_nodes_train_as_one_does(
-    two_nodes: Cluster, reference: SmallRun, tmp_path: Path
-) -> None:
-    run = SmallRun(reference.corpus, tmp_path)
-    jobs = launch(two_nodes, run)
-    assert wait(jobs, two_nodes, run, 300) == [0, 0], log(run, two_nodes.nodes[0])[-4000:]
-    first, last = (log(run, node) for node in two_nodes.nodes)
-    assert "using world size: 2, data-parallel size: 2" in first
-    # Reports of a step come from the last rank.
-    phases = [line.split("phase: ")[1].split()[0] for line in last.splitlines() if "phase:" in line]
-    assert phases == ["superposition"] * SWITCH + ["recovery"] * (TOTAL - SWITCH)
-    assert_same_run(run, reference)
-    # In each step a node sends the other half of its gradients in fp32 and its own half of the
-    # weights in bf16: less would mean that they took another way.
-    parameters = run.description()["parameters"]
-    for rank in range(2):
-        assert two_nodes.bytes_from(rank) > TOTAL * parameters * (4 + 2) / 2
-
-
-@pytest.mark.slow
-def test_a_node_that_is_cut_off_ends_the_run_and_the_same_command_continues_it(
-    two_nodes: Cluster, reference: SmallRun, tmp_path: Path
-) -> None:
-    run = SmallRun(reference.corpus, tmp_path)
+def launch_until_a_checkpoint(two_nodes: Cluster, run: SmallRun) -> list[subprocess.Popen[bytes]]:
     jobs = launch(two_nodes, run)
     tracker = run.folder / "checkpoints/latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 300
@@ -229,6 +205,16 @@ def test_a_node_that_is_cut_off_ends_the_run_and_the_same_command_continues_it(
         assert time.monotonic() < deadline, log(run, two_nodes.nodes[0])[-4000:]
         assert [job.poll() for job in jobs] == [None, None], log(run, two_nodes.nodes[0])[-4000:]
         time.sleep(0.002)
+    return jobs
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_does_though_one_is_cut_off(
+    two_nodes: Cluster, reference: SmallRun, tmp_path: Path
+) -> None:
+    """What was trained before and after it is, to the bit, the run of one node."""
+    run = SmallRun(reference.corpus, tmp_path)
+    jobs = launch_until_a_checkpoint(two_nodes, run)
     two_nodes.cut_off(1)
     cut = time.monotonic()
     # Nothing says that the other is gone, to either: both wait out the time limit. Ending the
@@ -248,5 +234,17 @@ def test_a_node_that_is_cut_off_ends_the_run_and_the_same_command_continues_it(
     two_nodes.reconnect(1)
     jobs = launch(two_nodes, run)
     assert wait(jobs, two_nodes, run, 300) == [0, 0], log(run, two_nodes.nodes[0])[-4000:]
-    assert f"at iteration {saved}\n" in log(run, two_nodes.nodes[0])
+    first, last = (log(run, node) for node in two_nodes.nodes)
+    assert f"at iteration {saved}\n" in first
+    assert first.count("using world size: 2, data-parallel size: 2") == 2
+    # Reports of a step come from the last rank: those of the second launch are the last ones.
+    phases = [line.split("phase: ")[1].split()[0] for line in last.splitlines() if "phase:" in line]
+    whole = ["superposition"] * SWITCH + ["recovery"] * (TOTAL - SWITCH)
+    assert phases[saved - TOTAL :] == whole[saved:]
+    assert phases[: saved - TOTAL] == whole[: len(phases) + saved - TOTAL]
     assert_same_run(run, reference)
+    # In each step a node sends the other half of its gradients in fp32 and its own half of the
+    # weights in bf16: less would mean that they took another way.
+    parameters = run.description()["parameters"]
+    for rank in range(2):
+        assert two_nodes.bytes_from(rank) > TOTAL * parameters * (4 + 2) / 2
