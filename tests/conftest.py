@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.costs import (  # noqa: F401
     pytest_runtest_makereport,
     pytest_terminal_summary,
 )
+from tests.zygote import Launcher
 
 # Workers share the cores, and waiting threads spin. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,3 +33,16 @@ def _has_cuda_device() -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _has_cuda_device():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts training runs, and what else needs processes with Megatron imported."""
+    owner = Launcher()
+    yield owner
+    owner.close()
+
+
+@pytest.fixture(scope="session")
+def has_cuda_device() -> bool:
+    return _has_cuda_device()

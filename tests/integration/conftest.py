@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,16 +24,25 @@ from tests.runs import Check, SmallRun, tokenize_standard_library
 from tests.zygote import Launcher
 
 
-@pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    owner = Launcher()
-    yield owner
-    owner.close()
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker that needs it makes for all: no test writes into it."""
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    root = factory.getbasetemp().parent if is_worker else factory.getbasetemp()
+    folder = root / name
+    with (root / f"{name}.lock").open("a") as lock:
+        # Closing the file, or the end of this process, lets the next one in.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tokenize_standard_library(tmp_path_factory.mktemp("corpus"))
+    return made_once(tmp_path_factory, "corpus", tokenize_standard_library) / "text"
 
 
 @pytest.fixture
@@ -56,13 +67,15 @@ def check(launcher: Launcher, tmp_path: Path) -> Check:
 @pytest.fixture(scope="session")
 def checkpoints(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ``--save`` for each variant of tests.llama_checkpoints, and its logits."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    main = "tests.llama_checkpoints:main"
-    launcher.run([str(root), *VARIANTS], root / "log.txt", main=main)
-    launcher.run([str(root), *PARALLEL_VARIANTS], root / "log2.txt", world_size=2, main=main)
-    renamed = shutil.copytree(root / "gqa-untied-moe-ep2", root / "transformer-engine")
-    rename_as_transformer_engine(renamed / f"iter_{ITERATION:07d}")
-    return root
+
+    def make(root: Path) -> None:
+        main = "tests.llama_checkpoints:main"
+        launcher.run([str(root), *VARIANTS], root / "log.txt", main=main)
+        launcher.run([str(root), *PARALLEL_VARIANTS], root / "log2.txt", world_size=2, main=main)
+        renamed = shutil.copytree(root / "gqa-untied-moe-ep2", root / "transformer-engine")
+        rename_as_transformer_engine(renamed / f"iter_{ITERATION:07d}")
+
+    return made_once(tmp_path_factory, "checkpoints", make)
 
 
 @pytest.fixture(scope="session")

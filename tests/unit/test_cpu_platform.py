@@ -27,8 +27,11 @@ CHECKS = sorted(name for name in vars(platform_checks) if name.startswith("check
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[Launcher]:
+def platform(request: pytest.FixtureRequest, has_cuda_device: bool) -> Iterator[Launcher]:
     """Starts processes where the platform is on, whatever GPUs the machine has."""
+    if not has_cuda_device:
+        yield request.getfixturevalue("launcher")
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         owner = Launcher()
