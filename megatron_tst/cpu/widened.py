@@ -78,9 +78,9 @@ def _widened(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     base = operator.name().removeprefix("aten::").partition(".")[0].removesuffix("_")
     rest = {name: value for name, value in kwargs.items() if name != "out"}
     result = getattr(torch.ops.aten, base).default(*args, **rest)
-    if "out" in kwargs:
-        # Warns where the tensor has elements, but not as many.
-        torch.ops.aten._resize_output_(target, result.shape, target.device)
+    if "out" in kwargs and target.shape != result.shape:
+        # As torch does, which also warns where the tensor has elements.
+        target.resize_(result.shape)
     return target.copy_(result)
 
 
