@@ -25,8 +25,6 @@ from megatron_tst.cpu.fused_attention import attend, attention_gradients
 from megatron_tst.cpu.norm import RMSNorm
 from megatron_tst.native import Kernels, kernels
 
-_UNSET = object()
-
 
 @dataclass(frozen=True)
 class _Half:
@@ -51,7 +49,8 @@ class _Half:
     def serves(self, hidden_states: Tensor) -> bool:
         """Whether it may take the place of its modules now: nobody listens to one of them."""
         return (
-            not any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+            not any(map(_is_listened_to, self.modules))
+            and not torch.nn.modules.module._has_any_global_hook()
             and hidden_states.dtype in (torch.float32, torch.bfloat16)
             and all(weight.dtype == hidden_states.dtype for weight in self.weights())
             and not torch.is_autocast_enabled("cpu")
@@ -63,17 +62,19 @@ def fuse_attention(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(upstream)
     def forward_attention(
-        self: Any, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any
+        self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        half = _once(self, "_fused_attention", _attention_half)
-        is_plain = not args and all(value is None for value in kwargs.values())
+        attention = self.self_attention
+        half = _once(self, "_fused_attention", _attention_half, self.input_layernorm, attention)
+        others = {name: value for name, value in kwargs.items() if name != "rotary_pos_emb"}
+        is_plain = not args and all(value is None for value in others.values())
+        rotary_pos_emb = kwargs.get("rotary_pos_emb")
         rotates = isinstance(rotary_pos_emb, Tensor) and not rotary_pos_emb.requires_grad
         if half is None or not is_plain or not rotates or not half.serves(hidden_states):
-            return upstream(self, hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
-        attention = self.self_attention
+            return upstream(self, hidden_states, *args, **kwargs)
         size = attention.hidden_size_per_attention_head
         if rotary_pos_emb.shape != (len(hidden_states), 1, 1, size):
-            return upstream(self, hidden_states, rotary_pos_emb=rotary_pos_emb, **kwargs)
+            return upstream(self, hidden_states, **kwargs)
         cosine, sine = _angles(rotary_pos_emb, hidden_states.dtype)
         output: Tensor = AttentionHalf.apply(
             hidden_states,
@@ -94,7 +95,7 @@ def fuse_mlp(upstream: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(upstream)
     def forward_mlp(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        half = _once(self, "_fused_mlp", _mlp_half)
+        half = _once(self, "_fused_mlp", _mlp_half, self.pre_mlp_layernorm, self.mlp)
         # An inference context.
         if half is None or any(value is not None for value in args):
             return upstream(self, hidden_states, *args, **kwargs)
@@ -208,15 +209,28 @@ def _kernels() -> Kernels:
     return compiled
 
 
-def _once(layer: Any, name: str, make: Callable[[Any], _Half | None]) -> _Half | None:
-    """What ``make`` says of a layer, asked once."""
-    half = layer.__dict__.get(name, _UNSET)
-    if half is _UNSET:
-        half = make(layer) if kernels() is not None else None
+def _is_listened_to(module: nn.Module) -> bool:
+    """Whether somebody waits for calls of a module, or has replaced its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _once(
+    layer: Any, name: str, make: Callable[[Any], _Half | None], *parts: nn.Module
+) -> _Half | None:
+    """What ``make`` says of a layer, asked once, and again where one of its modules is replaced."""
+    modules = tuple(module for part in parts for module in part.modules())
+    asked: tuple[tuple[nn.Module, ...], _Half | None] | None = layer.__dict__.get(name)
+    if asked is None or asked[0] != modules:
+        asked = modules, make(layer) if kernels() is not None else None
         # Not a submodule, although it holds some.
-        layer.__dict__[name] = half
-    result: _Half | None = half
-    return result
+        layer.__dict__[name] = asked
+    return asked[1]
 
 
 def _attention_half(layer: Any) -> _Half | None:
@@ -297,5 +311,7 @@ def _are_absent(*modules: Any) -> bool:
 @functools.lru_cache(maxsize=4)
 def _angles(freqs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [l, d] of angles [l, 1, 1, d]; those of a step serve all of its layers."""
-    flat = freqs.flatten(1)
-    return torch.cos(flat).to(dtype), torch.sin(flat).to(dtype)
+    # A step of training may take what an evaluation in inference mode has computed.
+    with torch.inference_mode(False):
+        flat = freqs.flatten(1)
+        return torch.cos(flat).to(dtype), torch.sin(flat).to(dtype)

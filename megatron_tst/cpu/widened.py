@@ -59,10 +59,14 @@ def _replace(library: torch.library.Library, operator: Any) -> None:
         return
     narrow = torch.library.get_kernel(qualified, "CPU")
     wide = _widened_mm if operator is torch.ops.aten.mm.default else _widened
+    is_attention = any(name in qualified for name in _ATTENTION)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        operands = (*args, *kwargs.values())
-        if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in operands):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        # Masks and statistics of attention have dtypes of their own. Operands of a product that
+        # differ are for torch to refuse.
+        deciding = tensors[:1] if is_attention else tensors
+        if all(x.dtype == torch.bfloat16 for x in deciding):
             return wide(operator, args, kwargs)
         return narrow.call_boxed(keyset, *args, **kwargs)
 
@@ -79,10 +83,10 @@ def _widened(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     base = operator.name().removeprefix("aten::").partition(".")[0].removesuffix("_")
     rest = {name: value for name, value in kwargs.items() if name != "out"}
     result = getattr(torch.ops.aten, base).default(*args, **rest)
-    # As torch does for a tensor to write into that has no elements yet.
-    return (
-        target.resize_(result.shape).copy_(result) if target.numel() == 0 else target.copy_(result)
-    )
+    if "out" in kwargs and target.shape != result.shape:
+        # As torch does, which also warns where the tensor has elements.
+        target.resize_(result.shape)
+    return target.copy_(result)
 
 
 def _widened_mm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

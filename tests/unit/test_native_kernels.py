@@ -490,7 +490,7 @@ def write_compiler(folder: Path, script: str) -> None:
         # It claims success.
         ("exit 0", "cannot compile"),
         # What it makes is no library.
-        ('for last; do :; done; echo text > "$last"', "cannot compile"),
+        ('[ "$1" = --version ] && exit; for last; do :; done; echo a > "$last"', "cannot compile"),
         # It is no program.
         ("\0", "cannot compile"),
     ],
