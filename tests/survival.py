@@ -43,6 +43,7 @@ def main() -> int:
     """Trains as the entry point does, under the conditions in the environment.
 
     STOP_AFTER: the step after whose log line each rank stops itself, until it gets SIGCONT.
+    STOP_IN_SAVE: the step in whose checkpoint the first rank stops itself, before its index.
     LIMIT_FILES_AFTER: the step after which no file can grow beyond FILE_BYTES.
     STARTED_SECONDS_AGO: how long the job has been running.
     RECORD_READS: where each rank appends what it reads of the train split.
@@ -55,6 +56,8 @@ def main() -> int:
         set_startup_timestamps(program_start=time.time() - float(ago))
     if folder := os.environ.get("RECORD_READS"):
         _record_reads(Path(folder))
+    if step := os.environ.get("STOP_IN_SAVE"):
+        _stop_in_save(int(step))
 
     def after_step(step: Any) -> None:
         if os.environ.get("LIMIT_FILES_AFTER") == str(step.iteration):
@@ -64,6 +67,21 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     return pretrain.main(after_step)
+
+
+def _stop_in_save(step: int) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    finish = writer.finish
+
+    @functools.wraps(finish)
+    def stop_first(self: Any, *args: Any) -> Any:
+        if Path(self.checkpoint_dir).name == f"iter_{step:07d}":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return finish(self, *args)
+
+    writer.finish = stop_first
 
 
 def _record_reads(folder: Path) -> None:
@@ -120,23 +138,14 @@ def kill(launcher: Launcher, run: Run) -> None:
     launcher.wait(run)
 
 
-def kill_while_saving(launcher: Launcher, run: Run, checkpoints: Path) -> int:
-    """Kills all ranks while a checkpoint is being written behind a whole one; returns its step.
+def kill_while_saving(launcher: Launcher, run: Run, checkpoints: Path, step: int) -> None:
+    """Kills all ranks while the checkpoint of a step is being written, behind a whole one.
 
-    The ranks are stopped to see whether the moment is right. A save that is not caught is let go.
+    The run was started with the step in STOP_IN_SAVE.
     """
-    halves: list[Path] = []
-    while not halves:
-        wait_until(lambda: bool(_half_written(checkpoints)), run)
-        for pid in run.pids:
-            os.kill(pid, signal.SIGSTOP)
-        wait_until_stopped(run)
-        halves = _half_written(checkpoints)
-        if not halves:
-            let_go(run)
+    wait_until(lambda: _is_stopped(run.pids[0], run), run)
+    assert [folder.name for folder in _half_written(checkpoints)] == [f"iter_{step:07d}"]
     kill(launcher, run)
-    (half,) = halves
-    return int(half.name.removeprefix("iter_"))
 
 
 def _half_written(checkpoints: Path) -> list[Path]:
