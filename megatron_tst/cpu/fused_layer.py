@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -46,6 +47,12 @@ class _Half:
         """Of the norm and of both projections."""
         return self.norm.weight, self.first.weight, self.second.weight
 
+    def wait_for_parameters(self) -> None:
+        """Does what DDP would do before each module."""
+        for module in self.modules:
+            for hook in _gathering_hooks(module):
+                hook(module)
+
     def serves(self, hidden_states: Tensor) -> bool:
         """Whether it may take the place of its modules now: nobody listens to one of them."""
         return (
@@ -76,6 +83,7 @@ def fuse_attention(upstream: Callable[..., Any]) -> Callable[..., Any]:
         if rotary_pos_emb.shape != (len(hidden_states), 1, 1, size):
             return upstream(self, hidden_states, **kwargs)
         cosine, sine = _angles(rotary_pos_emb, hidden_states.dtype)
+        half.wait_for_parameters()
         output: Tensor = AttentionHalf.apply(
             hidden_states,
             *half.weights(),
@@ -102,6 +110,7 @@ def fuse_mlp(upstream: Callable[..., Any]) -> Callable[..., Any]:
         # Other arguments concern experts.
         if kwargs.get("inference_context") is not None or not half.serves(hidden_states):
             return upstream(self, hidden_states, *args, **kwargs)
+        half.wait_for_parameters()
         return MLPHalf.apply(hidden_states, *half.weights(), half.norm.eps)
 
     return forward_mlp
@@ -210,14 +219,28 @@ def _kernels() -> Kernels:
 
 
 def _is_listened_to(module: nn.Module) -> bool:
-    """Whether somebody waits for calls of a module, or has replaced its forward."""
+    """Whether somebody waits for calls of a module, or has replaced its forward.
+
+    DDP, which waits for gathered parameters, does not count.
+    """
     return bool(
         module._forward_hooks
-        or module._forward_pre_hooks
+        or len(_gathering_hooks(module)) < len(module._forward_pre_hooks)
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _gathering_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Hooks of ``--overlap-param-gather``.
+
+    DDP takes them away for the first step after a start and for evaluations. A half that then
+    took the place of its modules, and otherwise not, would resume to other bits.
+    """
+    ddp = DistributedDataParallel.__module__
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if getattr(hook, "__module__", None) == ddp]
 
 
 def _once(
