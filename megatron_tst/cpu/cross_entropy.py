@@ -78,9 +78,10 @@ class NativeCrossEntropy(torch.autograd.Function):
         """[n] -> [n, v] in the dtype of the logits."""
         compiled = kernels()
         assert compiled is not None
-        logits = ctx.saved_tensors[0]
-        out = torch.empty_like(logits)
-        return compiled.multi_hot_gradient(*ctx.saved_tensors, grad.contiguous(), out), None
+        logits, columns, shares, log_sum_exp = ctx.saved_tensors
+        scale, out = grad.contiguous(), torch.empty_like(logits)
+        grad_logits = compiled.multi_hot_gradient(logits, columns, shares, log_sum_exp, scale, out)
+        return grad_logits, None
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -46,8 +46,8 @@ class CompiledRMSNorm(torch.autograd.Function):
         """[..., h] -> [..., h] and [h]."""
         compiled = kernels()
         assert compiled is not None
-        grads = compiled.rms_norm_gradient(grad.contiguous(), *ctx.saved_tensors, residual=None)
-        return *grads, None
+        x, weight, inverse = ctx.saved_tensors
+        return *compiled.rms_norm_gradient(grad.contiguous(), x, weight, inverse, None), None
 
 
 class RMSNormFunction(torch.autograd.Function):
