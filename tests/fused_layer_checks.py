@@ -197,7 +197,7 @@ def check_full_recomputation() -> None:
 
     tokens = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     positions = torch.arange(LENGTH).expand(BATCH, -1)
-    recompute = {
+    recompute: dict[str, Any] = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
@@ -250,6 +250,31 @@ def check_settings_that_are_not_usual() -> None:
     compare(["attention", "mlp"], build_layer())
 
 
+def check_layers_without_a_half() -> None:
+    """As in a hybrid of attention and MLP layers."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    for name, norm, expected in (
+        ("self_attention", "input_layernorm", ["mlp"]),
+        ("mlp", "pre_mlp_layernorm", ["attention"]),
+    ):
+        layer = build_layer()
+        x, _ = inputs()
+        setattr(layer, norm, IdentityOp())
+        setattr(layer, name, _Nothing())
+        with calls() as made:
+            found, _ = layer(x, attention_mask=None, rotary_pos_emb=rotation())
+        assert made == expected
+        with upstream():
+            again, _ = layer(x, attention_mask=None, rotary_pos_emb=rotation())
+        torch.testing.assert_close(found, again, rtol=1e-5, atol=1e-4)
+
+
+class _Nothing(nn.Module):
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
 def check_dropout() -> None:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -262,7 +287,8 @@ def check_dropout() -> None:
         return run(layer, *inputs())
 
     for setting, expected in (("hidden_dropout", []), ("attention_dropout", ["mlp"])):
-        layer = build_layer(**{setting: 0.25})
+        settings: dict[str, Any] = {setting: 0.25}
+        layer = build_layer(**settings)
         # TorchScript compiles dropout at the second call, and then draws other numbers.
         for _ in range(3):
             run_seeded(layer)
@@ -327,7 +353,7 @@ def _hooks(module: nn.Module, fired: list[str]) -> list[Callable[[], Any]]:
 def check_hooks_of_submodules_fire() -> None:
     layer = build_layer()
     expected = run(layer, *inputs())
-    attention = ("input_layernorm", "self_attention", "self_attention.linear_qkv")
+    attention: tuple[str, ...] = ("input_layernorm", "self_attention", "self_attention.linear_qkv")
     attention += ("self_attention.core_attention", "self_attention.linear_proj")
     mlp = ("pre_mlp_layernorm", "mlp", "mlp.linear_fc1", "mlp.linear_fc2")
     for names, other in ((attention, ["mlp"]), (mlp, ["attention"])):

@@ -136,7 +136,7 @@ def check_results_to_write_into() -> None:
         strided = torch.full((*expected.shape, 2), torch.nan).bfloat16()[..., 0]
         for out in (torch.empty(0).bfloat16(), filled, strided):
             address, strides = out.data_ptr(), out.stride()
-            returned: Any = function(*operands, out=out)  # type: ignore[call-arg]
+            returned: Any = function(*operands, out=out)
             assert returned is out, name
             assert torch.equal(out, expected), name
             if out is not filled and out is not strided:

@@ -76,11 +76,10 @@ def fuse_attention(upstream: Callable[..., Any]) -> Callable[..., Any]:
         others = {name: value for name, value in kwargs.items() if name != "rotary_pos_emb"}
         is_plain = not args and all(value is None for value in others.values())
         rotary_pos_emb = kwargs.get("rotary_pos_emb")
-        rotates = isinstance(rotary_pos_emb, Tensor) and not rotary_pos_emb.requires_grad
-        if half is None or not is_plain or not rotates or not half.serves(hidden_states):
+        if half is None or not is_plain or not half.serves(hidden_states):
             return upstream(self, hidden_states, *args, **kwargs)
-        size = attention.hidden_size_per_attention_head
-        if rotary_pos_emb.shape != (len(hidden_states), 1, 1, size):
+        shape = len(hidden_states), 1, 1, attention.hidden_size_per_attention_head
+        if not _rotates(rotary_pos_emb, shape):
             return upstream(self, hidden_states, **kwargs)
         cosine, sine = _angles(rotary_pos_emb, hidden_states.dtype)
         half.wait_for_parameters()
@@ -216,6 +215,11 @@ def _kernels() -> Kernels:
     compiled = kernels()
     assert compiled is not None
     return compiled
+
+
+def _rotates(angles: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these are constant angles [l, 1, 1, d]: whole heads turn, by no learned embedding."""
+    return isinstance(angles, Tensor) and not angles.requires_grad and angles.shape == shape
 
 
 def _is_listened_to(module: nn.Module) -> bool:

@@ -71,7 +71,8 @@ def test_equals_the_torch_implementation(
             leaf, targets, weights_of(weights), None, IGNORED, False, implementation
         )
         assert torch.equal(alone, loss)
-        return loss.detach(), by_offset, *torch.autograd.grad(loss, leaf, grad)
+        (grad_logits,) = torch.autograd.grad(loss, leaf, grad)
+        return loss.detach(), by_offset, grad_logits
 
     loss, by_offset, found = run("auto")
     expected_loss, expected_by_offset, expected = run("torch")
