@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_tst.progress import INTERVAL_VARIABLE
@@ -96,7 +97,8 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
 
     (folder,) = [output / "runs" / "tiny-1000steps-lr0.001-baseline-seed0"]
     runner = start()
-    wait_for(lambda: records(output).get(folder.name, {}).get("state") == "running")
+    # Torchrun and its rank, so that the runner has its process; training would begin much later.
+    wait_for(lambda: len(psutil.Process(runner.pid).children(recursive=True)) >= 2)
     runner.send_signal(signal.SIGINT)
     assert b"the same command goes on" in runner.communicate(timeout=60)[1]
     assert runner.returncode == 130
