@@ -293,6 +293,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.widened = 0
+        self._depth = 0
         self.of_torch: list[tuple[str, set[torch.dtype]]] = []
         module: Any = widened
         module._widened = self._counted(module._widened)
@@ -309,8 +310,13 @@ class Spy:
 
     def _counted(self, function: Any) -> Any:
         def counted(*args: Any) -> Any:
-            self.widened += 1
-            return function(*args)
+            # A product that is written into a tensor calls the one that returns its result.
+            self.widened += self._depth == 0
+            self._depth += 1
+            try:
+                return function(*args)
+            finally:
+                self._depth -= 1
 
         return counted
 
