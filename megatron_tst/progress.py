@@ -84,7 +84,9 @@ class PeriodicLines(AbstractContextManager["PeriodicLines"]):
         trace: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        # A signal may have come while it was started.
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _print_until_the_end(self) -> None:
         wait = min(self._seconds, _SECONDS_TO_FIRST_LINE)
