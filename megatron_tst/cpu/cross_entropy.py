@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tst.native import kernels
+from megatron_tst.native import compiled_kernels, kernels
 
 # The float32 copy of so many logits stays in a second-level cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -61,8 +61,7 @@ class NativeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         """[n, v], [n] -> float32 [n]."""
-        compiled = kernels()
-        assert compiled is not None
+        compiled = compiled_kernels()
         logits = logits.contiguous()
         inside = (target >= 0) & (target < logits.shape[-1])
         columns = target.masked_fill(~inside, 0).unsqueeze(-1)
@@ -76,8 +75,7 @@ class NativeCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """[n] -> [n, v] in the dtype of the logits."""
-        compiled = kernels()
-        assert compiled is not None
+        compiled = compiled_kernels()
         logits, columns, shares, log_sum_exp = ctx.saved_tensors
         operands = (log_sum_exp, grad.contiguous(), torch.empty_like(logits))
         return compiled.multi_hot_gradient(logits, columns, shares, *operands), None

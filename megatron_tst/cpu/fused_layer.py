@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tst.cpu.attention import FusedCoreAttention
 from megatron_tst.cpu.fused_attention import attend, attention_gradients
 from megatron_tst.cpu.norm import RMSNorm
-from megatron_tst.native import Kernels, kernels
+from megatron_tst.native import compiled_kernels, kernels
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class AttentionHalf(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """[l, b, h], [h], [g (r + 2) d, h], [h, g r d], [l, d], [l, d] -> [l, b, h]."""
-        compiled = _kernels()
+        compiled = compiled_kernels()
         x = x.contiguous()
         length, batch, _ = x.shape
         normed, inverse = compiled.rms_norm(x, norm, eps)
@@ -151,7 +151,7 @@ class AttentionHalf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the three weights."""
-        compiled = _kernels()
+        compiled = compiled_kernels()
         x, norm, qkv, proj, cosine, sine, inverse, normed, *rest = ctx.saved_tensors
         query, key, value, merged, *kept = rest
         length, batch, groups, heads, size = ctx.shape
@@ -175,7 +175,7 @@ class MLPHalf(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, gate_and_up: Tensor, down: Tensor, eps: float
     ) -> Tensor:
         """[l, b, h], [h], [2 f, h], [h, f] -> [l, b, h]."""
-        compiled = _kernels()
+        compiled = compiled_kernels()
         x = x.contiguous()
         normed, inverse = compiled.rms_norm(x, norm, eps)
         inner = normed.view(-1, x.shape[-1]) @ gate_and_up.t()
@@ -187,7 +187,7 @@ class MLPHalf(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x and of the three weights."""
-        compiled = _kernels()
+        compiled = compiled_kernels()
         x, norm, gate_and_up, down, inverse, normed, inner, activated = ctx.saved_tensors
         grad = grad.contiguous()
         rows = grad.view(-1, grad.shape[-1])
@@ -209,12 +209,6 @@ def _added(residual: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     hidden = residual.shape[-1]
     torch.addmm(residual.view(-1, hidden), rows, weight.t(), out=result.view(-1, hidden))
     return result
-
-
-def _kernels() -> Kernels:
-    compiled = kernels()
-    assert compiled is not None
-    return compiled
 
 
 def _rotates(angles: Any, shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_tst.native import kernels
+from megatron_tst.native import compiled_kernels, kernels
 
 
 class RMSNorm(nn.RMSNorm):
@@ -33,8 +33,7 @@ class CompiledRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[..., h], [h] -> [..., h]."""
-        compiled = kernels()
-        assert compiled is not None
+        compiled = compiled_kernels()
         x = x.contiguous()
         y, inverse = compiled.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
@@ -44,8 +43,7 @@ class CompiledRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """[..., h] -> [..., h] and [h]."""
-        compiled = kernels()
-        assert compiled is not None
+        compiled = compiled_kernels()
         x, weight, inverse = ctx.saved_tensors
         grads = compiled.rms_norm_gradient(grad.contiguous(), x, weight, inverse, residual=None)
         return *grads, None

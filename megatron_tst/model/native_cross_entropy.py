@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_tst.model.collectives import group_size
 from megatron_tst.model.kernels.launch import Implementation
 from megatron_tst.model.targets import bag_coefficients
-from megatron_tst.native import Kernels, kernels
+from megatron_tst.native import compiled_kernels, kernels
 
 
 def uses_native(
@@ -44,7 +44,7 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         shares, live = bag_coefficients(targets, target_weights, ignore_index, torch.float32)
         valid = targets != ignore_index
         columns = targets.masked_fill(~valid, 0)
-        loss, log_sum_exp = _kernels().multi_hot_loss(logits, columns, shares)
+        loss, log_sum_exp = compiled_kernels().multi_hot_loss(logits, columns, shares)
         ctx.save_for_backward(logits, columns, shares, live, log_sum_exp)
         ctx.reuse_logits = reuse_logits
         loss.masked_fill_(~live, 0)
@@ -62,14 +62,10 @@ class NativeMultiHotCrossEntropy(torch.autograd.Function):
         logits, columns, shares, live, log_sum_exp = ctx.saved_tensors
         out = logits if ctx.reuse_logits else torch.empty_like(logits)
         scale = grad_output.masked_fill(~live, 0)
-        grad = _kernels().multi_hot_gradient(logits, columns, shares, log_sum_exp, scale, out)
+        grad = compiled_kernels().multi_hot_gradient(
+            logits, columns, shares, log_sum_exp, scale, out
+        )
         if ctx.reuse_logits:
             # Has autograd refuse to use them again, as it would by itself for a torch operator.
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None, None, None
-
-
-def _kernels() -> Kernels:
-    compiled = kernels()
-    assert compiled is not None
-    return compiled

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_tst.model.kernels.launch import Implementation
-from megatron_tst.native import Kernels, kernels
+from megatron_tst.native import compiled_kernels, kernels
 
 
 def uses_native(implementation: Implementation, weight: Tensor) -> bool:
@@ -31,7 +31,7 @@ class NativeBagMean(torch.autograd.Function):
         divisors = None if sizes is None else sizes.flatten().float()
         ctx.save_for_backward(tokens, divisors)
         ctx.shard_size = weight.shape[0]
-        result = _kernels().bag_mean(weight.contiguous(), tokens, divisors)
+        result = compiled_kernels().bag_mean(weight.contiguous(), tokens, divisors)
         return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
@@ -40,11 +40,5 @@ class NativeBagMean(torch.autograd.Function):
         """[b, l, h] -> [v, h]."""
         tokens, divisors = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
-        result = _kernels().bag_mean_gradient(grad, tokens, divisors, ctx.shard_size)
+        result = compiled_kernels().bag_mean_gradient(grad, tokens, divisors, ctx.shard_size)
         return result, None, None, None
-
-
-def _kernels() -> Kernels:
-    compiled = kernels()
-    assert compiled is not None
-    return compiled

@@ -3,6 +3,6 @@
 Needs torch only.
 """
 
-from megatron_tst.native.kernels import Kernels, describe_kernels, kernels
+from megatron_tst.native.kernels import Kernels, compiled_kernels, describe_kernels, kernels
 
-__all__ = ["Kernels", "describe_kernels", "kernels"]
+__all__ = ["Kernels", "compiled_kernels", "describe_kernels", "kernels"]

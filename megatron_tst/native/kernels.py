@@ -244,6 +244,13 @@ def kernels() -> Kernels | None:
     return _choose()[0]
 
 
+def compiled_kernels() -> Kernels:
+    """The kernels, for code that :func:`kernels` has sent here."""
+    compiled = kernels()
+    assert compiled is not None
+    return compiled
+
+
 def describe_kernels() -> str:
     """Which of the two this process uses, and why."""
     return _choose()[1]

@@ -20,6 +20,8 @@ def precision_sentence(runs: Iterable[RunResult]) -> str:
 def _precision_of(run: RunResult) -> str:
     if "bf16" not in run.settings:
         return "a precision that was not recorded"
+    if "--fp8-format" in run.command.split():
+        return "FP8"
     if run.settings["bf16"]:
         return "bf16"
     return "fp16" if "--fp16" in run.command.split() else "fp32"
