@@ -55,15 +55,15 @@ def attend(
     """
     length = key.shape[1]
     heads = query.shape[1] // length
-    context = torch.empty_like(query)
+    contexts = []
     keeps = query.shape[0] * query.shape[1] * length <= _MOST_KEPT
     kept = []
     for block in blocks(length, heads):
         probabilities = _probabilities(kernels, query, key, block, heads, scale)
-        context[:, block.rows] = probabilities @ value[:, : block.seen]
+        contexts.append(torch.bmm(probabilities, value[:, : block.seen]))
         if keeps:
             kept.append(probabilities)
-    return context, kept
+    return _joined(contexts), kept
 
 
 def attention_gradients(
@@ -78,25 +78,54 @@ def attention_gradients(
     """Gradients of query, key and value; those of key and value add up over blocks in float32."""
     length = key.shape[1]
     heads = query.shape[1] // length
-    grad_query = torch.empty_like(query)
-    grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+    grad_queries = []
+    grad_key, grad_value = _Total(key), _Total(value)
     for index, block in enumerate(blocks(length, heads)):
-        seen = slice(0, block.seen)
         if kept:
             probabilities = kept[index]
         else:
             probabilities = _probabilities(kernels, query, key, block, heads, scale)
-        of_block = grad[:, block.rows]
-        grad_scores = of_block @ value[:, seen].transpose(1, 2)
+        of_block, seen_key = grad[:, block.rows], key[:, : block.seen]
+        grad_scores = torch.bmm(of_block, value[:, : block.seen].transpose(1, 2))
         kernels.causal_softmax_gradient_(probabilities, grad_scores, block.first, heads, scale)
-        grad_value[:, seen] += probabilities.transpose(1, 2) @ of_block
-        grad_key[:, seen] += grad_scores.transpose(1, 2) @ query[:, block.rows]
-        grad_query[:, block.rows] = grad_scores @ key[:, seen]
-    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+        grad_value.add(torch.bmm(probabilities.transpose(1, 2), of_block))
+        grad_key.add(torch.bmm(grad_scores.transpose(1, 2), query[:, block.rows]))
+        grad_queries.append(torch.bmm(grad_scores, seen_key))
+    return _joined(grad_queries), grad_key.rounded(), grad_value.rounded()
+
+
+class _Total:
+    """Sum of gradients of the first positions, in float32: [n, seen, d] -> [n, l, d].
+
+    Args:
+        like: what the gradients are of, [n, l, d].
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._total: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        """Adds [n, seen, d]."""
+        if self._total is None and part.shape == self._like.shape:
+            self._total = part  # The only one: the last block is the one that sees all.
+            return
+        if self._total is None:
+            self._total = torch.zeros_like(self._like, dtype=torch.float32)
+        self._total[:, : part.shape[1]] += part
+
+    def rounded(self) -> Tensor:
+        """[n, l, d]."""
+        assert self._total is not None
+        return self._total.to(self._like.dtype)
+
+
+def _joined(blocks_of_rows: list[Tensor]) -> Tensor:
+    return blocks_of_rows[0] if len(blocks_of_rows) == 1 else torch.cat(blocks_of_rows, 1)
 
 
 def _probabilities(
     kernels: Kernels, query: Tensor, key: Tensor, block: Block, heads: int, scale: float
 ) -> Tensor:
-    scores = query[:, block.rows] @ key[:, : block.seen].transpose(1, 2)
+    scores = torch.bmm(query[:, block.rows], key[:, : block.seen].transpose(1, 2))
     return kernels.causal_softmax_(scores, block.first, heads, scale)
