@@ -38,6 +38,7 @@ from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.fused_paths import report_fused_paths
 from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.optimizer_sharding import mend_saved_optimizer
 from megatron_tst.training.optimizer_state import load_without_gradients
 from megatron_tst.training.reporting import (
     ProgressReporter,
@@ -105,6 +106,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     step_end = _StepEnd(schedule, clock, reporter, after_step)
     run_after_each_step(step_end, before_next_step=clock.start)
     load_without_gradients()
+    mend_saved_optimizer()
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),
