@@ -25,6 +25,7 @@ from megatron_tst.training.data_budget import check_data_budget
 from megatron_tst.training.datasets import DatasetsProvider
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.optimizer_sharding import mend_saved_optimizer
 
 
 def own_layers() -> ModuleSpec:
@@ -66,6 +67,8 @@ def main() -> int:
     # SuperpositionGPTDataset in Megatron's builder of blends.
     datasets = DatasetsProvider(args, schedule)
     schedule = check_data_budget(args, schedule, datasets.config)
+    # Megatron 0.19.2 by itself saves another state of the distributed optimizer than it has.
+    mend_saved_optimizer()
     pretrain(
         pretrain_cfg_container_from_args(args),
         datasets,
