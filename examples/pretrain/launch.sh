@@ -97,8 +97,6 @@ CHECKPOINT_ARGS=(
   --ckpt-fully-parallel-load
   --ckpt-assume-constant-structure
   --dist-ckpt-strictness log_all
-  # Lets a resume have any other parallel layout.
-  --dist-ckpt-optim-fully-reshardable
   # SIGTERM: finish the step, save, exit with 0.
   --exit-signal-handler
   # NaN guard: a NaN or Inf ends the run before anything is saved. Megatron's own default repeats
@@ -130,6 +128,10 @@ if [[ -n ${STOCK_MEGATRON:-} ]]; then
   # Phase 2 without this project: docs/stock-megatron.md.
   PROGRAM=("$STOCK_MEGATRON/pretrain_gpt.py")
   TST_ARGS=()
+else
+  # Lets a resume have any other parallel layout. Megatron 0.19.2 by itself can save wrong master
+  # weights and moments with it (docs/troubleshooting.md).
+  CHECKPOINT_ARGS+=(--dist-ckpt-optim-fully-reshardable)
 fi
 
 TRAINER=(

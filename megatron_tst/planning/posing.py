@@ -271,8 +271,18 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
         )
 
 
-def gradient_buffers(args: argparse.Namespace, stage: Stage) -> list[Any]:
+def gradient_buffers(
+    args: argparse.Namespace,
+    stage: Stage,
+    has_own_buffer: Callable[[torch.nn.Module, str, torch.nn.Parameter], bool] | None = None,
+) -> list[Any]:
     """How Megatron lays the parameters of a rank out for its distributed optimizer.
+
+    Args:
+        args: validated.
+        stage: what the rank holds.
+        has_own_buffer: of a chunk, a name in it and the parameter: whether it lies apart from the
+            others, as weights kept in FP8 do, which are built in bf16 here.
 
     Returns:
         Pairs of a key and a layout, by buffer, from Megatron's own function.
@@ -282,14 +292,22 @@ def gradient_buffers(args: argparse.Namespace, stage: Stage) -> list[Any]:
     buffers = []
     for place, chunk in enumerate(stage.chunks):
         is_bucketed = args.overlap_grad_reduce and place == 0 and stage.pipeline_rank == 0
-        layout = DistributedOptimizer.compute_full_param_layout(
-            [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-            _bucket_size(args, stage) if is_bucketed else None,
-            stage.data_parallel_size // instances,
-            ddp,
-            expert_data_parallel_world_size=max(stage.expert_data_parallel_size // instances, 1),
-        )
-        buffers.extend(layout.layouts.items())
+        groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad:
+                is_apart = has_own_buffer is not None and has_own_buffer(chunk, name, parameter)
+                groups[is_apart].append(parameter)
+        for parameters in groups.values():
+            layout = DistributedOptimizer.compute_full_param_layout(
+                parameters,
+                _bucket_size(args, stage) if is_bucketed else None,
+                stage.data_parallel_size // instances,
+                ddp,
+                expert_data_parallel_world_size=max(
+                    stage.expert_data_parallel_size // instances, 1
+                ),
+            )
+            buffers.extend(layout.layouts.items())
     return buffers
 
 

@@ -26,6 +26,7 @@ from megatron_tst.planning.memory import (
     rank_parameters,
 )
 from megatron_tst.planning.model_size import BuiltModel, whole_model
+from megatron_tst.planning.optimizer_layout import misplaced_note
 from megatron_tst.planning.suspects import engine_note, suspects
 from megatron_tst.schedule import SuperpositionSchedule
 
@@ -210,11 +211,12 @@ def _changes(
 def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
     """Builds one rank of each stage, and those that were asked for."""
     built: list[posing.Stage] = []
+    ranks: list[int] = []
 
     def build() -> None:
         config = posing.build_configuration(args)
         posing.check_recipes(args, config)
-        ranks = posing.stage_ranks(args)
+        ranks.extend(posing.stage_ranks(args))
         wanted = dict.fromkeys([*ranks, *launch.ranks])
         built.extend(posing.build_stage(args, config, rank) for rank in wanted)
         report.model = whole_model(args, built[: len(ranks)])
@@ -230,6 +232,7 @@ def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
         finding for stage in built for finding in model_checks.fp8_misalignments(args, stage)
     ]
     report.findings.extend(dict.fromkeys(misaligned))
+    report.findings.extend(misplaced_note(args, built[: len(ranks)]))
     report.findings.extend(_memory_findings(report, launch.gpu_bytes))
 
 

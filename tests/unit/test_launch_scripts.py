@@ -186,6 +186,10 @@ def test_phase_2_of_stock_megatron_has_the_steps_of_the_run_and_none_of_our_flag
     assert "/opt/Megatron-LM/pretrain_gpt.py" in command
     assert not [word for word in command if "tst" in word.removeprefix(str(cases.folder))]
     assert cases.found["stock"]["steps"] == 49_983
+    # Which Megatron 0.19.2 gets wrong where this package does not mend it.
+    by_parameter = "--dist-ckpt-optim-fully-reshardable"
+    assert by_parameter not in command
+    assert by_parameter in cases.command("10b_a1b")
 
 
 def test_arguments_and_paths_with_spaces_arrive_whole(cases: Cases) -> None:

@@ -43,6 +43,19 @@ LAYOUTS = {
     "experts": ["--expert-model-parallel-size", "2"],
 }
 OPTIMIZER_RANKS = (0, 7)
+# Model, precision, GPUs and what is wrong in checkpoints without the mend; as documented.
+MISPLACED = [
+    ("270m", "bf16", 8, "57%"),
+    ("270m", "bf16", 64, "48%"),
+    ("270m", "bf16", 256, None),
+    ("600m", "bf16", 8, "73%"),
+    ("600m", "bf16", 64, None),
+    ("600m", "mxfp8", 128, "23%"),
+    ("3b", "bf16", 24, "90%"),
+    ("3b", "fp8", 24, "86%"),
+    ("3b", "bf16", 64, None),
+    ("10b_a1b", "bf16", 24, "27%"),
+]
 SEVERAL_MISTAKES = [
     *("--yaml-cfg", "model.yaml"),
     *("--seq-length", "0"),
@@ -111,6 +124,10 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         checked.measure(f"activations {name}", "preflight_measured.measured_activations", argv)
         checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
         checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
+    for model, precision, size, _ in MISPLACED:
+        argv = checked.script(model, PRECISION=precision, MICRO_BATCH_SIZE="1")
+        batch = ["--global-batch-size", str(16 * size)] if size % 3 == 0 else []
+        checked.add(f"{model} {precision} {size}", [*argv, *batch], size=size)
     for model in MODELS:
         checked.measure(
             f"FLOPs {model}", "preflight_measured.megatron_flops", scripts[model, "tst"], 64
@@ -153,6 +170,17 @@ def test_documented_output_is_that_of_the_tool(checked: Checked) -> None:
             lines = checked.found[f"{model} {variant}"]["lines"]
             missing = [line for line in lines if line not in documented and "note: " not in line]
             assert not missing
+
+
+@pytest.mark.parametrize(("model", "precision", "size", "share"), MISPLACED)
+def test_what_megatron_alone_saves_wrongly_is_noted(
+    checked: Checked, model: str, precision: str, size: int, share: str | None
+) -> None:
+    name = f"{model} {precision} {size}"
+    assert not checked.texts(name, "error")
+    notes = [text for text in checked.texts(name, "note") if "without the mend" in text]
+    assert len(notes) == (share is not None)
+    assert all(f" {share} of the master weights" in text for text in notes)
 
 
 def test_published_sizes(checked: Checked) -> None:
