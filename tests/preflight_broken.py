@@ -85,7 +85,7 @@ BROKEN: dict[str, Broken] = {
         "--dist-ckpt-optim-fully-reshardable",
         "",
         "warning",
-        "resumes at no other parallel layout",
+        "resumes at other data-parallel sizes, and at no other layout",
     ),
     "scheduler": (
         "3b",

@@ -87,7 +87,7 @@ _MISSING = (
         "--dist-ckpt-optim-fully-reshardable",
         "dist_ckpt_optim_fully_reshardable",
         False,
-        "the optimizer state resumes at no other parallel layout",
+        "the optimizer state resumes at other data-parallel sizes, and at no other layout",
     ),
 )
 

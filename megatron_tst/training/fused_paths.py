@@ -53,6 +53,20 @@ def refuse_missing_kernels(args: argparse.Namespace, installed: Collection[str])
             f"extensions ({_ACCUMULATION}), which is not installed: run in NVIDIA's PyTorch "
             "container, install apex, or add --no-gradient-accumulation-fusion."
         )
+    _refuse_optimizer_of_torch(args, installed)
+
+
+def _refuse_optimizer_of_torch(args: argparse.Namespace, installed: Collection[str]) -> None:
+    if not (args.use_distributed_optimizer and args.save):
+        return
+    # Megatron 0.19 asserts a count of steps at every load, which torch's Adam has only afterwards.
+    if _TRANSFORMER_ENGINE not in installed and _APEX not in installed:
+        raise ValueError(
+            f"--use-distributed-optimizer with --save {args.save} needs Transformer Engine or "
+            "apex, neither of which is installed: Megatron saves the state of torch's Adam and "
+            "cannot load it again. Run in NVIDIA's PyTorch container, or remove "
+            "--use-distributed-optimizer."
+        )
 
 
 def lost_fused_paths(args: argparse.Namespace, installed: Collection[str]) -> list[str]:

@@ -12,9 +12,14 @@ ALL = {"transformer_engine", "apex", "fused_weight_gradient_mlp_cuda"}
 
 
 def arguments(
-    implementation: str = "transformer_engine", fusion: bool = True
+    implementation: str = "transformer_engine", fusion: bool = True, sharded: bool = False
 ) -> argparse.Namespace:
-    return argparse.Namespace(transformer_impl=implementation, gradient_accumulation_fusion=fusion)
+    return argparse.Namespace(
+        transformer_impl=implementation,
+        gradient_accumulation_fusion=fusion,
+        use_distributed_optimizer=sharded,
+        save="runs/a",
+    )
 
 
 def test_nothing_is_lost_in_a_container_that_has_both() -> None:
@@ -28,6 +33,7 @@ def test_nothing_is_lost_in_a_container_that_has_both() -> None:
         (arguments(), ALL - {"transformer_engine"}, "--transformer-impl transformer_engine needs"),
         (arguments(), {"transformer_engine"}, "add --no-gradient-accumulation-fusion"),
         (arguments("local"), {"transformer_engine", "apex"}, "fused_weight_gradient_mlp_cuda"),
+        (arguments("local", False, True), set(), "--use-distributed-optimizer with --save runs/a"),
     ],
 )
 def test_what_megatron_would_fail_over_is_refused(
@@ -41,7 +47,7 @@ def test_what_megatron_would_fail_over_is_refused(
     ("args", "installed", "starts"),
     [
         (arguments(fusion=False), {"transformer_engine"}, ["accumulation"]),
-        (arguments("local"), ALL - {"apex"}, ["norms"]),
+        (arguments("local", sharded=True), ALL - {"apex"}, ["norms"]),
         (arguments("local", False), set(), ["optimizer", "attention", "norms", "accumulation"]),
     ],
 )
