@@ -7,6 +7,7 @@ from typing import get_args
 
 from megatron_tst.batch_arguments import batch_sizes_from_args, total_steps_from_args
 from megatron_tst.config import (
+    CheckpointVerification,
     DocumentBoundary,
     LossImplementation,
     Objective,
@@ -96,6 +97,14 @@ def _add_run_arguments(group: argparse._ArgumentGroup) -> None:
         type=float,
         help="How many times a run may read the text of a corpus; default 1 with superposition, "
         "unlimited without.",
+    )
+    group.add_argument(
+        "--tst-verify-checkpoint",
+        choices=get_args(CheckpointVerification),
+        default="sample",
+        help="What is looked at in a checkpoint before it is resumed: some master weights in each "
+        "part of the model, in a second; all of its numbers, by the first process; or only the "
+        "sizes of its files.",
     )
 
 

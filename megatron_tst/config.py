@@ -12,6 +12,7 @@ Objective = Literal["mce", "mce-sum", "bce", "hinge"]
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
 DocumentBoundary = Literal["cross", "align"]
 LossImplementation = Literal["auto", "torch", "triton", "linear"]
+CheckpointVerification = Literal["sample", "full", "off"]
 
 POWER_LAW_FROM_BAG_SIZE = 8
 """Bag size from which power-law weights trained better than uniform ones (arXiv 2605.06546)."""

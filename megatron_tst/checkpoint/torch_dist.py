@@ -55,6 +55,11 @@ class TorchDistCheckpoint:
         # By key and number of indices: the shards that overlap each index.
         self._shards: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
 
+    @property
+    def index(self) -> Metadata:
+        """What lies where."""
+        return self._metadata
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Global shape of every tensor by key, optimizer state included."""
         return {

@@ -22,6 +22,7 @@ from megatron_tst.training.resume_batches import (
     refuse_other_past,
     refuse_other_switch,
 )
+from megatron_tst.training.saved_state_check import refuse_wrong_state
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -89,6 +90,8 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         refuse_other_learning_rate(args, schedule, saved_args)
     if is_superposed:
         refuse_other_switch(args, schedule, saved)
+    # Last: it reads more than the others.
+    refuse_wrong_state(args, folder, saved_args)
     return steps_done
 
 

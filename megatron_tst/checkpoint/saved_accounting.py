@@ -1,0 +1,144 @@
+"""Whether a checkpoint's counts of steps, samples and tokens agree with each other."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_tst.arguments import superposition_schedule_from_args
+from megatron_tst.batch_arguments import batch_sizes_from_args
+
+_RELEASE = "release"
+
+
+@dataclass
+class Accounting:
+    """What was compared.
+
+    Attributes:
+        summary: where the run was.
+        compared: number of comparisons.
+        faults: sentences on what cannot be.
+        notes: sentences on what is unusual and may be meant.
+    """
+
+    summary: str
+    compared: int = 0
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def require(self, is_right: bool, fault: str) -> None:
+        """Counts a comparison, and a fault where it fails."""
+        self.compared += 1
+        if not is_right:
+            self.faults.append(fault)
+
+
+def check_accounting(name: str, common: Mapping[str, Any]) -> Accounting:
+    """Compares the counts of a checkpoint.
+
+    Args:
+        name: of its folder.
+        common: what it has besides tensors.
+    """
+    args: Namespace = common["args"]
+    step = common.get("iteration")
+    result = Accounting(f"step {step}")
+    if name == _RELEASE:
+        result.summary = "a release without optimizer: training starts at step 0 from it"
+        return result
+    result.require(
+        isinstance(step, int) and name in (f"iter_{step:07d}", _RELEASE),
+        f"the folder is {name}, and the checkpoint in it of step {step}",
+    )
+    if not isinstance(step, int):
+        return result
+    _check_optimizer_steps(result, common, step, args)
+    settings = getattr(args, "tst_settings", None) or {}
+    if settings.get("bag_size", 1) > 1:
+        _check_superposition(result, args, settings, step)
+    else:
+        _look_at_samples(result, args, step)
+    return result
+
+
+def param_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The groups of parameters of an optimizer's state, however deep they lie in it."""
+    if isinstance(state, dict):
+        groups = state.get("param_groups")
+        if isinstance(groups, list):
+            yield from (group for group in groups if isinstance(group, dict))
+        for value in state.values():
+            yield from param_groups(value)
+
+
+def _check_optimizer_steps(
+    result: Accounting, common: Mapping[str, Any], step: int, args: Namespace
+) -> None:
+    groups = param_groups(common.get("optimizer"))
+    counts = {int(group["step"]) for group in groups if group.get("step") is not None}
+    if not counts:
+        return
+    may_differ = bool(getattr(args, "override_ckpt_iteration", None))
+    result.require(
+        max(counts) <= step or may_differ,
+        f"the optimizer counts {max(counts)} steps, and the checkpoint is of step {step}",
+    )
+    if max(counts) < step:
+        result.notes.append(
+            f"the optimizer counts {max(counts)} of {step} steps: others were skipped, or came "
+            "before it was started anew"
+        )
+
+
+def _check_superposition(
+    result: Accounting, args: Namespace, settings: Mapping[str, Any], step: int
+) -> None:
+    # An earlier version may have saved other settings.
+    try:
+        schedule = superposition_schedule_from_args(args)
+        samples = args.consumed_train_samples
+        switch_step, switch_sample = settings["switch_step"], settings["switch_sample"]
+    except (AttributeError, KeyError, ValueError) as error:
+        result.notes.append(f"its --tst-* values cannot be compared ({error})")
+        return
+    phase = "phase 1" if step < switch_step else "phase 2"
+    result.summary = (
+        f"step {step} of {schedule.total_steps}, {phase}, switch at step {switch_step}, bags of "
+        f"{settings['bag_size']}, {samples:,} samples, {schedule.data_tokens(step):,} data tokens"
+    )
+    expected = schedule.batch_sizes.samples_at(step)
+    result.require(
+        samples == expected or bool(getattr(args, "decrease_batch_size_if_needed", False)),
+        f"{samples} samples were read in {step} steps, and its batch sizes make that {expected}",
+    )
+    result.require(
+        schedule.switch_step == switch_step == args.tst_switch_step,
+        f"its switch is recorded at step {switch_step} (and {args.tst_switch_step}), and its "
+        f"--tst-* values put it at step {schedule.switch_step}",
+    )
+    result.require(
+        schedule.switch_sample == switch_sample,
+        f"its switch is recorded at sample {switch_sample}, and its --tst-* values put it at "
+        f"sample {schedule.switch_sample}",
+    )
+
+
+def _look_at_samples(result: Accounting, args: Namespace, step: int) -> None:
+    samples = getattr(args, "consumed_train_samples", None)
+    if samples is None:
+        return
+    result.summary = f"step {step}, without superposition, {samples:,} samples"
+    # Megatron lets the batch size grow, and change at a resume.
+    try:
+        expected = batch_sizes_from_args(args).samples_at(step)
+    except (AttributeError, TypeError, ValueError):
+        return
+    result.compared += 1
+    if samples != expected:
+        result.notes.append(
+            f"{samples} samples were read in {step} steps, and --global-batch-size makes that "
+            f"{expected}: right if it was another one before"
+        )
