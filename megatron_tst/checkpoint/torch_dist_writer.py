@@ -101,7 +101,8 @@ def write_checkpoint(
         folder: to create.
         shapes: global shape of every tensor by key.
         chunks: parts that make up all of the tensors.
-        objects: what is not a tensor by key; ``COMMON_KEY`` among it, with ``args``.
+        objects: what is not a tensor by key; ``COMMON_KEY`` among it, with ``args``. Bytes are
+            written as they are.
         advance: called as each chunk was loaded.
     """
     items = [[WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects]]
@@ -141,9 +142,12 @@ class _Source(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
+            value = self._objects[write_item.index.fqn]
+            if isinstance(value, bytes):
+                return io.BytesIO(value)
             data = io.BytesIO()
             # Every object is wrapped in the list of its shards.
-            torch.save([self._objects[write_item.index.fqn]], data)
+            torch.save([value], data)
             return data
         offsets = write_item.index.offset
         assert offsets is not None

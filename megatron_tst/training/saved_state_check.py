@@ -40,9 +40,10 @@ def refuse_wrong_state(args: Namespace, folder: Path, saved: Namespace) -> None:
     else:
         remedy = "pass --ckpt-step with an older checkpoint, or copy it again"
     raise ValueError(
-        f"--load {args.load}: {folder.name} has faults, such as {worst.where} ({worst.share:.0%} of "
-        f"what was looked at: {worst.text}): {remedy}. tools/verify_checkpoint.py {folder} shows all and can "
-        "rebuild the masters; --tst-verify-checkpoint off loads it as it is."
+        f"--load {args.load}: {folder.name} has faults, such as {worst.where} ({worst.text}, "
+        f"{worst.share:.0%} of what was looked at): {remedy}. tools/verify_checkpoint.py {folder} "
+        "shows all of them and can rebuild the masters; --tst-verify-checkpoint off loads it as it "
+        "is."
     )
 
 
