@@ -123,10 +123,12 @@ class SmallRun:
         result: dict[str, Any] = json.loads(text)
         return result
 
+    def checkpoint_folder(self, step: int, folder_name: str = "checkpoints") -> Path:
+        return self.folder / folder_name / f"iter_{step:07d}"
+
     def checkpoint(self, step: int, folder_name: str = "checkpoints") -> dict[str, torch.Tensor]:
         """All tensors of a checkpoint, model and optimizer, by key."""
-        folder = self.folder / folder_name / f"iter_{step:07d}"
-        reader = FileSystemReader(str(folder))
+        reader = FileSystemReader(str(self.checkpoint_folder(step, folder_name)))
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -143,6 +145,17 @@ def assert_bit_equal(
     assert actual.keys() == expected.keys()
     different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different, different
+
+
+def assert_faultless(*folders: Path) -> None:
+    """Requires that the verification of checkpoints finds nothing and compares all masters."""
+    from megatron_tst.checkpoint.verification import verify_checkpoint
+    from megatron_tst.checkpoint.verification_wording import description
+
+    for folder in folders:
+        result = verify_checkpoint(folder)
+        assert not result.faults, description(result)
+        assert not [note for note in result.notes if "compared" in note], description(result)
 
 
 Check = Callable[[Sequence[SmallRun]], list[str | None]]

@@ -5,9 +5,11 @@ Builds no model and reads a few megabytes at a time.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from megatron_tst.checkpoint.findings import COUNTS, FILES, Verification
 from megatron_tst.checkpoint.saved_accounting import check_accounting
@@ -29,18 +31,30 @@ def verify_checkpoint(folder: Path, on_progress: CountCallback = no_progress) ->
         ValueError: the index or the training arguments cannot be read.
     """
     state = read_saved_state(folder)
-    common = state.source.read_common()
     shards = [shard for of_key in state.shards.values() for shard in of_key]
     result = Verification(folder, bytes=sum(shard.bytes for shard in shards))
     check_files(state, result)
-    check_values(state, result, common["args"], on_progress)
-    counts = check_accounting(folder.name, common)
-    result.summary = counts.summary
-    result.notes += counts.notes
-    result.looked_at[COUNTS] += counts.compared
-    for text in counts.faults:
-        result.count(COUNTS, folder.name, 1, 0, text)
+    common = _common(state, result)
+    check_values(state, result, common["args"] if common else Namespace(), on_progress)
+    if common:
+        counts = check_accounting(folder.name, common)
+        result.summary = counts.summary
+        result.notes += counts.notes
+        result.looked_at[COUNTS] += counts.compared
+        for text in counts.faults:
+            result.count(COUNTS, folder.name, 1, 0, text)
     return result
+
+
+def _common(state: SavedState, result: Verification) -> dict[str, Any] | None:
+    """What is not a tensor; None where it lies in a file that is not whole."""
+    try:
+        return state.source.read_common()
+    except ValueError:
+        if not result.faults:
+            raise
+        result.summary = "its training arguments are lost"
+        return None
 
 
 def check_files(state: SavedState, result: Verification) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_tst.checkpoint.findings import CHECKS, Fault, Verification
+from megatron_tst.checkpoint.findings import CHECKS, FILES, Fault, Verification
 from megatron_tst.report.text_table import Table
 
 _MOST_FAULTS = 20
@@ -41,6 +41,7 @@ def _checks(result: Verification) -> Table:
 
 
 def _faults(faults: list[Fault]) -> Table:
-    worst = sorted(faults, key=lambda fault: -fault.count)[:_MOST_FAULTS]
+    # Files explain what comes after them.
+    worst = sorted(faults, key=lambda fault: (fault.check != FILES, -fault.count))[:_MOST_FAULTS]
     rows = [(fault.where, fault.text, f"{fault.count:,}", f"{fault.share:.1%}") for fault in worst]
     return Table(("where", "what is wrong", "how many", "share"), rows)
