@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import TOTAL_STEPS, SmallRun
+from tests.runs import TOTAL_STEPS, SmallRun, assert_faultless
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
@@ -63,6 +63,7 @@ def test_flags_of_large_runs_work(launcher: Launcher, small_run: SmallRun, bundl
     run = small_run.with_(**BUNDLES[bundle], tst_bag_size=4, tst_steps=5)
     launcher.run(run.argv, run.log)
     assert_it_learned(run)
+    assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
     if bundle == "distributed optimizer":
         scalars = run.scalars()
         assert min(scalars["mem-allocated-bytes"].values()) > 1e6
@@ -83,6 +84,7 @@ def test_replicas_agree_under_overlapped_reduction(launcher: Launcher, small_run
     launcher.run(run.argv, run.log, world_size=2)
     assert_it_learned(run)
     assert run.log.read_text().count("Weight hashes match after") >= TOTAL_STEPS // 4
+    assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
 
 
 def test_sequence_parallelism_changes_the_layout_only(

@@ -21,7 +21,7 @@ from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
 from tests.hf_imports import LARGE
 from tests.hf_models import CONTEXT, KINDS, VOCABULARY
-from tests.runs import SmallRun
+from tests.runs import SmallRun, assert_faultless
 from tests.tiny_llama import save_tiny_llama
 from tests.zygote import Launcher
 
@@ -82,6 +82,7 @@ def test_the_way_back_gives_the_same_bits(
     imported: dict[str, Imported], tmp_path: Path, kind: str
 ) -> None:
     case = imported[kind]
+    assert_faultless(case.checkpoint / "release")
     # Its tokenizer has fewer entries than it has rows, and Megatron's checkpoint has more.
     result = export_to_huggingface(case.checkpoint, case.model, tmp_path / "back")
     assert result.shape.padded_vocabulary == PADDED_VOCABULARY

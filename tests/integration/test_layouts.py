@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.integration.layouts import LAYOUTS, RECIPES, arguments_of, model_arguments
-from tests.runs import SmallRun
+from tests.runs import SmallRun, assert_faultless
 from tests.zygote import Launcher
 
 # Two steps a phase: the second sees what the first made of the weights.
@@ -161,6 +161,9 @@ def test_a_layout_trains_as_one_process(
     launcher.run(run.argv, run.log, world_size=LAYOUTS[case.layout].processes)
 
     results = Results.of(run)
+    if case.dtype == "bf16" or "use_distributed_optimizer" in LAYOUTS[case.layout].arguments:
+        # There are masters.
+        assert_faultless(run.checkpoint_folder(STEPS))
     deviations = {
         (phase, name): value
         for phase, steps in PHASES.items()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.layouts import LAYOUTS, arguments_of
-from tests.runs import Check, SmallRun
+from tests.runs import Check, SmallRun, assert_faultless
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
@@ -68,6 +68,7 @@ def saved_run(
                 micro_batch_size=1,
             )
             launcher.run(run.argv, run.log, world_size=LAYOUTS[layout].processes)
+            assert_faultless(*(run.checkpoint_folder(step) for step in STOPS.values()))
             runs[model, layout] = run
         return runs[model, layout]
 

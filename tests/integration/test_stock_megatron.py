@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import SmallRun, assert_bit_equal
+from tests.runs import SmallRun, assert_bit_equal, assert_faultless
 from tests.stock_alone import copy_to
 from tests.zygote import Launcher
 
@@ -107,6 +107,7 @@ def test_from_the_switch_on_losses_and_weights_are_those_of_our_phase_2(
     steps = range(SWITCH + 1, LAST + 1)
     for scalar in ("lm loss", "grad-norm", "learning-rate"):
         assert actual[scalar] == {step: expected[scalar][step] for step in steps}
+    assert_faultless(plain.checkpoint_folder(LAST), ours.checkpoint_folder(LAST))
     # Weights, moments and master weights.
     assert_bit_equal(plain.checkpoint(LAST), ours.checkpoint(LAST))
 

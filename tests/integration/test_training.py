@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
+from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal, assert_faultless
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
@@ -192,6 +192,7 @@ def test_resets_at_the_switch(launcher: Launcher, reference: SmallRun, tmp_path:
 
     embeddings = reference.with_(tmp_path / "embeddings", tst_reset_at_switch="embeddings")
     launcher.run(embeddings.argv, embeddings.log)
+    assert_faultless(embeddings.checkpoint_folder(SWITCH))
     saved = embeddings.checkpoint(SWITCH)
     for name in kept:
         belongs_to_reset = any(head in name for head in heads) and "exp_avg" not in name
@@ -200,6 +201,7 @@ def test_resets_at_the_switch(launcher: Launcher, reference: SmallRun, tmp_path:
 
     optimizer = reference.with_(tmp_path / "optimizer", tst_reset_at_switch="optimizer")
     launcher.run(optimizer.argv, optimizer.log)
+    assert_faultless(optimizer.checkpoint_folder(SWITCH))
     saved = optimizer.checkpoint(SWITCH)
     moments = [name for name in saved if "exp_avg" in name]
     assert moments
