@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_tst.checkpoint.findings import MASTERS, Verification
-from megatron_tst.checkpoint.saved_state import SavedState, masters_differ_by
-from megatron_tst.checkpoint.saved_values import count_other_weights
+from megatron_tst.checkpoint.saved_state import SavedState, comparison_of_masters
 from megatron_tst.checkpoint.stored_shards import StoredShard
 
 _SHARDS = 64
@@ -21,8 +20,7 @@ def sample_masters(state: SavedState, args: Namespace) -> Verification:
     """Compares masters at both ends of up to 64 stored parts, spread over the model, with weights.
 
     Finds what is wrong with a large share of them, such as masters saved at wrong places. Looks at
-    nothing where the optimizer's state is in buckets, or weights are not their masters' nearest
-    numbers.
+    nothing where the optimizer's state is in buckets.
 
     Args:
         state: tensors of the checkpoint.
@@ -32,12 +30,12 @@ def sample_masters(state: SavedState, args: Namespace) -> Verification:
         ValueError: a file cannot be read.
     """
     result = Verification(state.source.folder)
-    pairs = [] if masters_differ_by(args) else list(_pairs(state))
+    pairs, compare = list(_pairs(state)), comparison_of_masters(args)
     for master, shard in pairs[:: max(1, -(-len(pairs) // _SHARDS))]:
         for start, end in _ends(master.elements):
             masters = torch.cat(list(master.pieces(start, end)))
             weights = torch.cat(list(shard.pieces(start, end)))
-            wrong, _ = count_other_weights(masters, weights)
+            wrong, _ = compare(masters, weights)
             text = "the masters are those of other weights"
             result.count(MASTERS, shard.key, wrong, end - start, text)
     return result

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from megatron_tst.checkpoint.saved_values import count_far_weights, count_other_weights
 from megatron_tst.checkpoint.stored_shards import StoredShard, shards_by_key
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 
@@ -107,11 +110,19 @@ def master_shards(state: Mapping[str, list[StoredShard]]) -> list[StoredShard]:
     return []
 
 
-def masters_differ_by(args: Namespace) -> list[str]:
-    """Arguments of a run with which the weights are not their masters' nearest numbers."""
+def arguments_that_round(args: Namespace) -> list[str]:
+    """Arguments of a run with which a weight may be another number than the nearest to its master.
+
+    A checkpoint has quantized weights in the dtype of the model.
+    """
     names = ("fp8_param_gather", "fp4_param_gather", "qk_clip")
     flags = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, False)]
     # Validation makes dtypes of the names.
     if str(getattr(args, "main_params_dtype", "fp32")) not in ("fp32", "torch.float32"):
         flags.append("--main-params-dtype")
     return flags
+
+
+def comparison_of_masters(args: Namespace) -> Callable[[Tensor, Tensor], tuple[int, int]]:
+    """Counts wrong masters, and zeros among them, given masters and weights."""
+    return count_far_weights if arguments_that_round(args) else count_other_weights

@@ -11,6 +11,10 @@ from torch import Tensor
 _FEWEST_ZEROS = 16
 MOST_TORN_ROWS = 2
 """Of a tensor cut at a wrong place; more are columns of zeros, of inputs that never occur."""
+# The square of a distance by the square of a norm, of so many numbers.
+_FAR, _BLOCK = 0.25, 1024
+# Of the largest number: half the step of 8-bit numbers around zero (E4M3), and more.
+_SMALLEST_QUANTIZED = 1e-5
 # Where betas were changed in a run, the moments may lie outside of the bound of the new ones.
 _BETAS_MARGIN = 4.0
 _LEAST_BETAS_BOUND = 53.0
@@ -51,6 +55,35 @@ def count_other_weights(masters: Tensor, weights: Tensor) -> tuple[int, int]:
     right = (rounded == weights) | (distance <= (masters - rounded.to(masters.dtype)).abs())
     wrong = ~right
     return int(wrong.sum()), int((wrong & (masters == 0)).sum())
+
+
+def count_far_weights(masters: Tensor, weights: Tensor) -> tuple[int, int]:
+    """How many weights are far from their masters, where they are not their nearest numbers.
+
+    For weights that were quantized to 8 or 4 bits: these are within a tenth of the norm of their
+    masters, and other weights are further away than the norm.
+
+    Args:
+        masters: [n], of any dtype.
+        weights: [n], of the dtype of the model.
+
+    Returns:
+        As of :func:`count_other_weights`, whole blocks of 1024 numbers.
+    """
+    wrong = zeros = 0
+    # Smaller numbers of a tensor may all become zero.
+    smallest = _SMALLEST_QUANTIZED * weights.abs().amax().float() if len(weights) else 0.0
+    whole = len(weights) // _BLOCK * _BLOCK
+    for part, size in ((slice(0, whole), _BLOCK), (slice(whole, None), len(weights) - whole)):
+        if not size or not len(weights[part]):
+            continue
+        of_masters, of_weights = (v[part].view(-1, size).float() for v in (masters, weights))
+        distance = (of_masters - of_weights).square().sum(1)
+        allowed = _FAR * of_weights.square().sum(1) + size * smallest**2
+        far = ~(distance <= allowed)
+        wrong += int(far.sum()) * size
+        zeros += int((of_masters[far] == 0).sum())
+    return wrong, zeros
 
 
 def count_negative(second_moments: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
 from math import inf
 from pathlib import Path
@@ -26,15 +26,15 @@ from megatron_tst.checkpoint.saved_state import (
     SECOND_MOMENT,
     SavedState,
     SavedWeight,
+    arguments_that_round,
+    comparison_of_masters,
     master_shards,
-    masters_differ_by,
 )
 from megatron_tst.checkpoint.saved_values import (
     MOST_TORN_ROWS,
     count_negative,
     count_not_finite,
     count_other_moments,
-    count_other_weights,
     moments_bound,
     torn_rows,
 )
@@ -58,7 +58,11 @@ def check_values(
         on_progress: called with the megabytes that are read, and their number.
     """
     reader = _Reader(result, on_progress)
-    checks = _Checks(result, reader, _bound(args), _compares_masters(args, result))
+    if flags := arguments_that_round(args):
+        result.notes.append(
+            f"weights are only near their masters with {' and '.join(flags)}: what is far is wrong"
+        )
+    checks = _Checks(result, reader, _bound(args), comparison_of_masters(args))
     for weight in state.weights.values():
         checks.check_weight(weight)
     if state.buckets:
@@ -78,15 +82,6 @@ def _bound(args: Namespace) -> float:
     if getattr(args, "optimizer", None) != "adam":
         return inf
     return moments_bound(args.adam_beta1, args.adam_beta2)
-
-
-def _compares_masters(args: Namespace, result: Verification) -> bool:
-    if flags := masters_differ_by(args):
-        result.notes.append(
-            "masters were not compared with the weights, which are not their nearest numbers with "
-            f"{' and '.join(flags)}"
-        )
-    return not flags
 
 
 class _Reader:
@@ -140,24 +135,28 @@ class _Checks:
     """What numbers must be to each other."""
 
     def __init__(
-        self, result: Verification, reader: _Reader, bound: float, compares_masters: bool
+        self,
+        result: Verification,
+        reader: _Reader,
+        bound: float,
+        compare: Callable[[Tensor, Tensor], tuple[int, int]],
     ) -> None:
         self._result = result
         self._reader = reader
         self._bound = bound
-        self._compares_masters = compares_masters
+        self._compare = compare
 
     def check_weight(self, weight: SavedWeight) -> None:
         """A weight and what the optimizer has of it."""
         shards = dict(weight.by_box)
         apart = []
         for master in weight.masters:
-            if not self._compares_masters or master.box not in shards:
+            if master.box not in shards:
                 apart.append(master)
                 continue
             for masters, weights in self._reader.read_together(master, shards.pop(master.box)):
                 self._count_masters(weight.key, masters, weights)
-        if apart and self._compares_masters:
+        if apart:
             self._result.notes.append(
                 f"{len(apart)} of {len(weight.masters)} parts of the masters of {weight.key} are "
                 "no parts of it, and were not compared"
@@ -173,7 +172,7 @@ class _Checks:
         self, buckets: dict[str, dict[str, list[StoredShard]]], weights: list[StoredShard]
     ) -> None:
         """The format in which masters and moments are without the names of their weights."""
-        beginnings = WeightBeginnings(weights if self._compares_masters else [])
+        beginnings = WeightBeginnings(weights)
         left = 0
         for bucket in buckets.values():
             found = []
@@ -201,14 +200,14 @@ class _Checks:
             for shard in of_known:
                 self._count_masters_at(shard.key, shard.elements, 0, shard.elements)
         unknown = {shard.key for shard in lost} - found_keys
-        if unknown and self._compares_masters:
+        if unknown:
             self._result.notes.append(
                 f"the masters of {len(unknown)} tensors were not found in the buckets and not "
                 f"compared: {', '.join(sorted(unknown)[:5])}{', ...' if len(unknown) > 5 else ''}"
             )
 
     def _count_masters(self, key: str, masters: Tensor, weights: Tensor) -> None:
-        self._count_masters_at(key, *count_other_weights(masters, weights), len(masters))
+        self._count_masters_at(key, *self._compare(masters, weights), len(masters))
 
     def _count_masters_at(self, key: str, wrong: int, zeros: int, of: int) -> None:
         text = "the masters are those of other weights"
