@@ -42,9 +42,9 @@ def refuse_wrong_state(args: Namespace, folder: Path, saved: Namespace) -> None:
         remedy = "pass --ckpt-step with an older checkpoint, or copy it again"
     raise ValueError(
         f"--load {args.load}: {folder.name} has faults, such as {worst.where} ({worst.text}, "
-        f"{worst.share:.0%} of what was looked at): {remedy}. tools/verify_checkpoint.py {folder} "
-        "shows all of them and can rebuild the masters; --tst-verify-checkpoint off loads it as it "
-        "is."
+        f"{worst.share:.0%} of what was looked at): {remedy}. tools/verify_checkpoint.py "
+        f"--checkpoint {folder} shows all of them and can rebuild the masters; "
+        "--tst-verify-checkpoint off loads it as it is."
     )
 
 
