@@ -257,6 +257,23 @@ def test_one_thing_that_is_wrong(
     assert expected in faults(verify_checkpoint(folder))
 
 
+def test_weights_that_were_quantized(saved: Callable[[str], SmallRun], tmp_path: Path) -> None:
+    source = saved("one optimizer").checkpoint_folder(SAVED)
+
+    def quantize(tensor: Tensor) -> Tensor:
+        scale = 448 / tensor.abs().max()
+        return ((tensor * scale).to(torch.float8_e4m3fn).float() / scale).bfloat16()
+
+    fp8: dict[str, Change] = {FC1: quantize, FC2: quantize}
+    flag = set_argument("fp8_param_gather", True)
+    folder = changed(source, tmp_path / "right" / source.name, fp8, flag)
+    assert not verify_checkpoint(folder).faults
+    assert faults(verify_checkpoint(changed(source, tmp_path / "no flag" / source.name, fp8)))
+    wrong: dict[str, Change] = {**fp8, MASTER: lambda tensor: tensor.flip(0)}
+    folder = changed(source, tmp_path / "wrong" / source.name, wrong, flag)
+    assert faults(verify_checkpoint(folder)) == {MASTERS: 4 * 40 * 80}
+
+
 def overwritten(source: Path, target: Path, end_of_key: str, change: Change) -> Path:
     """A copy of a checkpoint with other numbers in the largest part of a tensor."""
     folder = shutil.copytree(source, target)
