@@ -42,7 +42,7 @@ class DatasetsProvider:
     """Called by Megatron with the number of samples of each split.
 
     The validation dataset repeats one set of samples, so that every evaluation of a run, in either
-    phase, reads the same tokens.
+    phase and after a resume with other settings of the evaluation, reads the same tokens.
 
     Args:
         args: validated command line.
@@ -72,25 +72,53 @@ class DatasetsProvider:
         train_samples, valid_samples, test_samples = num_samples
         # The last batch of a schedule of batch sizes may reach beyond --train-samples.
         train_samples = max(train_samples, self.samples_read)
-        samples_per_evaluation = None
+        per_evaluation = None
         if valid_samples is not None:
-            samples_per_evaluation = args.eval_iters * args.eval_global_batch_size
+            per_evaluation = args.eval_iters * args.eval_global_batch_size
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         train, valid, test = BlendedMegatronDatasetBuilder(
             SuperpositionGPTDataset,
-            [train_samples, samples_per_evaluation, test_samples],
+            [train_samples, per_evaluation, test_samples],
             lambda: _reads_data(vp_stage),
             self.config,
         ).build()
-        if valid is None and samples_per_evaluation and _reads_data(vp_stage):
+        if valid is None and per_evaluation and _reads_data(vp_stage):
             raise ValueError(
                 f"--eval-iters is {args.eval_iters} and there is no text for validation: give it "
                 "a share with --split, a corpus with --valid-data-path, or use --eval-iters 0."
             )
-        if valid is not None and valid_samples is not None and samples_per_evaluation:
-            valid = FixedValidationDataset(valid, samples_per_evaluation, valid_samples)
+        if per_evaluation is not None:
+            done, planned = evaluations(args)
+            # Read by Megatron when this returns. That of the checkpoint was counted with the
+            # settings of the evaluation back then.
+            args.consumed_valid_samples = done * per_evaluation
+            if not per_evaluation:
+                # Megatron would refuse to read a blend of no samples.
+                valid = test = None
+            elif valid is not None:
+                valid = FixedValidationDataset(valid, per_evaluation, planned * per_evaluation)
         print_rank_0("> finished creating GPT datasets ...")
         return train, valid, test
+
+
+def evaluations(args: Namespace) -> tuple[int, int]:
+    """The evaluations that this command would have done by now, and those of the whole run.
+
+    Megatron's own count (``get_train_valid_test_num_samples``) leaves one out where
+    ``--start-eval-at-iter`` is a multiple of ``--eval-interval``.
+
+    Args:
+        args: Megatron's, with the step of the checkpoint.
+
+    Returns:
+        Both counts; the second includes the evaluation after training.
+    """
+    if args.skip_train:
+        return 0, 1
+    left_out = max((args.start_eval_at_iter or 0) - 1, 0) // args.eval_interval
+    steps = args.iteration, max(args.iteration, args.train_iters)
+    done, planned = (max(step // args.eval_interval - left_out, 0) for step in steps)
+    return done, planned + 1
 
 
 def check_data_files(args: Namespace) -> None:
