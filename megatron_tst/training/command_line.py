@@ -15,6 +15,7 @@ from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.cpu.arguments import set_cpu_defaults
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import check_data_files, check_data_vocabulary
+from megatron_tst.training.finished import evaluate_only
 from megatron_tst.training.resume import check_resume, record_settings
 
 
@@ -38,7 +39,10 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     schedule = superposition_schedule_from_args(args)
     check_data_vocabulary(args)
     record_settings(args, schedule)
-    refuse_unusable_batch_sizes(args, steps_done=check_resume(args, schedule))
+    steps_done = check_resume(args, schedule)
+    refuse_unusable_batch_sizes(args, steps_done)
+    if steps_done >= schedule.total_steps and not args.skip_train:
+        evaluate_only(args, steps_done, schedule.total_steps)
     return args, schedule
 
 
