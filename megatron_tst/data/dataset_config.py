@@ -88,7 +88,13 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
     @property
     def train_blend(self) -> Blend:
         """Corpora of the train split and their weights; no corpora without data."""
+        return self.blend_of(Split.train) or ([], None)
+
+    def blend_of(self, split: Split) -> Blend | None:
+        """Corpora of a split and their weights; None for a split without text."""
         blend: Blend | None = self.blend
         if blend is None:
-            blend = (self.blend_per_split or [None])[Split.train.value]
-        return blend or ([], None)
+            return (self.blend_per_split or [None] * len(Split))[split.value]
+        # Without superposition there may be neither text nor a split of it.
+        is_empty = self.split_matrix is not None and self.split_matrix[split.value] is None
+        return None if is_empty else blend

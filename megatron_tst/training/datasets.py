@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -25,8 +26,9 @@ from megatron_tst.data.files import (
     check_same_tokenizer,
     check_vocabulary,
 )
-from megatron_tst.data.validation import FixedValidationDataset
 from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.validation_split import samples_per_evaluation, validation_split
+from megatron_tst.validation_arguments import refuse_validation_data
 
 _DATA_ARGUMENTS = (
     "data_path",
@@ -41,15 +43,12 @@ _DATA_ARGUMENTS = (
 class DatasetsProvider:
     """Called by Megatron with the number of samples of each split.
 
-    The validation dataset repeats one set of samples, so that every evaluation of a run, in either
-    phase and after a resume with other settings of the evaluation, reads the same tokens.
-
     Args:
         args: validated command line.
         schedule: where the switch lies.
 
     Raises:
-        ValueError: the data does not go together with superposition.
+        ValueError: the data does not go together with superposition, or with ``--full-validation``.
     """
 
     is_distributed = True
@@ -57,6 +56,9 @@ class DatasetsProvider:
 
     def __init__(self, args: Namespace, schedule: SuperpositionSchedule) -> None:
         self.config = dataset_config_from_args(args, schedule)
+        paths, weights = self.config.blend_of(Split.valid) or ([], None)
+        has_test = self.config.blend_of(Split.test) is not None
+        refuse_validation_data(args, paths, weights, has_test)
         self.samples_read = schedule.batch_sizes.samples_at(schedule.total_steps)
 
     def __call__(
@@ -72,9 +74,7 @@ class DatasetsProvider:
         train_samples, valid_samples, test_samples = num_samples
         # The last batch of a schedule of batch sizes may reach beyond --train-samples.
         train_samples = max(train_samples, self.samples_read)
-        per_evaluation = None
-        if valid_samples is not None:
-            per_evaluation = args.eval_iters * args.eval_global_batch_size
+        per_evaluation = samples_per_evaluation(args)
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         train, valid, test = BlendedMegatronDatasetBuilder(
             SuperpositionGPTDataset,
@@ -82,43 +82,10 @@ class DatasetsProvider:
             lambda: _reads_data(vp_stage),
             self.config,
         ).build()
-        if valid is None and per_evaluation and _reads_data(vp_stage):
-            raise ValueError(
-                f"--eval-iters is {args.eval_iters} and there is no text for validation: give it "
-                "a share with --split, a corpus with --valid-data-path, or use --eval-iters 0."
-            )
-        if per_evaluation is not None:
-            done, planned = evaluations(args)
-            # Read by Megatron when this returns. That of the checkpoint was counted with the
-            # settings of the evaluation back then.
-            args.consumed_valid_samples = done * per_evaluation
-            if not per_evaluation:
-                # Megatron would refuse to read a blend of no samples.
-                valid = test = None
-            elif valid is not None:
-                valid = FixedValidationDataset(valid, per_evaluation, planned * per_evaluation)
+        valid = validation_split(valid, args, _reads_data(vp_stage))
+        test = None if per_evaluation == 0 else test
         print_rank_0("> finished creating GPT datasets ...")
         return train, valid, test
-
-
-def evaluations(args: Namespace) -> tuple[int, int]:
-    """The evaluations that this command would have done by now, and those of the whole run.
-
-    Megatron's own count (``get_train_valid_test_num_samples``) leaves one out where
-    ``--start-eval-at-iter`` is a multiple of ``--eval-interval``.
-
-    Args:
-        args: Megatron's, with the step of the checkpoint.
-
-    Returns:
-        Both counts; the second includes the evaluation after training.
-    """
-    if args.skip_train:
-        return 0, 1
-    left_out = max((args.start_eval_at_iter or 0) - 1, 0) // args.eval_interval
-    steps = args.iteration, max(args.iteration, args.train_iters)
-    done, planned = (max(step // args.eval_interval - left_out, 0) for step in steps)
-    return done, planned + 1
 
 
 def check_data_files(args: Namespace) -> None:
@@ -237,7 +204,14 @@ def dataset_config_from_args(
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if schedule.config.enabled:
         blend = _with_weights(blend)
-        blend_per_split = blend_per_split and [_with_weights(b) for b in blend_per_split]
+        if blend_per_split:
+            train, *others = blend_per_split
+            # Sets that are evaluated one by one are not blended.
+            is_blended = not args.multiple_validation_sets
+            blend_per_split = [
+                _with_weights(train),
+                *(_with_weights(b) if is_blended else b for b in others),
+            ]
     return SuperpositionGPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
