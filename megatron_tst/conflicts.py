@@ -75,6 +75,12 @@ _CONFLICTS = (
         "only the settings in persistent checkpoints are compared on a resume",
     ),
     _Conflict(
+        "--ckpt-format",
+        "only the settings in torch_dist checkpoints are compared on a resume (--load takes "
+        "others with --finetune)",
+        lambda name: name != "torch_dist",
+    ),
+    _Conflict(
         "--rampup-batch-size",
         "Megatron ignores it (--step-batch-size-schedule ramps the batch size)",
     ),

@@ -218,6 +218,8 @@ class SuperpositionGPTDataset(GPTDataset):
             self.unique_identifiers["index_fingerprint"] = fingerprint([index_path])
         if self.is_superposed:
             self.unique_identifiers["sample_layout"] = asdict(self.layout)
+        # A run that only evaluates finds the cache of the one that trained.
+        self.unique_identifiers["split_matrix"] = self.config.whole_split_matrix
         self.unique_description = json.dumps(
             self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
@@ -31,6 +32,8 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
     Attributes:
         superposition: settings of phase 1.
         switch_sample: index of the first sample of phase 2, from ``SuperpositionSchedule``.
+        reads_train_split: whether the train split is built; without it a run only evaluates, on
+            whatever text.
 
     Raises:
         ValueError: a setting that does not go together with superposition.
@@ -38,9 +41,16 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
 
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
     switch_sample: int = 0
+    reads_train_split: bool = True
+    whole_split_matrix: Any = field(init=False, default=None)
+    """Upstream's matrix of splits before the train split was left out of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.whole_split_matrix = self.split_matrix
+        if not self.reads_train_split:
+            self._leave_out_train_split()
+            return
         if not self.superposition.enabled:
             return
         if self.switch_sample < 1:
@@ -72,6 +82,12 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
                 "needs the weight of each of several corpora. Put it in front of its path."
             )
         check_blend(paths, weights)
+
+    def _leave_out_train_split(self) -> None:
+        # What upstream's builder takes for a split without text.
+        for splits in ("split_matrix", "blend_per_split"):
+            if getattr(self, splits) is not None:
+                setattr(self, splits, [None, *getattr(self, splits)[1:]])
 
     def switch_sample_of(self, path: str) -> int:
         """Index of the first sample of phase 2 among those that the run takes from a corpus."""

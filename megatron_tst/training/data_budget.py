@@ -20,7 +20,7 @@ def check_data_budget(
 ) -> SuperpositionSchedule:
     """Prints the data budget, and puts it among Megatron's arguments, which checkpoints store.
 
-    Corpora in object storage are not looked at. A run that does not train is not refused.
+    Corpora in object storage are not looked at, nor is any text of a run that does not train.
 
     Args:
         args: validated command line.
@@ -61,7 +61,7 @@ def check_data_budget(
     max_epochs = args.tst_max_epochs
     if max_epochs is None and schedule.config.enabled:
         max_epochs = 1.0
-    if max_epochs is not None and not args.skip_train:
+    if max_epochs is not None:
         refuse_repetition(schedule, texts, shares, max_epochs)
     text = sum(budget.phase_1 for budget in budgets)
     places = text + sum(budget.phase_1_padding for budget in budgets)

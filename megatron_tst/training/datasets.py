@@ -71,7 +71,7 @@ class DatasetsProvider:
                 on, which Megatron would find out at the first evaluation.
         """
         args = get_args()
-        train_samples, valid_samples, test_samples = num_samples
+        train_samples, _, test_samples = num_samples
         # The last batch of a schedule of batch sizes may reach beyond --train-samples.
         train_samples = max(train_samples, self.samples_read)
         per_evaluation = samples_per_evaluation(args)
@@ -239,4 +239,5 @@ def dataset_config_from_args(
         inter_document_masking=args.dataloader_inter_document_masking,
         superposition=schedule.config,
         switch_sample=schedule.switch_sample,
+        reads_train_split=not args.skip_train,
     )

@@ -38,6 +38,7 @@ from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
 from megatron_tst.training.fused_paths import report_fused_paths
 from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.moments import fill_moments
 from megatron_tst.training.optimizer_sharding import mend_saved_optimizer
 from megatron_tst.training.optimizer_state import load_without_gradients
 from megatron_tst.training.reporting import (
@@ -155,6 +156,7 @@ class _StepEnd:
             self._is_first_step = False
             parameters = count_parameters(step.model)
             write_run_description(args, self.schedule, parameters, cpu.describe())
+        fill_moments(step.optimizer)
         self.reporter.report(step.iteration, args)
         is_switch = self.schedule.config.enabled and step.iteration == self.schedule.switch_step
         if is_switch:

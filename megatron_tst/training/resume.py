@@ -53,7 +53,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     """Compares the run with the checkpoint that it would continue, before anything is built.
 
     A new run from the weights (``--finetune``, or a release without optimizer such as an imported
-    model) is not compared.
+    model) is not compared, nor is one that only evaluates (``--skip-train``).
 
     Returns:
         The steps that are done: 0 for a new run.
@@ -66,16 +66,17 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         return 0
     steps_done = 0 if folder.name == _RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
-        if schedule.config.enabled:
+        if schedule.config.enabled and not args.skip_train:
             raise ValueError(
                 f"--load {args.load}: {folder.name} is not a torch_dist checkpoint, so its "
                 "superposition settings cannot be read: convert it, or pass --finetune."
             )
         return steps_done
     saved_args = _saved_arguments(folder)
-    if folder.name == _RELEASE:
-        return 0
+    if folder.name == _RELEASE or args.skip_train:
+        return steps_done
     _refuse_other_optimizer(args, saved_args)
+    _refuse_no_moments(args, saved_args, folder)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
     current = _settings(args, schedule)
     args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
@@ -85,7 +86,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     has_ramp = args.step_batch_size_schedule or getattr(
         saved_args, "step_batch_size_schedule", None
     )
-    if steps_done and not args.skip_train and (is_superposed or has_ramp):
+    if steps_done and (is_superposed or has_ramp):
         refuse_other_past(args, schedule, saved_args, steps_done)
         refuse_other_learning_rate(args, schedule, saved_args)
     if is_superposed:
@@ -143,6 +144,22 @@ def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
                 f"state of the optimizer does not fit, {reason}. Keep the setting, or pass "
                 "--no-load-optim."
             )
+
+
+def _refuse_no_moments(args: Namespace, saved: Any, folder: Path) -> None:
+    """Refuses a checkpoint that plain Megatron wrote before the first step that fp16 did."""
+    if not getattr(saved, "fp16", False) or args.optimizer != "adam":
+        return
+    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    if not any("exp_avg" in name for name in stored):
+        raise ValueError(
+            f"--load {args.load}: {folder.name} holds no state of the optimizer, because with "
+            "--fp16 no step had been done when it was saved (the loss scale was still falling), "
+            "and Megatron cannot load that. Its weights are those that the run began with: start "
+            "it again with another --save and --load, or pass --no-load-optim."
+        )
 
 
 def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, object]:

@@ -175,6 +175,7 @@ CONFLICTS: dict[str, Any] = {
     "--decrease-batch-size-if-needed": True,
     "--iterations-to-skip": [3, 5],
     "--non-persistent-ckpt-type": "global",
+    "--ckpt-format": "torch",
     "--rampup-batch-size": [2, 2, 8],
     "--phase-transition-iterations": "4,8",
     "--use-megatron-fsdp": True,

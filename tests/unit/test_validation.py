@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst.data.validation import FixedValidationDataset
+from megatron_tst.training.validation_split import evaluations
 
 
 class Squares(torch.utils.data.Dataset[Any]):
@@ -48,3 +50,19 @@ def test_it_passes_for_a_validation_dataset() -> None:
 def test_an_evaluation_longer_than_the_split_is_refused(samples_per_evaluation: int) -> None:
     with pytest.raises(ValueError, match=rf"reads {samples_per_evaluation} samples .* has 10"):
         FixedValidationDataset(Squares(), samples_per_evaluation, total_samples=20)
+
+
+@pytest.mark.parametrize("interval", [1, 3, 4, 12, 13])
+@pytest.mark.parametrize("first", [None, 0, 1, 4, 5, 12, 13])
+@pytest.mark.parametrize("done", [0, 4, 7, 12, 14])
+def test_evaluations_are_counted_as_megatron_does_them(
+    interval: int, first: int | None, done: int
+) -> None:
+    """As the loop of ``megatron.training.training.train`` decides; and once after training."""
+    args = Namespace(
+        skip_train=False, eval_interval=interval, start_eval_at_iter=first, iteration=done
+    )
+    args.train_iters = 12
+    evaluated = [s for s in range(1, 15) if s % interval == 0 and (first is None or s >= first)]
+    before = sum(step <= done for step in evaluated)
+    assert evaluations(args) == (before, sum(step <= max(done, 12) for step in evaluated) + 1)
