@@ -69,7 +69,8 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         if schedule.config.enabled and not args.skip_train:
             raise ValueError(
                 f"--load {args.load}: {folder.name} is not a torch_dist checkpoint, so its "
-                "superposition settings cannot be read: convert it, or pass --finetune."
+                "superposition settings cannot be read: pass --finetune for a new run from its "
+                "weights."
             )
         return steps_done
     saved_args = _saved_arguments(folder)
