@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from math import exp
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from megatron_tst.setting_fields import Setting, SettingError, said, settings_of
 
 Variant = Literal["full", "input-only", "output-only"]
-TargetWeighting = Literal["uniform", "power-law", "exponential", "first-token"]
-Objective = Literal["mce", "mce-sum", "bce", "hinge"]
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
 DocumentBoundary = Literal["cross", "align"]
 LossImplementation = Literal["auto", "torch", "triton", "linear"]
@@ -17,10 +18,39 @@ CheckpointVerification = Literal["sample", "full", "off"]
 POWER_LAW_FROM_BAG_SIZE = 8
 """Bag size from which power-law weights trained better than uniform ones (arXiv 2605.06546)."""
 
+WEIGHTINGS: dict[str, Callable[[int, float], float]] = {
+    "uniform": lambda i, exponent: 1.0,
+    "power-law": lambda i, exponent: float(i) ** -exponent,
+    "exponential": lambda i, exponent: exp(-i),
+    "first-token": lambda i, exponent: 1.0 if i == 1 else 0.0,
+}
+"""Weight of the i-th token of a bag, counted from 1, by name (arXiv 2605.06546, ablation)."""
 
-def _require_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{flag} is {value!r}: choose one of {', '.join(choices)}.")
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of phase 1.
+
+    Attributes:
+        takes_weights: whether its targets are weighted; otherwise they are a set.
+    """
+
+    takes_weights: bool
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "mce": Objective(takes_weights=True),
+    "mce-sum": Objective(takes_weights=True),
+    "bce": Objective(takes_weights=False),
+    "hinge": Objective(takes_weights=False),
+}
+"""By name; ``megatron_tst.model.objectives`` computes them."""
+
+
+def default_weighting(bag_size: int, objective: str = "mce") -> str:
+    """The published choice: uniform below a bag size of 8, power law from 8 on."""
+    is_large = bag_size >= POWER_LAW_FROM_BAG_SIZE
+    return "power-law" if is_large and OBJECTIVES[objective].takes_weights else "uniform"
 
 
 @dataclass(frozen=True)
@@ -32,88 +62,140 @@ class SuperpositionConfig:
         step_ratio: fraction of all optimizer steps in phase 1 (r). Exclusive with ``steps``.
         steps: number of optimizer steps in phase 1. Exclusive with ``step_ratio``.
         variant: which side is superposed: bags in and out, bags in only, or bags out only.
-        target_weighting: weight of the i-th token of a target bag; ``None`` resolves to the
-            published choice: uniform below a bag size of 8, power law from 8 on.
+        target_weighting: weight of the i-th token of a target bag, a key of ``WEIGHTINGS``;
+            ``None`` resolves to the published choice: uniform below a bag size of 8, power law
+            from 8 on.
         power_law_exponent: p in ``w_i = i ** -p``.
-        objective: the multi-label loss of phase 1.
+        objective: the multi-label loss of phase 1, a key of ``OBJECTIVES``.
         reset_at_switch: state thrown away at the switch (ablations).
         document_boundary: whether bags run on from one document into the next (as published), or
             each document begins a bag of its own.
+        loss_impl: how the loss and the embedding of bags are computed.
 
     Raises:
-        ValueError: naming the flag, its value and the remedy.
+        ValueError: naming the setting, its value and the remedy.
     """
 
-    bag_size: int = 1
-    step_ratio: float | None = None
-    steps: int | None = None
-    variant: Variant = "full"
-    target_weighting: TargetWeighting | None = None
-    power_law_exponent: float = 1.0
-    objective: Objective = "mce"
-    reset_at_switch: ResetAtSwitch = "none"
-    document_boundary: DocumentBoundary = "cross"
+    bag_size: int = field(
+        default=1,
+        metadata=said(
+            "Tokens folded into one latent position in phase 1; 1 turns superposition off."
+        ),
+    )
+    step_ratio: float | None = field(
+        default=None,
+        metadata=said(
+            "Fraction of all optimizer steps spent in phase 1 (published best: 0.2 to 0.4)."
+        ),
+    )
+    steps: int | None = field(
+        default=None,
+        metadata=said("Optimizer steps of phase 1, instead of a ratio.", is_axis=False),
+    )
+    variant: Variant = field(
+        default="full",
+        metadata=said(
+            "Which side is superposed: bags in and out, bags in only, or bags out only.",
+            label="{}",
+        ),
+    )
+    target_weighting: str | None = field(
+        default=None,
+        metadata=said(
+            "Weight of the tokens of a target bag; default uniform below a bag size of 8, "
+            "power-law from 8 on.",
+            choices=WEIGHTINGS,
+        ),
+    )
+    power_law_exponent: float = field(
+        default=1.0, metadata=said("p in the power-law weight i^-p of the i-th token.")
+    )
+    objective: str = field(
+        default="mce",
+        metadata=said(
+            "Phase-1 loss: multi-hot cross-entropy, or an ablation.",
+            choices=OBJECTIVES,
+            label="{}",
+        ),
+    )
+    reset_at_switch: ResetAtSwitch = field(
+        default="none",
+        metadata=said("State re-initialised at the switch (ablations).", label="reset of {}"),
+    )
+    document_boundary: DocumentBoundary = field(
+        default="cross",
+        metadata=said(
+            "Whether bags run on from one document into the next, or each document begins a bag "
+            "and fills up its last one with padding, which is masked.",
+            label="{}",
+        ),
+    )
+    loss_impl: LossImplementation = field(
+        default="auto",
+        metadata=said(
+            "How phase 1 computes the loss and the embedding of bags: in torch or by Triton "
+            "kernels, which auto takes on a GPU; linear: the loss together with the output layer, "
+            "without whole logits, in both phases.",
+            is_method=False,
+            is_axis=False,
+        ),
+    )
 
     def __post_init__(self) -> None:
+        for known in SETTINGS.values():
+            known.check(getattr(self, known.name))
         if self.bag_size < 1:
-            raise ValueError(
-                f"--tst-bag-size is {self.bag_size}: "
-                "use 1 to turn superposition off, or 2 and more."
+            raise SettingError(
+                "{bag_size} is {value}: use 1 to turn superposition off, or 2 and more.",
+                value=self.bag_size,
             )
-        _require_choice("--tst-variant", self.variant, get_args(Variant))
-        _require_choice("--tst-objective", self.objective, get_args(Objective))
-        _require_choice("--tst-reset-at-switch", self.reset_at_switch, get_args(ResetAtSwitch))
-        _require_choice(
-            "--tst-document-boundary", self.document_boundary, get_args(DocumentBoundary)
-        )
         if self.target_weighting is None:
-            law: TargetWeighting = (
-                "power-law" if self._default_weighting_is_power_law else "uniform"
-            )
+            law = default_weighting(self.bag_size, self.objective)
             object.__setattr__(self, "target_weighting", law)
-        _require_choice("--tst-target-weighting", self.target_weighting, get_args(TargetWeighting))
         self._validate_phase_length()
         self._validate_weights()
 
-    @property
-    def _default_weighting_is_power_law(self) -> bool:
-        # bce and hinge are defined on the set of targets and take no weights.
-        weighted_objective = self.objective in ("mce", "mce-sum")
-        return self.bag_size >= POWER_LAW_FROM_BAG_SIZE and weighted_objective
-
     def _validate_phase_length(self) -> None:
+        values = {"ratio": self.step_ratio, "length": self.steps, "size": self.bag_size}
         if self.step_ratio is not None and self.steps is not None:
-            raise ValueError(
-                f"--tst-step-ratio {self.step_ratio} and --tst-steps {self.steps} both set the "
-                "length of phase 1: pass one of them."
+            raise SettingError(
+                "{step_ratio:{ratio}} and {steps:{length}} both set the length of phase 1: pass "
+                "one of them.",
+                **values,
             )
         if self.step_ratio is not None and not 0.0 < self.step_ratio < 1.0:
-            raise ValueError(
-                f"--tst-step-ratio is {self.step_ratio}: it must lie strictly between 0 and 1 "
-                "(published best: 0.2 to 0.4); use --tst-bag-size 1 for a run without phase 1."
+            raise SettingError(
+                "{step_ratio} is {ratio}: it must lie strictly between 0 and 1 "
+                "(published best: 0.2 to 0.4); use {bag_size:1} for a run without phase 1.",
+                **values,
             )
         if self.steps is not None and self.steps < 1:
-            raise ValueError(
-                f"--tst-steps is {self.steps}: phase 1 needs at least one step; "
-                "use --tst-bag-size 1 for a run without phase 1."
+            raise SettingError(
+                "{steps} is {length}: phase 1 needs at least one step; "
+                "use {bag_size:1} for a run without phase 1.",
+                **values,
             )
         if self.enabled and self.step_ratio is None and self.steps is None:
-            raise ValueError(
-                f"--tst-bag-size is {self.bag_size} but phase 1 has no length: "
-                "pass --tst-step-ratio (for example 0.3) or --tst-steps."
+            raise SettingError(
+                "{bag_size} is {size} but phase 1 has no length: "
+                "pass {step_ratio} (for example 0.3) or {steps}.",
+                **values,
             )
 
     def _validate_weights(self) -> None:
         # A NaN exponent fails this comparison too.
         if not abs(self.power_law_exponent) <= 10.0:
-            raise ValueError(
-                f"--tst-power-law-exponent is {self.power_law_exponent}: "
-                "use a finite number between -10 and 10 (1.0 as published)."
+            raise SettingError(
+                "{power_law_exponent} is {value}: "
+                "use a finite number between -10 and 10 (1.0 as published).",
+                value=self.power_law_exponent,
             )
-        if self.objective in ("bce", "hinge") and self.target_weighting != "uniform":
-            raise ValueError(
-                f"--tst-target-weighting {self.target_weighting} has no meaning with "
-                f"--tst-objective {self.objective}, whose targets are a set: use uniform."
+        if not OBJECTIVES[self.objective].takes_weights and self.target_weighting != "uniform":
+            raise SettingError(
+                "{target_weighting:{law}} has no meaning with {objective:{loss}}, whose targets "
+                "are a set: use uniform.",
+                law=self.target_weighting,
+                loss=self.objective,
             )
 
     @property
@@ -137,20 +219,10 @@ class SuperpositionConfig:
         return self.enabled and self.document_boundary == "align"
 
     def target_weights(self) -> tuple[float, ...]:
-        """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one.
-
-        Laws: uniform ``1``, power-law ``i ** -p``, exponential ``exp(-i)``, first-token
-        ``1, 0, ..`` (arXiv 2605.06546, weighting ablation).
-        """
-        offsets = range(1, self.bag_size + 1)
-        laws = {
-            "uniform": lambda i: 1.0,
-            "power-law": lambda i: float(i) ** -self.power_law_exponent,
-            "exponential": lambda i: exp(-i),
-            "first-token": lambda i: 1.0 if i == 1 else 0.0,
-        }
+        """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one."""
         assert self.target_weighting is not None
-        raw = [laws[self.target_weighting](i) for i in offsets]
+        law = WEIGHTINGS[self.target_weighting]
+        raw = [law(i, self.power_law_exponent) for i in range(1, self.bag_size + 1)]
         total = sum(raw)
         return tuple(weight / total for weight in raw)
 
@@ -161,3 +233,12 @@ class SuperpositionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the log and the checkpoint."""
         return asdict(self)
+
+    def method(self) -> dict[str, Any]:
+        """What decides what is trained, by name; not the length of phase 1."""
+        names = (name for name, known in SETTINGS.items() if known.is_method)
+        return {name: getattr(self, name) for name in names if name not in ("step_ratio", "steps")}
+
+
+SETTINGS: dict[str, Setting] = settings_of(SuperpositionConfig)
+"""By the name of the field."""

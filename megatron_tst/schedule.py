@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.setting_fields import SettingError
 
 Phase = Literal["superposition", "recovery"]
 
@@ -36,20 +37,19 @@ class SuperpositionSchedule:
     def __post_init__(self) -> None:
         if not self.config.enabled:
             return
-        length = (
-            f"--tst-steps {self.config.steps}"
-            if self.config.steps is not None
-            else f"--tst-step-ratio {self.config.step_ratio}"
-        )
+        name = "step_ratio" if self.config.steps is None else "steps"
+        values = {"length": getattr(self.config, name), "total": self.total_steps}
         if self.switch_step < 1:
-            raise ValueError(
-                f"{length} of {self.total_steps} steps puts the switch at step 0: "
-                "raise it, lengthen the run, or use --tst-bag-size 1."
+            raise SettingError(
+                f"{{{name}:{{length}}}} of {{total}} steps puts the switch at step 0: "
+                "raise it, lengthen the run, or use {bag_size:1}.",
+                **values,
             )
         if self.switch_step >= self.total_steps:
-            raise ValueError(
-                f"{length} of {self.total_steps} steps leaves no step for phase 2, which turns "
-                "the weights into an ordinary model: lower it or lengthen the run."
+            raise SettingError(
+                f"{{{name}:{{length}}}} of {{total}} steps leaves no step for phase 2, which turns "
+                "the weights into an ordinary model: lower it or lengthen the run.",
+                **values,
             )
 
     @property

@@ -6,6 +6,7 @@ Called through ``tests.preflight_cases``, in whose process the CPU platform is o
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def model_keys(argv: list[str], world_size: int) -> dict[str, Any]:
     classes = {type(module).__name__ for chunk in chunks for module in chunk.modules()}
     stock = [list(chunk.state_dict()) for chunk in chunks]
     types = [type(chunk).__name__ for chunk in chunks]
-    superpose_built_models(chunks, superposition_config_from_args(args), "linear")
+    linear = replace(superposition_config_from_args(args), loss_impl="linear")
+    superpose_built_models(chunks, linear)
     return {
         "stock": stock,
         "stock_types": types,

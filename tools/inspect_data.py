@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from megatron_tst.config import DocumentBoundary, Variant
+from megatron_tst.config import SETTINGS
 from megatron_tst.data.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.report.files import write_file
@@ -68,12 +68,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     bags("--bag-size", type=int, metavar="S", help="--tst-bag-size")
     bags("--sequence-length", type=int, metavar="L", help="--seq-length")
     bags("--sample", type=int, nargs="+", metavar="I", help="samples, counted from 0 (default: 0)")
-    bags("--variant", choices=get_args(Variant), help="--tst-variant (default: full)")
-    bags(
-        "--document-boundary",
-        choices=get_args(DocumentBoundary),
-        help="--tst-document-boundary (default: cross)",
-    )
+    for name in ("variant", "document_boundary"):
+        known = SETTINGS[name]
+        flag = f"--{name.replace('_', '-')}"
+        bags(flag, choices=known.choices, help=f"{known.flag} (default: {known.default})")
     bags("--split", help="--split (default: all text is for training)")
     bags("--seed", type=int, help="--seed (default: 1234)")
     bags(

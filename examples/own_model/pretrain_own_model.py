@@ -40,7 +40,7 @@ def model_provider(
     config: Any = None,
     pg_collection: Any = None,
 ) -> SuperpositionGPTModel:
-    """A provider of ``GPTModel`` with another class and two more arguments."""
+    """A provider of ``GPTModel`` with another class and one more argument."""
     args = get_args()
     return SuperpositionGPTModel(
         config=config or core_transformer_config_from_args(args),
@@ -56,7 +56,6 @@ def model_provider(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
         superposition=superposition_config_from_args(args),
-        loss_implementation=args.tst_loss_impl,
     )
 
 

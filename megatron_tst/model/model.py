@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabPara
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_tst.config import LossImplementation, SuperpositionConfig
+from megatron_tst.config import SuperpositionConfig
 from megatron_tst.model.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
@@ -95,29 +95,21 @@ class SuperpositionModel(LanguageModule):
 
     Args:
         *args: passed to the model of upstream.
-        superposition: settings of phase 1.
-        loss_implementation: how the loss is computed; ``linear`` in both phases.
+        superposition: settings of phase 1; its ``linear`` loss is that of both phases.
         **kwargs: passed to the model of upstream.
     """
 
     superposition: SuperpositionConfig
-    loss_implementation: LossImplementation
     offset_loss_meter: OffsetLossMeter | None = None
     _weights: Tensor | None = None
 
-    def __init__(
-        self,
-        *args: Any,
-        superposition: SuperpositionConfig,
-        loss_implementation: LossImplementation = "auto",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._superpose(superposition, loss_implementation)
+        self._superpose(superposition)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs upstream's forward pass; without ``labels``, given by name, it returns logits."""
-        if self.post_process and self.loss_implementation == "linear":
+        if self.post_process and self.superposition.loss_impl == "linear":
             self.output_layer.is_left_to_the_loss = kwargs.get("labels") is not None
         return cast(Tensor, super().forward(*args, **kwargs))
 
@@ -133,7 +125,7 @@ class SuperpositionModel(LanguageModule):
         Returns:
             [b, l], float32.
         """
-        is_linear = self.loss_implementation == "linear"
+        is_linear = self.superposition.loss_impl == "linear"
         if labels.dim() == 2 and not is_linear:
             return cast(Tensor, super().compute_language_model_loss(labels, logits))
         bags = labels if labels.dim() == 3 else labels.unsqueeze(-1)
@@ -153,7 +145,7 @@ class SuperpositionModel(LanguageModule):
         settings: dict[str, Any] = {
             "tp_group": self.tp_group,
             "reuse_logits": True,
-            "implementation": self.loss_implementation,
+            "implementation": self.superposition.loss_impl,
         }
         if self.offset_loss_meter is None:
             return multi_hot_cross_entropy(logits, targets, weights, **settings)
@@ -188,20 +180,17 @@ class SuperpositionModel(LanguageModule):
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights
 
-    def _superpose(
-        self, superposition: SuperpositionConfig, loss_implementation: LossImplementation
-    ) -> None:
+    def _superpose(self, superposition: SuperpositionConfig) -> None:
         self.superposition = superposition
-        self.loss_implementation = loss_implementation
-        if self.post_process and loss_implementation == "linear":
+        if self.post_process and superposition.loss_impl == "linear":
             self.output_layer.__class__ = LossOutputLayer
         if self.pre_process:
             embedding = self.embedding.word_embeddings
             embedding.__class__ = BagVocabParallelEmbedding
             if superposition.aligns_documents:
                 embedding.ignore_index = IGNORE_INDEX
-            if loss_implementation != "linear":
-                embedding.implementation = loss_implementation
+            if superposition.loss_impl != "linear":
+                embedding.implementation = superposition.loss_impl
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):
@@ -219,9 +208,7 @@ _SUPERPOSED: dict[type, type[SuperpositionModel]] = {
 
 
 def superpose_built_models(
-    models: list[MegatronModule],
-    superposition: SuperpositionConfig,
-    loss_implementation: LossImplementation = "auto",
+    models: list[MegatronModule], superposition: SuperpositionConfig
 ) -> list[MegatronModule]:
     """Turns the pipeline chunks that upstream's builder made into superposition models, in place.
 
@@ -235,7 +222,6 @@ def superpose_built_models(
     Args:
         models: built chunks of this rank.
         superposition: settings of phase 1.
-        loss_implementation: how the loss is computed.
     """
     for model in models:
         superposed = _SUPERPOSED.get(type(model))
@@ -246,5 +232,5 @@ def superpose_built_models(
                 "--tst-bag-size 1."
             )
         model.__class__ = superposed
-        cast(SuperpositionModel, model)._superpose(superposition, loss_implementation)
+        cast(SuperpositionModel, model)._superpose(superposition)
     return models

@@ -5,13 +5,15 @@ The ablations are written with differentiable operations: clear rather than fast
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tst.config import Objective
+from megatron_tst.config import OBJECTIVES
 from megatron_tst.model.collectives import (
     all_reduce_max_,
     copy_to_tensor_parallel,
@@ -30,7 +32,7 @@ from megatron_tst.model.targets import (
 def superposition_loss(
     logits: Tensor,
     target_bags: Tensor,
-    objective: Objective = "mce",
+    objective: str = "mce",
     target_weights: Tensor | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
@@ -40,7 +42,7 @@ def superposition_loss(
     Args:
         logits: [..., v], this rank's vocabulary shard; never modified.
         target_bags: [..., s] int64 global token ids.
-        objective: ``mce``, ``mce-sum``, ``bce`` or ``hinge``.
+        objective: a key of :data:`LOSSES`.
         target_weights: [s] or ``None``; ``bce`` and ``hinge`` take none, their targets are a set.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
@@ -54,24 +56,15 @@ def superposition_loss(
 
     Source: arXiv 2605.06546, loss ablations.
     """
-    match objective:
-        case "mce":
-            return multi_hot_cross_entropy(
-                logits, target_bags, target_weights, tp_group, ignore_index
-            )
-        case "mce-sum":
-            return summed_probability_loss(
-                logits, target_bags, target_weights, tp_group, ignore_index
-            )
-        case "bce" | "hinge":
-            if target_weights is not None:
-                raise ValueError(
-                    f"--tst-objective {objective} got target weights, and its targets are a set: "
-                    "use --tst-target-weighting uniform."
-                )
-            loss = multi_label_bce if objective == "bce" else multi_label_hinge
-            return loss(logits, target_bags, tp_group, ignore_index)
-    raise ValueError(f"--tst-objective is {objective!r}: choose one of mce, mce-sum, bce, hinge.")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}: choose one of {', '.join(OBJECTIVES)}.")
+    if OBJECTIVES[objective].takes_weights:
+        return LOSSES[objective](logits, target_bags, target_weights, tp_group, ignore_index)
+    if target_weights is not None:
+        raise ValueError(
+            f"objective {objective!r} got target_weights, and its targets are a set: pass None."
+        )
+    return LOSSES[objective](logits, target_bags, tp_group, ignore_index)
 
 
 def summed_probability_loss(
@@ -159,6 +152,15 @@ def multi_label_hinge(
         partial = partial + excess.masked_fill(~counts, 0)
     vocabulary_size = logits.shape[-1] * group_size(tp_group)
     return reduce_from_tensor_parallel(partial, tp_group) / vocabulary_size
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "mce": multi_hot_cross_entropy,
+    "mce-sum": summed_probability_loss,
+    "bce": multi_label_bce,
+    "hinge": multi_label_hinge,
+}
+"""By the name that :data:`megatron_tst.config.OBJECTIVES` has."""
 
 
 def _margin_excess(others: Tensor, target_logit: Tensor) -> Tensor:

@@ -81,18 +81,10 @@ def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting
     config = schedule.config
     if not config.enabled:
         return {"bag_size": 1}
-    found: dict[str, Setting] = {
-        "bag_size": config.bag_size,
-        "step_ratio": config.step_ratio or round(schedule.switch_step / schedule.total_steps, 6),
-        "switch_step": schedule.switch_step,
-        "variant": config.variant,
-        "target_weighting": str(config.target_weighting),
-        "objective": config.objective,
-        "reset_at_switch": config.reset_at_switch,
-        "document_boundary": config.document_boundary,
-    }
-    if config.target_weighting == "power-law":
-        found["power_law_exponent"] = config.power_law_exponent
+    ratio = config.step_ratio or round(schedule.switch_step / schedule.total_steps, 6)
+    found = {**config.method(), "step_ratio": ratio, "switch_step": schedule.switch_step}
+    if config.target_weighting != "power-law":
+        found.pop("power_law_exponent")
     return found
 
 

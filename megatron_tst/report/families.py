@@ -6,21 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_tst.config import POWER_LAW_FROM_BAG_SIZE
+from megatron_tst.config import SETTINGS, default_weighting
 from megatron_tst.report.describing import MODEL_SETTINGS, Setting
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.units import TIMES, quantity
 
 SUPERPOSITION_SETTINGS = (
-    "bag_size",
-    "step_ratio",
+    *(name for name, known in SETTINGS.items() if known.is_method and name != "steps"),
     "switch_step",
-    "variant",
-    "target_weighting",
-    "power_law_exponent",
-    "objective",
-    "reset_at_switch",
-    "document_boundary",
 )
 LENGTH_SETTINGS = ("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters")
 """What a run of another length has otherwise: its schedule is scaled with it."""
@@ -214,23 +207,19 @@ def superposition_label(settings: Mapping[str, Setting]) -> str:
         return "baseline"
     ratio = float(settings.get("step_ratio", 0))
     parts = [f"s={size} r={ratio:.4g}"]
-    if settings.get("variant", "full") != "full":
-        parts.append(str(settings["variant"]))
-    if (weighting := weighting_label(settings)) is not None:
-        parts.append(weighting)
-    for name, plain in (("objective", "mce"), ("document_boundary", "cross")):
-        if settings.get(name, plain) != plain:
-            parts.append(str(settings[name]))
-    if settings.get("reset_at_switch", "none") != "none":
-        parts.append(f"reset of {settings['reset_at_switch']}")
-    return " ".join(parts)
+    for name, known in SETTINGS.items():
+        value = settings.get(name, known.default)
+        if name == "target_weighting":
+            parts.append(weighting_label(settings) or "")
+        elif known.label and value != known.default:
+            parts.append(known.label.format(value))
+    return " ".join(filter(None, parts))
 
 
 def weighting_label(settings: Mapping[str, Setting]) -> str | None:
     """Target weights that are not the default of the bag size; None for those that are."""
     weighting = settings.get("target_weighting")
-    is_large = int(settings.get("bag_size", 1)) >= POWER_LAW_FROM_BAG_SIZE
-    default = "power-law" if is_large else "uniform"
+    default = default_weighting(int(settings.get("bag_size", 1)))
     exponent = settings.get("power_law_exponent", 1.0)
     if weighting == "power-law" and exponent != 1.0:
         return f"power-law {exponent:g}"

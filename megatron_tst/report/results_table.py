@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from megatron_tst.config import SETTINGS
 from megatron_tst.report.describing import Status
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.tables import Row, read_table, write_table
@@ -36,11 +37,7 @@ _TEXT = {
     "quantity",
     "machine",
     "commit",
-    "variant",
-    "target_weighting",
-    "objective",
-    "reset_at_switch",
-    "document_boundary",
+    *(name for name, known in SETTINGS.items() if known.kind is str),
     "lr_decay_style",
     "lr_wsd_decay_style",
     "data.data_path",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_tst.study.settings import RunSettings, Scalar
+from megatron_tst.config import SETTINGS
+from megatron_tst.setting_fields import KEYS, worded
+from megatron_tst.study.settings import AXES, RunSettings, Scalar
 
 _SCHEDULE = ("warmup_share", "decay_share")
 _VALIDATION = ("times", "tokens", "batch_size")
@@ -193,7 +194,7 @@ def _validation(value: Any, processes: int) -> Validation:
 def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
     if not isinstance(arms, list) or not arms:
         raise ValueError("arms is empty: list the arms, {} for one with the defaults.")
-    known = {field.name for field in fields(RunSettings)} - {"seed"}
+    known = set(AXES) - {"seed"}
     common = _mapping(defaults, "defaults", optional=known)
     runs: dict[RunSettings, None] = {}
     for i, arm in enumerate(arms, start=1):
@@ -216,25 +217,20 @@ def _product(axes: Mapping[str, Any], where: str) -> Iterable[RunSettings]:
     for combination in itertools.product(*lists):
         given = zip(axes, combination, strict=True)
         try:
-            run = RunSettings(**{name: _setting(name, value) for name, value in given})
-            run.check()
+            with worded(KEYS):
+                run = RunSettings.of(**{name: _setting(name, value) for name, value in given})
+                run.check()
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         yield run
 
 
-_TYPES = typing.get_type_hints(RunSettings)
-
-
 def _setting(name: str, value: Any) -> Any:
     """A value of an axis as its type; YAML reads 1e-3 as text."""
-    if name in ("learning_rate", "power_law_exponent"):
-        return _number(value, name, float)
-    if name == "step_ratio" and value is not None:
-        return _number(value, name, float)
-    if _TYPES[name] is int:
-        return _number(value, name, int, 0)
-    return value
+    may_be_none = name in SETTINGS and SETTINGS[name].is_optional
+    if AXES[name] is str or (value is None and may_be_none):
+        return value
+    return _number(value, name, AXES[name], 0 if AXES[name] is int else float("-inf"))
 
 
 def _number(

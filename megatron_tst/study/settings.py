@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import (
-    DocumentBoundary,
-    Objective,
-    ResetAtSwitch,
-    SuperpositionConfig,
-    TargetWeighting,
-    Variant,
-)
+from megatron_tst.config import SETTINGS, SuperpositionConfig
 from megatron_tst.schedule import SuperpositionSchedule
 
 Scalar = str | int | float | bool
@@ -28,31 +21,44 @@ class RunSettings:
         total_steps: optimizer steps.
         learning_rate: peak of the schedule.
         seed: of weights and of the order of the text.
-        bag_size: and all below: see :class:`megatron_tst.SuperpositionConfig`.
+        bag_size: of phase 1; 1 for a baseline.
+        changed: other settings of :class:`megatron_tst.SuperpositionConfig` that are not at their
+            defaults, in the order of its fields.
     """
 
     model: str
     total_steps: int
     learning_rate: float
     seed: int
-    bag_size: int = 1
-    step_ratio: float | None = None
-    variant: Variant = "full"
-    target_weighting: TargetWeighting | None = None
-    power_law_exponent: float = 1.0
-    objective: Objective = "mce"
-    reset_at_switch: ResetAtSwitch = "none"
-    document_boundary: DocumentBoundary = "cross"
+    bag_size: int
+    changed: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(
+        cls, model: str, total_steps: int, learning_rate: float, seed: int, **superposition: Any
+    ) -> Self:
+        """From values of :data:`AXES`.
+
+        Raises:
+            ValueError: a superposition setting is of another type, or no choice.
+        """
+        bag_size = superposition.pop("bag_size", SETTINGS["bag_size"].default)
+        changed = []
+        for name, known in SETTINGS.items():
+            if name in superposition:
+                known.check(superposition[name])
+                if superposition[name] != known.default:
+                    changed.append((name, superposition[name]))
+        return cls(model, total_steps, learning_rate, seed, bag_size, tuple(changed))
 
     @property
     def superposition(self) -> SuperpositionConfig:
         """Its superposition settings.
 
         Raises:
-            ValueError: naming the flag, its value and the remedy.
+            ValueError: naming the setting, its value and the remedy.
         """
-        names = {field.name for field in fields(SuperpositionConfig)} & set(_FLAGS)
-        return SuperpositionConfig(**{name: getattr(self, name) for name in names})
+        return SuperpositionConfig(bag_size=self.bag_size, **dict(self.changed))
 
     def check(self) -> None:
         """Raises a ValueError if the run could not be started or would ignore a setting."""
@@ -61,9 +67,9 @@ class RunSettings:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0.")
         SuperpositionSchedule(self.superposition, self.total_steps, BatchSizes.constant(1), 1)
-        if self.bag_size == 1 and self._changed():
+        if self.bag_size == 1 and self.changed:
             raise ValueError(
-                f"bag_size is 1, and so {', '.join(self._changed())} would be ignored: set "
+                f"bag_size is 1, and so {', '.join(dict(self.changed))} would be ignored: set "
                 "bag_size, or leave them out of a baseline."
             )
 
@@ -71,23 +77,13 @@ class RunSettings:
     def name(self) -> str:
         """Name of the run's folder, unique in a study: every setting that is not its default."""
         parts = [self.model, f"{self.total_steps}steps", f"lr{self.learning_rate:g}"]
-        changed = self._changed()
+        changed = dict(self.changed)
         if self.bag_size == 1:
             parts.append("baseline")
         else:
             parts += [f"s{self.bag_size}", f"r{changed.pop('step_ratio'):g}"]
         parts += [f"p{v:g}" if k == "power_law_exponent" else str(v) for k, v in changed.items()]
         return "-".join([*parts, f"seed{self.seed}"])
-
-    def _changed(self) -> dict[str, Any]:
-        """Superposition settings other than the bag size that are not at their defaults."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name in _FLAGS
-            and field.name != "bag_size"
-            and getattr(self, field.name) != field.default
-        }
 
     def arguments(self, warmup_share: float, decay_share: float) -> list[str]:
         """Megatron's arguments for these settings, the model's excepted.
@@ -105,23 +101,25 @@ class RunSettings:
             *("--seed", str(self.seed + 1)),
         ]
         if self.bag_size > 1:
-            arguments += ["--tst-bag-size", str(self.bag_size)]
-            for name, value in self._changed().items():
-                arguments += [_FLAGS[name], str(value)]
+            for name, value in (("bag_size", self.bag_size), *self.changed):
+                arguments += [SETTINGS[name].flag, str(value)]
         return arguments
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values by axis."""
+        own = {name: getattr(self, name) for name in _OWN_AXES}
+        defaults = {name: SETTINGS[name].default for name in _SUPERPOSITION_AXES}
+        return {**own, **defaults, "bag_size": self.bag_size, **dict(self.changed)}
 
 
-_FLAGS = {
-    "bag_size": "--tst-bag-size",
-    "step_ratio": "--tst-step-ratio",
-    "variant": "--tst-variant",
-    "target_weighting": "--tst-target-weighting",
-    "power_law_exponent": "--tst-power-law-exponent",
-    "objective": "--tst-objective",
-    "reset_at_switch": "--tst-reset-at-switch",
-    "document_boundary": "--tst-document-boundary",
+_OWN_AXES: dict[str, type] = {
+    "model": str,
+    "total_steps": int,
+    "learning_rate": float,
+    "seed": int,
 }
+_SUPERPOSITION_AXES: dict[str, type] = {
+    name: known.kind for name, known in SETTINGS.items() if known.is_axis
+}
+AXES: dict[str, type] = {**_OWN_AXES, **_SUPERPOSITION_AXES}
+"""What an arm of a study may set, and the type of its values."""

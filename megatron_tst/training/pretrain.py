@@ -96,11 +96,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         _print_settings(schedule)
         _print_platform()
     if schedule.config.enabled or args.tst_loss_impl == "linear":
-        superpose = partial(
-            superpose_built_models,
-            superposition=schedule.config,
-            loss_implementation=args.tst_loss_impl,
-        )
+        superpose = partial(superpose_built_models, superposition=schedule.config)
         model_config.pre_wrap_hooks.append(superpose)
     clock, meter = StepClock(args.tst_seconds), OffsetLossMeter()
     reporter = ProgressReporter(schedule, clock, meter)

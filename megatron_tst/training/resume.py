@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.config import SETTINGS
 from megatron_tst.data.files import fingerprint
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
@@ -27,7 +28,7 @@ from megatron_tst.training.saved_state_check import refuse_wrong_state
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 # What a checkpoint was made with that does not hold the setting.
-_BEFORE = {"document_boundary": "cross", "inter_document_masking": False}
+_BEFORE = {"inter_document_masking": False}
 
 # What the user passes to change a setting, where it is not --tst- and the name of the setting.
 _FLAGS = {
@@ -105,8 +106,10 @@ def _refuse_other_settings(
         if name in ("switch_step", "switch_sample"):
             continue
         # A checkpoint of an earlier version does not hold every setting.
-        if (was := saved.get(name, _BEFORE.get(name, current[name]))) != current[name]:
-            flag = _FLAGS.get(name, f"--tst-{name.replace('_', '-')}")
+        known = SETTINGS.get(name)
+        before = known.default if known else _BEFORE.get(name, current[name])
+        if (was := saved.get(name, before)) != current[name]:
+            flag = known.flag if known else _FLAGS[name]
             raise ValueError(
                 f"--load {args.load} was trained with {flag} {was}, and this command "
                 f"has {current[name]}: resume with the settings that it started with "
@@ -164,10 +167,8 @@ def _refuse_no_moments(args: Namespace, saved: Any, folder: Path) -> None:
 
 
 def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, object]:
-    resolved = schedule.config.to_dict()
-    # Given as a ratio or as steps: what counts is where it puts the switch.
-    for name in ("step_ratio", "steps"):
-        resolved.pop(name)
+    # Given as a ratio or as steps: what counts of phase 1 is where it puts the switch.
+    method = schedule.config.method()
     phases = {
         "switch_step": schedule.switch_step,
         "switch_sample": schedule.switch_sample,
@@ -184,7 +185,7 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
         "corpus_fingerprint": fingerprint(files),
     }
-    return {**resolved, **phases, **data}
+    return {**method, **phases, **data}
 
 
 def _local_data_files(args: Namespace) -> list[str]:

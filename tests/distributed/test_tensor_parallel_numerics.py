@@ -137,7 +137,7 @@ def loss_on_ranks(objective: str, bag_size: int) -> tuple[Tensor, Tensor, bool]:
     loss = superposition_loss(
         logits_shard,
         targets,
-        objective,  # type: ignore[arg-type]
+        objective,
         weights if objective.startswith("mce") else None,
         torch.distributed.group.WORLD,
     )
@@ -155,7 +155,7 @@ def test_loss_equals_one_rank(ranks: int, bag_size: int, objective: str) -> None
     expected = superposition_loss(
         logits,
         targets,
-        objective,  # type: ignore[arg-type]
+        objective,
         weights if objective.startswith("mce") else None,
     )
     expected.backward(grad)

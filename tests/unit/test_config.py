@@ -7,14 +7,16 @@ import sys
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from math import exp, isclose, nan
-from typing import Any, get_args
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst import SuperpositionConfig
-from megatron_tst.config import TargetWeighting, Variant
+from megatron_tst.config import WEIGHTINGS, Variant
+from megatron_tst.setting_fields import FLAGS, SettingError
 
 
 def config(**settings: Any) -> SuperpositionConfig:
@@ -58,11 +60,46 @@ def config(**settings: Any) -> SuperpositionConfig:
 def test_bad_value_is_refused_with_flag_value_and_remedy(
     settings: dict[str, Any], flag: str, value: str, remedy: str
 ) -> None:
-    with pytest.raises(ValueError, match=flag) as refusal:
+    with pytest.raises(SettingError) as refusal:
         config(**settings)
-    message = str(refusal.value)
+    message = refusal.value.worded(FLAGS)
     assert f"{flag} {value}" in message or f"{flag} is {value}" in message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bag_size": 2.5}, "bag_size is 2.5: use a whole number."),
+        ({"bag_size": True}, "bag_size is True: use a whole number."),
+        ({"bag_size": None}, "bag_size is None: use a whole number."),
+        ({"steps": "7"}, "steps is '7': use a whole number."),
+        ({"step_ratio": "0.3"}, "step_ratio is '0.3': use a number."),
+        ({"power_law_exponent": None}, "power_law_exponent is None: use a number."),
+        ({"variant": ["full"]}, r"variant is \['full'\]: use text."),
+        ({"steps": 0}, "steps is 0: .* use bag_size=1 for a run"),
+        (
+            {"objective": "bce", "target_weighting": "power-law"},
+            "target_weighting=power-law has no meaning with objective=bce",
+        ),
+    ],
+)
+def test_python_is_told_of_its_arguments_and_of_other_types(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config(**settings)
+
+
+def test_braces_in_a_value_are_text() -> None:
+    with pytest.raises(SettingError, match=r"variant is '\{steps\}': choose") as refusal:
+        config(variant="{steps}")
+    assert refusal.value.worded(FLAGS).startswith("--tst-variant is '{steps}': choose")
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = config(bag_size=np.int64(4), step_ratio=np.float64(0.25))
+    assert settings == config(bag_size=4, step_ratio=0.25)
 
 
 def test_default_is_an_ordinary_run() -> None:
@@ -103,7 +140,7 @@ def test_variant_selects_the_superposed_sides(
     ],
 )
 def test_weighting_defaults_to_the_published_choice(
-    settings: dict[str, Any], weighting: TargetWeighting
+    settings: dict[str, Any], weighting: str
 ) -> None:
     assert config(**settings).target_weighting == weighting
 
@@ -117,7 +154,7 @@ def test_weighting_defaults_to_the_published_choice(
         ("first-token", [1, 0, 0, 0]),
     ],
 )
-def test_weights_follow_their_law(weighting: TargetWeighting, raw: list[float]) -> None:
+def test_weights_follow_their_law(weighting: str, raw: list[float]) -> None:
     weights = config(target_weighting=weighting).target_weights()
     assert weights == pytest.approx([weight / sum(raw) for weight in raw], rel=1e-12)
 
@@ -129,12 +166,10 @@ def test_exponent_sets_the_power_law() -> None:
 
 @given(
     bag_size=st.integers(2, 1024),
-    weighting=st.sampled_from(get_args(TargetWeighting)),
+    weighting=st.sampled_from(sorted(WEIGHTINGS)),
     exponent=st.floats(0, 10),
 )
-def test_weights_sum_to_one_and_never_rise(
-    bag_size: int, weighting: TargetWeighting, exponent: float
-) -> None:
+def test_weights_sum_to_one_and_never_rise(bag_size: int, weighting: str, exponent: float) -> None:
     weights = config(
         bag_size=bag_size, target_weighting=weighting, power_law_exponent=exponent
     ).target_weights()

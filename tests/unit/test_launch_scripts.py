@@ -15,17 +15,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from megatron_tst.config import (
-    DocumentBoundary,
-    Objective,
-    ResetAtSwitch,
-    TargetWeighting,
-    Variant,
-)
+from megatron_tst.config import SETTINGS
 from tests.corpus import write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -165,18 +159,11 @@ def test_the_table_of_ablations_has_an_effect_row_by_row(cases: Cases) -> None:
 def test_the_table_of_ablations_is_whole_and_has_every_choice_of_the_method() -> None:
     heading = 2
     assert len(ABLATIONS) == _TABLE.count("\n|") - heading
-    choices = {
-        "variant": Variant,
-        "target-weighting": TargetWeighting,
-        "objective": Objective,
-        "reset-at-switch": ResetAtSwitch,
-        "document-boundary": DocumentBoundary,
-    }
     # What the scripts do without a flag: the published method.
     published = {"full", "mce", "none", "cross"}
-    for flag, values in choices.items():
-        for value in set(get_args(values)) - published:
-            assert any(f"--tst-{flag} {value}" in row for row in ABLATIONS), (flag, value)
+    for known in SETTINGS.values():
+        for value in set(known.choices if known.is_method else ()) - published:
+            assert any(f"{known.flag} {value}" in row for row in ABLATIONS), (known.flag, value)
 
 
 def test_phase_2_of_stock_megatron_has_the_steps_of_the_run_and_none_of_our_flags(

@@ -164,12 +164,12 @@ def test_hinge_saves_no_more_for_a_larger_bag() -> None:
 
 
 def test_unknown_objective_is_refused() -> None:
-    with pytest.raises(ValueError, match="--tst-objective is 'mse'"):
-        superposition_loss(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), "mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="objective is 'mse'"):
+        superposition_loss(torch.zeros(1, 4), torch.zeros(1, 2, dtype=torch.int64), "mse")
 
 
 @pytest.mark.parametrize("objective", ["bce", "hinge"])
 def test_weights_are_refused_where_targets_are_a_set(objective: Any) -> None:
     logits, targets, _ = case(torch.float32)
-    with pytest.raises(ValueError, match=f"--tst-objective {objective} got target weights"):
+    with pytest.raises(ValueError, match=f"objective '{objective}' got target_weights"):
         superposition_loss(logits, targets, objective, torch.ones(4))

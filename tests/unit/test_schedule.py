@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.config import Variant
+from megatron_tst.setting_fields import FLAGS, SettingError
 
 SEQUENCE_LENGTH = 4096
 BILLION = 10**9
@@ -109,9 +110,11 @@ def test_phase_without_a_step_is_refused(
     phase_length: dict[str, Any], total_steps: int, named: str, remedy: str
 ) -> None:
     config = SuperpositionConfig(bag_size=4, **phase_length)
-    with pytest.raises(ValueError, match=named) as refusal:
+    with pytest.raises(SettingError) as refusal:
         SuperpositionSchedule(config, total_steps, BatchSizes.constant(8), 128)
-    assert remedy in str(refusal.value)
+    message = refusal.value.worded(FLAGS)
+    assert named in message
+    assert remedy in message
 
 
 @st.composite

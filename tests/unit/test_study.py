@@ -103,8 +103,8 @@ def test_names_tell_all_settings_apart() -> None:
         {"model": "n"},
     ]
     base = {**common, "bag_size": 4, "step_ratio": 0.3}
-    names = {RunSettings(**{**base, **change}).name for change in changes}
-    assert len(names - {RunSettings(**base).name}) == len(changes)
+    names = {RunSettings.of(**{**base, **change}).name for change in changes}
+    assert len(names - {RunSettings.of(**base).name}) == len(changes)
 
 
 @pytest.mark.parametrize(
@@ -113,16 +113,16 @@ def test_names_tell_all_settings_apart() -> None:
         ({"arm": []}, ["unknown key 'arm'", "arms"]),
         ({"arms": []}, ["arms is empty"]),
         ({"arms": [{"bagsize": 2}]}, ["arms, entry 1", "unknown key 'bagsize'", "bag_size"]),
-        ({"arms": [{}, {"bag_size": 4}]}, ["arms, entry 2", "--tst-step-ratio"]),
+        ({"arms": [{}, {"bag_size": 4}]}, ["arms, entry 2", "step_ratio"]),
         ({"arms": [{"bag_size": []}]}, ["bag_size is an empty list"]),
         ({"arms": [{"bag_size": 2.5, "step_ratio": 0.3}]}, ["bag_size is 2.5", "whole number"]),
         ({"arms": [{"bag_size": True, "step_ratio": 0.3}]}, ["bag_size is True"]),
-        ({"arms": [{"bag_size": 2, "step_ratio": 1.5}]}, ["--tst-step-ratio is 1.5"]),
+        ({"arms": [{"bag_size": 2, "step_ratio": 1.5}]}, ["step_ratio is 1.5", "use bag_size: 1"]),
         ({"arms": [{"bag_size": 2, "step_ratio": 0.01}]}, ["switch at step 0"]),
         ({"arms": [{"step_ratio": 0.3}]}, ["bag_size is 1", "step_ratio", "ignored"]),
         (
             {"arms": [{"bag_size": 2, "step_ratio": 0.3, "objective": "mse"}]},
-            ["--tst-objective", "'mse'", "mce-sum"],
+            ["objective is 'mse'", "mce-sum"],
         ),
         ({"arms": [{"learning_rate": "fast"}]}, ["learning_rate is 'fast'", "a number"]),
         ({"arms": [{"learning_rate": 0}]}, ["learning_rate is 0", "above 0"]),
