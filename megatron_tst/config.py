@@ -8,8 +8,8 @@ from math import exp
 from typing import Any, Literal
 
 from megatron_tst.setting_fields import Setting, SettingError, said, settings_of
+from megatron_tst.variants import VARIANTS
 
-Variant = Literal["full", "input-only", "output-only"]
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
 DocumentBoundary = Literal["cross", "align"]
 LossImplementation = Literal["auto", "torch", "triton", "linear"]
@@ -61,7 +61,8 @@ class SuperpositionConfig:
         bag_size: tokens folded into one latent position (s). 1 turns superposition off.
         step_ratio: fraction of all optimizer steps in phase 1 (r). Exclusive with ``steps``.
         steps: number of optimizer steps in phase 1. Exclusive with ``step_ratio``.
-        variant: which side is superposed: bags in and out, bags in only, or bags out only.
+        variant: which side is superposed, a key of ``VARIANTS``: bags in and out, bags in only, or
+            bags out only.
         target_weighting: weight of the i-th token of a target bag, a key of ``WEIGHTINGS``;
             ``None`` resolves to the published choice: uniform below a bag size of 8, power law
             from 8 on.
@@ -92,10 +93,11 @@ class SuperpositionConfig:
         default=None,
         metadata=said("Optimizer steps of phase 1, instead of a ratio.", is_axis=False),
     )
-    variant: Variant = field(
+    variant: str = field(
         default="full",
         metadata=said(
             "Which side is superposed: bags in and out, bags in only, or bags out only.",
+            choices=VARIANTS,
             label="{}",
         ),
     )
@@ -206,12 +208,12 @@ class SuperpositionConfig:
     @property
     def superposes_input(self) -> bool:
         """Whether phase 1 reads bags of tokens."""
-        return self.enabled and self.variant != "output-only"
+        return self.enabled and VARIANTS[self.variant].reads_bags
 
     @property
     def superposes_output(self) -> bool:
         """Whether phase 1 predicts bags of tokens."""
-        return self.enabled and self.variant != "input-only"
+        return self.enabled and VARIANTS[self.variant].predicts_bags
 
     @property
     def aligns_documents(self) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.config import SuperpositionConfig
+from megatron_tst.phases import Phase, phase_of_sample
 from megatron_tst.setting_fields import SettingError
-
-Phase = Literal["superposition", "recovery"]
+from megatron_tst.variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class SuperpositionSchedule:
-    """The two phases of a run.
+    """The phases of a run.
 
     Attributes:
         config: superposition settings.
@@ -39,22 +39,31 @@ class SuperpositionSchedule:
             return
         name = "step_ratio" if self.config.steps is None else "steps"
         values = {"length": getattr(self.config, name), "total": self.total_steps}
-        if self.switch_step < 1:
+        if self._length_of_bags < 1:
             raise SettingError(
                 f"{{{name}:{{length}}}} of {{total}} steps puts the switch at step 0: "
                 "raise it, lengthen the run, or use {bag_size:1}.",
                 **values,
             )
-        if self.switch_step >= self.total_steps:
+        if self._length_of_bags >= self.total_steps:
             raise SettingError(
                 f"{{{name}:{{length}}}} of {{total}} steps leaves no step for phase 2, which turns "
                 "the weights into an ordinary model: lower it or lengthen the run.",
                 **values,
             )
 
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of their steps; the first begins at step 0."""
+        plain = Phase(self._length_of_bags, self.batch_sizes.samples_at(self._length_of_bags))
+        if not self.config.enabled:
+            return (plain,)
+        config = self.config
+        variant = VARIANTS[config.variant]
+        return Phase(0, 0, config.bag_size, variant, config.aligns_documents), plain
+
     @property
-    def switch_step(self) -> int:
-        """First step of phase 2; 0 when superposition is off."""
+    def _length_of_bags(self) -> int:
         if not self.config.enabled:
             return 0
         if self.config.steps is not None:
@@ -63,31 +72,60 @@ class SuperpositionSchedule:
         return round(self.config.step_ratio * self.total_steps)
 
     @property
+    def switch_step(self) -> int:
+        """First step of the last phase; 0 when superposition is off."""
+        return self.phases[-1].first_step
+
+    @property
     def switch_sample(self) -> int:
-        """Index of the first sample of phase 2."""
-        return self.batch_sizes.samples_at(self.switch_step)
+        """Index of the first sample of the last phase."""
+        return self.phases[-1].first_sample
 
     def phase_at(self, step: int) -> Phase:
         """Phase of the optimizer step with this zero-based index."""
-        return "superposition" if step < self.switch_step else "recovery"
+        return [phase for phase in self.phases if phase.first_step <= step][-1]
+
+    def phase_of_sample(self, sample: int) -> Phase:
+        """Phase of the sample with this zero-based index."""
+        return self.phases[phase_of_sample(self.phases, sample)]
+
+    def begins_phase(self, step: int) -> bool:
+        """Whether a phase ends before the step with this index."""
+        return any(phase.first_step == step for phase in self.phases[1:])
 
     def bag_size_at(self, step: int) -> int:
         """Tokens that share a latent position, on the side that the variant superposes."""
-        return self.config.bag_size if step < self.switch_step else 1
+        return self.phase_at(step).bag_size
 
     def tokens_per_position_at(self, step: int) -> int:
         """Data tokens read for each latent position: s in phase 1 when bags are read, else 1."""
-        return self.bag_size_at(step) if self.config.superposes_input else 1
+        return self.phase_at(step).tokens_per_position
 
     def equivalent_tokens(self, step: int) -> int:
         """Latent positions processed by the first ``step`` steps; FLOPs are proportional to it."""
         return self.batch_sizes.samples_at(step) * self.sequence_length
 
+    def positions_by_phase(self, step: int) -> list[tuple[Phase, int]]:
+        """Each phase with its latent positions among the first ``step`` steps."""
+        ends = [phase.first_step for phase in self.phases[1:]] + [step]
+        return [
+            (
+                phase,
+                max(
+                    self.equivalent_tokens(min(end, step))
+                    - self.equivalent_tokens(min(phase.first_step, step)),
+                    0,
+                ),
+            )
+            for phase, end in zip(self.phases, ends, strict=True)
+        ]
+
     def data_tokens(self, step: int) -> int:
         """Tokens of text read by the first ``step`` steps."""
-        in_phase_1 = self.equivalent_tokens(min(step, self.switch_step))
-        in_phase_2 = self.equivalent_tokens(step) - in_phase_1
-        places = in_phase_1 * self.tokens_per_position_at(0)
-        # Exact without padding, however many tokens there are.
-        text = places if self.text_share == 1.0 else round(places * self.text_share)
-        return text + in_phase_2
+        total = 0
+        for phase, positions in self.positions_by_phase(step):
+            places = positions * phase.tokens_per_position
+            # Exact without padding, however many tokens there are.
+            is_full = not phase.is_superposed or self.text_share == 1.0
+            total += places if is_full else round(places * self.text_share)
+        return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
-from megatron_tst import SuperpositionConfig
-from megatron_tst.config import DocumentBoundary, Variant
+from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
+from megatron_tst.config import DocumentBoundary
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
+from megatron_tst.phases import Phase
 
 Corpus = tuple[Path, list[NDArray[np.int64]]]
-VARIANTS: tuple[Variant, ...] = ("full", "input-only", "output-only")
+VARIANTS = ("full", "input-only", "output-only")
 VOCABULARY_SIZE = 100_000
 # Tokens 0 .. n-1 have an identity each; these two are outside of them.
 EOD, PAD = 99_999, 99_998
@@ -35,7 +37,7 @@ def tokenizer(pad: int = -1) -> Any:
 
 
 def superposition(
-    bag_size: int, variant: Variant = "full", document_boundary: DocumentBoundary = "cross"
+    bag_size: int, variant: str = "full", document_boundary: DocumentBoundary = "cross"
 ) -> SuperpositionConfig:
     # The dataset takes the switch as a sample; the step count here plays no part.
     return SuperpositionConfig(
@@ -43,7 +45,20 @@ def superposition(
     )
 
 
-def make_config(prefix: Path, config_class: Any = None, **changes: Any) -> Any:
+def phases(config: SuperpositionConfig, switch_sample: int) -> tuple[Phase, ...]:
+    """Of a run whose steps read a sample each."""
+    if not config.enabled:
+        return (Phase(0, 0),)
+    as_steps = replace(config, steps=switch_sample, step_ratio=None)
+    schedule = SuperpositionSchedule(as_steps, switch_sample + 1, BatchSizes.constant(1), 1)
+    return schedule.phases
+
+
+def make_config(
+    prefix: Path, config_class: Any = None, switch_sample: int | None = None, **changes: Any
+) -> Any:
+    if switch_sample is not None and "superposition" in changes:
+        changes["phases"] = phases(changes["superposition"], switch_sample)
     settings = {
         "random_seed": 1234,
         "sequence_length": 4,
@@ -67,7 +82,7 @@ def build_train(
     prefix: Path,
     num_samples: int,
     bag_size: int = 3,
-    variant: Variant = "full",
+    variant: str = "full",
     document_boundary: DocumentBoundary = "cross",
     **changes: Any,
 ) -> Any:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.stream import PADDING
+from megatron_tst.phases import Phase
 
 IGNORE_INDEX = PADDING
 """Label of a target in a bag that does not count, and token of a place that holds none."""
@@ -19,14 +19,14 @@ class BagFolder:
     """Folds text into bags.
 
     Attributes:
-        superposition: settings of phase 1.
+        phase: whose bags they are.
         sequence_length: latent positions a sequence (l).
         eod: id of the end of a document.
         pad: id of padding in the text, which has no embedding and is no target.
         eod_mask_loss: no loss for what follows the end of a document.
     """
 
-    superposition: SuperpositionConfig
+    phase: Phase
     sequence_length: int
     eod: int
     pad: int | None
@@ -47,11 +47,11 @@ class BagFolder:
         is_padding = self._is(text, self.pad)
         # Copies only where something is masked, which is rare.
         tokens = text.masked_fill(is_padding, 0) if is_padding.any() else text
-        tokens = tokens[: len(text) - self.superposition.bag_size]
-        if self.superposition.superposes_input:
+        tokens = tokens[: len(text) - self.phase.look_ahead]
+        if self.phase.reads_bags:
             tokens = tokens.view(self.sequence_length, -1)
         following, is_padding = text[1:], is_padding[1:]
-        if self.superposition.aligns_documents:
+        if self.phase.aligns_documents:
             ignored = self._fold(is_padding) | self._crosses_documents(
                 tokens, following, document_lengths
             )
@@ -60,9 +60,9 @@ class BagFolder:
             ignored = self._fold(is_padding | (text[:-1] == self.eod))
         else:
             ignored = self._fold(is_padding)
-        if self.superposition.superposes_output:
+        if self.phase.predicts_bags:
             # A sum, because torch is slow at all() over a short dimension.
-            counts = ignored.sum(dim=-1) < self.superposition.bag_size
+            counts = ignored.sum(dim=-1) < self.phase.bag_size
             masked, instead = ignored, IGNORE_INDEX
         else:
             counts = ~ignored
@@ -82,19 +82,15 @@ class BagFolder:
 
     def _fold(self, following: Tensor) -> Tensor:
         """Arranges what belongs to all tokens but the first as labels: [l, s] or [l]."""
-        bag_size = self.superposition.bag_size
-        if self.superposition.variant == "full":
-            return following[bag_size - 1 :].view(-1, bag_size)
-        if self.superposition.variant == "input-only":
-            return following[bag_size - 1 :: bag_size]
-        return following.unfold(0, bag_size, 1)
+        folded: Tensor = self.phase.variant.fold_targets(following, self.phase.bag_size)
+        return folded
 
     def _crosses_documents(
         self, tokens: Tensor, following: Tensor, document_lengths: list[int]
     ) -> Tensor:
         """Targets of aligned bags, [l, s] or [l], that a bag must not predict."""
         crosses = self._fold(following == PADDING)
-        if self.superposition.superposes_output:
+        if self.phase.predicts_bags:
             lengths = torch.tensor(document_lengths)
             documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
             targets = self._fold(documents[1:])

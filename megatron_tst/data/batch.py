@@ -17,7 +17,7 @@ from megatron.core.utils import (
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_tst.config import SuperpositionConfig
+from megatron_tst.phases import Phase
 
 _DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask", *_DOCUMENT_KEYS)
@@ -27,7 +27,7 @@ Batch = dict[str, Tensor | None]
 def get_batch(
     data_iterator: Iterator[dict[str, Tensor]] | None,
     args: Namespace,
-    superposition: SuperpositionConfig | None,
+    phase: Phase | None,
     vp_stage: int | None = None,
 ) -> Batch:
     """Reads a micro-batch and brings to this rank the parts that its pipeline stage needs.
@@ -35,7 +35,7 @@ def get_batch(
     Args:
         data_iterator: yields collated samples; None on ranks that have no data loader.
         args: Megatron's arguments.
-        superposition: settings of phase 1, or None for plain batches (phase 2 and validation).
+        phase: of the step; None for validation, whose batches are plain.
         vp_stage: virtual pipeline stage.
 
     Returns:
@@ -56,11 +56,11 @@ def get_batch(
             key: sample[key].cuda(non_blocking=True) if key in sample else None
             for key in BATCH_KEYS
         }
-    if superposition is None:
+    if phase is None or not phase.is_superposed:
         batch = _on_this_cp_rank(_plain_batch_on_this_tp_rank(batch, args))
     else:
         # Bags are s times as large: a context-parallel rank broadcasts its own positions only.
-        batch = _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, superposition)
+        batch = _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, phase)
     return batch if batch["cu_seqlens"] is None else _packed(batch)
 
 
@@ -142,19 +142,17 @@ def _plain_batch_on_this_tp_rank(batch: Batch, args: Namespace) -> Batch:
     return result
 
 
-def _bags_on_this_tp_rank(
-    batch: Batch, args: Namespace, superposition: SuperpositionConfig
-) -> Batch:
-    """Broadcasts bags; receivers know the shapes from the configuration, so none is sent."""
+def _bags_on_this_tp_rank(batch: Batch, args: Namespace, phase: Phase) -> Batch:
+    """Broadcasts bags; receivers know the shapes from the phase, so none is sent."""
     local_length = args.seq_length // args.context_parallel_size
     positions = (args.micro_batch_size, local_length)
-    bags = (*positions, superposition.bag_size)
+    bags = (*positions, phase.bag_size)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if mpu.is_pipeline_first_stage():
-        expected["tokens"] = (bags if superposition.superposes_input else positions, torch.int64)
+        expected["tokens"] = (bags if phase.reads_bags else positions, torch.int64)
         expected["position_ids"] = (positions, torch.int64)
     if mpu.is_pipeline_last_stage():
-        expected["labels"] = (bags if superposition.superposes_output else positions, torch.int64)
+        expected["labels"] = (bags if phase.predicts_bags else positions, torch.int64)
         expected["loss_mask"] = (positions, torch.float32)
     if args.create_attention_mask_in_dataloader:
         mask_shape = (args.micro_batch_size, 1, local_length, args.seq_length)

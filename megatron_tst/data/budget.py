@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.stream import fill_up
+from megatron_tst.phases import Phase
 from megatron_tst.schedule import SuperpositionSchedule
 
 _CHUNK = 1 << 24
@@ -107,23 +108,27 @@ def data_budget(
         texts: the corpora of the train split.
         weights: of the corpora, in any unit.
     """
-    switch, total = (
-        schedule.equivalent_tokens(step) for step in (schedule.switch_step, schedule.total_steps)
-    )
-    in_phase_1, in_phase_2 = switch * schedule.tokens_per_position_at(0), total - switch
-    multiple = schedule.tokens_per_position_at(0) if schedule.config.aligns_documents else 1
-    budgets = []
-    for text, weight in zip(texts, weights, strict=True):
-        share = weight / sum(weights)
-        places = round(share * in_phase_1)
-        epoch = text.positions(multiple)
-        phase_1 = round(places * text.tokens / epoch) if epoch else places
-        budgets.append(
-            CorpusBudget(
-                text.path_prefix, text.tokens, phase_1, places - phase_1, round(share * in_phase_2)
-            )
-        )
-    return budgets
+    phases = schedule.positions_by_phase(schedule.total_steps)
+    return [
+        _corpus_budget(text, weight / sum(weights), phases)
+        for text, weight in zip(texts, weights, strict=True)
+    ]
+
+
+def _corpus_budget(
+    text: TrainText, share: float, phases: Sequence[tuple[Phase, int]]
+) -> CorpusBudget:
+    """What phases with so many positions need of a corpus."""
+    in_bags = padding = plain = 0
+    for phase, positions in phases:
+        places = round(share * positions * phase.tokens_per_position)
+        if not phase.is_superposed:
+            plain += places
+            continue
+        epoch = text.positions(phase.document_multiple)
+        tokens = round(places * text.tokens / epoch) if epoch else places
+        in_bags, padding = in_bags + tokens, padding + places - tokens
+    return CorpusBudget(text.path_prefix, text.tokens, in_bags, padding, plain)
 
 
 def refuse_repetition(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,15 +81,8 @@ class SuperpositionGPTDataset(GPTDataset):
     @cached_property
     def layout(self) -> SampleLayout:
         """Where the samples lie in the stream."""
-        superposition = self.config.superposition
-        tokens_per_position = superposition.bag_size if superposition.superposes_input else 1
-        return SampleLayout(
-            sequence_length=self.config.sequence_length,
-            switch_sample=self.config.switch_sample_of(str(self.dataset_path)),
-            tokens_per_position=tokens_per_position,
-            look_ahead=superposition.bag_size,
-            document_multiple=tokens_per_position if superposition.aligns_documents else 1,
-        )
+        phases = self.config.phases_of(str(self.dataset_path))
+        return SampleLayout(self.config.sequence_length, phases)
 
     @cached_property
     def stream(self) -> TokenStream:
@@ -118,10 +110,14 @@ class SuperpositionGPTDataset(GPTDataset):
             token. With inter-document masking also cu_seqlens, [l + 1] int32, and max_seqlen,
             int32, in latent positions; position_ids then restart at each document.
         """
-        if not self.is_superposed or self._sample(idx) >= self.layout.switch_sample:
+        if not self.is_superposed:
             return super().__getitem__(idx)
-        text, _, lengths = self._query_document_sample_shuffle_indices(idx or 0)
-        item = self._bags(torch.from_numpy(text), lengths)
+        sample = self._sample(idx)
+        phase = self.layout.phase_of(sample)
+        if not self.layout.phases[phase].is_superposed:
+            return super().__getitem__(idx)
+        text, _, lengths = self.stream.read(self.dataset, *self.layout.span(sample))
+        item = self._bags(phase, torch.from_numpy(text), lengths)
         if idx is None:
             item["loss_mask"].zero_()
             if item["labels"].dim() == 2:
@@ -139,12 +135,13 @@ class SuperpositionGPTDataset(GPTDataset):
             return super()._query_document_sample_shuffle_indices(idx)
         return self.stream.read(self.dataset, *self.layout.span(self._sample(idx)))
 
-    def _bags(self, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
-        """A sample of phase 1 from its text with look-ahead, [s * l + s] or [l + s] int64."""
-        item = self._folder.fold(text, document_lengths)
+    def _bags(self, phase: int, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
+        """A sample of bags from its text with look-ahead, [s * l + s] or [l + s] int64."""
+        folder = self._folders[phase]
+        item = folder.fold(text, document_lengths)
         if self.config.inter_document_masking:
             return item | document_boundaries(
-                document_lengths, self.layout.tokens_per_position, self.config.sequence_length
+                document_lengths, folder.phase.tokens_per_position, self.config.sequence_length
             )
         item["position_ids"] = self._position_ids
         if self.config.create_attention_mask:
@@ -152,14 +149,13 @@ class SuperpositionGPTDataset(GPTDataset):
         return item
 
     @cached_property
-    def _folder(self) -> BagFolder:
-        return BagFolder(
-            self.config.superposition,
-            self.config.sequence_length,
-            self.config.tokenizer.eod,
-            self._pad_token_id,
-            self.config.eod_mask_loss,
-        )
+    def _folders(self) -> list[BagFolder]:
+        """By phase."""
+        special = self.config.tokenizer.eod, self._pad_token_id
+        return [
+            BagFolder(phase, self.config.sequence_length, *special, self.config.eod_mask_loss)
+            for phase in self.layout.phases
+        ]
 
     @cached_property
     def _position_ids(self) -> Tensor:
@@ -217,7 +213,7 @@ class SuperpositionGPTDataset(GPTDataset):
             index_path = get_idx_path(str(self.dataset_path))
             self.unique_identifiers["index_fingerprint"] = fingerprint([index_path])
         if self.is_superposed:
-            self.unique_identifiers["sample_layout"] = asdict(self.layout)
+            self.unique_identifiers["sample_layout"] = self.layout.text_order()
         # A run that only evaluates finds the cache of the one that trained.
         self.unique_identifiers["split_matrix"] = self.config.whole_split_matrix
         self.unique_description = json.dumps(

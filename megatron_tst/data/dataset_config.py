@@ -11,6 +11,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
+from megatron_tst.phases import Phase
 
 # Field of the configuration, the flag that sets it, and why bags cannot have it.
 _UNSUPPORTED = (
@@ -31,7 +32,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
 
     Attributes:
         superposition: settings of phase 1.
-        switch_sample: index of the first sample of phase 2, from ``SuperpositionSchedule``.
+        phases: of the run, from ``SuperpositionSchedule``.
         reads_train_split: whether the train split is built; without it a run only evaluates, on
             whatever text.
 
@@ -40,7 +41,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
     """
 
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
-    switch_sample: int = 0
+    phases: tuple[Phase, ...] = (Phase(0, 0),)
     reads_train_split: bool = True
     whole_split_matrix: Any = field(init=False, default=None)
     """Upstream's matrix of splits before the train split was left out of it."""
@@ -53,9 +54,9 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
             return
         if not self.superposition.enabled:
             return
-        if self.switch_sample < 1:
+        if not any(phase.is_superposed for phase in self.phases):
             raise ValueError(
-                f"switch_sample is {self.switch_sample}: pass SuperpositionSchedule.switch_sample."
+                f"phases is {self.phases}, without bags: pass SuperpositionSchedule.phases."
             )
         bag_size = self.superposition.bag_size
         for name, flag, reason in _UNSUPPORTED:
@@ -89,17 +90,20 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
             if getattr(self, splits) is not None:
                 setattr(self, splits, [None, *getattr(self, splits)[1:]])
 
-    def switch_sample_of(self, path: str) -> int:
-        """Index of the first sample of phase 2 among those that the run takes from a corpus."""
+    def phases_of(self, path: str) -> tuple[Phase, ...]:
+        """The phases with the samples that the run takes from a corpus."""
         if len(self.train_blend[0]) == 1:
-            return self.switch_sample
-        return self._switch_samples[path]
+            return self.phases
+        return tuple(phase.from_sample(first[path]) for phase, first in self._first_samples)
 
     @cached_property
-    def _switch_samples(self) -> dict[str, int]:
+    def _first_samples(self) -> list[tuple[Phase, dict[str, int]]]:
         paths, weights = self.train_blend
         assert weights is not None
-        return dict(zip(paths, samples_by_corpus(weights, self.switch_sample), strict=True))
+        return [
+            (phase, dict(zip(paths, samples_by_corpus(weights, phase.first_sample), strict=True)))
+            for phase in self.phases
+        ]
 
     @property
     def train_blend(self) -> Blend:

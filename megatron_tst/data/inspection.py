@@ -16,7 +16,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
 from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import DocumentBoundary, SuperpositionConfig, Variant
+from megatron_tst.config import DocumentBoundary, SuperpositionConfig
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
@@ -151,7 +151,7 @@ class PhaseOne:
 
     sequence_length: int
     bag_size: int
-    variant: Variant = "full"
+    variant: str = "full"
     document_boundary: DocumentBoundary = "cross"
     split: str = "1,0,0"
     seed: int = 1234
@@ -222,6 +222,17 @@ def read_phase_1(
 def _dataset_config(
     path_prefix: str, settings: PhaseOne, tokenizer: Path | None, cache: str
 ) -> SuperpositionGPTDatasetConfig:
+    # A step reads one sample.
+    samples = settings.samples or _ENDLESS
+    superposition = SuperpositionConfig(
+        bag_size=settings.bag_size,
+        steps=samples,
+        variant=settings.variant,
+        document_boundary=settings.document_boundary,
+    )
+    schedule = SuperpositionSchedule(
+        superposition, samples + 1, BatchSizes.constant(1), settings.sequence_length
+    )
     config = SuperpositionGPTDatasetConfig(
         random_seed=settings.seed,
         sequence_length=settings.sequence_length,
@@ -233,14 +244,8 @@ def _dataset_config(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        # The dataset is told where phase 1 ends by the sample; its steps play no part.
-        superposition=SuperpositionConfig(
-            bag_size=settings.bag_size,
-            steps=1,
-            variant=settings.variant,
-            document_boundary=settings.document_boundary,
-        ),
-        switch_sample=settings.samples or _ENDLESS,
+        superposition=superposition,
+        phases=schedule.phases,
     )
     assert config.split_matrix is not None
     config.split_matrix[1:] = [None, None]
@@ -277,12 +282,10 @@ def _refuse_beyond(
     corpus = open_corpus(path_prefix)
     lengths = corpus.sequence_lengths
     train_documents = round(config.split_matrix[0][1] * len(lengths))
-    schedule = SuperpositionSchedule(
-        config.superposition, 2, BatchSizes.constant(1), settings.sequence_length
-    )
-    multiple = schedule.tokens_per_position_at(0) if config.superposition.aligns_documents else 1
-    positions = fill_up(lengths[:train_documents], multiple)
-    per_epoch = -(-int(positions.sum()) // schedule.data_tokens(1))
+    phase = config.phases[0]
+    positions = fill_up(lengths[:train_documents], phase.document_multiple)
+    per_sample = settings.sequence_length * phase.tokens_per_position
+    per_epoch = -(-int(positions.sum()) // per_sample)
     samples = settings.samples or max(per_epoch, 1)
     wrong = [place for place in places if not 0 <= place < samples]
     if wrong:

@@ -8,6 +8,7 @@ of a :class:`TokenStream` in these terms.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,20 +61,30 @@ def stock_indices(
         ValueError: bags that keep to their document are left, which hold padding.
     """
     unread = stream.samples[samples_read:].astype(np.int64)
-    of_phase_1 = unread[unread < layout.switch_sample]
-    if len(of_phase_1) and layout.document_multiple > 1:
-        raise ValueError(
-            f"{len(of_phase_1)} samples of phase 1 are left, and with --tst-document-boundary "
-            "align they hold padding: take the checkpoint of the switch, or a later one."
-        )
-    length = layout.sequence_length
-    parts = np.arange(layout.tokens_per_position) * length
-    left_over = (of_phase_1[:, None] * layout.phase_1_tokens + parts).reshape(-1)
+    length, switch_sample = layout.sequence_length, layout.phases[-1].first_sample
+    left_over = _left_of_bags(unread[unread < switch_sample], layout)
     np.random.RandomState([seed, 0, _LEFT_OF_PHASE_1]).shuffle(left_over)
-    of_phase_2 = unread[unread >= layout.switch_sample] - layout.switch_sample
-    begins = np.concatenate([left_over, layout.switch_position + of_phase_2 * length])
-    begins = begins[: len(unread)]
+    plain = unread[unread >= switch_sample] - switch_sample
+    begins = np.concatenate([left_over, layout.begins[-1] + plain * length])[: len(unread)]
     return _indices(stream, begins, begins + length, samples_read)
+
+
+def _left_of_bags(samples: NDArray[np.int64], layout: SampleLayout) -> NDArray[np.int64]:
+    """Where the plain samples begin that samples of bags are made of."""
+    begins = [np.zeros(0, dtype=np.int64)]
+    bounds = [phase.first_sample for phase in layout.phases]
+    for index, (first, end) in enumerate(pairwise(bounds)):
+        phase = layout.phases[index]
+        unread = samples[(samples >= first) & (samples < end)] - first
+        if len(unread) and phase.document_multiple > 1:
+            raise ValueError(
+                f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "
+                "align they hold padding: take the checkpoint of the switch, or a later one."
+            )
+        parts = np.arange(phase.tokens_per_position) * layout.sequence_length
+        in_phase = unread[:, None] * layout.tokens(phase) + parts
+        begins.append(layout.begins[index] + in_phase.reshape(-1))
+    return np.concatenate(begins)
 
 
 def _indices(

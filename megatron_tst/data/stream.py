@@ -1,25 +1,25 @@
 """The text of a training run as one stream of tokens, and where each sample lies in it.
 
 Every epoch holds all documents of the split, in an order of its own; the epochs follow each other.
-A sample is an interval of positions in that stream, found by arithmetic: phase 1 takes the first
-``switch_sample`` intervals of ``s * l`` tokens (``l`` where bags are not read), phase 2 goes on
-with intervals of ``l`` tokens where phase 1 stopped::
+A sample is an interval of positions in that stream, found by arithmetic. Each phase goes on where
+the one before it stopped: phase 1 with intervals of ``s * l`` tokens (``l`` where bags are not
+read), phase 2 with intervals of ``l`` tokens::
 
     epoch 0                                 epoch 1
     |doc 7|doc 2|doc 9    |doc 4 |doc 0    |doc 4 |doc 9    |doc 0    | ...
     [sample 0    [sample 1    [2  [3  [4  [5  [6  [7  [8  [9  ...
     phase 1: s * l tokens     phase 2: l tokens
 
-Where bags must not cross documents, each document of phase 1 fills up its last bag with
-``PADDING``; phase 2 goes on behind the last token that phase 1 has read, without padding.
+Where bags must not cross documents, each document fills up its last bag with ``PADDING``; phase 2
+goes on behind the last token that phase 1 has read, without padding.
 
 So a token is read once an epoch, across the switch as well. Behind its interval a sample reads a
 few tokens of look-ahead, which serve as targets only. The samples are then shuffled, but only
 within a phase and an epoch, so that an epoch is read to its end before any of its text comes again.
 
 The order of the samples depends on the random seed, the documents of the split, the sequence
-length, the bag size, the variant and ``switch_sample``. It does not depend on the batch sizes, the
-number of ranks, or the length of the run beyond the switch.
+length, and the bag size, variant and first sample of each phase. It does not depend on the batch
+sizes, the number of ranks, or the length of the run beyond the switch.
 
 Nothing here depends on torch or Megatron.
 """
@@ -27,20 +27,26 @@ Nothing here depends on torch or Megatron.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.phases import Phase, phase_of_sample
+
 PADDING = -100
 """Stands in a bag where its document has no token left; targets know it as their ignore index."""
 
 # Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
-_DOCUMENTS, _PHASE_1, _PHASE_2 = range(3)
+# All phases have one of their own.
+_DOCUMENTS, _FIRST_PHASE = range(2)
 _DOCUMENTS_AT_ONCE = 1 << 20
+_ENDLESS = np.iinfo(np.int64).max
 
 
 class TokenSource(Protocol):
@@ -62,47 +68,51 @@ class SampleLayout:
 
     Attributes:
         sequence_length: latent positions a sequence (l).
-        switch_sample: index of the first sample of phase 2.
-        tokens_per_position: data tokens read for a latent position of phase 1.
-        look_ahead: tokens read behind a sample of phase 1; 1 in phase 2.
-        document_multiple: positions of a document of phase 1 are a multiple of this.
+        phases: of the run, with the samples that it takes from this stream.
     """
 
     sequence_length: int
-    switch_sample: int
-    tokens_per_position: int
-    look_ahead: int
-    document_multiple: int = 1
+    phases: tuple[Phase, ...]
 
-    @property
-    def phase_1_tokens(self) -> int:
-        """Positions of a sample of phase 1, without look-ahead."""
-        return self.sequence_length * self.tokens_per_position
+    def phase_of(self, sample: int) -> int:
+        """Index of the phase that a sample belongs to."""
+        return phase_of_sample(self.phases, sample)
+
+    def tokens(self, phase: Phase) -> int:
+        """Positions of a sample of a phase, without look-ahead."""
+        return self.sequence_length * phase.tokens_per_position
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Where each phase begins."""
+        lengths = [
+            (later.first_sample - phase.first_sample) * self.tokens(phase)
+            for phase, later in pairwise(self.phases)
+        ]
+        return (0, *accumulate(lengths))
 
     def span(self, sample: int) -> tuple[int, int]:
         """First position of a sample, and the position behind its look-ahead."""
-        if sample < self.switch_sample:
-            begin = sample * self.phase_1_tokens
-            return begin, begin + self.phase_1_tokens + self.look_ahead
-        begin = self.switch_position + (sample - self.switch_sample) * self.sequence_length
-        return begin, begin + self.sequence_length + 1
+        index = self.phase_of(sample)
+        phase = self.phases[index]
+        begin = self.begins[index] + (sample - phase.first_sample) * self.tokens(phase)
+        return begin, begin + self.tokens(phase) + phase.look_ahead
 
     def end(self, num_samples: int) -> int:
         """Position behind all that the first samples read."""
-        # The look-ahead of the last bags may reach further than a short phase 2.
-        last_of_phase_1 = min(num_samples, self.switch_sample) - 1
-        return max(self.span(last_of_phase_1)[1], self.span(num_samples - 1)[1])
+        # The look-ahead of the last bags may reach further than a short phase behind them.
+        ends = [phase.first_sample for phase in self.phases[1:]] + [num_samples]
+        return max(self.span(min(end, num_samples) - 1)[1] for end in ends)
 
     def first_sample_from(self, position: int) -> int:
         """Index of the first sample that begins at ``position`` or later."""
-        if position < self.switch_position:
-            return -(-position // self.phase_1_tokens)
-        return self.switch_sample - (self.switch_position - position) // self.sequence_length
+        index = bisect_left(self.begins, position, lo=1) - 1
+        phase = self.phases[index]
+        return phase.first_sample - (self.begins[index] - position) // self.tokens(phase)
 
-    @property
-    def switch_position(self) -> int:
-        """Where phase 2 begins."""
-        return self.switch_sample * self.phase_1_tokens
+    def text_order(self) -> list[dict[str, Any]]:
+        """All that the order of the text depends on, as plain values."""
+        return [phase.text_order() for phase in self.phases]
 
 
 def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> NDArray[np.int32]:
@@ -143,11 +153,11 @@ def shuffle_samples(
     for epoch, (epoch_begin, epoch_end) in enumerate(pairwise([0, *ends])):
         first = layout.first_sample_from(epoch_begin)
         last = layout.first_sample_from(epoch_end)
-        switch = min(max(layout.switch_sample, first), last)
-        for phase, begin, end in ((_PHASE_1, first, switch), (_PHASE_2, switch, last)):
+        switches = [min(max(phase.first_sample, first), last) for phase in layout.phases[1:]]
+        for index, (begin, end) in enumerate(pairwise([first, *switches, last])):
             while end > begin and layout.span(end - 1)[1] > epoch_end:
                 end -= 1
-            _random_state(seed, epoch, phase).shuffle(order[begin:end])
+            _random_state(seed, epoch, _FIRST_PHASE + index).shuffle(order[begin:end])
     return order[:num_samples]
 
 
@@ -156,17 +166,32 @@ def _document_starts(
 ) -> NDArray[np.int64]:
     """Where the documents begin in the given order, and where the last ends: [len(order) + 1]."""
     starts = np.zeros(len(order) + 1, dtype=np.int64)
-    # In chunks: all lengths in order would take half as much memory as their total.
-    for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
-        positions: NDArray[Any] = lengths[order[begin : begin + _DOCUMENTS_AT_ONCE]]
-        if layout.document_multiple > 1:
-            filled = fill_up(positions, layout.document_multiple)
-            is_in_phase_1 = starts[begin] + np.cumsum(filled) <= layout.switch_position
-            positions = np.where(is_in_phase_1, filled, positions)
-        ends = starts[begin + 1 : begin + 1 + len(positions)]
-        np.cumsum(positions, dtype=np.int64, out=ends)
-        ends += starts[begin]
+    done = 0
+    for index, (phase, end) in enumerate(
+        zip(layout.phases, (*layout.begins[1:], _ENDLESS), strict=True)
+    ):
+        while done < len(order) and starts[done] < end:
+            # In chunks: all lengths in order would take half as much memory as their total.
+            positions = fill_up(
+                lengths[order[done : done + _DOCUMENTS_AT_ONCE]], phase.document_multiple
+            )
+            ends = starts[done] + np.cumsum(positions)
+            inside = int(ends.searchsorted(end, side="right"))
+            starts[done + 1 : done + 1 + inside] = ends[:inside]
+            done += inside
+            if inside < len(positions):
+                # It reaches into a later phase, whose bags it fills up.
+                tokens_end = int(starts[done]) + int(lengths[order[done]])
+                starts[done + 1] = _filled_end(layout, index + 1, tokens_end)
+                done += 1
     return starts
+
+
+def _filled_end(layout: SampleLayout, first: int, position: int) -> int:
+    """Where a document that ends at ``position``, in phase ``first`` or later, is filled up to."""
+    index = max(first, bisect_left(layout.begins, position) - 1)
+    begin, multiple = layout.begins[index], layout.phases[index].document_multiple
+    return begin - (begin - position) // multiple * multiple
 
 
 def fill_up(lengths: NDArray[np.int32], multiple: int) -> NDArray[np.int64]:
@@ -219,11 +244,12 @@ class TokenStream:
             ValueError: the split is shorter than one sample with its look-ahead.
         """
         tokens = int(document_lengths[documents].sum(dtype=np.int64))
-        needed = layout.phase_1_tokens + layout.look_ahead
-        if tokens < needed:
+        largest = max(layout.phases, key=lambda phase: phase.bag_size)
+        positions, look_ahead = layout.tokens(largest), largest.look_ahead
+        if tokens < positions + look_ahead:
             raise ValueError(
                 f"--data-path {corpus}: its train split holds {tokens} tokens, and one sample of "
-                f"phase 1 needs {needed} ({layout.phase_1_tokens} and {layout.look_ahead} of "
+                f"phase 1 needs {positions + look_ahead} ({positions} and {look_ahead} of "
                 "look-ahead). Use more text, a larger first share in --split, or a smaller "
                 "--tst-bag-size or --seq-length."
             )

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig, Variant
+from megatron_tst.config import SuperpositionConfig
 from megatron_tst.planning.accounting import Cluster, ModelSize
 from megatron_tst.planning.loss_estimate import Estimate, LossModel, loss_model
 from megatron_tst.schedule import SuperpositionSchedule
@@ -130,7 +130,7 @@ class Arms:
         return self._arm(SuperpositionConfig(), steps, self.losses.baseline(self.tokens(steps)))
 
     def superposed(
-        self, setting: Setting, steps: int, variant: Variant = "full", loss: Estimate | None = None
+        self, setting: Setting, steps: int, variant: str = "full", loss: Estimate | None = None
     ) -> Arm:
         """A run with superposition; its loss is estimated unless given."""
         config = SuperpositionConfig(

@@ -232,8 +232,7 @@ def _logit_bytes(
     logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
     if args.tst_loss_impl == "linear":
         return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
-    is_bags = schedule.phase_at(step) == "superposition" and schedule.config.superposes_output
-    if is_bags:
+    if schedule.phase_at(step).predicts_bags:
         # The gradient takes the place of the logits; torch's version keeps fp32 beside them.
         return (2 + 4 if args.tst_loss_impl == "torch" else 2) * logits
     is_engine = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"

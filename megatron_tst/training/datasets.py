@@ -238,6 +238,6 @@ def dataset_config_from_args(
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
         superposition=schedule.config,
-        switch_sample=schedule.switch_sample,
+        phases=schedule.phases,
         reads_train_split=not args.skip_train,
     )

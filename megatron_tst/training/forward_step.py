@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_tst.data.batch import get_batch, packed_documents
 from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.phases import Phase
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
 
@@ -71,20 +72,21 @@ class ForwardStep:
         else:
             self.clock.stop()
         # The sample count, as in the dataset: what a batch holds depends on nothing else.
-        in_phase_1 = is_training and args.consumed_train_samples < self.schedule.switch_sample
-        superposition = self.schedule.config if in_phase_1 else None
+        phase = None
+        if is_training:
+            phase = self.schedule.phase_of_sample(args.consumed_train_samples)
 
         timers("batch-generator", log_level=2).start()
         with _straggler_detector(bdata=True):
             vp_stage = get_attr_wrapped_model(model, "vp_stage")
-            batch = get_batch(data_iterator, args, superposition, vp_stage)
+            batch = get_batch(data_iterator, args, phase, vp_stage)
             documents = packed_documents(batch, args)
             if documents is not None:
                 # Counts the FLOPs of attention.
                 update_seqlen_stats_from_cu_seqlens(documents.cu_seqlens_q)
         timers("batch-generator").stop()
 
-        self._choose_meter(model, args, in_phase_1)
+        self._choose_meter(model, args, phase)
         with _straggler_detector:
             run = model.build_schedule_plan if return_schedule_plan else model
             losses = run(
@@ -97,11 +99,12 @@ class ForwardStep:
             )
         return losses, partial(masked_mean_loss, batch["loss_mask"])
 
-    def _choose_meter(self, model: LanguageModule, args: Any, in_phase_1: bool) -> None:
+    def _choose_meter(self, model: LanguageModule, args: Any, phase: Phase | None) -> None:
         """Lets the model measure the loss by offset on logged steps only: it costs a pass."""
         inner = unwrap_model(model)
         if isinstance(inner, SuperpositionModel):
-            is_logged = in_phase_1 and (args.curr_iteration + 1) % args.log_interval == 0
+            has_bags = phase is not None and phase.is_superposed
+            is_logged = has_bags and (args.curr_iteration + 1) % args.log_interval == 0
             inner.offset_loss_meter = self.offset_loss_meter if is_logged else None
 
 

@@ -154,7 +154,7 @@ class _StepEnd:
             write_run_description(args, self.schedule, parameters, cpu.describe())
         fill_moments(step.optimizer)
         self.reporter.report(step.iteration, args)
-        is_switch = self.schedule.config.enabled and step.iteration == self.schedule.switch_step
+        is_switch = self.schedule.begins_phase(step.iteration)
         if is_switch:
             switch_phase(step, self.schedule.config)
         if self.after_step is not None:

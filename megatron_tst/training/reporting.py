@@ -124,7 +124,7 @@ class ProgressReporter:
     ) -> str:
         parts = [
             f" step {iteration:8d}/{self.schedule.total_steps:8d}",
-            f"phase: {self.schedule.phase_at(iteration - 1)}",
+            f"phase: {self.schedule.phase_at(iteration - 1).name}",
             f"bag size: {scalars['tst/bag size']:.0f}",
             f"data tokens: {scalars['tst/data tokens']:.4g}",
             f"equivalent tokens: {scalars['tst/equivalent tokens']:.4g}",

@@ -32,8 +32,9 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
     """The batch of this rank and the bytes of the broadcasts that it took part in."""
     from megatron.core import parallel_state
 
-    from megatron_tst.config import SuperpositionConfig
     from megatron_tst.data.batch import get_batch
+    from megatron_tst.phases import Phase
+    from megatron_tst.variants import VARIANTS
 
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
     args = Namespace(
@@ -43,7 +44,7 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
         create_attention_mask_in_dataloader=False,
         dataloader_inter_document_masking=False,
     )
-    superposition = SuperpositionConfig(bag_size=BAG_SIZE, steps=1, variant=variant)  # type: ignore[arg-type]
+    phase = Phase(0, 0, BAG_SIZE, VARIANTS[variant])
     has_loader = parallel_state.get_tensor_model_parallel_rank() == 0
     sent: list[int] = []
     broadcast = torch.distributed.broadcast
@@ -55,7 +56,7 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
     try:
         with mock.patch.object(torch.distributed, "broadcast", record):
             samples = iter([draw_sample(variant)]) if has_loader else None
-            batch = get_batch(samples, args, superposition)
+            batch = get_batch(samples, args, phase)
     finally:
         parallel_state.destroy_model_parallel()
     return batch, sent
@@ -108,8 +109,8 @@ def test_without_tensor_parallelism_nothing_is_sent() -> None:
 def packed_on_a_rank(pattern: str | None) -> Any:
     from megatron.core import parallel_state
 
-    from megatron_tst.config import SuperpositionConfig
     from megatron_tst.data.batch import get_batch, packed_documents
+    from megatron_tst.phases import Phase
 
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     args = Namespace(
@@ -124,9 +125,9 @@ def packed_on_a_rank(pattern: str | None) -> Any:
     cu_seqlens = torch.full((BATCH, LENGTH + 1), LENGTH, dtype=torch.int32)
     cu_seqlens[:, 0], cu_seqlens[0, 1] = 0, 3
     documents = {"cu_seqlens": cu_seqlens, "max_seqlen": torch.tensor([5, 8], dtype=torch.int32)}
-    superposition = SuperpositionConfig(bag_size=BAG_SIZE, steps=1, document_boundary="align")
+    phase = Phase(0, 0, BAG_SIZE, aligns_documents=True)
     try:
-        batch = get_batch(iter([draw_sample("full") | documents]), args, superposition)
+        batch = get_batch(iter([draw_sample("full") | documents]), args, phase)
         return batch, packed_documents(batch, args)
     finally:
         parallel_state.destroy_model_parallel()

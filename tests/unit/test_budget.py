@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.config import DocumentBoundary, Variant
+from megatron_tst.config import DocumentBoundary
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.budget import TrainText, data_budget, refuse_repetition
 from tests.corpus import write_corpus
@@ -30,7 +30,7 @@ def schedule(
     steps: int = 12,
     tst_steps: int = 4,
     bag_size: int = 3,
-    variant: Variant = "full",
+    variant: str = "full",
     boundary: DocumentBoundary = "cross",
 ) -> SuperpositionSchedule:
     """Two sequences of four positions a step."""
@@ -51,7 +51,7 @@ def test_text_of_a_split_is_counted_as_upstream_splits(prefix: Path, share: floa
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_need_is_what_the_dataset_reads(prefix: Path, variant: Variant) -> None:
+def test_need_is_what_the_dataset_reads(prefix: Path, variant: str) -> None:
     plan = schedule(variant=variant)
     dataset = build_train(prefix, 24, 3, variant, switch_sample=plan.switch_sample)
     read = [dataset[place]["tokens"].numel() for place in range(24)]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst import SuperpositionConfig
-from megatron_tst.config import WEIGHTINGS, Variant
+from megatron_tst.config import WEIGHTINGS
 from megatron_tst.setting_fields import FLAGS, SettingError
 
 
@@ -119,7 +119,7 @@ def test_bag_size_one_needs_no_phase_length_but_accepts_one() -> None:
     [("full", True, True), ("input-only", True, False), ("output-only", False, True)],
 )
 def test_variant_selects_the_superposed_sides(
-    variant: Variant, input_side: bool, output_side: bool
+    variant: str, input_side: bool, output_side: bool
 ) -> None:
     settings = config(variant=variant)
     assert (settings.superposes_input, settings.superposes_output) == (input_side, output_side)

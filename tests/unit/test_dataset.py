@@ -16,7 +16,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst import SuperpositionConfig
-from megatron_tst.config import Variant
 from megatron_tst.data.bags import IGNORE_INDEX
 from tests.corpus import write_corpus, write_documents
 from tests.datasets import (
@@ -40,7 +39,7 @@ from tests.datasets import (
 
 
 def naive_item(
-    flat: list[int], sample: int, length: int, bag_size: int, variant: Variant, switch: int
+    flat: list[int], sample: int, length: int, bag_size: int, variant: str, switch: int
 ) -> tuple[Any, Any]:
     """Tokens and labels of a sample, written down position by position."""
     stride = 1 if variant == "output-only" else bag_size
@@ -73,7 +72,7 @@ def test_each_token_is_read_once_an_epoch(
     document_lengths: list[int],
     length: int,
     bag_size: int,
-    variant: Variant,
+    variant: str,
     switch: int,
     num_samples: int,
 ) -> None:
@@ -155,7 +154,7 @@ SWITCH_STEP, TOTAL_STEPS = 3, 9
 )
 def test_batches_do_not_depend_on_ranks_or_restarts(
     corpus: Corpus,
-    variant: Variant,
+    variant: str,
     runs: list[tuple[int, int, int]],
 ) -> None:
     prefix, documents = corpus
@@ -222,9 +221,7 @@ def special_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("eod_mask_loss", [False, True])
 @pytest.mark.parametrize("pad", [-1, PAD])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_masks_of_bags(
-    special_tokens: Path, variant: Variant, pad: int, eod_mask_loss: bool
-) -> None:
+def test_masks_of_bags(special_tokens: Path, variant: str, pad: int, eod_mask_loss: bool) -> None:
     length, bag_size, switch = 4, 3, 12
     dataset = build_train(
         special_tokens,
@@ -309,7 +306,7 @@ def test_other_splits_and_plain_runs_are_upstreams(
     special_tokens: Path, bag_size: int, split: int
 ) -> None:
     sizes = (30, 12, 9)
-    options = {"split": "60,25,15", "create_attention_mask": True}
+    options: dict[str, Any] = {"split": "60,25,15", "create_attention_mask": True}
     plain = build(make_config(special_tokens, GPTDatasetConfig, **options), sizes, GPTDataset)
     settings = SuperpositionConfig() if bag_size == 1 else superposition(bag_size)
     config = make_config(special_tokens, superposition=settings, switch_sample=4, **options)
@@ -330,7 +327,7 @@ def test_superposition_reads_only_its_split(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sample_that_fills_a_batch_does_not_count(corpus: Corpus, variant: Variant) -> None:
+def test_a_sample_that_fills_a_batch_does_not_count(corpus: Corpus, variant: str) -> None:
     dataset = build_train(corpus[0], 20, variant=variant, switch_sample=10)
     filler = dataset[None]
     assert filler.keys() == dataset[0].keys()

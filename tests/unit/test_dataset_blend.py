@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-from megatron_tst.config import Variant
 from megatron_tst.data.blend import check_blend, samples_by_corpus
 from tests.corpus import write_corpus
 from tests.datasets import (
@@ -42,7 +41,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return made
 
 
-def blended(corpora: list[Any], variant: Variant = "full", **changes: Any) -> Any:
+def blended(corpora: list[Any], variant: str = "full", **changes: Any) -> Any:
     prefixes = [str(prefix) for prefix, _ in corpora]
     options = {
         "blend": (prefixes, WEIGHTS),
@@ -67,7 +66,7 @@ def spans_read(blend: Any, places: range) -> dict[int, list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_each_corpus_is_read_from_end_to_end(corpora: list[Any], variant: Variant) -> None:
+def test_each_corpus_is_read_from_end_to_end(corpora: list[Any], variant: str) -> None:
     blend = blended(corpora, variant)
     first, second = spans_read(blend, range(SWITCH)), spans_read(blend, range(SWITCH, SAMPLES))
     for index, (_, documents) in enumerate(corpora):
@@ -90,7 +89,7 @@ def test_each_corpus_is_read_from_end_to_end(corpora: list[Any], variant: Varian
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bags_come_before_the_switch_and_plain_samples_from_it_on(
-    corpora: list[Any], variant: Variant
+    corpora: list[Any], variant: str
 ) -> None:
     blend = blended(corpora, variant)
     for place in range(SAMPLES):
@@ -187,7 +186,7 @@ def test_splits_come_from_blends_of_their_own(corpora: list[Any], tmp_path: Path
         sequence_length=LENGTH,
     )
     train, valid, _ = build(config, (SAMPLES, 5, 0))
-    assert [dataset.layout.switch_sample for dataset in train.datasets] == samples_by_corpus(
-        [1.0, 3.0], SWITCH
-    )
+    assert [
+        dataset.layout.phases[-1].first_sample for dataset in train.datasets
+    ] == samples_by_corpus([1.0, 3.0], SWITCH)
     assert valid[0]["tokens"].shape == (LENGTH,)

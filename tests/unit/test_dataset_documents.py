@@ -14,7 +14,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_tst.config import Variant
 from megatron_tst.data.bags import IGNORE_INDEX
 from tests.corpus import write_corpus, write_documents
 from tests.datasets import DOCUMENT_LENGTHS, EOD, VARIANTS, Corpus, build_train
@@ -48,7 +47,7 @@ def up_to_the_end_of_the_document(places: list[Place | None]) -> list[Place | No
 
 
 def naive_samples(
-    documents: list[list[int]], length: int, bag_size: int, variant: Variant, switch: int
+    documents: list[list[int]], length: int, bag_size: int, variant: str, switch: int
 ) -> Iterator[Sample]:
     """All samples in the order of the text."""
     reads_bags = variant != "output-only"
@@ -91,7 +90,7 @@ def test_no_bag_holds_tokens_of_two_documents(
     document_lengths: list[int],
     length: int,
     bag_size: int,
-    variant: Variant,
+    variant: str,
     switch: int,
     num_samples: int,
 ) -> None:
@@ -138,7 +137,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_eod_masks_what_is_predicted_across_documents(corpus: Corpus, variant: Variant) -> None:
+def test_eod_masks_what_is_predicted_across_documents(corpus: Corpus, variant: str) -> None:
     plain, masked = (
         build_train(corpus[0], 20, 3, variant, "align", switch_sample=12, eod_mask_loss=masks)
         for masks in (False, True)
@@ -159,7 +158,7 @@ def test_eod_masks_what_is_predicted_across_documents(corpus: Corpus, variant: V
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_documents_are_marked_in_latent_positions(corpus: Corpus, variant: Variant) -> None:
+def test_documents_are_marked_in_latent_positions(corpus: Corpus, variant: str) -> None:
     length, switch, num_samples = 8, 6, 20
     dataset = build_train(
         corpus[0],

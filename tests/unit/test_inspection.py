@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tst.config import DocumentBoundary, Variant
+from megatron_tst.config import DocumentBoundary
 from megatron_tst.data import inspection
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.inspection import (
@@ -79,7 +79,7 @@ def assert_same_samples(prefix: Path, settings: PhaseOne, dataset: Any, count: i
 @pytest.mark.parametrize("boundary", get_args(DocumentBoundary))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_samples_are_those_of_training(
-    prefix: Path, variant: Variant, boundary: DocumentBoundary
+    prefix: Path, variant: str, boundary: DocumentBoundary
 ) -> None:
     settings = PhaseOne(LENGTH, BAG_SIZE, variant, boundary, "80, 15, 5", seed=7, samples=11)
     dataset = build_train(
@@ -114,7 +114,7 @@ def test_target_of_a_bag_is_the_next_bag(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_padding_of_the_tokenizer_does_not_count(tmp_path: Path, variant: Variant) -> None:
+def test_padding_of_the_tokenizer_does_not_count(tmp_path: Path, variant: str) -> None:
     folder = tmp_path / "tokenizer"
     byte_tokenizer().save_files(folder)
     config_file = folder / "tokenizer_config.json"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from megatron_tst.config import DocumentBoundary, Variant
+from megatron_tst.config import DocumentBoundary
 from megatron_tst.training.stock_data import refuse_other_checkpoints, write_cache
 from tests.corpus import write_corpus
 from tests.datasets import (
@@ -48,7 +48,7 @@ def datasets(config: Any, num_samples: int, samples_read: int) -> tuple[Any, Any
     past_the_switch=st.integers(0, 5),
 )
 def test_from_the_switch_on_the_samples_are_those_of_the_run(
-    document_lengths: list[int], variant: Variant, boundary: DocumentBoundary, past_the_switch: int
+    document_lengths: list[int], variant: str, boundary: DocumentBoundary, past_the_switch: int
 ) -> None:
     if boundary == "align" and variant == "output-only":
         boundary = "cross"
@@ -80,7 +80,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("done", [0, 2, SWITCH - 1])
 def test_before_the_switch_each_token_is_read_once(
-    corpus: Corpus, tmp_path: Path, variant: Variant, done: int
+    corpus: Corpus, tmp_path: Path, variant: str, done: int
 ) -> None:
     prefix, documents = corpus
     config = make_config(

@@ -18,14 +18,29 @@ from megatron_tst.data.stream import (
     shuffle_documents,
     shuffle_samples,
 )
+from megatron_tst.phases import Phase
+from megatron_tst.variants import VARIANTS
 
-layouts = st.builds(
-    SampleLayout,
-    sequence_length=st.integers(1, 8),
-    switch_sample=st.integers(1, 12),
-    tokens_per_position=st.integers(1, 5),
-    look_ahead=st.integers(1, 6),
-)
+
+def two_phases(
+    length: int, switch_sample: int, bag_size: int, variant: str = "full"
+) -> SampleLayout:
+    bags = Phase(0, 0, bag_size, VARIANTS[variant])
+    return SampleLayout(length, (bags, Phase(1, switch_sample)))
+
+
+@st.composite
+def phase_lists(draw: st.DrawFn) -> SampleLayout:
+    """One to four phases of any sizes, of which the last is plain."""
+    variant = VARIANTS[draw(st.sampled_from(sorted(VARIANTS)))]
+    phases, first = [], 0
+    for step in range(draw(st.integers(0, 3))):
+        phases.append(Phase(step, first, draw(st.integers(2, 6)), variant))
+        first += draw(st.integers(1, 12))
+    return SampleLayout(draw(st.integers(1, 8)), (*phases, Phase(len(phases), first)))
+
+
+layouts = phase_lists()
 
 
 class Documents:
@@ -46,12 +61,12 @@ class Documents:
 @given(layout=layouts)
 def test_samples_tile_the_stream(layout: SampleLayout) -> None:
     position = 0
-    for sample in range(layout.switch_sample + 5):
+    for sample in range(layout.phases[-1].first_sample + 5):
         begin, end = layout.span(sample)
-        in_phase_1 = sample < layout.switch_sample
-        tokens = layout.phase_1_tokens if in_phase_1 else layout.sequence_length
+        phase = [phase for phase in layout.phases if phase.first_sample <= sample][-1]
+        tokens = layout.sequence_length * (phase.bag_size if phase.reads_bags else 1)
         assert begin == position
-        assert end == begin + tokens + (layout.look_ahead if in_phase_1 else 1)
+        assert end == begin + tokens + phase.bag_size
         position = begin + tokens
 
 
@@ -83,7 +98,7 @@ def epoch_ends(tokens: int) -> Any:
 
 
 def long_enough(layout: SampleLayout, tokens: int) -> int:
-    return max(tokens, layout.phase_1_tokens + layout.look_ahead)
+    return max(tokens, *(layout.tokens(phase) + phase.look_ahead for phase in layout.phases))
 
 
 @given(layout=layouts, tokens=st.integers(1, 150), num_samples=st.integers(1, 80))
@@ -94,8 +109,8 @@ def test_samples_are_shuffled_within_phase_and_epoch(
     order = shuffle_samples(layout, num_samples, epoch_ends(tokens), seed=3).tolist()
     assert len(order) == len(set(order)) == num_samples
 
-    def group(sample: int) -> tuple[int, bool]:
-        return layout.span(sample)[0] // tokens, sample >= layout.switch_sample
+    def group(sample: int) -> tuple[int, int]:
+        return layout.span(sample)[0] // tokens, layout.phase_of(sample)
 
     groups = [group(sample) for sample in order]
     # Reading goes group by group, each with the samples that lie there without shuffling.
@@ -138,9 +153,9 @@ def readable_samples(
     sample = next(samples)
     for epoch in count():
         epoch_end = (epoch + 1) * tokens_per_epoch
-        of_phase: tuple[list[int], list[int]] = ([], [])
+        of_phase: list[list[int]] = [[] for _ in layout.phases]
         while layout.span(sample)[0] < epoch_end:
-            of_phase[sample >= layout.switch_sample].append(sample)
+            of_phase[layout.phase_of(sample)].append(sample)
             sample = next(samples)
         for phase, group in enumerate(of_phase, start=1):
             whole = [member for member in group if layout.span(member)[1] <= epoch_end]
@@ -171,7 +186,7 @@ def test_the_order_is_the_readable_one(
 
 
 def test_samples_do_not_stay_in_order() -> None:
-    layout = SampleLayout(8, switch_sample=50, tokens_per_position=4, look_ahead=4)
+    layout = two_phases(8, 50, 4)
     order = shuffle_samples(layout, 150, epoch_ends=epoch_ends(10_000), seed=1)
     assert order.dtype == np.uint32
     assert (order[:50] != np.arange(50)).sum() > 40
@@ -221,14 +236,14 @@ def test_reading_a_span_gives_the_flat_stream(
 
 
 def test_a_corpus_shorter_than_a_sample_is_refused() -> None:
-    layout = SampleLayout(8, switch_sample=2, tokens_per_position=4, look_ahead=4)
+    layout = two_phases(8, 2, 4)
     assert len(build(layout, [36], 1).samples) == 1
     with pytest.raises(ValueError, match=r"corpus.* 35 tokens.* needs 36 .*--tst-bag-size"):
         build(layout, [35], 1)
 
 
 def test_saved_arrays_are_mapped_back(tmp_path: Path) -> None:
-    layout = SampleLayout(4, switch_sample=3, tokens_per_position=2, look_ahead=2)
+    layout = two_phases(4, 3, 2)
     stream = build(layout, [9, 5, 20], 12)
     prefix = tmp_path / "cache" / "name.with.dots"
     stream.save(prefix)
@@ -242,11 +257,40 @@ def test_saved_arrays_are_mapped_back(tmp_path: Path) -> None:
 
 
 def test_a_phase_2_shorter_than_the_look_ahead_of_the_last_bags() -> None:
-    layout = SampleLayout(2, switch_sample=4, tokens_per_position=5, look_ahead=5)
+    layout = two_phases(2, 4, 5)
     lengths = [7, 15]
     assert layout.span(3)[1] == 45
     assert layout.span(4)[1] == 43
     stream = build(layout, lengths, 5)
     assert stream.starts[-1] >= 45
     text, _, _ = stream.read(Documents(lengths), *layout.span(3))
+    assert (text >= 0).all()
+
+
+@given(
+    bag_sizes=st.lists(st.integers(2, 5), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=20),
+)
+def test_aligned_bags_hold_one_document_in_every_phase(
+    bag_sizes: list[int], lengths: list[int]
+) -> None:
+    full = VARIANTS["full"]
+    bags = [Phase(i, 3 * i, size, full, aligns_documents=True) for i, size in enumerate(bag_sizes)]
+    plain = Phase(len(bags), 3 * len(bags))
+    layout = SampleLayout(4, (*bags, plain))
+    lengths.append(long_enough(layout, 1))
+    source = Documents(lengths)
+    stream = build(layout, lengths, plain.first_sample + 4)
+    for sample in range(plain.first_sample):
+        phase = layout.phases[layout.phase_of(sample)]
+        begin, _ = layout.span(sample)
+        text, documents, pieces = stream.read(source, begin, begin + layout.tokens(phase))
+        shape = (-1, phase.bag_size)
+        owners = np.repeat(documents, pieces).reshape(shape)
+        for bag, owner in zip(text.reshape(shape), owners, strict=True):
+            held = bag >= 0
+            assert held[0]
+            assert len(set(owner[held])) == 1
+    # Behind the last bags nothing is filled up.
+    text, _, _ = stream.read(source, layout.begins[-1], int(stream.starts[-1]))
     assert (text >= 0).all()
