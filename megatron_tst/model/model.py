@@ -13,7 +13,6 @@ import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -23,71 +22,13 @@ from megatron_tst.model.cross_entropy import (
     multi_hot_cross_entropy_by_offset,
     per_target_cross_entropy,
 )
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.kernels.launch import Implementation
+from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
 from megatron_tst.model.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
     linear_multi_hot_cross_entropy_by_offset,
 )
 from megatron_tst.model.objectives import superposition_loss
 from megatron_tst.model.offset_loss import OffsetLossMeter
-from megatron_tst.model.targets import IGNORE_INDEX
-
-
-class BagVocabParallelEmbedding(VocabParallelEmbedding):
-    """Vocabulary-parallel embedding that averages over bags of tokens.
-
-    Attributes:
-        ignore_index: id of places of a bag that hold no token; None where all hold one.
-        implementation: of the average, as ``bag_embedding`` takes it.
-    """
-
-    ignore_index: int | None = None
-    implementation: Implementation = "auto"
-
-    def forward(self, input_: Tensor) -> Tensor:
-        """Embeds tokens, or averages the embeddings of bags of tokens.
-
-        Args:
-            input_: token ids, [b, l], or bags of them, [b, l, s]; int64, the same on every
-                tensor-parallel rank.
-
-        Returns:
-            [b, l, h]; [l/tp, b, h] where the embedding reduce-scatters for sequence parallelism.
-        """
-        if input_.dim() == 2:
-            return super().forward(input_)
-        return bag_embedding(
-            self.weight,
-            input_,
-            tp_group=self.tp_group,
-            sequence_parallel=self.reduce_scatter_embeddings,
-            ignore_index=self.ignore_index,
-            implementation=self.implementation,
-        )
-
-
-class LossOutputLayer(ColumnParallelLinear):
-    """Output layer that can leave its product to the loss.
-
-    Attributes:
-        is_left_to_the_loss: return the input in place of the logits.
-    """
-
-    is_left_to_the_loss: bool = False
-
-    def forward(
-        self,
-        input_: Tensor,
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits [l, b, v] of hidden states [l, b, h], or these as they are, and no bias."""
-        if self.is_left_to_the_loss:
-            return input_, None
-        return cast(
-            tuple[Tensor, Tensor | None], super().forward(input_, weight, runtime_gather_output)
-        )
 
 
 class SuperpositionModel(LanguageModule):
@@ -183,14 +124,9 @@ class SuperpositionModel(LanguageModule):
     def _superpose(self, superposition: SuperpositionConfig) -> None:
         self.superposition = superposition
         if self.post_process and superposition.loss_impl == "linear":
-            self.output_layer.__class__ = LossOutputLayer
+            leave_product_to_the_loss(self.output_layer)
         if self.pre_process:
-            embedding = self.embedding.word_embeddings
-            embedding.__class__ = BagVocabParallelEmbedding
-            if superposition.aligns_documents:
-                embedding.ignore_index = IGNORE_INDEX
-            if superposition.loss_impl != "linear":
-                embedding.implementation = superposition.loss_impl
+            superpose_embedding(self.embedding.word_embeddings, superposition)
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):

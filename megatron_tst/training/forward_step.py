@@ -20,6 +20,7 @@ from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.phases import Phase
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
+from megatron_tst.training.step_hook import calls_back
 
 _SPIKY_LOSS_FACTOR = 10
 
@@ -68,6 +69,7 @@ class ForwardStep:
         # After the first step the clock is started between steps: a late pipeline stage gets here
         # only when its first input has arrived.
         if is_training:
+            self._refuse_a_reset_that_nobody_does()
             self.clock.start()
         else:
             self.clock.stop()
@@ -98,6 +100,15 @@ class ForwardStep:
                 packed_seq_params=documents,
             )
         return losses, partial(masked_mean_loss, batch["loss_mask"])
+
+    def _refuse_a_reset_that_nobody_does(self) -> None:
+        reset = self.schedule.config.reset_at_switch
+        if self.schedule.config.enabled and reset != "none" and not calls_back():
+            raise ValueError(
+                f"--tst-reset-at-switch is {reset}, and this script does nothing at the switch: "
+                "call run_after_each_step of megatron_tst.training.step_hook with a function that "
+                "calls switch_phase, or use none."
+            )
 
     def _choose_meter(self, model: LanguageModule, args: Any, phase: Phase | None) -> None:
         """Lets the model measure the loss by offset on logged steps only: it costs a pass."""

@@ -71,7 +71,13 @@ def run_after_each_step(
         before_next_step()
         return is_to_exit
 
+    checkpoint_and_decide_exit.calls_back = True  # type: ignore[attr-defined]
     setattr(training, name, checkpoint_and_decide_exit)
+
+
+def calls_back() -> bool:
+    """Whether :func:`run_after_each_step` was called."""
+    return getattr(training.checkpoint_and_decide_exit, "calls_back", False)
 
 
 def _save_once_before_a_batch_change() -> None:

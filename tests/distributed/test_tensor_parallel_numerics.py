@@ -375,3 +375,74 @@ def test_loss_takes_two_collectives_whatever_the_bag_size(bag_size: int) -> None
     positions_bytes = LENGTH * BATCH * 4
     for calls in run_distributed(2, loss_collectives, bag_size):
         assert calls == ([("all_reduce", positions_bytes), ("all_reduce", 2 * positions_bytes)], [])
+
+
+# --- layers of a user -----------------------------------------------------------------------------
+
+
+def own_embedding_on_ranks(
+    sequence_parallel: bool, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    from megatron.core import parallel_state
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+    from megatron_tst.config import DocumentBoundary, SuperpositionConfig
+    from megatron_tst.model.layers import superpose_embedding
+
+    class Doubled(VocabParallelEmbedding):
+        def forward(self, input_: Tensor) -> Tensor:
+            return 2 * super().forward(input_)
+
+    ranks = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
+    weight, bags, grad = embedding_case(3, torch.float32)
+    if ignore_index is not None:
+        bags[0, 2, 1:] = ignore_index
+        bags[1, 3] = ignore_index
+    layer = Doubled(
+        VOCABULARY,
+        HIDDEN,
+        init_method=torch.nn.init.zeros_,
+        reduce_scatter_embeddings=sequence_parallel,
+        config=ModelParallelConfig(
+            tensor_model_parallel_size=ranks,
+            sequence_parallel=sequence_parallel,
+            use_cpu_initialization=True,
+        ),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    with torch.no_grad():
+        layer.weight.copy_(weight.chunk(ranks)[torch.distributed.get_rank()])
+    boundary: DocumentBoundary = "cross" if ignore_index is None else "align"
+    superpose_embedding(layer, SuperpositionConfig(bag_size=3, steps=1, document_boundary=boundary))
+    result = layer(bags)
+    whole = grad.transpose(0, 1).chunk(ranks)[torch.distributed.get_rank()]
+    result.backward(whole if sequence_parallel else grad)
+    parallel_state.destroy_model_parallel()
+    assert layer.weight.grad is not None
+    return result.detach(), layer.weight.grad
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_an_embedding_with_its_own_forward_keeps_it(
+    sequence_parallel: bool, ignore_index: int | None
+) -> None:
+    weight, bags, grad = embedding_case(3, torch.float32)
+    if ignore_index is not None:
+        bags[0, 2, 1:] = ignore_index
+        bags[1, 3] = ignore_index
+    weight.requires_grad_()
+    expected = 2 * bag_embedding(weight, bags, ignore_index=ignore_index)
+    expected.backward(grad)
+    results = run_distributed(
+        2, own_embedding_on_ranks, sequence_parallel, ignore_index, cpu_platform=True
+    )
+    parts = [result for result, _ in results]
+    if sequence_parallel:
+        torch.testing.assert_close(torch.cat(parts).transpose(0, 1), expected, **SAME)
+    else:
+        for part in parts:
+            torch.testing.assert_close(part, expected, **SAME)
+    torch.testing.assert_close(torch.cat([g for _, g in results]), weight.grad, **SAME)

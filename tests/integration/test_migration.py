@@ -91,3 +91,27 @@ def test_a_script_of_ones_own_trains_as_the_entry_point_does(
     assert own.scalars()["lm loss"] == ours.scalars()["lm loss"]
     for step in (SWITCH, TOTAL_STEPS):
         assert_bit_equal(own.checkpoint(step), ours.checkpoint(step))
+
+
+def test_an_embedding_of_ones_own_is_asked_in_both_phases(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    ours, own = (
+        SmallRun(corpus, tmp_path / name).with_(**SUPERPOSED, save=None, eval_iters=0)
+        for name in ("ours", "own")
+    )
+    launcher.run(ours.argv, ours.log)
+    launcher.run(own.argv, own.log, main="tests.own_embedding:main")
+    # Each token of a bag is embedded and then averaged: rounding apart, the same.
+    assert own.scalars()["lm loss"] == pytest.approx(ours.scalars()["lm loss"], rel=1e-5)
+    read = ours.scalars()["tst/data tokens"][TOTAL_STEPS]
+    assert f"embedded {int(read)} tokens" in own.log.read_text()
+
+
+def test_a_reset_that_the_script_would_not_do_is_refused(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = SmallRun(corpus, tmp_path / "run").with_(**SUPERPOSED, tst_reset_at_switch="optimizer")
+    main = "examples.own_model.pretrain_own_model:main"
+    assert launcher.wait(launcher.start(run.argv, run.log, main=main)) != [0]
+    assert "--tst-reset-at-switch is optimizer, and this script does nothing" in run.log.read_text()
