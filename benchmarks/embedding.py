@@ -33,7 +33,7 @@ def look_ups(weight: Tensor, bags: Tensor) -> Tensor:
 
 
 def contestants(vocabulary: int, hidden: int, bag_size: int) -> dict[str, Callable[[], object]]:
-    from megatron_tst.model.embedding import bag_embedding
+    from megatron_tst.ops.embedding import bag_embedding
 
     torch.manual_seed(0)
     weight = torch.randn(vocabulary, hidden).bfloat16().requires_grad_()

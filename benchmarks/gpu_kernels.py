@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import write_json
 from benchmarks.roofline import GPUS, MODELS, Cost, Model, embedding_costs, head_costs, loss_costs
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.ops.embedding import bag_embedding
+from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
 
 Contestant = Callable[[], object]
 
@@ -47,7 +47,7 @@ class Timing:
 
 
 def loss_contestants(n: int, v: int, s: int, device: str) -> Iterator[tuple[str, Contestant]]:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     logits = torch.randn(n, v, device=device, dtype=torch.bfloat16)
     targets = torch.randint(0, v, (n, s), device=device)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_tst.model.kernels.launch import is_interpreted, next_power_of_2
+from megatron_tst.ops.kernels.launch import is_interpreted, next_power_of_2
 
 CAPABILITIES = (90, 100)
 BAG_SIZES = (1, 2, 4, 6, 8, 16)
@@ -128,7 +128,7 @@ def _numbers(pattern: str, report: str) -> list[str]:
 def _cross_entropy(
     dtype: torch.dtype, padded_bag: int, vocabulary: int
 ) -> Iterator[Specialisation]:
-    from megatron_tst.model.kernels import cross_entropy as kernels
+    from megatron_tst.ops.kernels import cross_entropy as kernels
 
     element, label = _TYPE_NAMES[dtype], f"{_TYPE_NAMES[dtype]} s<={padded_bag} v={vocabulary}"
     depth, lanes, num_warps = kernels.block_shape(vocabulary, dtype)
@@ -156,7 +156,7 @@ def _cross_entropy(
 
 
 def _bag_mean(dtype: torch.dtype, s: int, masked: bool) -> Specialisation:
-    from megatron_tst.model.kernels import bag_embedding as kernels
+    from megatron_tst.ops.kernels import bag_embedding as kernels
 
     element = f"*{_TYPE_NAMES[dtype]}"
     block, num_warps = kernels.block_shape(HIDDEN, dtype)
@@ -173,7 +173,7 @@ def _bag_mean(dtype: torch.dtype, s: int, masked: bool) -> Specialisation:
 
 
 def _bag_mean_backward(dtype: torch.dtype, masked: bool) -> Iterator[Specialisation]:
-    from megatron_tst.model.kernels import bag_embedding as kernels
+    from megatron_tst.ops.kernels import bag_embedding as kernels
 
     element = f"*{_TYPE_NAMES[dtype]}"
     label = f"{element[1:]}{' masked' * masked}"

@@ -27,8 +27,8 @@ MEMORY_BAR, TIME_BAR = 1 / 8, 1.15
 
 
 def contestants(n: int, vocabulary: int) -> dict[str, Callable[[], object]]:
-    from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
-    from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
+    from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
+    from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(n, HIDDEN).bfloat16().requires_grad_()

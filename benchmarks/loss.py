@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 
 POSITIONS = 1024
 BAG_SIZES = (1, 4, 8, 16)

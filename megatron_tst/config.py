@@ -44,7 +44,7 @@ OBJECTIVES: dict[str, Objective] = {
     "bce": Objective(takes_weights=False),
     "hinge": Objective(takes_weights=False),
 }
-"""By name; ``megatron_tst.model.objectives`` computes them."""
+"""By name; ``megatron_tst.ops.objectives`` computes them."""
 
 
 def default_weighting(bag_size: int, objective: str = "mce") -> str:

@@ -17,18 +17,18 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_tst.config import SuperpositionConfig
-from megatron_tst.model.cross_entropy import (
+from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
+from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
     per_target_cross_entropy,
 )
-from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
-from megatron_tst.model.linear_cross_entropy import (
+from megatron_tst.ops.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
     linear_multi_hot_cross_entropy_by_offset,
 )
-from megatron_tst.model.objectives import superposition_loss
-from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.ops.objectives import superposition_loss
 
 
 class SuperpositionModel(LanguageModule):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_tst.cpu.cross_entropy import in_chunks
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy
-from megatron_tst.model.objectives import superposition_loss
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
+from megatron_tst.ops.embedding import bag_embedding
+from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
+from megatron_tst.ops.objectives import superposition_loss
 from tests.distributed.harness import run_distributed
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 8, 16, 48
@@ -248,7 +248,7 @@ def cross_entropy_bits(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
 
 
 def cross_entropy_bits_in_chunks(dtype: torch.dtype) -> list[tuple[bytes, bytes]]:
-    with mock.patch("megatron_tst.model.torch_cross_entropy._CHUNK_ELEMENTS_CPU", 5 * VOCABULARY):
+    with mock.patch("megatron_tst.ops.torch_cross_entropy._CHUNK_ELEMENTS_CPU", 5 * VOCABULARY):
         return cross_entropy_bits(dtype)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.native_embedding import NativeBagMean
-from megatron_tst.model.reference import bag_embedding_reference
-from megatron_tst.model.torch_embedding import (
+from megatron_tst.ops.embedding import bag_embedding
+from megatron_tst.ops.native_embedding import NativeBagMean
+from megatron_tst.ops.reference import bag_embedding_reference
+from megatron_tst.ops.torch_embedding import (
     BagMean,
     SparseBagMean,
     sum_by_offset,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.roofline import BLOCK_ELEMENTS, GPUS, Cost, Model, loss_costs
-from megatron_tst.model import linear_cross_entropy
+from megatron_tst.ops import linear_cross_entropy
 from tests.kernel_devices import Runner
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.reference import bag_embedding_reference
+from megatron_tst.ops.embedding import bag_embedding
+from megatron_tst.ops.reference import bag_embedding_reference
 from tests.kernel_devices import Runner
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,7 +51,7 @@ def arguments(bags: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
 
 
 def check_oracle(device: str, dtype: torch.dtype, *sizes: Any) -> None:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean, bag_mean_backward
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
 
     weight, bags, grad = case(device, dtype, *sizes)
     exact_weight = weight.double().requires_grad_()
@@ -78,7 +78,7 @@ def test_equals_the_oracle(
 
 
 def check_bits_of_torch(device: str, s: int, holes: bool) -> None:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean, bag_mean_backward
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
 
     weight, bags, grad = case(device, torch.float32, 9, s, 20, 40, holes)
     # The torch path has a fixed order on the CPU alone.
@@ -101,7 +101,7 @@ def test_has_the_bits_of_the_torch_path_in_float32(on_device: Runner, s: int, ho
 
 
 def check_pieces(device: str, piece: int, holes: bool) -> None:
-    from megatron_tst.model.kernels import bag_embedding as kernels
+    from megatron_tst.ops.kernels import bag_embedding as kernels
 
     whole_piece, kernels._PIECE = kernels._PIECE, piece
     try:
@@ -131,7 +131,7 @@ def test_frequent_tokens_are_summed_in_pieces(on_device: Runner, piece: int, hol
 
 
 def check_one_token(device: str, n: int, s: int) -> None:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean_backward
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean_backward
 
     rows = torch.full((n, s), 2, device=device)
     grad = torch.ones((), device=device).expand(n, 8)  # as the gradient of a sum comes
@@ -151,7 +151,7 @@ def test_one_token_a_hundred_thousand_times() -> None:
 
 
 def check_foreign_rows(device: str) -> None:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean, bag_mean_backward
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
 
     weight, far = torch.ones(4, 3, device=device), 2**40
     rows = torch.tensor([[0, far], [-1, 3], [far, 1]], device=device)
@@ -168,7 +168,7 @@ def test_rows_outside_of_the_weight_are_never_read(on_device: Runner) -> None:
 
 
 def check_refusals(device: str) -> None:
-    from megatron_tst.model.kernels.bag_embedding import bag_mean, bag_mean_backward
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
 
     weight, rows = torch.zeros(4, 3), torch.zeros(2, 5).long()
     with pytest.raises(ValueError, match=r"weight is torch\.float64.*use the torch"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_resources import CAPABILITIES, Resources, compile_for, specialisations
-from megatron_tst.model.kernels.launch import is_interpreted
+from megatron_tst.ops.kernels.launch import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 # What ptxas reports, and the PTX it was given.

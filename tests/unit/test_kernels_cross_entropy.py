@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.model.kernels.launch import available
-from megatron_tst.model.reference import multi_hot_cross_entropy_reference
+from megatron_tst.ops.kernels.launch import available
+from megatron_tst.ops.reference import multi_hot_cross_entropy_reference
 from tests.kernel_devices import Runner
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,7 +56,7 @@ def coefficients(targets: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def check_oracle(device: str, dtype: torch.dtype, v: int, s: int, n: int, shards: int) -> None:
     """Loss and gradient, joined over the shards as the tensor-parallel caller does."""
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     logits, targets, grad = case(device, dtype, v, s, n)
     weights = 1 / torch.arange(1, s + 1)
@@ -104,7 +104,7 @@ def test_the_largest_vocabulary(on_device: Runner) -> None:
 
 
 def check_bits(device: str, dtype: torch.dtype) -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     logits, targets, grad = case(device, dtype, 4200, 8)
     before = logits.clone()
@@ -128,7 +128,7 @@ def test_bits_repeat_and_do_not_depend_on_where_they_are_written(
 
 
 def check_infinities(device: str) -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     masked = torch.full((10,), -torch.inf)
     some = masked.clone()
@@ -161,7 +161,7 @@ def test_infinite_and_large_logits(on_device: Runner) -> None:
 
 
 def check_foreign_columns(device: str) -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     logits = torch.zeros(2, 4, device=device)
     far = 2**40
@@ -182,7 +182,7 @@ def test_columns_outside_of_the_shard_are_never_read(on_device: Runner) -> None:
 
 @pytest.mark.gpu
 def test_more_logits_than_32_bits_can_count() -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     n, v = 16400, 131072  # 4.3 GB
     logits = torch.zeros(n, v, dtype=torch.bfloat16, device="cuda")
@@ -202,7 +202,7 @@ def test_more_logits_than_32_bits_can_count() -> None:
 
 
 def check_refusals(device: str) -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 
     logits, columns, shares = torch.zeros(2, 8), torch.zeros(2, 3).long(), torch.ones(2, 3)
     row = torch.zeros(2)
@@ -238,8 +238,8 @@ def test_kernels_know_where_they_run(on_device: Runner) -> None:
 
 def test_triton_is_imported_by_the_kernels_alone() -> None:
     program = (
-        "import sys, torch, megatron_tst.model.cross_entropy, megatron_tst.model.embedding\n"
-        "from megatron_tst.model.kernels import launch\n"
+        "import sys, torch, megatron_tst.ops.cross_entropy, megatron_tst.ops.embedding\n"
+        "from megatron_tst.ops.kernels import launch\n"
         "launch.available(torch.device('cpu'))\n"
         "sys.exit('triton' in sys.modules)"
     )

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tst.model.cross_entropy import (
+from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
 )
-from megatron_tst.model.embedding import bag_embedding
-from megatron_tst.model.linear_cross_entropy import linear_multi_hot_cross_entropy_by_offset
-from megatron_tst.model.reference import (
+from megatron_tst.ops.embedding import bag_embedding
+from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy_by_offset
+from megatron_tst.ops.reference import (
     bag_embedding_reference,
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
@@ -66,7 +66,7 @@ def test_loss(on_device: Runner, is_weighted: bool, reuse: bool) -> None:
 
 
 def check_linear_loss(device: str) -> None:
-    from megatron_tst.model import linear_cross_entropy
+    from megatron_tst.ops import linear_cross_entropy
 
     torch.manual_seed(0)
     hidden = torch.randn(3, 4, 20, device=device, requires_grad=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.model import linear_cross_entropy, torch_cross_entropy
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
-from megatron_tst.model.linear_cross_entropy import (
+from megatron_tst.ops import linear_cross_entropy, torch_cross_entropy
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
+from megatron_tst.ops.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
     linear_multi_hot_cross_entropy_by_offset,
 )
-from megatron_tst.model.reference import multi_hot_cross_entropy_reference
+from megatron_tst.ops.reference import multi_hot_cross_entropy_reference
 
 HIDDEN, VOCABULARY = 24, 1100  # the blocks, multiples of 256 rows, do not divide it
 WEIGHTS = [None, (1.0, 0.5, 0.25, 0.125), (0.0, 3.0, 0.0, 1.0)]

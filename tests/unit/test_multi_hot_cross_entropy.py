@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_tst.model import torch_cross_entropy
-from megatron_tst.model.cross_entropy import (
+from megatron_tst.ops import torch_cross_entropy
+from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
     per_target_cross_entropy,
 )
-from megatron_tst.model.reference import (
+from megatron_tst.ops.reference import (
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
 )

@@ -584,7 +584,7 @@ def test_another_source_makes_another_library(
 
 SCRIPT = """
 import torch
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.native import describe_kernels, kernels
 
 logits = torch.randn(2, 9, requires_grad=True)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
-from megatron_tst.model.objectives import (
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.ops.objectives import (
     multi_label_bce,
     multi_label_hinge,
     summed_probability_loss,
     superposition_loss,
 )
-from megatron_tst.model.reference import (
+from megatron_tst.ops.reference import (
     multi_hot_cross_entropy_reference,
     multi_label_bce_reference,
     multi_label_hinge_reference,

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import (
+from megatron_tst.ops.collectives import (
     group_size,
     reduce_from_tensor_parallel,
     reduce_scatter_to_sequence_parallel,
     vocabulary_start,
 )
-from megatron_tst.model.kernels.launch import Implementation, uses_triton
-from megatron_tst.model.native_embedding import NativeBagMean, uses_native
-from megatron_tst.model.torch_embedding import BagMean, SparseBagMean
+from megatron_tst.ops.kernels.launch import Implementation, uses_triton
+from megatron_tst.ops.native_embedding import NativeBagMean, uses_native
+from megatron_tst.ops.torch_embedding import BagMean, SparseBagMean
 
 
 def bag_embedding(
@@ -149,7 +149,7 @@ class _FusedBagMean(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
     ) -> Tensor:
-        from megatron_tst.model.kernels.bag_embedding import bag_mean
+        from megatron_tst.ops.kernels.bag_embedding import bag_mean
 
         rows = bags.reshape(-1, bags.shape[-1])
         absent = None if outside is None else outside.reshape(rows.shape)
@@ -162,7 +162,7 @@ class _FusedBagMean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        from megatron_tst.model.kernels.bag_embedding import bag_mean_backward
+        from megatron_tst.ops.kernels.bag_embedding import bag_mean_backward
 
         rows, absent, divisors = ctx.saved_tensors
         grad = grad_output.reshape(-1, grad_output.shape[-1])

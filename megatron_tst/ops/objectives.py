@@ -14,14 +14,14 @@ from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tst.config import OBJECTIVES
-from megatron_tst.model.collectives import (
+from megatron_tst.ops.collectives import (
     all_reduce_max_,
     copy_to_tensor_parallel,
     group_size,
     reduce_from_tensor_parallel,
 )
-from megatron_tst.model.cross_entropy import multi_hot_cross_entropy
-from megatron_tst.model.targets import (
+from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
+from megatron_tst.ops.targets import (
     IGNORE_INDEX,
     bag_coefficients,
     to_local_targets,
@@ -80,7 +80,7 @@ def summed_probability_loss(
     log s, so that it equals the cross-entropy at s = 1. A token that occurs twice counts twice.
 
     Two all-reduces: one number a position, then 1 + s. Arguments, result, dtypes and errors are
-    those of :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
+    those of :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
     validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
     wide = _widen(logits)
@@ -108,7 +108,7 @@ def multi_label_bce(
     ``sum_v [log(1 + exp(z_v)) - z_v * (v in Y)] / |Y|`` with Y the set of valid targets. Divided
     by |Y| and not by V, so that its scale stays that of a cross-entropy. One all-reduce of one
     number a position. Arguments, result, dtypes and errors are those of
-    :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
+    :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
     validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)
@@ -133,7 +133,7 @@ def multi_label_hinge(
     ``torch.nn.functional.multilabel_margin_loss``. Targets are taken one at a time and recomputed
     in the backward, so that memory does not grow with s. Two all-reduces, of s numbers and of one
     number a position, and one of s in the backward. Arguments, result, dtypes and errors are those
-    of :func:`~megatron_tst.model.cross_entropy.multi_hot_cross_entropy`.
+    of :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
     validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)

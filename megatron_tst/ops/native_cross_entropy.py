@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import group_size
-from megatron_tst.model.kernels.launch import Implementation
-from megatron_tst.model.targets import bag_coefficients
 from megatron_tst.native import compiled_kernels, kernels
+from megatron_tst.ops.collectives import group_size
+from megatron_tst.ops.kernels.launch import Implementation
+from megatron_tst.ops.targets import bag_coefficients
 
 
 def uses_native(

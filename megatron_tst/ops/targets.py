@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import group_size, vocabulary_start
+from megatron_tst.ops.collectives import group_size, vocabulary_start
 
 IGNORE_INDEX = -100
 """Target that does not count."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import all_reduce_max_, all_reduce_sum_
-from megatron_tst.model.targets import bag_coefficients, to_local_targets
+from megatron_tst.ops.collectives import all_reduce_max_, all_reduce_sum_
+from megatron_tst.ops.targets import bag_coefficients, to_local_targets
 
 # Rows are processed in chunks of about this many logits, so that the wide copy of a chunk stays
 # in a CPU's second-level cache, or costs a GPU 256 MB instead of a copy of all logits.

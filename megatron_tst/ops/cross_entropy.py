@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.kernels.launch import Implementation, uses_triton
-from megatron_tst.model.native_cross_entropy import NativeMultiHotCrossEntropy, uses_native
-from megatron_tst.model.targets import IGNORE_INDEX, validate_targets
-from megatron_tst.model.torch_cross_entropy import TorchMultiHotCrossEntropy
-from megatron_tst.model.triton_cross_entropy import TritonMultiHotCrossEntropy
+from megatron_tst.ops.kernels.launch import Implementation, uses_triton
+from megatron_tst.ops.native_cross_entropy import NativeMultiHotCrossEntropy, uses_native
+from megatron_tst.ops.targets import IGNORE_INDEX, validate_targets
+from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
+from megatron_tst.ops.triton_cross_entropy import TritonMultiHotCrossEntropy
 
 
 def multi_hot_cross_entropy(

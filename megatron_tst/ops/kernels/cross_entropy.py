@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tst.model.kernels.launch import next_power_of_2, on_device, require_rows
+from megatron_tst.ops.kernels.launch import next_power_of_2, on_device, require_rows
 
 # A block of the vocabulary is up to 4 reads of 16 bytes for each thread of at most 8 warps.
 _READ_BYTES = 16

@@ -10,21 +10,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import (
+from megatron_tst.ops.collectives import (
     all_gather_from_sequence_parallel,
     all_reduce_sum_,
     group_size,
     join_shards,
     reduce_scatter_to_sequence_parallel,
 )
-from megatron_tst.model.kernels.launch import Implementation, uses_triton
-from megatron_tst.model.targets import (
+from megatron_tst.ops.kernels.launch import Implementation, uses_triton
+from megatron_tst.ops.targets import (
     IGNORE_INDEX,
     bag_coefficients,
     to_local_targets,
     validate_targets,
 )
-from megatron_tst.model.torch_cross_entropy import exponentials
+from megatron_tst.ops.torch_cross_entropy import exponentials
 
 # Logits of a block: large enough for efficient products, small beside the activations of a model.
 _BLOCK_ELEMENTS_CPU = 1 << 24
@@ -286,7 +286,7 @@ def _sum_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
 
 def _fused_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of a block, and its sum of exponentials relative to it: [n, block] -> [n], [n]."""
-    from megatron_tst.model.kernels.cross_entropy import shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import shard_statistics
 
     no_target = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
     maximum, sums, _ = shard_statistics(logits, no_target, no_target.float())
@@ -296,7 +296,7 @@ def _fused_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _fused_into_gradient_(
     logits: Tensor, columns: Tensor, shares: Tensor, log_sum_exp: Tensor, scale: Tensor
 ) -> None:
-    from megatron_tst.model.kernels.cross_entropy import shard_gradient
+    from megatron_tst.ops.kernels.cross_entropy import shard_gradient
 
     shard_gradient(logits, columns, shares, log_sum_exp, scale, out=logits)
 

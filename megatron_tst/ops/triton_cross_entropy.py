@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.model.collectives import all_reduce_sum_, join_shards
-from megatron_tst.model.targets import bag_coefficients, to_local_targets
+from megatron_tst.ops.collectives import all_reduce_sum_, join_shards
+from megatron_tst.ops.targets import bag_coefficients, to_local_targets
 
 
 class TritonMultiHotCrossEntropy(torch.autograd.Function):
@@ -28,7 +28,7 @@ class TritonMultiHotCrossEntropy(torch.autograd.Function):
         by_offset: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the losses [n] and, if asked for, those of each target, [n, s]."""
-        from megatron_tst.model.kernels.cross_entropy import shard_statistics
+        from megatron_tst.ops.kernels.cross_entropy import shard_statistics
 
         valid = targets != ignore_index
         coefficients, live = bag_coefficients(targets, target_weights, ignore_index, torch.float32)
@@ -53,7 +53,7 @@ class TritonMultiHotCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """Returns the gradient of the logits, [n, v]."""
-        from megatron_tst.model.kernels.cross_entropy import shard_gradient
+        from megatron_tst.ops.kernels.cross_entropy import shard_gradient
 
         logits, local, coefficients, live, log_sum_exp = ctx.saved_tensors
         scale = grad_output.float().masked_fill(~live, 0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_tst.model.kernels.launch import next_power_of_2, on_device, require_rows
+from megatron_tst.ops.kernels.launch import next_power_of_2, on_device, require_rows
 
 # Bytes of a row that one program reads: 16 for each thread of 4 warps.
 _BLOCK_BYTES = 2048

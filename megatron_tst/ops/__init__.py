@@ -1,0 +1,1 @@
+"""The numerics: bags, losses, kernels and their readable twins; torch only."""
