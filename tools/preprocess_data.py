@@ -13,9 +13,10 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.data.preprocessing import PreprocessConfig
 from megatron_tst.data.preprocessing_progress import preprocess_with_progress
-from megatron_tst.data.readers import DEFAULT_EXTENSIONS
+from megatron_tst.data.sources import described
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
@@ -77,6 +78,8 @@ def main() -> int:
             f"{config.left_out_file}: left out {result.bad_documents:,} bad and "
             f"{result.empty_documents:,} empty documents, {result.skipped_files:,} files of folders"
         )
+    if result.unread_files:
+        print(f"not read in folders: {described(result.unread_files)}")
     return 0
 
 

@@ -9,6 +9,10 @@ from typing import Any, NamedTuple, cast
 
 from megatron_tst.data.readers import RawBatch, RawDocument
 
+# Of integers Python refuses those of thousands of digits, also where nobody asks for them.
+_JSON = json.JSONDecoder(parse_int=float)
+_ARRAY_HINT = "if the file is one array, make lines of it with jq -c '.[]'"
+
 
 class BadDocumentError(ValueError):
     """One document cannot be used; the rest of its file may be fine."""
@@ -53,9 +57,14 @@ def checked_size(text: str) -> int:
 
 def _text_of_line(line: str, json_key: str) -> str:
     try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadDocumentError(f"malformed JSON, {error}") from error
+        value: Any = _JSON.decode(line)
+    except RecursionError as error:
+        raise BadDocumentError("JSON nested too deeply to be read, or malformed JSON") from error
+    except ValueError as error:
+        hint = f" ({_ARRAY_HINT})" if line.lstrip().startswith("[") else ""
+        raise BadDocumentError(f"malformed JSON, {error}{hint}") from error
+    if isinstance(value, list):
+        raise BadDocumentError(f"a JSON array and no object ({_ARRAY_HINT})")
     if not isinstance(value, dict):
         raise BadDocumentError("a JSON value that is no object")
     if json_key not in value:

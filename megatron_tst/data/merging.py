@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,10 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
                     "merge parts of one tokenizer."
                 )
     sums = {name: sum(summary[name] for summary in summaries) for name in _COUNTED}
-    return summaries[0] | sums
+    unread = Counter[str]()
+    for summary in summaries:  # Parts of datatrove search no folders.
+        unread.update(summary.get("unread_files", {}))
+    return summaries[0] | sums | {"unread_files": dict(unread)}
 
 
 def main() -> int:

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from megatron_tst.data.documents import Counts
-from megatron_tst.data.readers import Position, Source
+from megatron_tst.data.readers import Position
+from megatron_tst.data.sources import Source
 
 _SETTINGS_FILE = "settings.json"
 _PROGRESS_FILE = "progress.json"
@@ -48,11 +49,12 @@ class RunProgress:
 
 
 def fingerprint(sources: list[Source]) -> str:
-    """SHA-256 of the path, size and time of change of every input file, in reading order."""
+    """SHA-256 of the path, size, time of change and kind of every input file, in reading order."""
     digest = hashlib.sha256()
     for source in sources:
         status = source.path.stat()
-        line = (str(source.path.resolve()), status.st_size, status.st_mtime_ns, source.from_folder)
+        size, time = status.st_size, status.st_mtime_ns
+        line = (str(source.path.resolve()), size, time, source.from_folder, source.kind)
         digest.update(f"{json.dumps(line)}\n".encode())
     return digest.hexdigest()
 

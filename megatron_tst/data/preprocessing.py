@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from megatron_tst.data.encoding import EncoderSettings, encode_in_order
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.data.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
 from megatron_tst.data.preprocessing_config import PreprocessConfig
-from megatron_tst.data.readers import Source, find_sources, read_batches
+from megatron_tst.data.readers import read_batches
+from megatron_tst.data.sources import Source, find_sources
 from megatron_tst.data.tokenizer import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -45,6 +47,7 @@ class PreprocessResult:
         empty_documents: documents without tokens, left out.
         bad_documents: malformed documents, left out under ``--max-bad-documents``.
         skipped_files: files of searched folders that are not UTF-8 text, left out.
+        unread_files: what searched folders hold besides, by extension or reason.
         tokenizer: the folder a new tokenizer was saved to, or the one given.
         tokenizer_sha256: fingerprint of its ``tokenizer.json``.
         vocab_size: number of entries, added tokens included.
@@ -60,6 +63,7 @@ class PreprocessResult:
     empty_documents: int
     bad_documents: int
     skipped_files: int
+    unread_files: dict[str, int]
     tokenizer: str
     tokenizer_sha256: str
     vocab_size: int
@@ -117,7 +121,10 @@ def preprocess(
         ValueError: bad input; names the flag or file, the value and the remedy.
         ChildProcessError: a worker process was killed.
     """
-    sources = find_sources(config.inputs, config.extensions, config.shuffle_seed)
+    unread = Counter[str]()
+    sources = find_sources(
+        config.inputs, config.extensions, config.shuffle_seed, config.json_key, unread
+    )
     given = load_tokenizer(config.tokenizer, config.eod_token) if config.tokenizer else None
     settings = _settings(config, sources, given)
     report = on_progress or (lambda progress: None)
@@ -126,7 +133,8 @@ def preprocess(
             _refuse_existing_outputs(config)
             tokenizer = given or _make_tokenizer(config, sources, report, partial.folder)
             result = _write_corpus(config, tokenizer, sources, report, partial)
-            (partial.folder / "summary").write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+            summary = result.to_dict() | {"unread_files": dict(unread.most_common())}
+            (partial.folder / "summary").write_text(json.dumps(summary, indent=2) + "\n")
             partial.save(RunProgress(is_complete=True))
         _publish(config, partial.folder)
         partial.remove()
@@ -139,7 +147,7 @@ def _settings(
     """Everything that the output depends on."""
     made = "bytes" if config.byte_level else f"byte-level BPE of {config.train_bpe}"
     return {
-        "format": 1,
+        "format": 2,
         "inputs": fingerprint(sources),
         "tokenizer": given.sha256 if given else made,
         "end of document": given.eod_token if given else None,
@@ -262,6 +270,7 @@ def _result(
 ) -> PreprocessResult:
     return PreprocessResult(
         **asdict(selection.counts),
+        unread_files={},
         tokens=tokens,
         tokenizer=str(config.tokenizer or config.tokenizer_folder),
         tokenizer_sha256=tokenizer.sha256,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tst.data.documents import Limits
-from megatron_tst.data.readers import DEFAULT_EXTENSIONS
+from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PreprocessConfig:
         append_eod: end each document with that token.
         workers: tokenizing processes; the outputs do not depend on it.
         json_key: member of a JSON line, or column of a Parquet file, that holds the text.
-        extensions: file extensions to read, below any ``.gz`` or ``.zst``.
+        extensions: file extensions to read, below the one of a compression.
         shuffle_seed: shuffles the order of the files reproducibly.
         max_documents: stop after this many documents.
         max_bytes: stop before exceeding this much text (UTF-8 bytes).

@@ -7,61 +7,18 @@ their order depend on the files and the settings alone. What a document says is 
 
 from __future__ import annotations
 
-import gzip
-import io
-import random
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, cast
+from typing import NamedTuple
 
-import zstandard
-
-from megatron_tst.data.parquet import PARQUET_EXTENSION, read_column
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from megatron_tst.data.compression import READ_ERRORS, open_content, unreadable
+from megatron_tst.data.parquet import read_column
+from megatron_tst.data.sources import Source
 
 BATCH_BYTES = 1 << 18
 _DOCUMENT_BYTES = 100  # of memory for a document however short
-JSON_LINES_EXTENSION = ".jsonl"
-COMPRESSION_EXTENSIONS = (".gz", ".zst")
-TEXT_EXTENSIONS = (".txt", ".md", ".rst", ".tex")
-SOURCE_EXTENSIONS = (
-    *(".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".cu", ".cuh"),
-    *(".java", ".kt", ".scala", ".go", ".rs", ".swift", ".js", ".jsx", ".ts", ".tsx", ".rb"),
-    *(".php", ".pl", ".lua", ".jl", ".r", ".hs", ".f90", ".cs", ".sh", ".sql"),
-)
-DEFAULT_EXTENSIONS = (
-    *(JSON_LINES_EXTENSION, PARQUET_EXTENSION),
-    *TEXT_EXTENSIONS,
-    *SOURCE_EXTENSIONS,
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file to read.
-
-    Attributes:
-        path: the file.
-        from_folder: found by searching a folder, not named by the user.
-    """
-
-    path: Path
-    from_folder: bool
-
-    @cached_property  # asked once a document, and taking a path apart is slower than reading one
-    def kind(self) -> Literal["lines", "rows", "text"]:
-        """JSON lines and Parquet rows are documents each; any other file is one document."""
-        extension = _content_extension(self.path)
-        if extension == JSON_LINES_EXTENSION:
-            return "lines"
-        return "rows" if extension == PARQUET_EXTENSION else "text"
 
 
 class RawDocument(NamedTuple):
@@ -112,62 +69,13 @@ class RawBatch:
     file_bytes: int
 
 
-def _content_extension(path: Path) -> str:
-    name = Path(path.name.lower())
-    return (name.with_suffix("") if name.suffix in COMPRESSION_EXTENSIONS else name).suffix
-
-
-def find_sources(
-    inputs: Iterable[Path], extensions: tuple[str, ...], shuffle_seed: int | None = None
-) -> list[Source]:
-    """The files to read, in the order of ``inputs`` and sorted by path inside each folder.
-
-    Args:
-        inputs: files, and folders that are searched recursively.
-        extensions: extensions to read, below any ``.gz`` or ``.zst``.
-        shuffle_seed: shuffles the order of the files reproducibly.
-
-    Raises:
-        ValueError: an input does not exist, has another extension, or holds no file to read; or
-            an extension would never match.
-    """
-    for extension in extensions:
-        if _content_extension(Path(f"name{extension}")) != extension:
-            raise ValueError(
-                f"--extensions has {extension!r}: write it like .py, in lower case, with the dot "
-                "and without .gz or .zst."
-            )
-    sources: list[Source] = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _content_extension(p) in extensions)
-            files = [Source(p, from_folder=True) for p in found if p.is_file()]
-            if not files:
-                raise ValueError(
-                    f"--input {path} holds no file to read: --extensions is {' '.join(extensions)}."
-                )
-            sources += files
-        elif not path.exists():
-            raise ValueError(f"--input {path} does not exist: name a file or a folder.")
-        elif _content_extension(path) not in extensions:
-            raise ValueError(
-                f"--input {path} has an unknown extension: add it to --extensions "
-                f"({' '.join(extensions)}) if it is text, compressed or not."
-            )
-        else:
-            sources.append(Source(path, from_folder=False))
-    if shuffle_seed is not None:
-        random.Random(shuffle_seed).shuffle(sources)
-    return sources
-
-
 def read_batches(
     sources: list[Source], column: str = "text", start: Position | None = None
 ) -> Iterator[RawBatch]:
     """Reads documents from ``start`` on, in batches of about ``BATCH_BYTES``.
 
     Args:
-        sources: files in reading order, from :func:`find_sources`.
+        sources: files in reading order, from ``find_sources``.
         column: of Parquet files, with the text.
         start: end of an earlier batch of the same sources.
 
@@ -204,10 +112,8 @@ def _documents(
             for content, end, file_bytes in read(source.path, column, begin):
                 record = 0 if source.kind == "text" else end.records
                 yield RawDocument(source, record, content), end, bytes_before + file_bytes
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{source.path} cannot be read ({error}): repair it or leave it out of --input."
-            ) from error
+        except READ_ERRORS as error:
+            raise unreadable(source.path, error) from error
         bytes_before += source.path.stat().st_size
 
 
@@ -217,7 +123,7 @@ _Record = tuple[bytes | None, Position, int]
 
 def _lines(path: Path, column: str, start: Position) -> Iterator[_Record]:
     offset = start.offset
-    with _open(path) as (file, content):
+    with open_content(path) as (file, content):
         if content is file:
             file.seek(offset)
         else:
@@ -238,63 +144,6 @@ def _rows(path: Path, column: str, start: Position) -> Iterator[_Record]:
 
 def _whole(path: Path, column: str, start: Position) -> Iterator[_Record]:
     if start.records == 0:
-        with _open(path) as (file, content):
+        with open_content(path) as (file, content):
             whole = content.read()
             yield whole, Position(start.source, 1), file.tell()
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file, whose position measures progress, and its decompressed content."""
-    with path.open("rb") as file:
-        if path.suffix.lower() == ".gz":
-            yield file, cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif path.suffix.lower() == ".zst":
-            yield file, cast(BinaryIO, io.BufferedReader(_ZstdStream(file)))
-        else:
-            yield file, file
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed content of a Zstandard file of any number of frames.
-
-    The stream reader of ``zstandard`` takes a truncated file for a complete one, which would
-    shorten a corpus without a word; this one raises EOFError.
-    """
-
-    _CHUNK_BYTES = 1 << 17
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._frame: Any = None
-        self._compressed = b""
-        self._content = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        target = memoryview(buffer)
-        while not self._content and self._advance():
-            pass
-        size = min(len(target), len(self._content))
-        target[:size] = self._content[:size]
-        self._content = self._content[size:]
-        return size
-
-    def _advance(self) -> bool:
-        """Decompresses the next piece; False at the end of the file."""
-        self._compressed = self._compressed or self._file.read(self._CHUNK_BYTES)
-        if not self._compressed:
-            if self._frame is not None:
-                raise EOFError("the last Zstandard frame is incomplete")
-            return False
-        if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            self._content = memoryview(self._frame.decompress(self._compressed))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        self._compressed = self._frame.unused_data if self._frame.eof else b""
-        self._frame = None if self._frame.eof else self._frame
-        return True

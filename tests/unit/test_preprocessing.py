@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from megatron_tst.data import encoding, indexed_writer, readers
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.data.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
+from megatron_tst.data.sources import find_sources
 from megatron_tst.data.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,
@@ -235,7 +236,7 @@ def test_a_document_too_long_for_the_format_is_refused(
     monkeypatch.setattr(encoding, "_encoder", encoding.Encoder(BYTES), raising=False)
     monkeypatch.setattr(encoding, "_json_key", "text", raising=False)
     corpus = write_json_lines(tmp_path / "a.jsonl", ["12345", "123456"])
-    (batch,) = readers.read_batches(readers.find_sources((corpus,), (".jsonl",)))
+    (batch,) = readers.read_batches(find_sources((corpus,), (".jsonl",)))
     with pytest.raises(ValueError, match=r"a\.jsonl:2 has 6 tokens, .* at most 5: split it"):
         encoding._encode_batch(batch.documents)
 
@@ -321,7 +322,7 @@ def test_output_folder_must_be_writable(tmp_path: Path) -> None:
 def test_few_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "BATCH_BYTES", 1)
     corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
-    batches = readers.read_batches(readers.find_sources([corpus], (".jsonl",)))
+    batches = readers.read_batches(find_sources([corpus], (".jsonl",)))
     with closing(encoding.encode_in_order(batches, BYTES, workers=2)) as encoded:
         next(encoded)
         assert len(list(batches)) == 100 - 2 * encoding.IN_FLIGHT_BATCHES_PER_WORKER
@@ -365,11 +366,16 @@ def command(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("text")
-    arguments = ["--input", tmp_path, "--output-prefix", tmp_path / "out", "--byte-level"]
+    (folder := tmp_path / "in").mkdir()
+    for name in ("a.md", "b.png", "c.PNG", ".hidden.md"):
+        (folder / name).write_text("text")
+    arguments = ["--input", folder, "--output-prefix", tmp_path / "out", "--byte-level"]
     output, _ = (process := command(*arguments, "--no-append-eod")).communicate(timeout=60)
     assert process.returncode == 0
     assert "1 documents, 4 tokens (uint16), vocabulary 256, end of document 0" in output
+    assert "not read in folders: 2 .png, 1 hidden files\n" in output
+    unread = json.loads((tmp_path / "out.json").read_text())["unread_files"]
+    assert unread == {".png": 2, "hidden files": 1}
     assert read_tokens(tmp_path / "out") == [list(b"text")]
     output, errors = (process := command(*arguments)).communicate(timeout=60)
     assert (process.returncode, output) == (2, "")

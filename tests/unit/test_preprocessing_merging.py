@@ -35,6 +35,10 @@ def test_parts_give_the_bytes_of_one_run(tmp_path: Path) -> None:
     whole = tokenize(tmp_path / "whole", texts)
     # A dot in the name is no extension.
     parts = [tokenize(tmp_path / f"v1.{i}", texts[i * 20 : i * 20 + 20]) for i in range(3)]
+    for number, part in enumerate(parts):
+        file = merging.with_suffix(part, ".json")
+        of_part = json.loads(file.read_text()) | {"unread_files": {".png": number}}
+        file.write_text(json.dumps(of_part))
     assert merge_corpora(parts, tmp_path / "new" / "v1.merged") == 42
     for suffix in (".bin", ".idx"):
         merged = (tmp_path / "new" / f"v1.merged{suffix}").read_bytes()
@@ -43,7 +47,8 @@ def test_parts_give_the_bytes_of_one_run(tmp_path: Path) -> None:
         json.loads(file.read_text())
         for file in (tmp_path / "new" / "v1.merged.json", tmp_path / "whole.json")
     )
-    assert summary | {"tokenizer": expected["tokenizer"]} == expected
+    assert summary.pop("unread_files") == {".png": 3}
+    assert summary | {"tokenizer": expected["tokenizer"], "unread_files": {}} == expected
     assert len(list((tmp_path / "new").iterdir())) == 3
 
 

@@ -15,7 +15,9 @@ import zstandard
 
 from megatron_tst.data import readers
 from megatron_tst.data.documents import Counts, Limits, Selection, read_texts
-from megatron_tst.data.readers import DEFAULT_EXTENSIONS, Position, find_sources, read_batches
+from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.data.readers import Position, read_batches
+from megatron_tst.data.sources import find_sources
 
 TEXTS = ["first\nline\r\n", "  zweite: äöü €  ", "третий 🎉", "\ttab\n\n"]
 
