@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from megatron_tst.data.control_tokens import ControlTokens
 from megatron_tst.data.documents import BadDocumentError, Outcome, decode
 from megatron_tst.data.indexed_writer import check_document_tokens
 from megatron_tst.data.readers import RawBatch, RawDocument
-from megatron_tst.data.tokenizer import CorpusTokenizer
+from megatron_tst.data.tokenizer import CorpusTokenizer, library_tokenizer
 from megatron_tst.data.word_encoder import fast_encoder
 
 PIECE_CHARACTERS = 1 << 20
@@ -50,12 +51,14 @@ class EncoderSettings:
         appended: ids to end each document with.
         dtype: type of the ids in the corpus.
         json_key: member of a JSON line that holds the text.
+        eod_id: end-of-document id, which no text may hold; None if none is known.
     """
 
     definition: str
     appended: tuple[int, ...]
     dtype: np.dtype[Any]
     json_key: str = "text"
+    eod_id: int | None = None
 
     @classmethod
     def of(
@@ -67,7 +70,8 @@ class EncoderSettings:
     ) -> EncoderSettings:
         """Settings for a corpus whose documents end with the tokenizer's end-of-document id."""
         appended = (tokenizer.eod_id,) if append_eod else ()
-        return cls(tokenizer.definition, appended, dtype, json_key)
+        eod_id = tokenizer.eod_id
+        return cls(tokenizer.definition, appended, dtype, json_key, eod_id=eod_id)
 
 
 def encode_in_order(
@@ -129,32 +133,48 @@ class Encoder:
     """A tokenizer for documents: text is data, so it never yields control tokens of its own."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        self._tokenizer = Tokenizer.from_str(settings.definition)
-        # Settings of inference that some files carry; here they would cut or lengthen documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A document that mentions the end-of-document token must not end there.
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = library_tokenizer(settings.definition)
         self._fast = fast_encoder(self._tokenizer, settings.dtype)
         self._appended = np.array(settings.appended, dtype=settings.dtype)
+        self._controls = ControlTokens(settings.definition, settings.eod_id)
+        self._without_controls: Tokenizer | None = None
         self.dtype = settings.dtype
 
     def encode(self, text: str) -> npt.NDArray[np.integer]:
         """Ids of a document, empty if it has no tokens.
 
         Raises:
-            ValueError: the tokenizer cannot encode the text, or an id does not fit the dtype.
+            ValueError: the tokenizer cannot encode the text, gives its end-of-document id for some
+                of it, or an id does not fit the dtype.
         """
         ids = [self._encode_piece(piece) for piece in split_long(text)]
+        # Whatever encoded it: what the text spells is text.
+        if any(map(self._controls.are_in, ids)):
+            ids = [self._encode_as_text(piece) for piece in split_long(text)]
         if not any(piece.size for piece in ids):
             return np.empty(0, self.dtype)
         return np.concatenate([*ids, self._appended])
 
+    def _encode_as_text(self, text: str) -> npt.NDArray[np.integer]:
+        if self._without_controls is None:
+            self._without_controls = library_tokenizer(self._controls.unspellable())
+        ids = self._encode_by_library(self._without_controls, text)
+        if self._controls.are_in(ids):
+            raise ValueError(
+                f"--tokenizer gives a control token for the text that starts with {text[:40]!r}, "
+                "most likely its eos_token for what it does not know: use a tokenizer whose "
+                "eos_token is not its unknown token, or name another with --eod-token."
+            )
+        return ids
+
     def _encode_piece(self, text: str) -> npt.NDArray[np.integer]:
+        if self._fast is not None and (ids := self._fast.encode(text)) is not None:
+            return ids
+        return self._encode_by_library(self._tokenizer, text)
+
+    def _encode_by_library(self, tokenizer: Tokenizer, text: str) -> npt.NDArray[np.integer]:
         try:
-            if self._fast is not None and (ids := self._fast.encode(text)) is not None:
-                return ids
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=self.dtype)
         except OverflowError as error:
             raise ValueError(
@@ -211,7 +231,10 @@ def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
         except BadDocumentError as error:
             outcomes.append(Outcome(0, 0, str(error)))
             continue
-        ids = _encoder.encode(text)
+        try:
+            ids = _encoder.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{document.where}: {error}") from error
         check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))
