@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from megatron.core.datasets import helpers
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 
 Blend = tuple[Sequence[str], Sequence[float] | None]
@@ -17,10 +19,12 @@ def check_blend(paths: Sequence[str], weights: Sequence[float] | None) -> None:
     """Refuses what cannot be blended.
 
     Raises:
-        ValueError: a corpus that comes twice, or a weight that is not a positive number.
+        ValueError: a corpus that comes twice, under one name or two, or a weight that is not a
+            positive number.
     """
+    files = [path if is_object_storage_path(path) else os.path.realpath(path) for path in paths]
     for index, path in enumerate(paths):
-        if path in paths[:index]:
+        if files[index] in files[:index]:
             raise ValueError(
                 f"--data-path names {path} twice: each corpus is one stream. Name it once, with "
                 "the sum of its weights."
@@ -30,6 +34,35 @@ def check_blend(paths: Sequence[str], weights: Sequence[float] | None) -> None:
                 f"--data-path gives {path} the weight {weights[index]}: use a positive number, or "
                 "leave the corpus out."
             )
+
+
+def check_numbers(words: Sequence[str], has_weights: bool) -> None:
+    """Refuses numbers that name a corpus, where Megatron takes numbers for weights.
+
+    Args:
+        words: numbers and paths, as on the command line.
+        has_weights: they are taken for pairs of a weight and a path.
+
+    Raises:
+        ValueError: a number in the place of a weight, or without any weights, with an index of
+            that name in the working folder.
+    """
+    for word in words[::2] if has_weights else words:
+        if is_number(word) and os.path.isfile(f"{word}.idx"):
+            raise ValueError(
+                f"--data-path {' '.join(words)}: {word} is a number and would be a weight, and "
+                f"{word}.idx is a corpus. Write ./{word} for the corpus; if it is a weight, write "
+                f"it another way, such as {float(word):.1f}."
+            )
+
+
+def is_number(text: str) -> bool:
+    """Whether Megatron takes a word of a blend for a weight."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def samples_by_corpus(weights: Sequence[float], samples: int) -> list[int]:

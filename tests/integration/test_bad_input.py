@@ -298,7 +298,17 @@ def test_blends_that_cannot_be_read(check: Check, small_run: SmallRun, tmp_path:
         file = settings.get("per_split_data_args_path")
         own = {"per_split_data_args_path": tmp_path / file} if file else {}
         runs.append(small_run.with_(**{**SUPERPOSED, **settings, **own}))
-    assert_messages(check(runs), [message for _, message in BLENDS])
+    expected = [message for _, message in BLENDS]
+    # The baseline reads the same blend as the run that it is compared with.
+    for settings in ({}, SUPERPOSED):
+        run = small_run.with_(**settings)
+        runs.append(run.with_(data_path=[0, tmp_path / "a", 1, small_run.corpus]))
+        runs.append(run.with_(data_path=[1, small_run.corpus, 1, small_run.corpus]))
+        expected += [
+            r"gives \S+/a the weight 0\.0: use a",
+            r"names .* twice: .* sum of its weights",
+        ]
+    assert_messages(check(runs), expected)
 
 
 # How a superposed checkpoint at step 2 (bags of 4, switch at step 5) is continued.
@@ -446,13 +456,8 @@ LAUNCHES: list[tuple[dict[str, Any], str]] = [
 def test_later_refusals(
     launcher: Launcher, small_run: SmallRun, short_run: SmallRun, tmp_path: Path
 ) -> None:
-    blend = [1, small_run.corpus, 2, small_run.corpus]
     cases = [
         *((small_run.with_(**{**SUPERPOSED, **settings}), line) for settings, line in LAUNCHES),
-        (
-            small_run.with_(**SUPERPOSED, data_path=blend),
-            "--data-path names .* twice: .* sum of its weights",
-        ),
         (short_run, TOO_SHORT),
     ]
     started = [

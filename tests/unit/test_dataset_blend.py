@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst.data.blend import check_blend, samples_by_corpus
+from megatron_tst.training.datasets import data_path_prefixes
 from tests.corpus import write_corpus
 from tests.datasets import (
     TRAIN,
@@ -172,6 +175,61 @@ def test_counts_follow_the_weights_from_any_place_on(
 def test_bad_blends(paths: list[str], weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_blend(paths, weights)
+
+
+def arguments(**named: Any) -> Namespace:
+    names = ["data_path", "data_args_path", "per_split_data_args_path"]
+    names += [f"{split}_data_path" for split in ("train", "valid", "test")]
+    return Namespace(**(dict.fromkeys(names) | named))
+
+
+def test_one_corpus_under_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in ("./text", str(tmp_path / "text"), "link/text"):
+        with pytest.raises(ValueError, match="twice: each corpus is one stream"):
+            data_path_prefixes(arguments(data_path=["1", "text", "1", other]))
+    elsewhere = ["1", "s3://a/text", "1", "s3://b/text", "2", "text"]
+    assert len(data_path_prefixes(arguments(data_path=elsewhere))) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        ("2023 2024", "2023"),
+        ("2024 text", "2024"),
+        ("2023", "2023"),
+        ("text 2023", "2023"),
+        ("2023 2024 text", "2023"),
+        ("0.5 2023 1e3 text", "1e3"),
+    ],
+)
+def test_a_number_that_names_a_corpus_is_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, number: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("2023", "2024", "1e3"):
+        (tmp_path / f"{name}.idx").touch()
+    listed, by_split = tmp_path / "listed.txt", tmp_path / "splits.json"
+    listed.write_text(words)
+    by_split.write_text(json.dumps({"train": "text", "valid": words.split(), "test": words}))
+    for written in (
+        {"data_path": words.split()},
+        {"data_args_path": str(listed)},
+        {"valid_data_path": words.split()},
+        {"per_split_data_args_path": str(by_split)},
+    ):
+        message = rf"--data-path {words}: {number} is a number .*{number}\.idx.* \./{number} for"
+        with pytest.raises(ValueError, match=message):
+            data_path_prefixes(arguments(**written))
+
+
+def test_numbers_that_are_weights_or_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2023.idx").touch()
+    for words in (["1", "2023", "2", "./2024"], ["./2023", "text"], ["2023.0", "text"]):
+        paths = [word for word in words if word not in ("1", "2", "2023.0")]
+        assert data_path_prefixes(arguments(data_path=words)) == paths
 
 
 def test_splits_come_from_blends_of_their_own(corpora: list[Any], tmp_path: Path) -> None:
