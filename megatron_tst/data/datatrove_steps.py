@@ -25,7 +25,7 @@ from megatron_tst.data.indexed_writer import (
     token_dtype,
 )
 from megatron_tst.data.merging import merge_corpora, with_suffix
-from megatron_tst.data.tokenizer import CorpusTokenizer, load_tokenizer
+from megatron_tst.data.tokenizer import CorpusTokenizer, load_tokenizer, turn_end_hint
 
 _SUMMARY_OF_TOKENIZER = ("vocab_size", "eod_token", "eod_id")
 
@@ -79,6 +79,8 @@ class WriteMegatronPart(PipelineStep):
         # The tasks are the parallelism.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         tokenizer = load_tokenizer(Path(self.tokenizer), self.eod_token)
+        if rank == 0 and self.eod_token is None and (hint := turn_end_hint(tokenizer)) is not None:
+            logger.warning(hint)
         dtype = token_dtype(tokenizer.vocab_size)
         encoder = Encoder(EncoderSettings.of(tokenizer, dtype, self.append_eod))
         prefix = part_prefix(self.folder, rank)

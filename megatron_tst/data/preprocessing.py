@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,12 +29,15 @@ from megatron_tst.data.tokenizer import (
     byte_tokenizer,
     load_tokenizer,
     train_byte_level_bpe,
+    turn_end_hint,
 )
 
 __all__ = ["PreprocessConfig", "PreprocessProgress", "PreprocessResult", "preprocess"]
 
 CHECKPOINT_SECONDS = 10.0
 """A killed run loses at most the work of this time."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,8 @@ def preprocess(
     )
     given = load_tokenizer(config.tokenizer, config.eod_token) if config.tokenizer else None
     settings = _settings(config, sources, given)
+    if given and config.eod_token is None and (hint := turn_end_hint(given)) is not None:
+        _logger.warning("warning: %s", hint)
     report = on_progress or (lambda progress: None)
     with PartialRun(config.output(".partial"), settings, config.start_anew) as partial:
         if not partial.load().is_complete:

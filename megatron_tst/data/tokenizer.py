@@ -14,6 +14,16 @@ END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 
+_TURN_ENDS = {
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<end_of_turn>"),
+    *("<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>", "<|user|>"),
+    *("<|assistant|>", "<|observation|>", "<turn|>", "<|message_end|>", "<|role_end|>"),
+}
+_DOCUMENT_ENDS = (
+    *("<|end_of_text|>", "<|endoftext|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>"),
+    *("<|eos|>", "</s>", "<EOS_TOKEN>"),
+)
+
 
 @dataclass(frozen=True)
 class CorpusTokenizer:
@@ -90,6 +100,23 @@ def library_tokenizer(definition: str) -> Tokenizer:
     # A document that mentions the end-of-document token must not end there.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def turn_end_hint(tokenizer: CorpusTokenizer) -> str | None:
+    """What to say where documents would end with the token that ends a turn of a conversation.
+
+    Instruct tokenizers name that one as their ``eos_token``, and base models have never seen it.
+    """
+    if tokenizer.eod_token not in _TURN_ENDS:
+        return None
+    loaded = Tokenizer.from_str(tokenizer.definition)
+    ends = [token for token in _DOCUMENT_ENDS if loaded.token_to_id(token) is not None]
+    other = f"--eod-token '{ends[0]}'" if ends else "--eod-token with the token of its base model"
+    return (
+        f"documents end with {tokenizer.eod_token}, the end of a turn in an instruct tokenizer: to "
+        f"pre-train pass {other}, and train with a tokenizer folder whose {CONFIG_FILE} has the "
+        f"same eos_token. Passing --eod-token '{tokenizer.eod_token}' keeps it without a warning."
+    )
 
 
 def _configured_eos(file: Path) -> str:

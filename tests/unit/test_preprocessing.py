@@ -35,6 +35,7 @@ from megatron_tst.data.tokenizer import (
     byte_tokenizer,
     load_tokenizer,
     train_byte_level_bpe,
+    turn_end_hint,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -292,6 +293,35 @@ def test_unusable_tokenizers_are_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no Hugging Face tokenizer"):
         load_tokenizer(folder, "b")
+
+
+@pytest.mark.parametrize("known", ["<|end_of_text|>", "<|endoftext|>", None])
+@pytest.mark.parametrize("eos", ["<|eot_id|>", "<|im_end|>", "</s>"])
+def test_the_end_of_a_turn_is_no_end_of_a_document(
+    tmp_path: Path, known: str | None, eos: str
+) -> None:
+    definition = byte_tokenizer().definition.replace(END_OF_DOCUMENT, known or "<other>")
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.add_special_tokens([eos])
+    hint = turn_end_hint(load_tokenizer(save_tokenizer(tmp_path / "t", tokenizer, eos_token=eos)))
+    if eos == "</s>":
+        assert hint is None
+    else:
+        advice = f"--eod-token '{known}'" if known else "--eod-token with the token of its base"
+        assert f"documents end with {eos}, " in (hint or "")
+        assert advice in (hint or "")
+
+
+def test_a_hint_is_given_unless_the_end_is_chosen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition = byte_tokenizer().definition.replace(END_OF_DOCUMENT, "<|im_end|>")
+    tokenizer = Tokenizer.from_str(definition)
+    folder = save_tokenizer(tmp_path / "t", tokenizer, eos_token="<|im_end|>")
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["text"])
+    for number, chosen in enumerate((None, "<|im_end|>")):
+        preprocess(config(corpus, tmp_path / str(number), tokenizer=folder, eod_token=chosen))
+        assert ["documents end with" in message for message in caplog.messages] == [True]
 
 
 def test_text_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
