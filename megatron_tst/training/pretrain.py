@@ -41,6 +41,7 @@ from megatron_tst.training.metrics import StepClock
 from megatron_tst.training.moments import fill_moments
 from megatron_tst.training.optimizer_sharding import mend_saved_optimizer
 from megatron_tst.training.optimizer_state import load_without_gradients
+from megatron_tst.training.random_state import keep_random_state_of_each_rank
 from megatron_tst.training.reporting import (
     ProgressReporter,
     count_parameters,
@@ -104,6 +105,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     run_after_each_step(step_end, before_next_step=clock.start)
     load_without_gradients()
     mend_saved_optimizer()
+    keep_random_state_of_each_rank()
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.corpus import write_corpus
-from tests.runs import Check, SmallRun
+from tests.integration.layouts import arguments_of
+from tests.runs import Check, SmallRun, assert_bit_equal
 from tests.survival import (
     BAG_SIZE,
     BATCH,
@@ -241,3 +242,27 @@ def test_other_numbers_of_processes_read_each_token_once(
     assert actual["tst/data tokens"][TOTAL] == TOKENS
     # fp32: the gradients of two processes are summed in another order.
     assert actual["lm loss"] == pytest.approx(expected["lm loss"], rel=1e-5)
+
+
+def test_random_routing_goes_on_on_each_rank(
+    launcher: Launcher, small_run: SmallRun, tmp_path: Path
+) -> None:
+    """Expert-parallel ranks draw from streams of their own, of which Megatron saves one."""
+    run = small_run.with_(
+        **{**SETTINGS, **arguments_of("Qwen3-MoE", "EP 2, alltoall")},
+        moe_router_force_load_balancing=True,
+        micro_batch_size=1,
+    ).with_(train_iters=5)
+    launcher.run(run.argv, run.log, 2)
+    resumed = run.with_(tmp_path, load=run.folder / "checkpoints", ckpt_step=3)
+    launcher.run(resumed.argv, resumed.log, 2)
+    assert sorted(resumed.scalars()["lm loss"]) == [4, 5]
+    assert_bit_equal(resumed.checkpoint(5), run.checkpoint(5))
+    # A run that saves neither optimizer nor random state still loads both.
+    last = resumed.with_(tmp_path / "last", no_save_optim=True, no_save_rng=True)
+    launcher.run(last.argv, last.log, 2)
+    assert last.scalars()["lm loss"] == resumed.scalars()["lm loss"]
+    # Of another number of ranks: as Megatron reads it.
+    other = run.with_(tmp_path / "other", load=run.folder / "checkpoints", ckpt_step=3)
+    launcher.run(other.with_(expert_model_parallel_size=4).argv, other.log, 4)
+    assert "does not hold the random states of 4 ranks" in other.log.read_text()
