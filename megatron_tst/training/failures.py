@@ -15,6 +15,8 @@ from megatron.training import get_args
 _SAVING = {"save_checkpoint", "maybe_finalize_async_save"}
 _LOADING = {"load_checkpoint"}
 _VALIDATING = {"validate_result"}
+# Characters that are shown of a message: Megatron lists all keys of a checkpoint in some.
+_LONGEST = 1200
 # What gloo and NCCL tell the ranks that wait for one that is gone.
 _LOST_RANK = re.compile(
     "closed by peer|reset by peer|broken pipe|remote process exited|likely been shutdown"
@@ -42,7 +44,7 @@ def report_failure(error: BaseException) -> int:
 
 def _explain(error: BaseException) -> str:
     callers = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    cause = f"{type(error).__name__}: {_last_line(error)}"
+    cause = f"{type(error).__name__}: {one_line(error)}"
     try:
         args = get_args()
     except AssertionError:  # Megatron has none yet.
@@ -89,6 +91,12 @@ def _explain_nan(error: BaseException) -> str:
     )
 
 
-def _last_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line: without the frames of a traceback within its message."""
     lines = str(error).strip().splitlines()
-    return lines[-1] if lines else "no message"
+    if any(line.startswith("Traceback") for line in lines):
+        lines = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    text = " ".join(" ".join(lines).split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text or type(error).__name__

@@ -47,6 +47,7 @@ from megatron_tst.training.reporting import (
     count_parameters,
     write_run_description,
 )
+from megatron_tst.training.schedule_state import keep_learning_rate_schedule
 from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
 from megatron_tst.training.switch import switch_phase
 
@@ -106,6 +107,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     load_without_gradients()
     mend_saved_optimizer()
     keep_random_state_of_each_rank()
+    keep_learning_rate_schedule()
     launch, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     launch(
         pretrain_cfg_container_from_args(args, model_config),

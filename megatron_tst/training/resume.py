@@ -18,15 +18,14 @@ from megatron_tst.config import SETTINGS
 from megatron_tst.data.files import fingerprint
 from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
-from megatron_tst.training.resume_batches import (
-    refuse_other_learning_rate,
-    refuse_other_past,
-    refuse_other_switch,
-)
+from megatron_tst.training.failures import one_line
+from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
+from megatron_tst.training.resume_schedule import refuse_other_learning_rate
 from megatron_tst.training.saved_state_check import refuse_wrong_state
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_RELEASE = "release"
+RELEASE = "release"
+"""Folder of weights alone, such as those of an imported model."""
 # What a checkpoint was made with that does not hold the setting.
 _BEFORE = {"inter_document_masking": False}
 
@@ -62,10 +61,10 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     Raises:
         ValueError: naming the setting, both values and the remedy.
     """
-    folder = _checkpoint_to_load(args)
+    folder = checkpoint_to_load(args)
     if folder is None or args.finetune:
         return 0
-    steps_done = 0 if folder.name == _RELEASE else int(folder.name.removeprefix("iter_"))
+    steps_done = 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
         if schedule.config.enabled and not args.skip_train:
             raise ValueError(
@@ -75,7 +74,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
             )
         return steps_done
     saved_args = _saved_arguments(folder)
-    if folder.name == _RELEASE or args.skip_train:
+    if folder.name == RELEASE or args.skip_train:
         return steps_done
     _refuse_other_optimizer(args, saved_args)
     _refuse_no_moments(args, saved_args, folder)
@@ -90,9 +89,10 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     )
     if steps_done and (is_superposed or has_ramp):
         refuse_other_past(args, schedule, saved_args, steps_done)
-        refuse_other_learning_rate(args, schedule, saved_args)
     if is_superposed:
         refuse_other_switch(args, schedule, saved)
+    if steps_done:
+        refuse_other_learning_rate(args, schedule, saved_args)
     # Last: it reads more than the others.
     refuse_wrong_state(args, folder, saved_args)
     return steps_done
@@ -121,8 +121,14 @@ def _refuse_other_settings(
 
 def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
     """Refuses a layout that Megatron cannot load the saved state of the optimizer at."""
-    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+    if args.no_load_optim:
         return
+    if getattr(saved, "no_save_optim", False):
+        raise ValueError(
+            f"--load {args.load} was saved with --no-save-optim, so that it holds no state of the "
+            "optimizer: pass --no-load-optim, with which the learning rate schedule goes on and "
+            "the moments start at 0."
+        )
     is_distributed = getattr(saved, "use_distributed_optimizer", False)
     reasons = {}
     if bool(is_distributed) != bool(args.use_distributed_optimizer):
@@ -146,7 +152,8 @@ def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
             raise ValueError(
                 f"--load {args.load} was saved with {flag} {was}, and this command has {now}: the "
                 f"state of the optimizer does not fit, {reason}. Keep the setting, or pass "
-                "--no-load-optim."
+                "--no-load-optim, with which the moments start at 0 and the learning rate "
+                "schedule goes on."
             )
 
 
@@ -194,7 +201,7 @@ def _local_data_files(args: Namespace) -> list[str]:
     return [file for file in files if os.path.isfile(file)]
 
 
-def _checkpoint_to_load(args: Namespace) -> Path | None:
+def checkpoint_to_load(args: Namespace) -> Path | None:
     """Folder of the checkpoint that Megatron will load, None without one."""
     if args.load is None:
         return None
@@ -219,7 +226,7 @@ def _checkpoint_to_load(args: Namespace) -> Path | None:
 
 def _read_tracker(tracker: Path) -> str:
     latest = tracker.read_text(errors="replace").strip()
-    if latest == _RELEASE:
+    if latest == RELEASE:
         return latest
     if not latest.isdecimal():
         raise ValueError(
@@ -263,11 +270,10 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 
 
 def _damaged(folder: Path, error: BaseException) -> ValueError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     # Written last: a folder without it is half-written.
     whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
     others = sorted(path.name for path in whole - {folder})
     return ValueError(
-        f"{folder} is damaged ({reason[-1]}): pass --ckpt-step with another checkpoint of its "
+        f"{folder} is damaged ({one_line(error)}): pass --ckpt-step with another checkpoint of its "
         f"folder ({', '.join(others) or 'there is none'})."
     )

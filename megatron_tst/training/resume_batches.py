@@ -13,6 +13,7 @@ from typing import Any
 from megatron_tst.batch_arguments import batch_sizes_from_args
 from megatron_tst.batch_sizes import BatchSizes
 from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.training.resume_schedule import learning_rate_flags
 
 
 def refuse_other_past(
@@ -75,38 +76,6 @@ def refuse_other_switch(
     )
 
 
-def refuse_other_learning_rate(
-    args: Namespace, schedule: SuperpositionSchedule, saved: Any
-) -> None:
-    """Refuses another learning rate schedule where the batch sizes or their unit have changed.
-
-    Megatron counts the schedule in samples. It ends after building the model when that of the
-    checkpoint differs (``OptimizerParamScheduler.load_state_dict``), and takes another length of
-    the WSD decay without a word.
-
-    Args:
-        args: command line.
-        schedule: phases and batch sizes of the command line.
-        saved: Megatron's arguments in the checkpoint.
-
-    Raises:
-        ValueError: naming the arguments to pass instead.
-    """
-    is_same_kind = bool(saved.train_samples) == bool(args.train_samples)
-    if is_same_kind and batch_sizes_from_args(saved) == schedule.batch_sizes:
-        return
-    if args.no_load_optim or args.override_opt_param_scheduler:
-        return
-    was, now = _learning_rate_samples(saved), _learning_rate_samples(args)
-    for name in was:
-        if was[name] != now[name]:
-            raise ValueError(
-                f"--load {args.load} was trained with the equivalent of {name} {was[name]}, and "
-                f"this command has {now[name]}, which changes the learning rate or its schedule: "
-                f"pass {_learning_rate_flags(saved)}, or --override-opt_param-scheduler."
-            )
-
-
 def _given(args: Namespace) -> str:
     if args.step_batch_size_schedule is not None:
         return f"--step-batch-size-schedule {args.step_batch_size_schedule!r}"
@@ -116,7 +85,7 @@ def _given(args: Namespace) -> str:
 def _flags_of(whole: BatchSizes, schedule: SuperpositionSchedule, saved: Any) -> str:
     """What to pass for a run of these batch sizes that keeps switch and learning rate."""
     length = schedule.sequence_length
-    flags = f"--step-batch-size-schedule {whole.text(length)!r} {_learning_rate_flags(saved)}"
+    flags = f"--step-batch-size-schedule {whole.text(length)!r} {learning_rate_flags(saved)}"
     switch = (getattr(saved, "tst_settings", None) or {}).get("switch_sample")
     if not switch:
         return flags
@@ -137,29 +106,3 @@ def _no_step_at(switch: int, sequence_length: int) -> str:
         f"no --tst-steps keeps the switch at sample {switch}, where no step begins: change the "
         f"batch size at that sample instead, threshold {switch * sequence_length}"
     )
-
-
-def _learning_rate_samples(args: Any) -> dict[str, float | None]:
-    """The schedule of the learning rate in samples, as ``get_optimizer_param_scheduler`` does."""
-    unit, scale = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
-    total = getattr(args, f"train_{unit}") * scale
-    decay, wsd_decay = (getattr(args, f"lr_{name}_{unit}") for name in ("decay", "wsd_decay"))
-    decay = total if decay is None else decay * scale
-    if args.lr_warmup_fraction is not None:
-        warmup = args.lr_warmup_fraction * decay
-    else:
-        warmup = getattr(args, f"lr_warmup_{unit}") * scale
-    return {
-        "--train-samples": total,
-        "--lr-decay-samples": decay,
-        "--lr-warmup-samples": warmup,
-        "--lr-wsd-decay-samples": None if wsd_decay is None else wsd_decay * scale,
-    }
-
-
-def _learning_rate_flags(saved: Any) -> str:
-    flags = _learning_rate_samples(saved)
-    if saved.lr_warmup_fraction is not None:
-        del flags["--lr-warmup-samples"]
-        flags["--lr-warmup-fraction"] = saved.lr_warmup_fraction
-    return " ".join(f"{name} {value}" for name, value in flags.items() if value)

@@ -194,9 +194,15 @@ RESUMES: list[tuple[dict[str, Any], str | None]] = [
         {"step_batch_size_schedule": "0:4 256:16", "tst_steps": 3},
         "no --tst-steps keeps the switch at sample 16, .* at that sample instead, threshold 512",
     ),
-    ({"lr_warmup_samples": 4}, f"--lr-warmup-samples 8, .* has 4, .*: pass {SAME_RATE}"),
-    ({"lr_wsd_decay_samples": 4}, f"--lr-wsd-decay-samples 8, .* has 4, .*: pass {SAME_RATE}"),
-    ({"train_samples": 80}, f"--train-samples 40, .* has 80, .*: pass {SAME_RATE}"),
+    (
+        {"lr_warmup_samples": 4},
+        f"--lr-warmup-samples 8, .* has --lr-warmup-samples 4, .*: pass {SAME_RATE}",
+    ),
+    (
+        {"lr_wsd_decay_samples": 4},
+        f"--lr-wsd-decay-samples 8, .* has --lr-wsd-decay-samples 4, .*: pass {SAME_RATE}",
+    ),
+    ({"train_samples": 80}, f"--train-samples 40 .* has --train-samples 80 .*: pass {SAME_RATE}"),
     ({"train_samples": 80, "override_opt_param_scheduler": True}, None),
     ({"step_batch_size_schedule": "0:2", "finetune": True}, None),
     ({"train_samples": None, "train_iters": 6}, "--train-iters 6 .* Pass --train-samples 40, "),

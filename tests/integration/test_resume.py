@@ -66,6 +66,97 @@ def damage(trained: SmallRun, folder: Path, name: str) -> SmallRun:
     return trained.with_(load=folder)
 
 
+# What the trained run is continued with, and what is said about it.
+OVERRIDE = "or --override-opt_param-scheduler to go on with the values of this command"
+RATES: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    (
+        {"train_iters": 10},
+        "with --train-iters 8 --lr-decay-iters 8, .* has --train-iters 10 --lr-decay-iters 10, "
+        f".*: pass --train-iters 8 --lr-decay-iters 8, {OVERRIDE}",
+    ),
+    ({"lr_warmup_iters": 3}, f"has --lr-warmup-iters 3, .*: pass --lr-warmup-iters 2, {OVERRIDE}"),
+    ({"lr_decay_style": "cosine"}, "with --lr-decay-style WSD .* has --lr-decay-style cosine "),
+    ({"lr": 1e-3}, f"with --lr 0.003, .* has --lr 0.001, .*: pass --lr 0.003, {OVERRIDE}"),
+    ({"min_lr": 1e-4}, "with --min-lr 0.0, .* has --min-lr 0.0001, "),
+    ({"lr_decay_iters": 6}, "with --lr-decay-iters 8, .* has --lr-decay-iters 6, "),
+    ({"lr_wsd_decay_iters": 4}, "with --lr-wsd-decay-iters 2, .* has --lr-wsd-decay-iters 4, "),
+    ({"lr_wsd_decay_style": "cosine"}, "style linear, .* has --lr-wsd-decay-style cosine, "),
+    ({"lr_warmup_init": 1e-5}, "with --lr-warmup-init 0.0, .* has --lr-warmup-init 1e-05, "),
+    ({"weight_decay": 0.2}, "with --weight-decay 0.1, .* has --weight-decay 0.2, "),
+    ({"decoupled_lr": 1e-4}, "no --decoupled-lr, .* has --decoupled-lr 0.0001: .* --no-load-optim"),
+    (
+        {"train_iters": None, "train_samples": 64, "lr_warmup_iters": None},
+        "equivalent of .*--lr-warmup-samples 8 .* has .*--lr-warmup-samples 0 .*: pass "
+        "--train-samples 32 --lr-decay-samples 32 --lr-warmup-samples 8 --lr-wsd-decay-samples 8,",
+    ),
+    ({"lr": 1e-3, "no_load_optim": True}, "has --lr 0.001, "),
+    ({"lr": 1e-3, "finetune": True}, None),
+    ({"lr": 1e-3, "override_opt_param-scheduler": True}, None),
+    ({"lr": 1e-3, "use_checkpoint-opt_param-scheduler": True}, None),
+    (
+        {"lr_wsd_decay_iters": 4, "use_checkpoint-opt_param-scheduler": True},
+        "pass --lr-wsd-decay-iters 2, which --use-checkpoint-opt_param-scheduler does not take",
+    ),
+]
+
+
+def test_other_learning_rates_are_refused(check: Check, trained: SmallRun) -> None:
+    messages = check([trained.with_(**settings) for settings, _ in RATES])
+    for (settings, expected), message in zip(RATES, messages, strict=True):
+        assert (message is None) == (expected is None), (settings, message)
+        assert expected is None or re.search(expected, message or ""), message
+
+
+# How the trained run is continued from the switch, and the learning rates that it has then.
+CONTINUED: dict[str, tuple[int, dict[str, Any], list[float]]] = {
+    "without optimizer": (
+        1,
+        {"no_load_optim": True, "use_distributed_optimizer": None},
+        [3e-3, 3e-3, 1.5e-3, 0],
+    ),
+    "another rate": (
+        2,
+        {"lr": 1e-3, "min_lr": 2e-4, "override_opt_param-scheduler": True},
+        [1e-3, 1e-3, 6e-4, 2e-4],
+    ),
+    "the rate of the checkpoint": (
+        2,
+        {"lr": 1e-3, "use_checkpoint-opt_param-scheduler": True},
+        [3e-3, 3e-3, 1.5e-3, 0],
+    ),
+    "longer": (
+        2,
+        {"train_iters": 9, "override_opt_param-scheduler": True},
+        [3e-3, 3e-3, 3e-3, 1.5e-3, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_learning_rate_goes_on(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path, name: str
+) -> None:
+    processes, settings, expected = CONTINUED[name]
+    run = trained.with_(tmp_path, load=trained.folder / "checkpoints", **settings)
+    launcher.run(run.argv, run.log, processes)
+    rates = run.scalars()["learning-rate"]
+    assert rates == pytest.approx(dict(enumerate(expected, start=SWITCH + 1)), abs=1e-9)
+
+
+def test_a_baseline_without_a_saved_optimizer(
+    launcher: Launcher, check: Check, small_run: SmallRun
+) -> None:
+    run = small_run.with_(eval_iters=0, train_iters=8)
+    launcher.run(run.with_(no_save_optim=True, exit_interval=4).argv, run.log)
+    (refused,) = check([run])
+    assert "was saved with --no-save-optim, so that it holds no state" in (refused or "")
+    launcher.run(run.with_(no_load_optim=True).argv, run.log)
+    rates = list(run.scalars()["learning-rate"].values())
+    assert rates == pytest.approx([1.5e-3, *[3e-3] * 5, 1.5e-3, 0], abs=1e-9)
+    assert "learning rate schedule goes on at sample 16" in run.log.read_text()
+
+
 def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) -> None:
     runs = [damage(trained, tmp_path / name, name) for name in DAMAGE]
     messages = check([*runs, *(run.with_(ckpt_step=3) for run in runs)])

@@ -1,0 +1,134 @@
+"""Refuses to continue a checkpoint with another learning rate schedule, unless that is asked for.
+
+Megatron ends after building the model when most of these values differ from the checkpoint's
+(``OptimizerParamScheduler.load_state_dict``, and the groups of the optimizer, which it tells apart
+by their learning rates), and takes another decay of WSD or start of the warm-up without a word.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_tst.batch_arguments import batch_sizes_from_args
+from megatron_tst.schedule import SuperpositionSchedule
+
+_OVERRIDE = "--override-opt_param-scheduler"
+_USE_CHECKPOINT = "--use-checkpoint-opt_param-scheduler"
+# What Megatron does not keep in the state of its scheduler.
+_NOT_IN_STATE = ("--lr-wsd-decay-", "--lr-warmup-init")
+
+
+def refuse_other_learning_rate(
+    args: Namespace, schedule: SuperpositionSchedule, saved: Any
+) -> None:
+    """Refuses another learning rate, weight decay, or schedule of them.
+
+    Megatron counts the schedule in samples: it is compared in steps where both runs give it in
+    steps of the same batch sizes, and in samples otherwise.
+
+    Args:
+        args: command line.
+        schedule: phases and batch sizes of the command line.
+        saved: Megatron's arguments in the checkpoint.
+
+    Raises:
+        ValueError: naming the arguments, both values, and what to pass instead.
+    """
+    _refuse_other_groups(args, saved)
+    if args.override_opt_param_scheduler:
+        return
+    in_steps = (
+        not (saved.train_samples or args.train_samples)
+        and batch_sizes_from_args(saved) == schedule.batch_sizes
+    )
+    was, now = (_lengths(each, in_steps) | _values(each) for each in (saved, args))
+    other = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    if args.use_checkpoint_opt_param_scheduler:
+        other = [name for name in other if name.startswith(_NOT_IN_STATE)]
+    if not other:
+        return
+    if in_steps:
+        remedy = _written(other, was)
+    else:
+        rest = [name for name in other if name in _values(saved)]
+        remedy = " ".join(filter(None, (learning_rate_flags(saved), _written(rest, was))))
+    if args.use_checkpoint_opt_param_scheduler:
+        remedy += f", which {_USE_CHECKPOINT} does not take from the checkpoint"
+    else:
+        remedy += f", or {_OVERRIDE} to go on with the values of this command"
+    raise ValueError(
+        f"--load {args.load} was trained with {'' if in_steps else 'the equivalent of '}"
+        f"{_written(other, was)}, and this command has {_written(other, now)}, which changes the "
+        f"learning rate, the weight decay or their schedule: pass {remedy}."
+    )
+
+
+def learning_rate_flags(saved: Any) -> str:
+    """What to pass, in samples, for the schedule of a checkpoint."""
+    flags = _lengths(saved, in_steps=False)
+    if "--lr-warmup-fraction" in flags:
+        del flags["--lr-warmup-samples"]
+    return " ".join(f"{name} {value}" for name, value in flags.items() if value)
+
+
+def _refuse_other_groups(args: Namespace, saved: Any) -> None:
+    """Refuses what changes the groups of parameters whose state Megatron would load."""
+    if args.no_load_optim:
+        return
+    had, has = (getattr(each, "decoupled_lr", None) for each in (saved, args))
+    if (had is None) != (has is None):
+        raise ValueError(
+            f"--load {args.load} was trained with {_written(['--decoupled-lr'], _values(saved))}, "
+            f"and this command has {_written(['--decoupled-lr'], _values(args))}: the state of the "
+            "optimizer is grouped by learning rates. Keep the setting, or pass --no-load-optim."
+        )
+    if not getattr(args, "use_mup", False):
+        return
+    for name in ("lr", "min_lr"):
+        was, now = getattr(saved, name, None), getattr(args, name)
+        if was != now and args.override_opt_param_scheduler:
+            raise ValueError(
+                f"--load {args.load} was trained with --{name.replace('_', '-')} {was}, and this "
+                f"command has {now}: with --use-mup the state of the optimizer is grouped by "
+                "learning rates. Keep the value, or pass --no-load-optim."
+            )
+
+
+def _lengths(args: Any, in_steps: bool) -> dict[str, float | None]:
+    """The schedule in steps or samples, as ``get_optimizer_param_scheduler`` resolves it."""
+    unit, scale = ("samples", 1) if args.train_samples else ("iters", args.global_batch_size)
+    if in_steps:
+        scale = 1
+    total = getattr(args, f"train_{unit}") * scale
+    decay, wsd_decay = (getattr(args, f"lr_{name}_{unit}") for name in ("decay", "wsd_decay"))
+    decay = total if decay is None else decay * scale
+    fraction = args.lr_warmup_fraction
+    warmup = getattr(args, f"lr_warmup_{unit}") * scale if fraction is None else fraction * decay
+    name = "iters" if in_steps else "samples"
+    lengths = {
+        f"--train-{name}": total,
+        f"--lr-decay-{name}": decay,
+        f"--lr-warmup-{name}": warmup,
+        f"--lr-wsd-decay-{name}": None if wsd_decay is None else wsd_decay * scale,
+    }
+    return lengths if fraction is None else {**lengths, "--lr-warmup-fraction": fraction}
+
+
+def _values(args: Any) -> dict[str, Any]:
+    """Learning rates, weight decays and styles; what a checkpoint lacks has Megatron's default."""
+    names = ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init"]
+    names += ["lr_decay_style", "weight_decay_incr_style"]
+    if getattr(args, "lr_decay_style", None) == "WSD":
+        names.append("lr_wsd_decay_style")
+    if getattr(args, "weight_decay_incr_style", "constant") == "constant":
+        names.append("weight_decay")
+    else:
+        names += ["start_weight_decay", "end_weight_decay"]
+    return {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
+
+
+def _written(names: list[str], values: dict[str, Any]) -> str:
+    return " ".join(
+        f"no {name}" if (value := values.get(name)) is None else f"{name} {value}" for name in names
+    )
