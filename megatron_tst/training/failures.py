@@ -67,9 +67,11 @@ def _explain(error: BaseException) -> str:
 
 def _explain_load(cause: str, args: Namespace) -> str:
     return (
-        f"the checkpoint in --load {args.load} cannot be loaded ({cause}). Pass --ckpt-step with "
-        "another checkpoint of that folder. If the number of processes is new, save one with "
-        "--dist-ckpt-optim-fully-reshardable on the old number first."
+        f"the checkpoint in --load {args.load} cannot be loaded ({cause}). If this command has "
+        "other settings than the one that saved it, restore them, or pass --no-load-optim where "
+        "they concern the optimizer; if the number of processes is new, save one with "
+        "--dist-ckpt-optim-fully-reshardable on the old number first; if files are damaged, pass "
+        "--ckpt-step with another checkpoint of that folder."
     )
 
 

@@ -20,6 +20,7 @@ from megatron_tst.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
+from megatron_tst.training.resume_model import refuse_other_model
 from megatron_tst.training.resume_schedule import refuse_other_learning_rate
 from megatron_tst.training.saved_state_check import refuse_wrong_state
 
@@ -76,6 +77,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     saved_args = _saved_arguments(folder)
     if folder.name == RELEASE or args.skip_train:
         return steps_done
+    refuse_other_model(args, saved_args)
     _refuse_other_optimizer(args, saved_args)
     _refuse_no_moments(args, saved_args, folder)
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
@@ -121,13 +123,20 @@ def _refuse_other_settings(
 
 def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
     """Refuses a layout that Megatron cannot load the saved state of the optimizer at."""
-    if args.no_load_optim:
+    if args.no_load_optim or args.skip_train:
         return
     if getattr(saved, "no_save_optim", False):
         raise ValueError(
             f"--load {args.load} was saved with --no-save-optim, so that it holds no state of the "
             "optimizer: pass --no-load-optim, with which the learning rate schedule goes on and "
             "the moments start at 0."
+        )
+    was_16_bit, is_16_bit = (bool(each.bf16 or each.fp16) for each in (saved, args))
+    if was_16_bit != is_16_bit and not args.use_distributed_optimizer:
+        raise ValueError(
+            f"--load {args.load} was saved {'with' if was_16_bit else 'without'} --bf16 or --fp16, "
+            f"and this command is {'with' if is_16_bit else 'without'}: the state of the optimizer "
+            "has main weights for 16-bit models only. Keep the setting, or pass --no-load-optim."
         )
     is_distributed = getattr(saved, "use_distributed_optimizer", False)
     reasons = {}

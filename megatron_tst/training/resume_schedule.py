@@ -43,7 +43,7 @@ def refuse_other_learning_rate(
         and batch_sizes_from_args(saved) == schedule.batch_sizes
     )
     was, now = (_lengths(each, in_steps) | _values(each) for each in (saved, args))
-    other = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    other = [name for name in was if name in now and was[name] != now[name]]
     if args.use_checkpoint_opt_param_scheduler:
         other = [name for name in other if name.startswith(_NOT_IN_STATE)]
     if not other:
@@ -101,7 +101,8 @@ def _lengths(args: Any, in_steps: bool) -> dict[str, float | None]:
     if in_steps:
         scale = 1
     total = getattr(args, f"train_{unit}") * scale
-    decay, wsd_decay = (getattr(args, f"lr_{name}_{unit}") for name in ("decay", "wsd_decay"))
+    decay = getattr(args, f"lr_decay_{unit}")
+    wsd_decay = getattr(args, f"lr_wsd_decay_{unit}", None)
     decay = total if decay is None else decay * scale
     fraction = args.lr_warmup_fraction
     warmup = getattr(args, f"lr_warmup_{unit}") * scale if fraction is None else fraction * decay
@@ -116,7 +117,7 @@ def _lengths(args: Any, in_steps: bool) -> dict[str, float | None]:
 
 
 def _values(args: Any) -> dict[str, Any]:
-    """Learning rates, weight decays and styles; what a checkpoint lacks has Megatron's default."""
+    """Learning rates, weight decays and styles, those that there are."""
     names = ["lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_warmup_init"]
     names += ["lr_decay_style", "weight_decay_incr_style"]
     if getattr(args, "lr_decay_style", None) == "WSD":
@@ -125,7 +126,9 @@ def _values(args: Any) -> dict[str, Any]:
         names.append("weight_decay")
     else:
         names += ["start_weight_decay", "end_weight_decay"]
-    return {f"--{name.replace('_', '-')}": getattr(args, name, None) for name in names}
+    return {
+        f"--{name.replace('_', '-')}": getattr(args, name) for name in names if hasattr(args, name)
+    }
 
 
 def _written(names: list[str], values: dict[str, Any]) -> str:

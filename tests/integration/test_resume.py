@@ -76,7 +76,7 @@ RATES: list[tuple[dict[str, Any], str | None]] = [
         f".*: pass --train-iters 8 --lr-decay-iters 8, {OVERRIDE}",
     ),
     ({"lr_warmup_iters": 3}, f"has --lr-warmup-iters 3, .*: pass --lr-warmup-iters 2, {OVERRIDE}"),
-    ({"lr_decay_style": "cosine"}, "with --lr-decay-style WSD .* has --lr-decay-style cosine "),
+    ({"lr_decay_style": "cosine"}, "with --lr-decay-style WSD, .* has --lr-decay-style cosine, "),
     ({"lr": 1e-3}, f"with --lr 0.003, .* has --lr 0.001, .*: pass --lr 0.003, {OVERRIDE}"),
     ({"min_lr": 1e-4}, "with --min-lr 0.0, .* has --min-lr 0.0001, "),
     ({"lr_decay_iters": 6}, "with --lr-decay-iters 8, .* has --lr-decay-iters 6, "),
@@ -104,6 +104,30 @@ RATES: list[tuple[dict[str, Any], str | None]] = [
 def test_other_learning_rates_are_refused(check: Check, trained: SmallRun) -> None:
     messages = check([trained.with_(**settings) for settings, _ in RATES])
     for (settings, expected), message in zip(RATES, messages, strict=True):
+        assert (message is None) == (expected is None), (settings, message)
+        assert expected is None or re.search(expected, message or ""), message
+
+
+MODELS: list[tuple[dict[str, Any], str | None]] = [
+    ({"hidden_size": 64}, "--hidden-size 32, and this command has 64: the weights do not fit"),
+    ({"num_layers": 4}, "--num-layers 2, and this command has 4"),
+    ({"num_query_groups": 4}, "--num-query-groups 2, and this command has 4"),
+    ({"num_experts": 4}, "--num-experts None, and this command has 4"),
+    (
+        {"untie_embeddings_and_output_weights": None},
+        "--untie-embeddings-and-output-weights True, and this command has False",
+    ),
+    ({"adam_beta2": 0.99}, "--adam-beta2 0.95, and this command has 0.99: .* --no-load-optim"),
+    ({"adam_beta2": 0.99, "no_load_optim": True}, None),
+    ({"adam_beta2": 0.99, "skip_train": True}, None),
+    ({"bf16": True, "use_distributed_optimizer": None}, "without --bf16 .* --no-load-optim"),
+    ({"hidden_size": 64, "num_experts": 4, "finetune": True}, None),
+]
+
+
+def test_another_model_or_optimizer_is_refused(check: Check, trained: SmallRun) -> None:
+    messages = check([trained.with_(**settings) for settings, _ in MODELS])
+    for (settings, expected), message in zip(MODELS, messages, strict=True):
         assert (message is None) == (expected is None), (settings, message)
         assert expected is None or re.search(expected, message or ""), message
 
@@ -142,6 +166,20 @@ def test_the_learning_rate_goes_on(
     launcher.run(run.argv, run.log, processes)
     rates = run.scalars()["learning-rate"]
     assert rates == pytest.approx(dict(enumerate(expected, start=SWITCH + 1)), abs=1e-9)
+
+
+def test_an_error_of_several_lines_is_told_in_full(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    """As of weights that the checkpoint does not have, which torch finds in each process."""
+    load = trained.folder / "checkpoints"
+    run = trained.with_(tmp_path, load=load, position_embedding_type="learned_absolute")
+    started = launcher.start(run.argv, run.log, 2)
+    assert launcher.wait(started) == [1, 1]
+    line = error_lines(started)[0]
+    assert "cannot be loaded (CheckpointException" in line
+    assert "embedding.position_embeddings.weight from model not in state dict" in line
+    assert "File " not in line
 
 
 def test_a_baseline_without_a_saved_optimizer(

@@ -1,0 +1,63 @@
+"""Refuses to continue a checkpoint with another model or optimizer than it holds.
+
+Megatron ends over most of these while it loads, with a message about shapes or keys, and goes on
+over some with something else than was asked for: it drops an output layer that the model does not
+have, and takes the decay rates of Adam from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "group_query_attention",
+    "multi_latent_attention",
+    "swiglu",
+    "normalization",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+    "mtp_num_layers",
+)
+_MAY_BE_NONE = ("num_experts", "mtp_num_layers")
+_OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps")
+
+
+def refuse_other_model(args: Namespace, saved: Any) -> None:
+    """Refuses a model or an optimizer that the state in a checkpoint does not fit.
+
+    Args:
+        args: command line.
+        saved: Megatron's arguments in the checkpoint.
+
+    Raises:
+        ValueError: naming the argument, both values and the remedy.
+    """
+    # Megatron loads a GPT model into a hybrid one, whose layers are counted otherwise.
+    if bool(getattr(saved, "hybrid_layer_pattern", None)) == bool(args.hybrid_layer_pattern):
+        names = [name for name in _MODEL if getattr(args, name) is not None or name in _MAY_BE_NONE]
+        if args.group_query_attention:
+            names.append("num_query_groups")
+        _refuse(args, saved, names, "the weights do not fit", "--load and --save of another run")
+    if not (args.no_load_optim or args.skip_train):
+        reason = "the state of the optimizer is that of the checkpoint"
+        _refuse(args, saved, _OPTIMIZER, reason, "--no-load-optim")
+
+
+def _refuse(
+    args: Namespace, saved: Any, names: list[str] | tuple[str, ...], reason: str, way_out: str
+) -> None:
+    for name in names:
+        now = getattr(args, name)
+        if (was := getattr(saved, name, now)) != now:
+            raise ValueError(
+                f"--load {args.load} was saved with --{name.replace('_', '-')} {was}, and this "
+                f"command has {now}: {reason}. Keep the setting, or pass {way_out}."
+            )
