@@ -89,7 +89,8 @@ def _explain_nan(error: BaseException) -> str:
     found = re.search(r"\(message='(.*)'\)", str(error), re.DOTALL)
     return (
         f"{found.group(1) if found else error}. Nothing was saved since. Continue from the last "
-        "checkpoint, or --ckpt-step with an earlier one, with a lower --lr or --clip-grad."
+        "checkpoint, or --ckpt-step with an earlier one, with a lower --lr (and "
+        "--override-opt_param-scheduler) or --clip-grad."
     )
 
 
