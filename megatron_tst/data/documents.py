@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from megatron_tst.data.readers import RawBatch, RawDocument
+from megatron_tst.data.readers import RawBatch, RawDocument, Source, read_batches
+
+try:
+    import orjson
+except ImportError:  # optional, only faster
+    orjson = None  # type: ignore[assignment]
+
+_SAMPLED_SOURCES = 4
+_SAMPLED_BYTES = 1 << 16
 
 
 class BadDocumentError(ValueError):
@@ -26,11 +35,14 @@ def decode(document: RawDocument, json_key: str) -> tuple[str, int]:
     """
     if document.content is None:
         raise BadDocumentError("a null in place of text")
+    is_line = document.source.kind == "lines"
+    if is_line and (found := _quick_text(document.content, json_key)) is not None:
+        return found, checked_size(found)
     try:
         text = document.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadDocumentError(f"invalid UTF-8 at byte {error.start}") from error
-    if document.source.kind == "lines":
+    if is_line:
         text = _text_of_line(text, json_key)
     return text, checked_size(text)
 
@@ -46,9 +58,24 @@ def checked_size(text: str) -> int:
     if "\0" in text:
         raise BadDocumentError("a NUL character, so this is no text")
     try:
-        return len(text.encode())
+        return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
         raise BadDocumentError(f"a lone surrogate at character {error.start}") from error
+
+
+def _quick_text(line: bytes, json_key: str) -> str | None:
+    """Text of a plain JSON line.
+
+    None where ``json`` has to look at it: orjson refuses some of what that accepts (NaN, halves of
+    surrogate pairs, huge numbers, a byte order mark), and its messages are others.
+    """
+    if orjson is None:
+        return None
+    try:
+        text = orjson.loads(line)[json_key]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _text_of_line(line: str, json_key: str) -> str:
@@ -192,3 +219,26 @@ def read_texts(
                 yield text, batch
             if selection.finished:
                 return
+
+
+def sample_texts(sources: list[Source], json_key: str) -> list[str]:
+    """Some of the text that a corpus is made of: the beginnings of files that lie far apart.
+
+    What cannot be read is passed over; the run meets it in its turn.
+    """
+    texts: list[str] = []
+    for source in sources[:: max(1, len(sources) // _SAMPLED_SOURCES)]:
+        size = 0
+        try:
+            for batch in read_batches([source], json_key):
+                for document in batch.documents:
+                    with suppress(BadDocumentError):
+                        text, _ = decode(document, json_key)
+                        texts.append(text[: _SAMPLED_BYTES - size])
+                        size += len(texts[-1])
+                    if size == _SAMPLED_BYTES:
+                        break
+                break
+        except ValueError:
+            continue
+    return texts

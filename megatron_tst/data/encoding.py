@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,17 +16,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from megatron_tst.data.documents import BadDocumentError, Outcome, decode
+from megatron_tst.data.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
 from megatron_tst.data.indexed_writer import check_document_tokens
 from megatron_tst.data.readers import RawBatch, RawDocument
-from megatron_tst.data.tokenizer import CorpusTokenizer
-from megatron_tst.data.word_encoder import fast_encoder
+from megatron_tst.data.tokenizer import CorpusTokenizer, library_tokenizer
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces cut at line ends: a token being made takes 200 bytes."""
 IN_FLIGHT_BATCHES_PER_WORKER = 4
+MAX_FAILURES = 10
+"""Texts that the fast route may fail at before a process does without it."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,14 @@ class EncoderSettings:
         appended: ids to end each document with.
         dtype: type of the ids in the corpus.
         json_key: member of a JSON line that holds the text.
+        is_fast: encode by the fast route, which has been proven to give the library's ids.
     """
 
     definition: str
     appended: tuple[int, ...]
     dtype: np.dtype[Any]
     json_key: str = "text"
+    is_fast: bool = False
 
     @classmethod
     def of(
@@ -64,10 +70,11 @@ class EncoderSettings:
         dtype: np.dtype[Any],
         append_eod: bool,
         json_key: str = "text",
+        is_fast: bool = False,
     ) -> EncoderSettings:
         """Settings for a corpus whose documents end with the tokenizer's end-of-document id."""
         appended = (tokenizer.eod_id,) if append_eod else ()
-        return cls(tokenizer.definition, appended, dtype, json_key)
+        return cls(tokenizer.definition, appended, dtype, json_key, is_fast)
 
 
 def encode_in_order(
@@ -129,13 +136,11 @@ class Encoder:
     """A tokenizer for documents: text is data, so it never yields control tokens of its own."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        self._tokenizer = Tokenizer.from_str(settings.definition)
-        # Settings of inference that some files carry; here they would cut or lengthen documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # A document that mentions the end-of-document token must not end there.
-        self._tokenizer.encode_special_tokens = True
-        self._fast = fast_encoder(self._tokenizer, settings.dtype)
+        self._tokenizer = library_tokenizer(settings.definition)
+        self._fast: FastEncoder | None = None
+        if settings.is_fast:
+            self._fast = fast_encoder(self._tokenizer, settings.dtype)
+        self._failures = 0
         self._appended = np.array(settings.appended, dtype=settings.dtype)
         self.dtype = settings.dtype
 
@@ -151,9 +156,9 @@ class Encoder:
         return np.concatenate([*ids, self._appended])
 
     def _encode_piece(self, text: str) -> npt.NDArray[np.integer]:
+        if (ids := self._encode_fast(text)) is not None:
+            return ids
         try:
-            if self._fast is not None and (ids := self._fast.encode(text)) is not None:
-                return ids
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=self.dtype)
         except OverflowError as error:
@@ -167,6 +172,23 @@ class Encoder:
                 f"--tokenizer cannot encode the text that starts with {text[:40]!r} ({error}): "
                 "use a byte-level tokenizer or one with an unknown token."
             ) from error
+
+    def _encode_fast(self, text: str) -> npt.NDArray[np.integer] | None:
+        """Ids by the fast route; None where there is none, or where it fails."""
+        if self._fast is None:
+            return None
+        try:
+            return self._fast.encode(text)
+        except (RuntimeError, NoFastRouteError) as error:
+            self._failures += 1
+            given_up = self._failures == MAX_FAILURES or isinstance(error, NoFastRouteError)
+            _logger.warning(
+                "%s at the text that starts with %r: the tokenizers library encodes %s.",
+                *(error, text[:40], "all that follows" if given_up else "it"),
+            )
+            if given_up:
+                self._fast = None
+            return None
 
 
 def split_long(text: str) -> Iterator[str]:
@@ -211,7 +233,10 @@ def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
         except BadDocumentError as error:
             outcomes.append(Outcome(0, 0, str(error)))
             continue
-        ids = _encoder.encode(text)
+        try:
+            ids = _encoder.encode(text)
+        except ValueError as error:
+            raise ValueError(f"{document.where}: {error}") from error
         check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))

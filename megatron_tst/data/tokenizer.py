@@ -77,6 +77,21 @@ def load_tokenizer(path: Path, eod_token: str | None = None) -> CorpusTokenizer:
     return _corpus_tokenizer(tokenizer, definition, eod_token or _configured_eos(file), str(file))
 
 
+def library_tokenizer(definition: str) -> Tokenizer:
+    """The ``tokenizers`` library's tokenizer, set up for documents: text never ends one.
+
+    Args:
+        definition: content of ``tokenizer.json``.
+    """
+    tokenizer = Tokenizer.from_str(definition)
+    # Settings of inference that some files carry; here they would cut or lengthen documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A document that mentions the end-of-document token must not end there.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def _configured_eos(file: Path) -> str:
     config_file = file.parent / CONFIG_FILE
     try:
