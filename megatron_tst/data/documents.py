@@ -179,6 +179,28 @@ class Selection:
         self.finished = counts.documents == limits.max_documents
         return True
 
+    def take_batch(self, batch: RawBatch, outcomes: list[Outcome]) -> list[int]:
+        """Counts the documents of a batch; the number of tokens of each that is taken.
+
+        Raises:
+            ValueError: one too many is bad or empty; names file and line.
+        """
+        counts, limits = self.counts, self.limits
+        documents = counts.documents + len(outcomes)
+        text_bytes = counts.text_bytes + sum(outcome.text_bytes for outcome in outcomes)
+        takes_all = (
+            not self.finished
+            and (limits.max_documents is None or documents < limits.max_documents)
+            and (limits.max_bytes is None or text_bytes <= limits.max_bytes)
+            and all(outcome.tokens for outcome in outcomes)
+        )
+        if takes_all:
+            # Which file and line each comes from does not matter here, and takes time to say.
+            counts.documents, counts.text_bytes = documents, text_bytes
+            return [outcome.tokens for outcome in outcomes]
+        pairs = zip(batch.documents, outcomes, strict=True)
+        return [outcome.tokens for document, outcome in pairs if self.take(document, outcome)]
+
     def _leave_out(self, document: RawDocument, problem: str | None) -> None:
         self.left_out.append(f"{document.where}: {problem or 'empty'}")
         counts, limits = self.counts, self.limits

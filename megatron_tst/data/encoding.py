@@ -20,7 +20,7 @@ import numpy.typing as npt
 from megatron_tst.data.documents import BadDocumentError, Outcome, decode
 from megatron_tst.data.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
 from megatron_tst.data.indexed_writer import check_document_tokens
-from megatron_tst.data.readers import RawBatch, RawDocument
+from megatron_tst.data.readers import RawBatch, RawContent, documents_of
 from megatron_tst.data.tokenizer import CorpusTokenizer, library_tokenizer
 
 PIECE_CHARACTERS = 1 << 20
@@ -87,7 +87,8 @@ def encode_in_order(
     Args:
         batches: documents as read.
         settings: how to encode them.
-        workers: processes to spawn.
+        workers: processes to encode with. One that takes the fast route is this process: it
+            needs less time than handing the text to another would.
 
     Yields:
         Each batch with its result, in order.
@@ -97,6 +98,9 @@ def encode_in_order(
             read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
+    if workers == 1 and settings.is_fast:
+        yield from _encode_here(batches, settings)
+        return
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
     pool = ProcessPoolExecutor(
         workers,
@@ -116,7 +120,7 @@ def encode_in_order(
                 batch, unreadable = None, error
             if batch is None:
                 break
-            pending.append((batch, pool.submit(_encode_batch, batch.documents)))
+            pending.append((batch, pool.submit(_encode_in_worker, batch.content)))
             if len(pending) == workers * IN_FLIGHT_BATCHES_PER_WORKER:
                 batch, result = pending.popleft()
                 yield batch, result.result()
@@ -126,10 +130,19 @@ def encode_in_order(
             raise unreadable
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            f"a tokenizing process died, most likely for lack of memory: lower --workers {workers}."
+            "a tokenizing process died, most likely for lack of memory: lower --workers "
+            f"{workers}, or pass --encoder tokenizers if that does not help."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _encode_here(
+    batches: Iterable[RawBatch], settings: EncoderSettings
+) -> Iterator[tuple[RawBatch, EncodedBatch]]:
+    encoder = Encoder(settings)
+    for batch in batches:
+        yield batch, _encode_batch(batch.content, encoder, settings.json_key)
 
 
 class Encoder:
@@ -224,20 +237,24 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
+def _encode_in_worker(content: RawContent) -> EncodedBatch:
+    return _encode_batch(content, _encoder, _json_key)
+
+
+def _encode_batch(content: RawContent, encoder: Encoder, json_key: str) -> EncodedBatch:
     encoded: list[npt.NDArray[np.integer]] = []
     outcomes: list[Outcome] = []
-    for document in documents:
+    for document in documents_of(content):
         try:
-            text, size = decode(document, _json_key)
+            text, size = decode(document, json_key)
         except BadDocumentError as error:
             outcomes.append(Outcome(0, 0, str(error)))
             continue
         try:
-            ids = _encoder.encode(text)
+            ids = encoder.encode(text)
         except ValueError as error:
             raise ValueError(f"{document.where}: {error}") from error
         check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))
-    return EncodedBatch(np.concatenate([np.empty(0, _encoder.dtype), *encoded]), outcomes)
+    return EncodedBatch(np.concatenate([np.empty(0, encoder.dtype), *encoded]), outcomes)

@@ -234,8 +234,7 @@ def _write_corpus(
         closing(encoded),
     ):
         for batch, result in encoded:
-            pairs = zip(batch.documents, result.outcomes, strict=True)
-            lengths = [outcome.tokens for raw, outcome in pairs if selection.take(raw, outcome)]
+            lengths = selection.take_batch(batch, result.outcomes)
             writer.add_documents(result.ids[: sum(lengths)], lengths)
             log.add(selection.left_out)
             now = monotonic()

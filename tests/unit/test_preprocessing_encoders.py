@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron_tst.data import encoder_choice, encoding, fast_encoder
+from megatron_tst.data import documents, encoder_choice, encoding, fast_encoder
+from megatron_tst.data.documents import BadDocumentError, decode
 from megatron_tst.data.encoder_choice import EncoderChoice, choose_encoder, probe_texts
 from megatron_tst.data.encoding import Encoder, EncoderSettings
 from megatron_tst.data.fast_encoder import (
@@ -26,6 +27,7 @@ from megatron_tst.data.fast_encoder import (
     NoFastRouteError,
 )
 from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.data.readers import RawDocument, Source
 from megatron_tst.data.tokenizer import (
     END_OF_DOCUMENT,
     CorpusTokenizer,
@@ -318,9 +320,8 @@ def test_the_library_steps_in_where_gigatoken_fails(
     encoder = Encoder(settings(TOKENIZERS["ByteLevel"]))
     fast = encoder._fast
     assert isinstance(fast, GigatokenEncoder)
-    broken = BrokenGigatoken(fails)
     monkeypatch.setattr(GigatokenEncoder, "_load", lambda self: None)
-    fast._gigatoken = broken
+    monkeypatch.setattr(fast, "_gigatoken", BrokenGigatoken(fails))
     for text in TRAINING:
         expected = ids_of_the_library(TOKENIZERS["ByteLevel"], text)
         assert encoder.encode(text).tolist() == expected
@@ -384,3 +385,56 @@ def test_loading_fails_where_gigatoken_does_not_know_a_pattern(
     )
     with pytest.raises(NoFastRouteError, match=r"gigatoken cannot load it \(Unknown pre_tokenizer"):
         fast_encoder.fast_encoder(byte_level_bpe(r"\w+|\W"), UINT16)
+
+
+def test_text_that_cannot_be_encoded_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="none"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = PreprocessConfig(
+        (tmp_path / "a.jsonl",),
+        tmp_path / "out",
+        tokenizer=tmp_path / "tokenizer.json",
+        eod_token="<eos>",
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: --tokenizer cannot encode .*'b'"):
+        preprocess(config)
+
+
+LINES = [
+    b'{"text": "plain"}',
+    b' {"text": "blanks"}\t\r',
+    '{"text": "größe \u2028 🎉"}'.encode(),
+    b'{"text": "\\ud83c\\udf89 \\n \\u0001"}',
+    b'{"text": "twice", "text": "the last"}',
+    b'\xef\xbb\xbf{"text": "after a byte order mark"}',
+    b'{"text": "no number", "x": NaN}',
+    b'{"text": "a large number", "x": 1e999}',
+    b'{"text": "a long number", "x": ' + b"7" * 400 + b"}",
+    b'{"text": "a half", "\\ud800": 1}',
+    b'{"text": "a half \\ud800"}',
+    b'{"text": "\\u0000"}',
+    b'{"text": "invalid \xff"}',
+    b'{"text": "cut',
+    b'{"text": "comma",}',
+    b'{"text": 7}',
+    b'{"body": "other"}',
+    b'["text"]',
+    b"7",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_orjson_changes_nothing(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = RawDocument(Source(Path("a.jsonl"), from_folder=False), 1, line)
+
+    def outcome() -> tuple[str, int] | str:
+        try:
+            return decode(document, "text")
+        except BadDocumentError as error:
+            return str(error)
+
+    assert documents.orjson is not None
+    quick = outcome()
+    monkeypatch.setattr(documents, "orjson", None)
+    assert outcome() == quick
