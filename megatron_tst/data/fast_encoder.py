@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import psutil
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer
 
 from megatron_tst.data.tokenizer import characters_of_bytes
 
@@ -36,6 +36,17 @@ _CL100K_PATTERN = (
 LLAMA3_PATTERN = _CL100K_PATTERN.replace("@", "{1,3}")
 QWEN2_PATTERN = _CL100K_PATTERN.replace("@", "")
 _KNOWN_PATTERNS = {GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN}
+
+_CODES = 0x40000
+_LETTERS_OF_UNICODE_17 = (
+    *((0x88F, 0x88F), (0xC5C, 0xC5C), (0xCDC, 0xCDC), (0xA7CE, 0xA7CF), (0xA7D2, 0xA7D2)),
+    *((0xA7D4, 0xA7D4), (0xA7F1, 0xA7F1), (0x10940, 0x10959), (0x10EC5, 0x10EC7)),
+    *((0x11DB0, 0x11DDB), (0x11DE0, 0x11DE9), (0x16EA0, 0x16EB8), (0x16EBB, 0x16ED3)),
+    *((0x16FF2, 0x16FF6), (0x187F8, 0x187FF), (0x18D09, 0x18D1E), (0x18D80, 0x18DF2)),
+    *((0x1E6C0, 0x1E6DE), (0x1E6E0, 0x1E6E2), (0x1E6E4, 0x1E6E5), (0x1E6E7, 0x1E6ED)),
+    *((0x1E6F0, 0x1E6F4), (0x1E6FE, 0x1E6FF), (0x2B73A, 0x2B73F), (0x2CEA2, 0x2CEAD)),
+    (0x323B0, 0x33479),
+)
 
 _SPACE = "▁"  # stands for a blank in tokenizers of SentencePiece
 _LLAMA2_NORMALIZER = [
@@ -171,6 +182,10 @@ class GigatokenEncoder:
         extracted: text with one of these is left to the library.
         dtype: type of the ids.
 
+    Attributes:
+        has_words: text is cut into words by the classes of its characters.
+        rebuilds: how often what was remembered has been dropped.
+
     Raises:
         NoFastRouteError: gigatoken is missing or cannot load the definition.
     """
@@ -178,9 +193,9 @@ class GigatokenEncoder:
     def __init__(
         self, tokenizer: Tokenizer, definition: str, extracted: list[str], dtype: np.dtype[Any]
     ) -> None:
-        self._normalizer = None
-        if tokenizer.normalizer is not None and json.loads(definition)["normalizer"] is None:
-            self._normalizer = tokenizer.normalizer
+        # SentencePiece cuts no words, and so asks for no classes of characters.
+        self.has_words = not json.loads(definition)["model"].get("byte_fallback")
+        self._normalizer = tokenizer.normalizer if self.has_words else None
         self._definition = definition
         self._extracted = extracted
         self._ids_below = min(tokenizer.get_vocab_size(), np.iinfo(dtype).max + 1)
@@ -198,7 +213,9 @@ class GigatokenEncoder:
         """
         if any(content in text for content in self._extracted):
             return None
-        if self._normalizer is not None and not _is_nfc(text):
+        if self.has_words and has_unsettled(text):
+            return None
+        if self._normalizer is not None and not unicodedata.is_normalized("NFC", text):
             text = self._normalizer.normalize_str(text)
             if any(content in text for content in self._extracted):
                 return None
@@ -247,21 +264,26 @@ class GigatokenEncoder:
             self.rebuilds += 1
 
 
-def _is_nfc(text: str) -> bool:
-    """Whether normalizing with the library would surely leave a text as it is."""
-    if text.isascii():
-        return True
-    return _knows_what_python_knows() and unicodedata.is_normalized("NFC", text)
-
-
 @cache
-def _knows_what_python_knows() -> bool:
-    """Whether the library gives no meaning to characters that Python's Unicode does not have.
+def _unsettled_characters() -> npt.NDArray[np.bool_]:
+    """[0x110000] Characters whose class gigatoken and the library may read in other Unicodes.
 
-    What both know is normalized alike in all versions of Unicode.
+    Those of a recent Unicode: gigatoken 0.10.0 has Unicode 17, tokenizers 0.23.3 has 16, and the
+    ids differ without an error. And those that Python does not know, whose Unicode is older or as
+    old in all its versions so far: normalization is asked of Python.
     """
-    codes = (code for code in range(0x40000) if unicodedata.category(chr(code)) == "Cn")
-    # Behind a mark of the highest class any other mark changes its place.
-    probe = "".join(f"a\u0345{chr(code)}" for code in codes)
-    unchanged: bool = normalizers.NFD().normalize_str(probe) == probe
-    return unchanged
+    table = np.ones(0x110000, dtype=np.bool_)
+    # What lies beyond is hardly used: not worth the time to look at.
+    for code in range(_CODES):
+        table[code] = unicodedata.category(chr(code)) == "Cn"
+    for first, last in _LETTERS_OF_UNICODE_17:
+        table[first : last + 1] = True
+    return table
+
+
+def has_unsettled(text: str) -> bool:
+    """Whether a text has a character whose class is not the same in all versions of Unicode."""
+    if text.isascii():
+        return False
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    return bool(_unsettled_characters()[codes].any())
