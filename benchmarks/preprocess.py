@@ -88,7 +88,7 @@ def main() -> None:
         folder = Path(name)
         documents = write_corpus(folder, options.megabytes * 1_000_000, options.words)
         print(
-            "| workers | tool | docs/s | MB/s | MB a CPU s | start-up, s | peak MB | ours faster |"
+            "| workers | tool | docs/s | MB/s | MB/CPU s | start-up, s | peak MB | ours faster |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for workers in options.workers:

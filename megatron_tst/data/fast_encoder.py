@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import unicodedata
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
@@ -276,7 +277,7 @@ def _unsettled_characters() -> npt.NDArray[np.bool_]:
     # What lies beyond is hardly used: not worth the time to look at.
     for code in range(_CODES):
         table[code] = unicodedata.category(chr(code)) == "Cn"
-    for first, last in _LETTERS_OF_UNICODE_17:
+    for first, last in (*_LETTERS_OF_UNICODE_17, (0xD800, 0xDFFF)):
         table[first : last + 1] = True
     return table
 
@@ -285,5 +286,13 @@ def has_unsettled(text: str) -> bool:
     """Whether a text has a character whose class is not the same in all versions of Unicode."""
     if text.isascii():
         return False
+    with suppress(UnicodeEncodeError):
+        text.encode("latin-1")
+        return False
+    table = _unsettled_characters()
+    halves = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype=np.uint16)
+    # Halves of pairs have no class of their own, so that a text without pairs is done here.
+    if not table[: 1 << 16].take(halves).any():
+        return False
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    return bool(_unsettled_characters()[codes].any())
+    return bool(table.take(codes).any())

@@ -150,6 +150,13 @@ def test_python_knows_what_the_library_would_normalize(text: str) -> None:
         assert normalizers.NFC().normalize_str(text) == text
 
 
+def test_unsettled_characters_are_found_anywhere() -> None:
+    for text in ("\xff", "東京", "é🎉", "\U00020000"):
+        assert not fast_encoder.has_unsettled(text)
+        for character in "\u0378\ua7f1\U00010940\U000e0041\ud800":
+            assert fast_encoder.has_unsettled(text + character)
+
+
 def test_ordinary_text_takes_the_fast_route() -> None:
     known = [c for c in map(chr, range(1, 0x500)) if unicodedata.category(c) != "Cn"]
     text = "".join([*known, "€“”…東京🎉한글"])
