@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from rich.console import Console
 
+from megatron_tst.data.encoder_choice import EncoderName
 from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.data.preprocessing import PreprocessConfig
 from megatron_tst.data.preprocessing_progress import preprocess_with_progress
@@ -31,6 +32,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
     add("--eod-token", help="end-of-document token (default: the tokenizer's eos_token)")
     add("--append-eod", action=argparse.BooleanOptionalAction, default=True)
     add("--workers", type=int, default=_available_cpus(), help="default: %(default)s, all CPUs")
+    add("--encoder", choices=get_args(EncoderName), default="auto", help="default: %(default)s")
     add("--json-key", default="text", help="JSON member or Parquet column that holds the text")
     add("--extensions", nargs="+", default=DEFAULT_EXTENSIONS, help="file extensions to read")
     add("--shuffle-seed", type=int, help="shuffle the order of the files")

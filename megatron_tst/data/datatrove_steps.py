@@ -18,6 +18,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from megatron_tst.data.documents import BadDocumentError, Counts, checked_size
+from megatron_tst.data.encoder_choice import choose_encoder
 from megatron_tst.data.encoding import Encoder, EncoderSettings
 from megatron_tst.data.indexed_writer import (
     IndexedDatasetWriter,
@@ -82,7 +83,10 @@ class WriteMegatronPart(PipelineStep):
         if rank == 0 and self.eod_token is None and (hint := turn_end_hint(tokenizer)) is not None:
             logger.warning(hint)
         dtype = token_dtype(tokenizer.vocab_size)
-        encoder = Encoder(EncoderSettings.of(tokenizer, dtype, self.append_eod))
+        choice = choose_encoder("auto", tokenizer, [])
+        encoder = Encoder(
+            EncoderSettings.of(tokenizer, dtype, self.append_eod, is_fast=choice.is_fast)
+        )
         prefix = part_prefix(self.folder, rank)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         counts = Counts()

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from megatron_tst.data.readers import RawBatch, RawDocument
+from megatron_tst.data.readers import RawBatch, RawDocument, read_batches
+from megatron_tst.data.sources import Source
+
+try:
+    import orjson
+except ImportError:  # optional, only faster
+    orjson = None  # type: ignore[assignment]
+
+_SAMPLED_SOURCES = 4
+_SAMPLED_BYTES = 1 << 16
 
 # Of integers Python refuses those of thousands of digits, also where nobody asks for them.
 _JSON = json.JSONDecoder(parse_int=float)
@@ -30,11 +40,14 @@ def decode(document: RawDocument, json_key: str) -> tuple[str, int]:
     """
     if document.content is None:
         raise BadDocumentError("a null in place of text")
+    is_line = document.source.kind == "lines"
+    if is_line and (found := _quick_text(document.content, json_key)) is not None:
+        return found, checked_size(found)
     try:
         text = document.content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadDocumentError(f"invalid UTF-8 at byte {error.start}") from error
-    if document.source.kind == "lines":
+    if is_line:
         text = _text_of_line(text, json_key)
     return text, checked_size(text)
 
@@ -50,9 +63,24 @@ def checked_size(text: str) -> int:
     if "\0" in text:
         raise BadDocumentError("a NUL character, so this is no text")
     try:
-        return len(text.encode())
+        return len(text) if text.isascii() else len(text.encode())
     except UnicodeEncodeError as error:
         raise BadDocumentError(f"a lone surrogate at character {error.start}") from error
+
+
+def _quick_text(line: bytes, json_key: str) -> str | None:
+    """Text of a plain JSON line.
+
+    None where ``json`` has to look at it: orjson refuses some of what that accepts (NaN, halves of
+    surrogate pairs, huge numbers, a byte order mark), and its messages are others.
+    """
+    if orjson is None:
+        return None
+    try:
+        text = orjson.loads(line)[json_key]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _text_of_line(line: str, json_key: str) -> str:
@@ -161,6 +189,28 @@ class Selection:
         self.finished = counts.documents == limits.max_documents
         return True
 
+    def take_batch(self, batch: RawBatch, outcomes: list[Outcome]) -> list[int]:
+        """Counts the documents of a batch; the number of tokens of each that is taken.
+
+        Raises:
+            ValueError: one too many is bad or empty; names file and line.
+        """
+        counts, limits = self.counts, self.limits
+        documents = counts.documents + len(outcomes)
+        text_bytes = counts.text_bytes + sum(outcome.text_bytes for outcome in outcomes)
+        takes_all = (
+            not self.finished
+            and (limits.max_documents is None or documents < limits.max_documents)
+            and (limits.max_bytes is None or text_bytes <= limits.max_bytes)
+            and all(outcome.tokens for outcome in outcomes)
+        )
+        if takes_all:
+            # Which file and line each comes from does not matter here, and takes time to say.
+            counts.documents, counts.text_bytes = documents, text_bytes
+            return [outcome.tokens for outcome in outcomes]
+        pairs = zip(batch.documents, outcomes, strict=True)
+        return [outcome.tokens for document, outcome in pairs if self.take(document, outcome)]
+
     def _leave_out(self, document: RawDocument, problem: str | None) -> None:
         self.left_out.append(f"{document.where}: {problem or 'empty'}")
         counts, limits = self.counts, self.limits
@@ -201,3 +251,26 @@ def read_texts(
                 yield text, batch
             if selection.finished:
                 return
+
+
+def sample_texts(sources: list[Source], json_key: str) -> list[str]:
+    """Some of the text that a corpus is made of: the beginnings of files that lie far apart.
+
+    What cannot be read is passed over; the run meets it in its turn.
+    """
+    texts: list[str] = []
+    for source in sources[:: max(1, len(sources) // _SAMPLED_SOURCES)]:
+        size = 0
+        try:
+            for batch in read_batches([source], json_key):
+                for document in batch.documents:
+                    with suppress(BadDocumentError):
+                        text, _ = decode(document, json_key)
+                        texts.append(text[: _SAMPLED_BYTES - size])
+                        size += len(texts[-1])
+                    if size == _SAMPLED_BYTES:
+                        break
+                break
+        except ValueError:
+            continue
+    return texts

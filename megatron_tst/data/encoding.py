@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,14 +20,18 @@ from tokenizers import Tokenizer
 
 from megatron_tst.data.control_tokens import ControlTokens
 from megatron_tst.data.documents import BadDocumentError, Outcome, decode
+from megatron_tst.data.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
 from megatron_tst.data.indexed_writer import check_document_tokens
-from megatron_tst.data.readers import RawBatch, RawDocument
+from megatron_tst.data.readers import RawBatch, RawContent, documents_of
 from megatron_tst.data.tokenizer import CorpusTokenizer, library_tokenizer
-from megatron_tst.data.word_encoder import fast_encoder
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces cut at line ends: a token being made takes 200 bytes."""
 IN_FLIGHT_BATCHES_PER_WORKER = 4
+MAX_FAILURES = 10
+"""Texts that the fast route may fail at before a process does without it."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class EncoderSettings:
         dtype: type of the ids in the corpus.
         json_key: member of a JSON line that holds the text.
         eod_id: end-of-document id, which no text may hold; None if none is known.
+        is_fast: encode by the fast route, which has been proven to give the library's ids.
     """
 
     definition: str
@@ -59,6 +65,7 @@ class EncoderSettings:
     dtype: np.dtype[Any]
     json_key: str = "text"
     eod_id: int | None = None
+    is_fast: bool = False
 
     @classmethod
     def of(
@@ -67,11 +74,12 @@ class EncoderSettings:
         dtype: np.dtype[Any],
         append_eod: bool,
         json_key: str = "text",
+        is_fast: bool = False,
     ) -> EncoderSettings:
         """Settings for a corpus whose documents end with the tokenizer's end-of-document id."""
         appended = (tokenizer.eod_id,) if append_eod else ()
         eod_id = tokenizer.eod_id
-        return cls(tokenizer.definition, appended, dtype, json_key, eod_id=eod_id)
+        return cls(tokenizer.definition, appended, dtype, json_key, eod_id, is_fast)
 
 
 def encode_in_order(
@@ -84,7 +92,8 @@ def encode_in_order(
     Args:
         batches: documents as read.
         settings: how to encode them.
-        workers: processes to spawn.
+        workers: processes to encode with. One that takes the fast route is this process: it
+            needs less time than handing the text to another would.
 
     Yields:
         Each batch with its result, in order.
@@ -94,6 +103,9 @@ def encode_in_order(
             read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
+    if workers == 1 and settings.is_fast:
+        yield from _encode_here(batches, settings)
+        return
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
     pool = ProcessPoolExecutor(
         workers,
@@ -113,7 +125,7 @@ def encode_in_order(
                 batch, unreadable = None, error
             if batch is None:
                 break
-            pending.append((batch, pool.submit(_encode_batch, batch.documents)))
+            pending.append((batch, pool.submit(_encode_in_worker, batch.content)))
             if len(pending) == workers * IN_FLIGHT_BATCHES_PER_WORKER:
                 batch, result = pending.popleft()
                 yield batch, result.result()
@@ -123,10 +135,19 @@ def encode_in_order(
             raise unreadable
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            f"a tokenizing process died, most likely for lack of memory: lower --workers {workers}."
+            "a tokenizing process died, most likely for lack of memory: lower --workers "
+            f"{workers}, or pass --encoder tokenizers if that does not help."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _encode_here(
+    batches: Iterable[RawBatch], settings: EncoderSettings
+) -> Iterator[tuple[RawBatch, EncodedBatch]]:
+    encoder = Encoder(settings)
+    for batch in batches:
+        yield batch, _encode_batch(batch.content, encoder, settings.json_key)
 
 
 class Encoder:
@@ -134,7 +155,10 @@ class Encoder:
 
     def __init__(self, settings: EncoderSettings) -> None:
         self._tokenizer = library_tokenizer(settings.definition)
-        self._fast = fast_encoder(self._tokenizer, settings.dtype)
+        self._fast: FastEncoder | None = None
+        if settings.is_fast:
+            self._fast = fast_encoder(self._tokenizer, settings.dtype)
+        self._failures = 0
         self._appended = np.array(settings.appended, dtype=settings.dtype)
         self._controls = ControlTokens(settings.definition, settings.eod_id)
         self._without_controls: Tokenizer | None = None
@@ -168,7 +192,7 @@ class Encoder:
         return ids
 
     def _encode_piece(self, text: str) -> npt.NDArray[np.integer]:
-        if self._fast is not None and (ids := self._fast.encode(text)) is not None:
+        if (ids := self._encode_fast(text)) is not None:
             return ids
         return self._encode_by_library(self._tokenizer, text)
 
@@ -187,6 +211,23 @@ class Encoder:
                 f"--tokenizer cannot encode the text that starts with {text[:40]!r} ({error}): "
                 "use a byte-level tokenizer or one with an unknown token."
             ) from error
+
+    def _encode_fast(self, text: str) -> npt.NDArray[np.integer] | None:
+        """Ids by the fast route; None where there is none, or where it fails."""
+        if self._fast is None:
+            return None
+        try:
+            return self._fast.encode(text)
+        except (RuntimeError, NoFastRouteError) as error:
+            self._failures += 1
+            given_up = self._failures == MAX_FAILURES or isinstance(error, NoFastRouteError)
+            _logger.warning(
+                "%s at the text that starts with %r: the tokenizers library encodes %s.",
+                *(error, text[:40], "all that follows" if given_up else "it"),
+            )
+            if given_up:
+                self._fast = None
+            return None
 
 
 def split_long(text: str) -> Iterator[str]:
@@ -222,20 +263,24 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_batch(documents: list[RawDocument]) -> EncodedBatch:
+def _encode_in_worker(content: RawContent) -> EncodedBatch:
+    return _encode_batch(content, _encoder, _json_key)
+
+
+def _encode_batch(content: RawContent, encoder: Encoder, json_key: str) -> EncodedBatch:
     encoded: list[npt.NDArray[np.integer]] = []
     outcomes: list[Outcome] = []
-    for document in documents:
+    for document in documents_of(content):
         try:
-            text, size = decode(document, _json_key)
+            text, size = decode(document, json_key)
         except BadDocumentError as error:
             outcomes.append(Outcome(0, 0, str(error)))
             continue
         try:
-            ids = _encoder.encode(text)
+            ids = encoder.encode(text)
         except ValueError as error:
             raise ValueError(f"{document.where}: {error}") from error
         check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))
-    return EncodedBatch(np.concatenate([np.empty(0, _encoder.dtype), *encoded]), outcomes)
+    return EncodedBatch(np.concatenate([np.empty(0, encoder.dtype), *encoded]), outcomes)

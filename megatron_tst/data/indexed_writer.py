@@ -157,7 +157,7 @@ class IndexedDatasetWriter:
         check_document_tokens(f"a document of {self._idx_path}", max(lengths, default=0))
         assert tokens.dtype == self._dtype
         assert tokens.size == sum(lengths)
-        self._bin.write(tokens.tobytes())
+        self._bin.write(np.ascontiguousarray(tokens).data)
         self._lengths.write(np.array(lengths, dtype=np.int32).tobytes())
         self.documents += len(lengths)
         self.tokens += tokens.size

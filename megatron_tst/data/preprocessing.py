@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import tokenizers
 
-from megatron_tst.data.documents import Selection, read_texts
+from megatron_tst.data.documents import Selection, read_texts, sample_texts
+from megatron_tst.data.encoder_choice import choose_encoder
 from megatron_tst.data.encoding import EncoderSettings, encode_in_order
+from megatron_tst.data.fast_encoder import gigatoken_version
 from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.data.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
 from megatron_tst.data.preprocessing_config import PreprocessConfig
@@ -59,6 +61,7 @@ class PreprocessResult:
         eod_id: its id.
         append_eod: whether each document ends with it.
         dtype: type of the stored ids.
+        encoder: the packages that encoded, with their versions.
     """
 
     documents: int
@@ -75,6 +78,7 @@ class PreprocessResult:
     eod_id: int
     append_eod: bool
     dtype: str
+    encoder: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -158,6 +162,8 @@ def _settings(
         "tokenizer": given.sha256 if given else made,
         "end of document": given.eod_token if given else None,
         "tokenizers library": tokenizers.__version__,
+        "--encoder": config.encoder,
+        "gigatoken": gigatoken_version() if config.encoder != "tokenizers" else None,
         "--append-eod": config.append_eod,
         "--json-key": config.json_key,
         "--max-documents": config.max_documents,
@@ -220,7 +226,12 @@ def _write_corpus(
 ) -> PreprocessResult:
     before = partial.load()
     dtype = token_dtype(tokenizer.vocab_size)
-    settings = EncoderSettings.of(tokenizer, dtype, config.append_eod, config.json_key)
+    choice = choose_encoder(config.encoder, tokenizer, sample_texts(sources, config.json_key))
+    if choice.reason is not None:
+        _logger.warning("encoding with the tokenizers library alone: %s.", choice.reason)
+    settings = EncoderSettings.of(
+        tokenizer, dtype, config.append_eod, config.json_key, choice.is_fast
+    )
     batches = read_batches(sources, config.json_key, before.position)
     encoded = encode_in_order(batches, settings, config.workers)
     selection = Selection(config.limits, before.counts)
@@ -234,8 +245,7 @@ def _write_corpus(
         closing(encoded),
     ):
         for batch, result in encoded:
-            pairs = zip(batch.documents, result.outcomes, strict=True)
-            lengths = [outcome.tokens for raw, outcome in pairs if selection.take(raw, outcome)]
+            lengths = selection.take_batch(batch, result.outcomes)
             writer.add_documents(result.ids[: sum(lengths)], lengths)
             log.add(selection.left_out)
             now = monotonic()
@@ -258,7 +268,7 @@ def _write_corpus(
                 size = log.flush_to_disk()
                 partial.save(RunProgress(batch.end, selection.counts, writer.tokens, size))
         _refuse_nothing(config, selection)
-    return _result(config, tokenizer, selection, writer.tokens)
+    return _result(config, tokenizer, selection, writer.tokens, choice.packages)
 
 
 def _refuse_nothing(config: PreprocessConfig, selection: Selection) -> None:
@@ -272,7 +282,11 @@ def _refuse_nothing(config: PreprocessConfig, selection: Selection) -> None:
 
 
 def _result(
-    config: PreprocessConfig, tokenizer: CorpusTokenizer, selection: Selection, tokens: int
+    config: PreprocessConfig,
+    tokenizer: CorpusTokenizer,
+    selection: Selection,
+    tokens: int,
+    encoder: str,
 ) -> PreprocessResult:
     return PreprocessResult(
         **asdict(selection.counts),
@@ -285,6 +299,7 @@ def _result(
         eod_id=tokenizer.eod_id,
         append_eod=config.append_eod,
         dtype=token_dtype(tokenizer.vocab_size).name,
+        encoder=encoder,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from megatron_tst.data.documents import Limits
+from megatron_tst.data.encoder_choice import EncoderName
 from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
 
 
@@ -23,6 +25,8 @@ class PreprocessConfig:
         eod_token: end-of-document token; by default the ``eos_token`` of ``tokenizer``.
         append_eod: end each document with that token.
         workers: tokenizing processes; the outputs do not depend on it.
+        encoder: ``gigatoken`` requires the fast route, ``tokenizers`` does without it, ``auto``
+            takes it where it gives the library's ids.
         json_key: member of a JSON line, or column of a Parquet file, that holds the text.
         extensions: file extensions to read, below the one of a compression.
         shuffle_seed: shuffles the order of the files reproducibly.
@@ -45,6 +49,7 @@ class PreprocessConfig:
     eod_token: str | None = None
     append_eod: bool = True
     workers: int = 1
+    encoder: EncoderName = "auto"
     json_key: str = "text"
     extensions: tuple[str, ...] = DEFAULT_EXTENSIONS
     shuffle_seed: int | None = None
@@ -66,6 +71,10 @@ class PreprocessConfig:
             raise ValueError(
                 f"--eod-token {self.eod_token!r} goes with --tokenizer: drop it, a tokenizer made "
                 "here brings its own."
+            )
+        if self.encoder not in get_args(EncoderName):
+            raise ValueError(
+                f"--encoder is {self.encoder!r}: use one of {', '.join(get_args(EncoderName))}."
             )
         at_least = {"workers": 1, "max_documents": 1, "max_bytes": 1}
         at_least |= {"max_bad_documents": 0, "max_empty_documents": 0}

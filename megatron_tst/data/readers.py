@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from megatron_tst.data.compression import READ_ERRORS, open_content, unreadable
 from megatron_tst.data.parquet import read_column
 from megatron_tst.data.sources import Source
 
-BATCH_BYTES = 1 << 18
+BATCH_BYTES = 1 << 20
 _DOCUMENT_BYTES = 100  # of memory for a document however short
 
 
@@ -55,18 +54,55 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RawBatch:
-    """Consecutive documents, of several files if these are small.
+class LineBlock:
+    """Lines of a file as they lie in it: taking them apart is left to the worker processes.
 
     Attributes:
-        documents: the documents.
+        source: the file.
+        lines_before: lines of the file in front of these.
+        content: whole lines; the last one of a file may lack its end.
+    """
+
+    source: Source
+    lines_before: int
+    content: bytes
+
+    def documents(self) -> list[RawDocument]:
+        """Each line that is not blank."""
+        lines = enumerate(self.content.split(b"\n"), start=self.lines_before + 1)
+        return [
+            RawDocument(self.source, number, line)
+            for number, line in lines
+            if line and not line.isspace()
+        ]
+
+
+RawContent = list[RawDocument] | LineBlock
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Consecutive documents, of several files if these are small and are no lines.
+
+    Attributes:
+        content: the documents, or the lines that they are.
         end: where reading goes on behind them.
         file_bytes: bytes of the input files up to there, compressed where they are.
     """
 
-    documents: list[RawDocument]
+    content: RawContent
     end: Position
     file_bytes: int
+
+    @property
+    def documents(self) -> list[RawDocument]:
+        """The documents, made anew from lines at each call."""
+        return documents_of(self.content)
+
+
+def documents_of(content: RawContent) -> list[RawDocument]:
+    """The documents of a batch."""
+    return content.documents() if isinstance(content, LineBlock) else content
 
 
 def read_batches(
@@ -86,9 +122,16 @@ def read_batches(
     size = file_bytes = 0
     end = Position()
     try:
-        for document, end, file_bytes in _documents(sources, column, start or Position()):
-            documents.append(document)
-            size += len(document.content or b"") + _DOCUMENT_BYTES
+        for content, end, file_bytes in _contents(sources, column, start or Position()):
+            if isinstance(content, LineBlock):
+                if documents:
+                    # Nothing lies between these and the lines.
+                    yield RawBatch(documents, Position(end.source), file_bytes)
+                    documents, size = [], 0
+                yield RawBatch(content, end, file_bytes)
+                continue
+            documents.append(content)
+            size += len(content.content or b"") + _DOCUMENT_BYTES
             if size >= BATCH_BYTES:
                 yield RawBatch(documents, end, file_bytes)
                 documents, size = [], 0
@@ -100,50 +143,80 @@ def read_batches(
         yield RawBatch(documents, end, file_bytes)
 
 
-def _documents(
+def _contents(
     sources: list[Source], column: str, start: Position
-) -> Iterator[tuple[RawDocument, Position, int]]:
-    """Each document, the position behind it, and the bytes of the files read up to there."""
+) -> Iterator[tuple[RawDocument | LineBlock, Position, int]]:
+    """Each document or block, the position behind it, and the bytes of the files up to there."""
     bytes_before = sum(source.path.stat().st_size for source in sources[: start.source])
     for number, source in enumerate(sources[start.source :], start=start.source):
         begin = start if number == start.source else Position(number)
         read = {"lines": _lines, "rows": _rows, "text": _whole}[source.kind]
         try:
-            for content, end, file_bytes in read(source.path, column, begin):
-                record = 0 if source.kind == "text" else end.records
-                yield RawDocument(source, record, content), end, bytes_before + file_bytes
+            for content, end, file_bytes in read(source, column, begin):
+                yield content, end, bytes_before + file_bytes
         except READ_ERRORS as error:
             raise unreadable(source.path, error) from error
         bytes_before += source.path.stat().st_size
 
 
-_Record = tuple[bytes | None, Position, int]
+_Record = tuple[RawDocument | LineBlock, Position, int]
 """Content, the position behind it, and the bytes of the file read up to there."""
 
 
-def _lines(path: Path, column: str, start: Position) -> Iterator[_Record]:
-    offset = start.offset
-    with open_content(path) as (file, content):
+def _lines(source: Source, column: str, start: Position) -> Iterator[_Record]:
+    number, offset = start.records, start.offset
+    with open_content(source.path) as (file, content):
         if content is file:
             file.seek(offset)
         else:
             # Cheap beside tokenizing: nothing is kept or looked at.
             for _ in islice(content, start.records):
                 pass
-        for number, line in enumerate(content, start=start.records + 1):
-            offset += len(line)
-            if line.strip():
-                yield line, Position(start.source, number, offset), file.tell()
+        for block in _line_blocks(content):
+            lines = LineBlock(source, number, block)
+            number += block.count(b"\n") + (not block.endswith(b"\n"))
+            offset += len(block)
+            if not block.isspace():
+                yield lines, Position(start.source, number, offset), file.tell()
 
 
-def _rows(path: Path, column: str, start: Position) -> Iterator[_Record]:
-    size = path.stat().st_size
-    for number, rows, content in read_column(path, column, start.records):
-        yield content, Position(start.source, number), size * number // rows
+def _line_blocks(content: BinaryIO) -> Iterator[bytes]:
+    """Whole lines in blocks of about ``BATCH_BYTES``; an error comes behind what lies before."""
+    pieces: list[bytes] = []
+    size = 0
+    failure: Exception | None = None
+    while True:
+        try:
+            # At most one look into the file: an error must not take along what lies before.
+            piece = content.read1(BATCH_BYTES)  # type: ignore[attr-defined]
+        except READ_ERRORS as error:
+            failure, piece = error, b""
+        if not piece:
+            break
+        size += len(piece)
+        end = piece.rfind(b"\n") + 1 if size >= BATCH_BYTES else 0
+        if end:
+            yield b"".join([*pieces, memoryview(piece)[:end]])
+            pieces, size, piece = [], len(piece) - end, piece[end:]
+        pieces.append(piece)
+    rest = b"".join(pieces)
+    if failure is not None:
+        rest = rest[: rest.rfind(b"\n") + 1]
+    if rest:
+        yield rest
+    if failure is not None:
+        raise failure
 
 
-def _whole(path: Path, column: str, start: Position) -> Iterator[_Record]:
+def _rows(source: Source, column: str, start: Position) -> Iterator[_Record]:
+    size = source.path.stat().st_size
+    for number, rows, content in read_column(source.path, column, start.records):
+        document = RawDocument(source, number, content)
+        yield document, Position(start.source, number), size * number // rows
+
+
+def _whole(source: Source, column: str, start: Position) -> Iterator[_Record]:
     if start.records == 0:
-        with open_content(path) as (file, content):
-            whole = content.read()
-            yield whole, Position(start.source, 1), file.tell()
+        with open_content(source.path) as (file, content):
+            document = RawDocument(source, 0, content.read())
+            yield document, Position(start.source, 1), file.tell()

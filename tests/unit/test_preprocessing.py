@@ -234,12 +234,10 @@ def test_a_document_too_long_for_the_format_is_refused(
     assert not paths[1].exists()
 
     monkeypatch.setattr(indexed_writer, "_MAX_DOCUMENT_TOKENS", 5)
-    monkeypatch.setattr(encoding, "_encoder", encoding.Encoder(BYTES), raising=False)
-    monkeypatch.setattr(encoding, "_json_key", "text", raising=False)
     corpus = write_json_lines(tmp_path / "a.jsonl", ["12345", "123456"])
     (batch,) = readers.read_batches(find_sources((corpus,), (".jsonl",)))
     with pytest.raises(ValueError, match=r"a\.jsonl:2 has 6 tokens, .* at most 5: split it"):
-        encoding._encode_batch(batch.documents)
+        encoding._encode_batch(batch.content, encoding.Encoder(BYTES), "text")
 
 
 def test_progress_ends_at_the_totals(tmp_path: Path) -> None:
@@ -378,8 +376,8 @@ def test_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()
 
-    with pytest.raises(ChildProcessError, match=r"tokenizing process died.*--workers 1"):
-        preprocess(config(corpus, tmp_path / "out"), kill_workers)
+    with pytest.raises(ChildProcessError, match=r"tokenizing process died.*--workers 2"):
+        preprocess(config(corpus, tmp_path / "out", workers=2), kill_workers)
     assert list(tmp_path.iterdir()) == [corpus]
 
 

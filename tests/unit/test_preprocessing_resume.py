@@ -151,6 +151,8 @@ OTHER_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"train_bpe": 300}, "tokenizer was 'byte-level BPE of 280' and is 'byte-level BPE of 300'"),
     ({"max_documents": 5}, "--max-documents was None and is 5"),
     ({"shuffle_seed": 1}, "inputs was"),
+    ({"encoder": "gigatoken"}, "--encoder was 'auto' and is 'gigatoken'"),
+    ({"encoder": "tokenizers"}, r"--encoder was .* gigatoken was '[\d.]+' and is None"),
 ]
 
 
