@@ -98,7 +98,7 @@ class Verification:
                 "Only the state of the optimizer was found wrong: use an older one that passes, or "
                 "resume with --no-load-optim, which makes the masters from the weights and starts "
                 "the moments at zero; tools/verify_checkpoint.py --rebuild-masters writes a "
-                "checkpoint with such a state, which also keeps the place of the learning rate."
+                "checkpoint with such a state, which plain Megatron continues too."
             )
         return (
             "Copy it again, or use an older one that passes: --ckpt-step with another iter_ folder."
