@@ -16,6 +16,7 @@ from megatron_tst.arguments import (
 from megatron_tst.batch_arguments import refuse_bad_batch_sizes
 from megatron_tst.conflicts import conflicts
 from megatron_tst.cpu.arguments import refuse_gpu_arguments
+from megatron_tst.unheeded import unheeded_arguments
 from megatron_tst.validation_arguments import validation_errors
 
 
@@ -39,6 +40,7 @@ def argument_errors(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
     yield from _error(_refuse_long_warmup, args)
     yield from conflicts(args)
     yield from validation_errors(args)
+    yield from unheeded_arguments(args, has_gpu)
     if not has_gpu:
         yield from _error(refuse_gpu_arguments, args)
     elif args.dataloader_inter_document_masking and args.transformer_impl == "local":

@@ -22,8 +22,8 @@ def initialise() -> None:
     torch.manual_seed(0)
 
 
-def layer_config(**settings: Any) -> Any:
-    """Of a layer like Llama's, with two queries a key."""
+def layer_config(config_class: Any = None, **settings: Any) -> Any:
+    """Of a layer like Llama's, with two queries a key; of another class on request."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     usual = {
@@ -40,7 +40,7 @@ def layer_config(**settings: Any) -> Any:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
-    return TransformerConfig(**{**usual, **settings})
+    return (config_class or TransformerConfig)(**{**usual, **settings})
 
 
 def local_spec(config: Any) -> Any:

@@ -85,7 +85,7 @@ def check_megatron_uses_the_replacements() -> None:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_tst.cpu import swiglu
-    from megatron_tst.cpu.attention import FusedCoreAttention
+    from megatron_tst.cpu.attention import CoreAttention
     from megatron_tst.cpu.norm import RMSNorm
     from megatron_tst.cpu.optimizer import FusedAdamW
 
@@ -93,7 +93,7 @@ def check_megatron_uses_the_replacements() -> None:
         num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm"
     )
     assert type(WrappedTorchNorm(config, 8)) is RMSNorm
-    assert LocalSpecProvider().core_attention() is FusedCoreAttention
+    assert LocalSpecProvider().core_attention() is CoreAttention
     assert optimizer.Adam is FusedAdamW
     assert mlp.bias_swiglu_impl is swiglu.bias_swiglu
     for wrapped in (

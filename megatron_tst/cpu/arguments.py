@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 # Fused kernels, Transformer Engine and NCCL exist for GPUs only.
 _DEFAULTS = {
@@ -37,10 +38,43 @@ _WITHOUT_GPU = (
     ("log_straggler", "--log-straggler", False),
     ("nvtx_ranges", "--nvtx-ranges", False),
     ("record_memory_history", "--record-memory-history", False),
+    ("init_model_with_meta_device", "--init-model-with-meta-device", False),
+    ("enable_cuda_graph", "--enable-cuda-graph", False),
+    ("external_cuda_graph", "--external-cuda-graph", False),
+    ("pipeline_model_parallel_comm_backend", "--pipeline-model-parallel-comm-backend", None),
+    ("hierarchical_context_parallel_sizes", "--hierarchical-context-parallel-sizes", None),
+    ("tensor_parallel_num_weight_shards", "--tensor-parallel-num-weight-shards", None),
+    (
+        "expert_tensor_parallel_num_weight_shards",
+        "--expert-tensor-parallel-num-weight-shards",
+        None,
+    ),
+    # Modules and kernels of Transformer Engine, DeepEP and Kitchen.
+    ("experimental_attention_variant", "--experimental-attention-variant", None),
+    ("mla_down_proj_fusion", "--mla-down-proj-fusion", False),
+    ("use_kitchen_attention", "--use-kitchen-attention", False),
+    ("layernorm_zero_centered_gamma", "--apply-layernorm-1p", False),
+    ("fused_residual_rmsnorm", "--fused-residual-rmsnorm", False),
+    ("use_te_activation_func", "--use-te-activation-func", False),
+    ("use_transformer_engine_op_fuser", "--use-transformer-engine-op-fuser", False),
+    ("use_fused_weighted_squared_relu", "--use-fused-weighted-squared-relu", False),
+    ("use_grouped_gemm_for_dense_mlp", "--use-grouped-gemm-for-dense-mlp", False),
+    ("use_grouped_gemm_for_shared_expert", "--use-grouped-gemm-for-shared-expert", False),
+    ("moe_latent_size", "--moe-latent-size", None),
+    ("moe_mlp_glu_interleave_size", "--moe-mlp-glu-interleave-size", None),
+    ("moe_shared_expert_glu_interleave_size", "--moe-shared-expert-glu-interleave-size", None),
+    ("moe_permute_fusion", "--moe-permute-fusion", False),
+    ("moe_router_fusion", "--moe-router-fusion", False),
+    ("moe_enable_deepep", "--moe-enable-deepep", False),
+    ("symmetric_ar_type", "--symmetric-ar-type", None),
+    # To a CPU, from a GPU.
+    ("cpu_offloading_num_layers", "--cpu-offloading-num-layers", 0),
+    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading", False),
+    ("optimizer_cpu_offload", "--optimizer-cpu-offload", False),
 )
 
 # Layers, and the marks between pipeline stages and before multi-token prediction.
-_HYBRID_LAYERS = "*-E|/"
+_HYBRID_LAYERS = "*+-E|/"
 
 
 def set_cpu_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -60,6 +94,20 @@ def set_cpu_defaults(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
+def unfused_attention(settings: Any) -> list[str]:
+    """Flags of what the platform leaves to Megatron's unfused attention.
+
+    Args:
+        settings: a command line or a ``TransformerConfig``.
+    """
+    flags = {
+        "--window-size": settings.window_size is not None,
+        "--softmax-type": settings.softmax_type != "vanilla",
+        "--apply-query-key-layer-scaling": settings.apply_query_key_layer_scaling,
+    }
+    return [flag for flag, is_set in flags.items() if is_set]
+
+
 def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     """Refuses arguments that only work on a GPU.
 
@@ -72,6 +120,11 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
             named = flag if given is True else f"{flag} {given}"
             remedy = f"use {value}" if value else "remove it"
             raise ValueError(f"{named} needs a GPU and none is visible: {remedy}.")
+    if args.moe_token_dispatcher_type == "flex":
+        raise ValueError(
+            "--moe-token-dispatcher-type flex needs a GPU and none is visible: use alltoall."
+        )
+    _refuse_attention(args)
     if args.tst_loss_impl == "triton":
         raise ValueError("--tst-loss-impl triton needs a GPU and none is visible: use auto.")
     if args.profile and not args.use_pytorch_profiler:
@@ -82,11 +135,28 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     if foreign:
         raise ValueError(
             f"--hybrid-layer-pattern {args.hybrid_layer_pattern} has layers that need a GPU "
-            f"({' '.join(sorted(foreign))}) and none is visible: use attention (*), MLP (-) and "
-            "mixture of experts (E)."
+            f"({' '.join(sorted(foreign))}) and none is visible: use attention (*, latent: +), MLP "
+            "(-) and mixture of experts (E)."
         )
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
         raise ValueError(
             "--reset-attention-mask needs attention masks, which the data loader does not create "
             "on the CPU platform: remove it."
         )
+
+
+def _refuse_attention(args: argparse.Namespace) -> None:
+    unfused = unfused_attention(args)
+    if not unfused:
+        return
+    others = {
+        f"--context-parallel-size {args.context_parallel_size}": args.context_parallel_size > 1,
+        "--multi-latent-attention": args.multi_latent_attention
+        or "+" in (args.hybrid_layer_pattern or ""),
+        "--dataloader-inter-document-masking": args.dataloader_inter_document_masking,
+    }
+    for other, is_set in others.items():
+        if is_set:
+            raise ValueError(
+                f"{unfused[0]} with {other} needs a GPU and none is visible: remove one of them."
+            )

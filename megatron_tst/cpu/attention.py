@@ -11,14 +11,62 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_tst.cpu.arguments import unfused_attention
 from megatron_tst.cpu.causal_attention import CausalAttention
 from megatron_tst.cpu.context_parallel import attend_from_chunks, gather_keys_and_values
+
+
+class CoreAttention:
+    """Builds the core attention that computes what a configuration asks for.
+
+    A class, because Megatron builds modules from classes only.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        **arguments: Any,
+    ) -> FusedCoreAttention | DotProductAttention:
+        """Upstream's module for settings that the fused one does not compute.
+
+        Args:
+            config: of the model.
+            layer_number: from 1.
+            attn_mask_type: of the layer.
+            attention_type: self or cross.
+            **arguments: others of a core attention.
+
+        Raises:
+            ValueError: a setting that neither computes.
+        """
+        unfused = unfused_attention(config)
+        if not unfused:
+            return FusedCoreAttention(
+                config, layer_number, attn_mask_type, attention_type, **arguments
+            )
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"{unfused[0]} is set, which attention on the CPU platform does not compute "
+                "under --context-parallel-size: set it to 1, or run on a GPU."
+            )
+        if "k_channels" in arguments:
+            raise ValueError(
+                f"{unfused[0]} is set, which attention on the CPU platform does not compute "
+                "with --multi-latent-attention: remove one of them, or run on a GPU."
+            )
+        return DotProductAttention(
+            config, layer_number, attn_mask_type, attention_type, **arguments
+        )
 
 
 class FusedCoreAttention(MegatronModule):
@@ -30,9 +78,10 @@ class FusedCoreAttention(MegatronModule):
     Under context parallelism every rank gathers the keys and values of the whole sequence, whatever
     ``--cp-comm-type`` says: its choices move the same numbers in different ways.
 
+    Values may have another width than queries and keys, as in multi-latent attention.
+
     Raises:
-        ValueError: a setting that it does not compute: softmax variants, sliding windows, dropout
-            under context parallelism.
+        ValueError: dropout under context parallelism.
     """
 
     def __init__(
@@ -43,15 +92,16 @@ class FusedCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        _require_supported(config)
         self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.cp_group = None
         if config.context_parallel_size > 1:
             _require_no_dropout(self.dropout)
@@ -180,17 +230,3 @@ def _require_no_dropout(attention_dropout: float) -> None:
             f"--attention-dropout is {attention_dropout}, which attention on the CPU platform does "
             "not compute under --context-parallel-size: set it to 0, or run on a GPU."
         )
-
-
-def _require_supported(config: TransformerConfig) -> None:
-    refused = {
-        "--window-size": config.window_size is not None,
-        "--softmax-type": config.softmax_type != "vanilla",
-        "--apply-query-key-layer-scaling": config.apply_query_key_layer_scaling,
-    }
-    for flag, is_set in refused.items():
-        if is_set:
-            raise ValueError(
-                f"{flag} is set, which attention on the CPU platform does not compute: remove it, "
-                "or run on a GPU."
-            )

@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -46,6 +46,7 @@ HYBRID_STACK_SPEC = ModuleSpec(module=LocalHybridStack)
 def _submodules(config: TransformerConfig) -> HybridStackSubmodules:
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=_attention(config)),
+        mla_layer=ModuleSpec(module=TransformerLayer, submodules=_latent_attention(config)),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=_mlp()),
         moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=_experts(config)),
     )
@@ -57,7 +58,8 @@ def _submodules(config: TransformerConfig) -> HybridStackSubmodules:
 
 
 def _attention(config: TransformerConfig) -> TransformerLayerSubmodules:
-    query_key_norm = WrappedTorchNorm if config.qk_layernorm else IdentityOp
+    # Without a class here Megatron takes that of --qk-l2-norm, which has no weights.
+    query_key_norm = WrappedTorchNorm if config.qk_layernorm else None
     return TransformerLayerSubmodules(
         input_layernorm=WrappedTorchNorm,
         self_attention=ModuleSpec(
@@ -73,6 +75,19 @@ def _attention(config: TransformerConfig) -> TransformerLayerSubmodules:
         ),
         self_attn_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+
+
+def _latent_attention(config: TransformerConfig) -> TransformerLayerSubmodules:
+    local = get_gpt_layer_local_submodules(
+        multi_latent_attention=True,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    return TransformerLayerSubmodules(
+        input_layernorm=WrappedTorchNorm,
+        self_attention=local.self_attention,
+        self_attn_bda=get_bias_dropout_add,
     )
 
 

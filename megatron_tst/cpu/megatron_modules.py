@@ -30,9 +30,38 @@ def _wrap(module_name: str, path: str, make_replacement: Callable[[Any], object]
 
 
 def _core_attention(self: object) -> type:
-    from megatron_tst.cpu.attention import FusedCoreAttention
+    from megatron_tst.cpu.attention import CoreAttention
 
-    return FusedCoreAttention
+    return CoreAttention
+
+
+def _with_l2_norm(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``_te_or_local_layer_spec``, which leaves ``--qk-l2-norm`` out of local layers."""
+
+    @functools.wraps(build)
+    def layer_spec(config: Any, *args: Any, **kwargs: Any) -> Any:
+        from megatron.core.transformer.torch_norm import L2Norm
+
+        spec = build(config, *args, **kwargs)
+        if config.transformer.qk_l2_norm and not config.transformer.multi_latent_attention:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = L2Norm
+        return spec
+
+    return layer_spec
+
+
+def _without_fp8(init: Callable[..., None]) -> Callable[..., None]:
+    """Wraps ``CheckpointWithoutOutput.__init__``.
+
+    It takes its own default, that there is no FP8, for FP8, and asks Transformer Engine.
+    """
+
+    @functools.wraps(init)
+    def initialise(self: Any, fp8: Any = None) -> None:
+        init(self, None if fp8 is False else fp8)
+
+    return initialise
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -76,6 +105,9 @@ def install() -> None:
     layer = "megatron.core.transformer.transformer_layer"
     _wrap(layer, "TransformerLayer._forward_attention", fused_layer.fuse_attention)
     _wrap(layer, "TransformerLayer._forward_mlp", fused_layer.fuse_mlp)
+    _wrap("megatron.training.models.gpt", "_te_or_local_layer_spec", _with_l2_norm)
+    checkpoint = "CheckpointWithoutOutput.__init__"
+    _wrap("megatron.core.tensor_parallel.random", checkpoint, _without_fp8)
     mlp = "megatron.core.transformer.mlp"
     shared_experts = "megatron.core.transformer.moe.shared_experts"
     _wrap(mlp, "MLP.forward", experts.pad_rows)

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import layer_norm
 
 from megatron_tst.native import compiled_kernels, kernels
 
@@ -87,9 +88,35 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class NarrowingLayerNorm(nn.LayerNorm):
+    """Of an input that may be wider than the weight, whose dtype the result has.
+
+    ``--fp32-residual-connection`` gives norms float32 and expects, as from Transformer Engine's,
+    what the layer after them takes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h] in the dtype of the weight, computed in that of ``x``."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        y = layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(self.weight.dtype)
+
+
+class NarrowingRMSNorm(RMSNorm):
+    """As ``NarrowingLayerNorm``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h] in the dtype of the weight, computed in at least float32."""
+        return super().forward(x).to(self.weight.dtype)
+
+
 _NORMS: dict[str, type[nn.LayerNorm | RMSNorm]] = {
     "LayerNorm": nn.LayerNorm,
     "RMSNorm": RMSNorm,
+}
+_NARROWING_NORMS: dict[str, type[nn.LayerNorm | RMSNorm]] = {
+    "LayerNorm": NarrowingLayerNorm,
+    "RMSNorm": NarrowingRMSNorm,
 }
 
 
@@ -116,7 +143,8 @@ def build_norm(
                 f"{flag} asks for a norm that the CPU platform does not compute: use "
                 f"--normalization {' or '.join(_NORMS)} alone, or run on a GPU."
             )
-    norm = _NORMS[config.normalization](hidden_size, eps=eps)
+    norms = _NARROWING_NORMS if config.fp32_residual_connection else _NORMS
+    norm = norms[config.normalization](hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm

@@ -83,6 +83,8 @@ WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
         ("fp8_format", "e4m3", "remove it"),
         ("fp4_format", "e2m1", "remove it"),
         ("tst_loss_impl", "triton", "use auto"),
+        ("moe_latent_size", 16, "remove it"),
+        ("experimental_attention_variant", "gated_delta_net", "remove it"),
     ]
 ]
 
@@ -94,6 +96,51 @@ HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
     (
         {"hybrid_layer_pattern": "*E", "overlap_moe_expert_parallel_comm": True},
         r"--overlap-moe-expert-parallel-comm .* --hybrid-layer-pattern \*E: .* Remove one",
+    ),
+]
+
+# Megatron would not heed them, or end in an error of its own.
+UNHEEDED: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({name: value}, f"--{name.replace('_', '-')}.* does not work: .*{reason}.* Remove it")
+        for name, value, reason in [
+            ("freeze_all_layers", True, "freezes nothing"),
+            ("apply_residual_connection_post_layernorm", True, "no layer .* looks at it"),
+            ("init_method_xavier_uniform", True, "--init-method-std"),
+            ("config_logger_dir", "/tmp/logged", "process groups"),
+            ("attention_backend", "local", "--transformer-impl local is heeded"),
+            ("position_embedding_type", "mrope", "three parts"),
+            ("cache_mla_latents", True, "inference"),
+            ("use_ring_exchange_p2p", True, "ring_exchange"),
+        ]
+    ),
+    (
+        {"hybrid_layer_pattern": "*-", "multi_latent_attention": True},
+        r"--multi-latent-attention with --hybrid-layer-pattern \*- does not work: .*\(\+ is latent",
+    ),
+    (
+        {"activation_func_clamp_value": 7.0},
+        "--activation-func-clamp-value 7 is left out .*: add --no-bias-swiglu-fusion",
+    ),
+    (
+        {"activation_func_clamp_value": 7.0, "swiglu": None},
+        "--activation-func-clamp-value 7 does nothing without a gated activation: add --swiglu",
+    ),
+    (
+        {"glu_linear_offset": 1.0, "swiglu": None},
+        "--glu-linear-offset 1 does nothing without a gated activation",
+    ),
+    (
+        {"num_experts": 4, "disable_bias_linear": None},
+        "--num-experts 4 with biases does not work .*: add --disable-bias-linear",
+    ),
+    (
+        {
+            "num_experts": 4,
+            "disable_bias_linear": None,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+        "--moe-shared-expert-intermediate-size 32 does not work with biases: add",
     ),
 ]
 
@@ -154,7 +201,7 @@ def test_what_needs_whole_logits(check: Check, small_run: SmallRun) -> None:
 
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS]
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 

@@ -48,6 +48,14 @@ BUNDLES: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.1,
         "rerun_mode": "validate_results",
     },
+    "unusual layers": {
+        "bf16": True,
+        "fp32_residual_connection": True,
+        "qk_l2_norm": True,
+        "window_size": "8,0",
+        "recompute_granularity": "selective",
+        "recompute_modules": ["layernorm", "core_attn"],
+    },
 }
 
 
@@ -118,3 +126,46 @@ def test_sequence_parallelism_changes_the_layout_only(
     for name, weight in continued.checkpoint(steps).items():
         if "norm" in name:
             torch.testing.assert_close(weight, run.checkpoint(steps)[name], rtol=0, atol=1e-4)
+
+
+_LATENT_ATTENTION: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "group_query_attention": None,
+    "num_query_groups": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 16,
+}
+
+
+def test_latent_attention_continues_at_other_layouts(
+    launcher: Launcher, small_run: SmallRun
+) -> None:
+    saved_step, steps = 3, 6
+    run = small_run.with_(
+        **_LATENT_ATTENTION,
+        tst_bag_size=4,
+        tst_steps=4,
+        train_iters=steps,
+        eval_iters=0,
+        save_interval=saved_step,
+    )
+    launcher.run(run.argv, run.log)
+    expected = {step: loss for step, loss in run.scalars()["lm loss"].items() if step > saved_step}
+    layouts: list[dict[str, Any]] = [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"context_parallel_size": 2},
+    ]
+    for layout in layouts:
+        continued = run.with_(
+            run.folder / next(iter(layout)),
+            **layout,
+            load=run.folder / "checkpoints",
+            save=None,
+            ckpt_step=saved_step,
+        )
+        launcher.run(continued.argv, continued.log, world_size=2)
+        # float32; only the order of sums differs.
+        assert continued.scalars()["lm loss"] == pytest.approx(expected, rel=1e-4)

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_tst.cpu.attention import FusedCoreAttention
+from megatron_tst.cpu.attention import CoreAttention, FusedCoreAttention
 from megatron_tst.cpu.causal_attention import QUERY_BLOCK, CausalAttention
 
 BATCH, HEADS = 2, 3
@@ -196,13 +196,14 @@ def test_softmax_scale_can_be_chosen() -> None:
     torch.testing.assert_close(actual, core_attention()(query * 2, key, value, None))
 
 
+def test_dropout_is_refused_under_context_parallelism() -> None:
+    with pytest.raises(ValueError, match="--attention-dropout is"):
+        core_attention(context_parallel_size=2, attention_dropout=0.1)
+
+
 @pytest.mark.parametrize(
     ("flag", "settings"),
     [
-        (
-            "--attention-dropout is 0.1",
-            {"context_parallel_size": 2, "attention_dropout": 0.1},
-        ),
         ("--window-size", {"window_size": (8, 0)}),
         ("--softmax-type", {"softmax_type": "off-by-one"}),
         (
@@ -211,9 +212,13 @@ def test_softmax_scale_can_be_chosen() -> None:
         ),
     ],
 )
-def test_settings_that_are_not_computed_are_refused(flag: str, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=flag):
-        core_attention(**settings)
+def test_settings_that_neither_attention_computes_are_refused(
+    flag: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{flag} .* --context-parallel-size"):
+        CoreAttention(config(context_parallel_size=2, **settings), 1, AttnMaskType.causal, "self")
+    with pytest.raises(ValueError, match=f"{flag} .* --multi-latent-attention"):
+        CoreAttention(config(**settings), 1, AttnMaskType.causal, "self", k_channels=8)
 
 
 @pytest.mark.parametrize("groups", [4, 2])

@@ -9,12 +9,13 @@ import pytest
 
 from megatron_tst.native import describe_kernels, kernels
 from megatron_tst.native.kernels import SWITCH
-from tests import fused_layer_checks
+from tests import fused_layer_checks, plain_layer_checks
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=describe_kernels())
 
 CHECKS = sorted(name for name in vars(fused_layer_checks) if name.startswith("check_"))
+PLAIN_CHECKS = sorted(name for name in vars(plain_layer_checks) if name.startswith("check_"))
 WITHOUT_KERNELS = "check_without_kernels"
 
 
@@ -35,3 +36,8 @@ def test_fused_layer(platform: Launcher, tmp_path: Path, check: str) -> None:
     platform.run(
         [check], tmp_path / "log", main="tests.fused_layer_checks:main", environment=environment
     )
+
+
+@pytest.mark.parametrize("check", PLAIN_CHECKS)
+def test_layer_of_plain_modules(platform: Launcher, tmp_path: Path, check: str) -> None:
+    platform.run([check], tmp_path / "log", main="tests.plain_layer_checks:main")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tst.cpu import collectives
-from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
+from megatron_tst.cpu.arguments import _WITHOUT_GPU, refuse_gpu_arguments, set_cpu_defaults
 from megatron_tst.cpu.megatron_modules import _replace
 from megatron_tst.cpu.optimizer import FusedAdam, FusedAdamW
 from tests import platform_checks
@@ -165,26 +166,20 @@ def test_defaults_of_unknown_arguments_are_refused_by_name() -> None:
         set_cpu_defaults(megatron_like_parser())
 
 
-WORKS = {
-    "transformer_impl": "local",
-    "distributed_backend": "gloo",
-    "cuda_graph_impl": "none",
-    "fp8": None,
-    "fp4": None,
-    "moe_grouped_gemm": False,
-    "async_strategy": "mcore",
-    "tp_comm_overlap": False,
-    "use_megatron_fsdp": False,
-    "nccl_ub": False,
-    "log_straggler": False,
-    "nvtx_ranges": False,
-    "record_memory_history": False,
+WORKS = {name: value for name, _, value in _WITHOUT_GPU} | {
     "profile": False,
     "use_pytorch_profiler": False,
     "hybrid_layer_pattern": None,
     "reset_attention_mask": False,
     "create_attention_mask_in_dataloader": False,
     "tst_loss_impl": "linear",
+    "moe_token_dispatcher_type": "alltoall",
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "apply_query_key_layer_scaling": False,
+    "context_parallel_size": 1,
+    "multi_latent_attention": False,
+    "dataloader_inter_document_masking": False,
 }
 
 
@@ -203,6 +198,9 @@ def test_arguments_that_work_without_a_gpu_are_accepted() -> None:
         ("fp8", "hybrid", "--fp8-format hybrid .*: remove it"),
         ("log_straggler", True, "--log-straggler needs .*: remove it"),
         ("tst_loss_impl", "triton", "--tst-loss-impl triton needs .*: use auto"),
+        ("moe_latent_size", 16, "--moe-latent-size 16 needs .*: remove it"),
+        ("cpu_offloading_num_layers", 2, "--cpu-offloading-num-layers 2 needs .*: remove it"),
+        ("moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type flex .*: use alltoall"),
         ("profile", True, "--profile .*: add --use-pytorch-profiler"),
         ("hybrid_layer_pattern", "*EM-|G", r"--hybrid-layer-pattern \*EM-\|G .* GPU \(G M\)"),
         ("reset_attention_mask", True, "--reset-attention-mask .*: remove it"),
@@ -211,6 +209,32 @@ def test_arguments_that_work_without_a_gpu_are_accepted() -> None:
 def test_arguments_that_need_a_gpu_are_refused(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refuse_gpu_arguments(argparse.Namespace(**{**WORKS, name: value}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"window_size": (8, 0)}, "--window-size"),
+        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"apply_query_key_layer_scaling": True}, "--apply-query-key-layer-scaling"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({}, ""),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"hybrid_layer_pattern": "+-"}, "--multi-latent-attention"),
+        ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
+    ],
+)
+def test_unfused_attention_is_refused_where_megatrons_does_not_compute_it(
+    setting: dict[str, Any], flag: str, other: dict[str, Any], named: str
+) -> None:
+    refused = pytest.raises(ValueError, match=f"{flag} with {named} needs a GPU .*: remove one")
+    with refused if named else nullcontext():
+        refuse_gpu_arguments(argparse.Namespace(**{**WORKS, **setting, **other}))
 
 
 RESTARTING_SCRIPT = """

@@ -1,0 +1,116 @@
+"""Megatron arguments that Megatron-Core 0.19 itself does not heed, or ends over without a word."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+
+def unheeded_arguments(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
+    """Arguments of a parsed command line that would do nothing, or end in an error of the host.
+
+    Args:
+        args: parsed, not validated.
+        has_gpu: whether the run is one on GPUs.
+
+    Returns:
+        Messages, each naming the argument, its value, the reason and the remedy.
+    """
+    yield from _anywhere(args)
+    yield from _activations(args)
+    if args.num_experts and args.add_bias_linear:
+        yield from _biases_of_experts(args)
+    if args.transformer_impl == "local" and has_gpu:
+        yield from _local_layers(args)
+
+
+def _anywhere(args: argparse.Namespace) -> Iterator[str]:
+    reasons = {
+        "--freeze-all-layers": (
+            args.freeze_all_layers,
+            "Megatron freezes nothing in a model that is built from a configuration",
+        ),
+        "--apply-residual-connection-post-layernorm": (
+            args.apply_residual_connection_post_layernorm,
+            "no layer of Megatron 0.19 looks at it",
+        ),
+        "--init-method-xavier-uniform": (
+            args.init_method_xavier_uniform,
+            "Megatron 0.19 makes no configuration of it (--init-method-std is heeded)",
+        ),
+        f"--config-logger-dir {args.config_logger_dir}": (
+            args.config_logger_dir,
+            "Megatron 0.19 cannot write process groups",
+        ),
+        "--attention-backend local": (
+            getattr(args.attention_backend, "name", "") == "local",
+            "Megatron 0.19 has no specification of that name (--transformer-impl local is heeded)",
+        ),
+        "--cache-mla-latents": (args.cache_mla_latents, "it is for inference"),
+        "--use-ring-exchange-p2p": (
+            args.use_ring_exchange_p2p,
+            "torch.distributed has no ring_exchange",
+        ),
+        "--position-embedding-type mrope": (
+            args.position_embedding_type == "mrope",
+            "its positions have three parts, and those of text have one",
+        ),
+        f"--multi-latent-attention with --hybrid-layer-pattern {args.hybrid_layer_pattern}": (
+            args.multi_latent_attention and "*" in (args.hybrid_layer_pattern or ""),
+            "layers marked * have the usual attention (+ is latent attention)",
+        ),
+    }
+    for setting, (is_set, reason) in reasons.items():
+        if is_set:
+            yield f"{setting} does not work: {reason}. Remove it."
+
+
+def _activations(args: argparse.Namespace) -> Iterator[str]:
+    clamp, offset = args.activation_func_clamp_value, args.glu_linear_offset
+    given = []
+    if clamp is not None:
+        given.append(f"--activation-func-clamp-value {clamp:g}")
+    if offset:
+        given.append(f"--glu-linear-offset {offset:g}")
+    for setting in given:
+        if not (args.swiglu or args.quick_geglu):
+            yield (
+                f"{setting} does nothing without a gated activation: add --swiglu or "
+                "--quick-geglu, or remove it."
+            )
+        elif args.swiglu and args.bias_swiglu_fusion:
+            yield (
+                f"{setting} is left out by Megatron's fused SwiGLU: add --no-bias-swiglu-fusion, "
+                "or remove it."
+            )
+
+
+def _biases_of_experts(args: argparse.Namespace) -> Iterator[str]:
+    shared = args.moe_shared_expert_intermediate_size
+    if shared is not None:
+        yield (
+            f"--moe-shared-expert-intermediate-size {shared} does not work with biases: add "
+            "--disable-bias-linear."
+        )
+    elif args.transformer_impl == "local":
+        yield (
+            f"--num-experts {args.num_experts} with biases does not work with --transformer-impl "
+            "local, whose experts add them to a tensor that they must not change: add "
+            "--disable-bias-linear."
+        )
+
+
+def _local_layers(args: argparse.Namespace) -> Iterator[str]:
+    """What Megatron's own modules lack on a GPU, where the CPU platform does not replace them."""
+    parallel = args.context_parallel_size
+    settings = {
+        "--qk-l2-norm": args.qk_l2_norm and not args.num_experts,
+        "--multi-latent-attention": args.multi_latent_attention,
+        f"--context-parallel-size {parallel}": parallel > 1,
+    }
+    for setting, is_set in settings.items():
+        if is_set:
+            yield (
+                f"{setting} does not work with --transformer-impl local on a GPU, whose layers do "
+                "not compute it: use transformer_engine."
+            )
