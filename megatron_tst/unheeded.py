@@ -55,6 +55,10 @@ def _anywhere(args: argparse.Namespace) -> Iterator[str]:
             args.position_embedding_type == "mrope",
             "its positions have three parts, and those of text have one",
         ),
+        "--qk-l2-norm with --multi-latent-attention": (
+            args.qk_l2_norm and args.multi_latent_attention,
+            "Megatron has no such layer (--qk-layernorm is heeded)",
+        ),
         f"--multi-latent-attention with --hybrid-layer-pattern {args.hybrid_layer_pattern}": (
             args.multi_latent_attention and "*" in (args.hybrid_layer_pattern or ""),
             "layers marked * have the usual attention (+ is latent attention)",
@@ -102,11 +106,24 @@ def _biases_of_experts(args: argparse.Namespace) -> Iterator[str]:
 
 def _local_layers(args: argparse.Namespace) -> Iterator[str]:
     """What Megatron's own modules lack on a GPU, where the CPU platform does not replace them."""
+    if args.normalization == "RMSNorm" and not args.no_persist_layer_norm:
+        yield (
+            "--normalization RMSNorm with --transformer-impl local needs --no-persist-layer-norm "
+            "on a GPU: add it."
+        )
     parallel = args.context_parallel_size
     settings = {
         "--qk-l2-norm": args.qk_l2_norm and not args.num_experts,
         "--multi-latent-attention": args.multi_latent_attention,
         f"--context-parallel-size {parallel}": parallel > 1,
+        "--sequence-parallel with --normalization RMSNorm": (
+            args.sequence_parallel
+            and args.tensor_model_parallel_size > 1
+            and args.normalization == "RMSNorm"
+        ),
+        "--apply-layernorm-1p with --normalization RMSNorm": (
+            args.layernorm_zero_centered_gamma and args.normalization == "RMSNorm"
+        ),
     }
     for setting, is_set in settings.items():
         if is_set:

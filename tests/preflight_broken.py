@@ -59,7 +59,7 @@ BROKEN: dict[str, Broken] = {
         "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
         "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16 "
         "--moe-router-padding-for-quantization",
-        "--transformer-impl local",
+        "--transformer-impl local --no-persist-layer-norm",
         "warning",
         "--moe-grouped-gemm is ignored with --transformer-impl local",
     ),
@@ -335,6 +335,55 @@ BROKEN: dict[str, Broken] = {
         "--tst-document-boundary align",
         "error",
         "does not work with --transformer-impl local on a GPU",
+    ),
+    "norm locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --no-rope-fusion",
+        "error",
+        "needs --no-persist-layer-norm on a GPU: add it",
+    ),
+    "latent attention locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --no-persist-layer-norm --multi-latent-attention",
+        "error",
+        "--multi-latent-attention does not work with --transformer-impl local on a GPU",
+    ),
+    "context locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --no-persist-layer-norm --context-parallel-size 2",
+        "error",
+        "--context-parallel-size 2 does not work with --transformer-impl local on a GPU",
+    ),
+    "L2 norm locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --no-persist-layer-norm --qk-l2-norm",
+        "error",
+        "--qk-l2-norm does not work with --transformer-impl local on a GPU",
+    ),
+    "split norm locally": (
+        "3b",
+        "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "
+        "--first-last-layers-bf16 --num-layers-at-start-in-bf16 --num-layers-at-end-in-bf16",
+        "--transformer-impl local --no-persist-layer-norm --tensor-model-parallel-size 2 "
+        "--sequence-parallel",
+        "error",
+        "--sequence-parallel with --normalization RMSNorm does not work with",
+    ),
+    "frozen": ("3b", "", "--freeze-all-layers", "error", "--freeze-all-layers does not work"),
+    "flex alone": (
+        "10b_a1b",
+        "--moe-token-dispatcher-type",
+        "--moe-token-dispatcher-type flex",
+        "error",
+        "flex needs --expert-model-parallel-size above 1",
     ),
     "overlapped gather": (
         "3b",

@@ -146,6 +146,11 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
 
 
 def _refuse_attention(args: argparse.Namespace) -> None:
+    if args.multi_latent_attention and args.qk_layernorm and args.q_lora_rank is None:
+        raise ValueError(
+            "--qk-layernorm with --multi-latent-attention needs --q-lora-rank where no GPU is "
+            "visible: pass it, or remove --qk-layernorm."
+        )
     unfused = unfused_attention(args)
     if not unfused:
         return

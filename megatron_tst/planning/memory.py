@@ -17,7 +17,9 @@ GIB = 1 << 30
 ALLOWANCE_BYTES = 6 * GIB
 """For what no formula here covers: CUDA and NCCL, workspaces of kernels, fragmentation."""
 
-_LAYER_WEIGHT = re.compile(r"\blayers\.(\d+)\..*linear_(qkv|proj|fc1|fc2)\.weight\d*$")
+_LAYER_WEIGHT = re.compile(
+    r"\blayers\.(\d+)\..*linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)\.weight\d*$"
+)
 # Logits of a block of --tst-loss-impl linear, on a GPU.
 _BLOCK_LOGITS = 1 << 27
 

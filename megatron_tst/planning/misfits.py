@@ -155,6 +155,10 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
             "softmax: remove it, or use sigmoid, which no Hugging Face export can hold."
         )
     dispatcher = args.moe_token_dispatcher_type
+    if dispatcher == "flex" and parallel * tensor == 1:
+        yield error(
+            f"--moe-token-dispatcher-type flex needs {flag} above 1: raise it, or use alltoall."
+        )
     padding = args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8
     if padding and dispatcher == "allgather":
         yield error(

@@ -6,6 +6,7 @@ import argparse
 import math
 from typing import Any
 
+from megatron_tst.planning.engine import has_transformer_engine
 from megatron_tst.planning.findings import Finding, error, warning
 from megatron_tst.planning.memory import decoder_layers, is_fp8_weight, is_layer_product
 from megatron_tst.planning.posing import Stage
@@ -14,6 +15,8 @@ from megatron_tst.planning.posing import Stage
 _ALIGNMENT = {"mxfp8": 32, "blockwise": 128}
 _OTHER_ALIGNMENT = 16
 _OP_FUSER_ALIGNMENT = 256
+# Mamba, gated delta net and sparse attention, in --hybrid-layer-pattern.
+_ENGINE_LAYERS = "MGD"
 _VOCABULARY_ALIGNMENT = 64
 
 
@@ -130,6 +133,32 @@ def _kind(name: str) -> str:
     part = "experts." if ".experts." in name else ""
     # Transformer Engine numbers the experts at the end: linear_fc1.weight7.
     return part + name.split(".")[-2]
+
+
+def unbuildable(args: argparse.Namespace) -> list[Finding]:
+    """What has no module of Megatron's own that could stand in for Transformer Engine's."""
+    if has_transformer_engine():
+        return []
+    foreign = sorted(set(args.hybrid_layer_pattern or "") & set(_ENGINE_LAYERS))
+    settings = {
+        f"--experimental-attention-variant {args.experimental_attention_variant}": (
+            args.experimental_attention_variant
+        ),
+        f"--moe-latent-size {args.moe_latent_size}": args.moe_latent_size,
+        "--multi-latent-attention and --qk-layernorm without --q-lora-rank": (
+            args.multi_latent_attention and args.qk_layernorm and args.q_lora_rank is None
+        ),
+        f"--hybrid-layer-pattern {args.hybrid_layer_pattern} ({' '.join(foreign)})": foreign,
+    }
+    return [not_built(setting) for setting, is_set in settings.items() if is_set]
+
+
+def not_built(reason: str) -> Finding:
+    """A model that this machine has not the modules for."""
+    return warning(
+        f"{reason}: the model is not built here, so that its parameters, FLOPs, memory and layout "
+        "are not checked: run the preflight where Transformer Engine is (make setup-te)."
+    )
 
 
 def unmodelled(args: argparse.Namespace) -> list[Finding]:

@@ -40,6 +40,7 @@ from megatron_tst.planning.engine import (
     has_transformer_engine,
     mark_split_weights,
 )
+from megatron_tst.planning.posed_modules import posed_modules
 
 POSED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
@@ -51,6 +52,8 @@ LOCAL_MODULES: dict[str, Any] = {
     "fp4": None,
     "fp4_param": False,
     "first_last_layers_bf16": False,
+    "cpu_offloading": False,
+    "use_grouped_gemm_for_shared_expert": False,
 }
 """What a configuration must have for Megatron's own modules instead of Transformer Engine's."""
 
@@ -141,6 +144,8 @@ def build_configuration(args: argparse.Namespace) -> Any:
     is_hybrid = args.hybrid_layer_pattern is not None
     with _silence():
         config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
+        # Megatron sets up the generators by the argument, and only this check reads the field.
+        config.transformer.use_te_rng_tracker = args.te_rng_tracker
         config.finalize()
         pretrain_cfg_container_from_args(args, config)
     return config
@@ -241,15 +246,20 @@ def build_stage(args: argparse.Namespace, config: Any, rank: int) -> Stage:
         "init_model_with_meta_device": True,
         # A kernel of apex; no parameter depends on it.
         "gradient_accumulation_fusion": False,
+        # Recorded on a GPU.
+        "cuda_graph_impl": "none",
         # Counted in elements; what is kept in FP8 follows from the arguments.
         "fp8_param": False,
     }
+    if transformer.moe_token_dispatcher_type == "flex":
+        # It has no parameters, and asks for a library of the cluster.
+        changes["moe_token_dispatcher_type"] = "alltoall"
     if not has_transformer_engine():
         changes |= LOCAL_MODULES
     for name, value in changes.items():
         assert hasattr(transformer, name), name
         setattr(transformer, name, value)
-    with posing_as(args, rank) as groups, _silence():
+    with posing_as(args, rank) as groups, _silence(), posed_modules():
         builder = config.get_builder_cls()(config)
         virtual = args.virtual_pipeline_model_parallel_size
         stages: list[int | None] = [None] if virtual is None else list(range(virtual))

@@ -170,6 +170,10 @@ def _attempt(report: Report, action: Callable[[], Any]) -> bool:
     """Runs a check; what it raises becomes an error."""
     try:
         action()
+    except ImportError as problem:
+        # A library of the cluster, such as that of Mamba.
+        report.findings.append(model_checks.not_built(" ".join(str(problem).split())))
+        return False
     # Megatron reports by assertion, and its libraries by whatever they raise.
     except Exception as problem:
         frame = traceback.extract_tb(problem.__traceback__)[-1]
@@ -210,6 +214,10 @@ def _changes(
 
 def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
     """Builds one rank of each stage, and those that were asked for."""
+    missing = model_checks.unbuildable(args)
+    report.findings.extend(missing)
+    if missing:
+        return
     built: list[posing.Stage] = []
     ranks: list[int] = []
 

@@ -119,6 +119,10 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         r"--multi-latent-attention with --hybrid-layer-pattern \*- does not work: .*\(\+ is latent",
     ),
     (
+        {"multi_latent_attention": True, "qk_l2_norm": True},
+        "--qk-l2-norm with --multi-latent-attention does not work",
+    ),
+    (
         {"activation_func_clamp_value": 7.0},
         "--activation-func-clamp-value 7 is left out .*: add --no-bias-swiglu-fusion",
     ),

@@ -179,6 +179,8 @@ WORKS = {name: value for name, _, value in _WITHOUT_GPU} | {
     "apply_query_key_layer_scaling": False,
     "context_parallel_size": 1,
     "multi_latent_attention": False,
+    "qk_layernorm": True,
+    "q_lora_rank": None,
     "dataloader_inter_document_masking": False,
 }
 
@@ -224,7 +226,7 @@ def test_arguments_that_need_a_gpu_are_refused(name: str, value: object, message
     [
         ({}, ""),
         ({"context_parallel_size": 2}, "--context-parallel-size 2"),
-        ({"multi_latent_attention": True}, "--multi-latent-attention"),
+        ({"multi_latent_attention": True, "q_lora_rank": 8}, "--multi-latent-attention"),
         ({"hybrid_layer_pattern": "+-"}, "--multi-latent-attention"),
         ({"dataloader_inter_document_masking": True}, "--dataloader-inter-document-masking"),
     ],
@@ -235,6 +237,13 @@ def test_unfused_attention_is_refused_where_megatrons_does_not_compute_it(
     refused = pytest.raises(ValueError, match=f"{flag} with {named} needs a GPU .*: remove one")
     with refused if named else nullcontext():
         refuse_gpu_arguments(argparse.Namespace(**{**WORKS, **setting, **other}))
+
+
+def test_normalised_queries_of_latent_attention_need_their_rank() -> None:
+    latent = {**WORKS, "multi_latent_attention": True}
+    refuse_gpu_arguments(argparse.Namespace(**latent | {"q_lora_rank": 8}))
+    with pytest.raises(ValueError, match=r"--qk-layernorm .* needs --q-lora-rank"):
+        refuse_gpu_arguments(argparse.Namespace(**latent))
 
 
 RESTARTING_SCRIPT = """

@@ -31,7 +31,7 @@ _SMALL = shlex.split(
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
     "--padded-vocab-size 256 --vocab-size 256 --train-iters 10 --lr 1e-3 "
     "--use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 100000 "
-    "--no-rope-fusion --no-gradient-accumulation-fusion"
+    "--no-rope-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm"
 )
 _EXPERTS = shlex.split(
     "--num-experts 8 --moe-ffn-hidden-size 64 --moe-router-topk 2 --moe-token-dispatcher-type "
@@ -39,7 +39,7 @@ _EXPERTS = shlex.split(
 )
 SMALL = {"dense": _SMALL, "experts": [*_SMALL, *_EXPERTS]}
 LAYOUTS = {
-    "dense": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "dense": ["--tensor-model-parallel-size", "2"],
     "experts": ["--expert-model-parallel-size", "2"],
 }
 OPTIMIZER_RANKS = (0, 7)
@@ -56,6 +56,58 @@ MISPLACED = [
     ("3b", "bf16", 64, None),
     ("10b_a1b", "bf16", 24, "27%"),
 ]
+_LATENT = "--multi-latent-attention --q-lora-rank 256 --kv-lora-rank 128"
+_HEADS = "--group-query-attention --num-query-groups --kv-channels"
+# What a GPU computes and local modules or the CPU platform do not: model, arguments taken
+# away, arguments added, parameters more than without (None: not built without Transformer Engine).
+GPU_ONLY: dict[str, tuple[str, str, str, int | None]] = {
+    "window": ("3b", "", "--window-size 1024,0 --window-attn-skip-freq 4", 0),
+    "sink": ("3b", "", "--softmax-type learnable", 4 * 16),
+    "sink, split": (
+        "3b",
+        "",
+        "--softmax-type learnable --tensor-model-parallel-size 2 --sequence-parallel",
+        4 * 16,
+    ),
+    "off by one": ("3b", "", "--softmax-type off-by-one", 0),
+    "scaled by layer": ("3b", "", "--apply-query-key-layer-scaling", 0),
+    "norm from zero": ("3b", "", "--apply-layernorm-1p", 0),
+    "dropout over context": (
+        "3b",
+        "--attention-dropout",
+        "--attention-dropout 0.1 --context-parallel-size 2",
+        0,
+    ),
+    "fp32 residual": ("3b", "", "--fp32-residual-connection", 0),
+    "L2 norm": ("3b", "", "--qk-l2-norm", 0),
+    "offloading": ("3b", "", "--cpu-offloading-num-layers 2", 0),
+    "graphs": ("3b", "", "--cuda-graph-impl local --te-rng-tracker", 0),
+    "flex": (
+        "10b_a1b",
+        "--moe-token-dispatcher-type",
+        "--moe-token-dispatcher-type flex --expert-model-parallel-size 8",
+        0,
+    ),
+    "grouped shared expert": (
+        "10b_a1b",
+        "",
+        "--moe-shared-expert-intermediate-size 512 --use-grouped-gemm-for-shared-expert",
+        # Three matrices in each layer.
+        4 * 3 * 512 * 1536,
+    ),
+    "latent experts": ("10b_a1b", "", "--moe-latent-size 256", None),
+    "delta net": (
+        "3b",
+        "",
+        "--experimental-attention-variant gated_delta_net --linear-attention-freq 4",
+        None,
+    ),
+}
+LATENT_LAYOUTS = {
+    "one": "",
+    "tensor": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "context": "--context-parallel-size 2",
+}
 SEVERAL_MISTAKES = [
     *("--yaml-cfg", "model.yaml"),
     *("--seq-length", "0"),
@@ -95,6 +147,16 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
             argv += ["--data-path", str(corpus), "--tokenizer-model", str(checked.folder)]
         checked.add(name, [*argv, *added.split()])
     dense, experts = scripts["3b", "tst"], scripts["10b_a1b", "tst"]
+    for name, (model, removed, added, _) in GPU_ONLY.items():
+        argv = [*without(scripts[model, "tst"], removed), "--num-layers", "4"]
+        checked.add(name, [*argv, *added.split()])
+    for model in {model for model, *_ in GPU_ONLY.values()}:
+        checked.add(f"{model} of 4", [*scripts[model, "tst"], "--num-layers", "4"])
+    latent = [*without(dense, _HEADS), "--num-layers", "4", *_LATENT.split()]
+    for name, layout in LATENT_LAYOUTS.items():
+        checked.add(f"latent {name}", [*latent, *layout.split()])
+    mamba = [*without(dense, "--num-layers"), "--hybrid-layer-pattern", "M-*-"]
+    checked.add("mamba", mamba)
     pipeline = "--pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
     checked.add("pipeline", [*dense, *pipeline.split()])
     virtual = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"
@@ -152,6 +214,43 @@ def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str
     texts = checked.texts(case, level)
     assert any(words in text for text in texts), checked.found[case]["findings"]
     assert checked.found[case]["fits"] == (level == "warning")
+
+
+@pytest.mark.parametrize("case", GPU_ONLY)
+def test_what_only_a_gpu_computes_is_counted_or_said_to_be_unknown(
+    checked: Checked, case: str
+) -> None:
+    model, *_, more = GPU_ONLY[case]
+    found = checked.found[case]
+    assert found["fits"], found["findings"]
+    warnings = "\n".join(checked.texts(case, "warning"))
+    if more is None:
+        assert "parameters" not in found
+        assert "the model is not built here" in warnings
+        return
+    assert "not built" not in warnings
+    without_it = checked.found[f"{model} of 4"]["parameters"]["total"]
+    assert found["parameters"]["total"] == without_it + more
+
+
+@pytest.mark.parametrize("layout", LATENT_LAYOUTS)
+def test_latent_attention_is_counted(checked: Checked, layout: str) -> None:
+    found = checked.found[f"latent {layout}"]
+    assert found["fits"], found["findings"]
+    hidden, heads, width = 2048, 16, 128 + 64
+    queries = hidden * 256 + 256 * heads * width
+    keys_and_values = hidden * (128 + 64) + 128 * heads * (128 + 128)
+    attention = queries + keys_and_values + heads * 128 * hidden
+    # Of groups of queries, which this takes the place of.
+    replaced = hidden * 128 * (2 * heads + 2 * 4)
+    usual = checked.found["3b of 4"]["parameters"]["total"]
+    assert found["parameters"]["total"] == usual + 4 * (attention - replaced)
+
+
+def test_layers_that_are_not_built_are_not_counted_as_nothing(checked: Checked) -> None:
+    assert "parameters" not in checked.found["mamba"]
+    (text,) = [t for t in checked.texts("mamba", "warning") if "not built" in t]
+    assert text.startswith("--hybrid-layer-pattern M-*- (M): ")
 
 
 def test_all_errors_of_arguments_are_told_at_once(checked: Checked) -> None:
