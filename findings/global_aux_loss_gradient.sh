@@ -18,7 +18,10 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python=${FINDINGS_PYTHON:-}
 if [[ -z $python ]]; then
-  python3.12 -m venv "$folder/venv"
+  for base in python3.12 python3 ~/.pyenv/versions/3.12*/bin/python; do
+    "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && break
+  done
+  "$base" -m venv "$folder/venv"
   python=$folder/venv/bin/python
   "$python" -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.14.1 ||
     "$python" -m pip install --quiet torch==2.14.1

@@ -111,17 +111,28 @@ class SuperpositionGPTDataset(GPTDataset):
             int32, in latent positions; position_ids then restart at each document.
         """
         if not self.is_superposed:
-            return super().__getitem__(idx)
+            return self._plain_item(idx)
         sample = self._sample(idx)
         phase = self.layout.phase_of(sample)
         if not self.layout.phases[phase].is_superposed:
-            return super().__getitem__(idx)
+            return self._plain_item(idx)
         text, _, lengths = self.stream.read(self.dataset, *self.layout.span(sample))
         item = self._bags(phase, torch.from_numpy(text), lengths)
         if idx is None:
             item["loss_mask"].zero_()
             if item["labels"].dim() == 2:
                 item["labels"] = torch.full_like(item["labels"], IGNORE_INDEX)
+        return item
+
+    def _plain_item(self, idx: int | None) -> dict[str, Tensor]:
+        """Upstream's sample; its padding is masked in this sample alone."""
+        had_mask = self.masks_and_position_ids_are_cached
+        item: dict[str, Tensor] = super().__getitem__(idx)
+        if self.masks_and_position_ids_are_cached and not had_mask:
+            # Upstream writes the padding of this first sample into the mask that it keeps for all
+            # others (Megatron-LM pull request 6981). It keeps one only where no other target is
+            # left out.
+            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
         return item
 
     def _sample(self, idx: int | None) -> int:

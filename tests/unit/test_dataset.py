@@ -299,6 +299,25 @@ def test_plain_samples_are_those_of_upstream(
         assert_equal_batches([item], [expected])
 
 
+@pytest.mark.parametrize("bag_size", [1, 3])
+def test_padding_of_the_first_sample_is_masked_in_it_alone(
+    special_tokens: Path, bag_size: int
+) -> None:
+    """Whichever plain sample is read first; no token of the text is 0, which padding becomes."""
+    settings = SuperpositionConfig() if bag_size == 1 else superposition(bag_size)
+    config = make_config(
+        special_tokens, superposition=settings, switch_sample=2, tokenizer=tokenizer(PAD)
+    )
+    firsts_with_padding = 0
+    for first in range(2, 12):
+        dataset = build(config, (20, 0, 0))[TRAIN]
+        for place in (first, *range(2, 20)):
+            item = dataset[place]
+            assert torch.equal(item["loss_mask"], (item["labels"] != 0).float())
+        firsts_with_padding += int((dataset[first]["loss_mask"] == 0).any())
+    assert firsts_with_padding > 0
+
+
 @pytest.mark.parametrize(
     ("bag_size", "split"), [(1, TRAIN), (1, VALID), (1, TEST), (3, VALID), (3, TEST)]
 )
