@@ -34,7 +34,7 @@ check: setup ## Lint (Python, shell, Dockerfile), check the format and the types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh .ci/run
+	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh findings/*.sh .ci/run
 	.venv/bin/hadolint Dockerfile
 
 format: setup ## Format the code and sort the imports

@@ -125,6 +125,12 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
             "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
         )
+    if "G" in (args.hybrid_layer_pattern or ""):
+        yield from _with_gated_delta_net(
+            args, f"--hybrid-layer-pattern {args.hybrid_layer_pattern}"
+        )
+    if args.experimental_attention_variant == "gated_delta_net":
+        yield from _with_gated_delta_net(args, "--experimental-attention-variant gated_delta_net")
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
     if args.tst_loss_impl == "linear":
@@ -141,6 +147,17 @@ def _described(conflict: _Conflict, args: argparse.Namespace) -> str:
     else:
         context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
     return f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
+
+
+def _with_gated_delta_net(args: argparse.Namespace, setting: str) -> Iterator[str]:
+    # Megatron-LM issue 7452, finding 11: the ranks' weights drift apart without an error.
+    ranks = args.tensor_model_parallel_size
+    if ranks > 1 and not args.sequence_parallel:
+        yield (
+            f"{setting} does not work with --tensor-model-parallel-size {ranks} without "
+            "--sequence-parallel: Megatron does not add up the gradient of the norm behind the "
+            "gated delta rule. Add --sequence-parallel."
+        )
 
 
 def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:

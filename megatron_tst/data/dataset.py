@@ -132,7 +132,7 @@ class SuperpositionGPTDataset(GPTDataset):
             # Upstream writes the padding of this first sample into the mask that it keeps for all
             # others (Megatron-LM pull request 6981). It keeps one only where no other target is
             # left out.
-            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
+            self.cached_loss_mask = torch.ones(self.config.sequence_length)
         return item
 
     def _sample(self, idx: int | None) -> int:

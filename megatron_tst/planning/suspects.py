@@ -143,6 +143,14 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
         )
     if not args.moe_grouped_gemm:
         yield warning("--moe-grouped-gemm is not given: experts run one after the other. Add it.")
+    ranks = args.data_parallel_size
+    if "global_aux_loss" in args.moe_router_load_balancing_type and ranks > 1:
+        yield note(
+            "--moe-router-load-balancing-type global_aux_loss: Megatron divides its gradient by "
+            f"the {ranks} data-parallel ranks once too often, so that --moe-aux-loss-coeff "
+            f"{args.moe_aux_loss_coeff} balances experts {ranks} times as weakly as with aux_loss "
+            "(docs/host-faults.md)."
+        )
     if args.fp8 and not _pads_tokens(args):
         yield warning(
             "--moe-router-padding-for-quantization is not given: with FP8 the tokens of an expert "

@@ -220,6 +220,12 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
         name, source = f"iter_{args.ckpt_step:07d}", f"--ckpt-step {args.ckpt_step}"
     elif tracker.is_file():
         name, source = _read_tracker(tracker), str(tracker)
+    elif args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None:
+        # Megatron builds the model first, and then exits with 0 (pull request 6321).
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint, and --exit-on-missing-checkpoint is given: "
+            "pass a --load that does, or start a new run without --exit-on-missing-checkpoint."
+        )
     else:
         return None
     folder = Path(args.load) / name

@@ -97,6 +97,19 @@ HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
         {"hybrid_layer_pattern": "*E", "overlap_moe_expert_parallel_comm": True},
         r"--overlap-moe-expert-parallel-comm .* --hybrid-layer-pattern \*E: .* Remove one",
     ),
+    (
+        {"hybrid_layer_pattern": "G*-G", "tensor_model_parallel_size": 2},
+        r"--hybrid-layer-pattern G\*-G .* --tensor-model-parallel-size 2 without .* Add --seq",
+    ),
+    (
+        {
+            "experimental_attention_variant": "gated_delta_net",
+            "tensor_model_parallel_size": 2,
+            "tst_bag_size": 1,
+            "tst_steps": None,
+        },
+        "--experimental-attention-variant gated_delta_net .* Add --sequence-parallel",
+    ),
 ]
 
 # Megatron would not heed them, or end in an error of its own.
@@ -427,10 +440,15 @@ def test_trackers(check: Check, trained: SmallRun, tmp_path: Path) -> None:
         shutil.copytree(trained.folder / "checkpoints", folder)
         (folder / "latest_checkpointed_iteration.txt").write_text(text)
         runs.append(trained.with_(load=folder))
-    expected = [message for _, message in TRACKERS]
+    expected: list[str | None] = [message for _, message in TRACKERS]
     # A step on the command line replaces the tracker.
     runs.append(runs[-1].with_(ckpt_step=2))
-    assert_messages(check(runs), [*expected, None])
+    expected.append(None)
+    # Without a tracker a new run begins, unless it must not.
+    nothing = trained.with_(load=tmp_path / "nothing")
+    runs += [nothing, nothing.with_(exit_on_missing_checkpoint=True)]
+    expected += [None, "nothing holds no checkpoint, and --exit-on-missing-checkpoint is given: "]
+    assert_messages(check(runs), expected)
 
 
 def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ def test_launches_pass_without_a_warning(checked: Checked, model: str, variant: 
     assert checked.found[name]["seconds"] < 30
 
 
+def test_a_weak_balance_of_experts_is_noted(checked: Checked) -> None:
+    notes = "\n".join(checked.texts("10b_a1b tst", "note"))
+    assert "global_aux_loss: Megatron divides its gradient by the 64 data-parallel ranks" in notes
+    assert "global_aux_loss" not in "\n".join(checked.texts("3b tst", "note"))
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_launches_are_told_in_the_right_words(checked: Checked, case: str) -> None:
     *_, level, words = BROKEN[case]

@@ -1,0 +1,1 @@
+"""Shows faults of the installed megatron-core; docs/host-faults.md says what each one means."""
