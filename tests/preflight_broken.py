@@ -381,7 +381,7 @@ BROKEN: dict[str, Broken] = {
     "flex alone": (
         "10b_a1b",
         "--moe-token-dispatcher-type",
-        "--moe-token-dispatcher-type flex",
+        "--moe-token-dispatcher-type flex --expert-model-parallel-size 1",
         "error",
         "flex needs --expert-model-parallel-size above 1",
     ),
