@@ -184,7 +184,8 @@ def test_a_number_that_is_not_finite_ends_the_run(
 ) -> None:
     """In the first step after a start, where Megatron by default does not look."""
     reference = single if world_size == 1 else pair
-    run = reference.with_(tmp_path, save_interval=1)
+    # The check of a checkpoint would find the weight before the first step.
+    run = reference.with_(tmp_path, save_interval=1, tst_verify_checkpoint="off")
     good = reference.folder / "checkpoints" / "iter_0000003"
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(good, checkpoints / good.name)
