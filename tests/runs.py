@@ -111,12 +111,16 @@ class SmallRun:
         """Values of every TensorBoard scalar by step."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(self.folder / "tensorboard"), size_guidance={"scalars": 0})
-        events.Reload()
-        return {
-            tag: {event.step: event.value for event in events.Scalars(tag)}
-            for tag in events.Tags()["scalars"]
-        }
+        found: dict[str, dict[int, float]] = {}
+        # One by one: of two files of one second, a reader of the folder skips one.
+        files = (self.folder / "tensorboard").glob("events.out.tfevents.*")
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
+            events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+            events.Reload()
+            for tag in events.Tags()["scalars"]:
+                values = {event.step: event.value for event in events.Scalars(tag)}
+                found.setdefault(tag, {}).update(values)
+        return found
 
     def description(self) -> dict[str, Any]:
         text = (self.folder / "tensorboard" / "tst_run.json").read_text()
