@@ -23,9 +23,7 @@ if [[ -z $python ]]; then
   done
   "$base" -m venv "$folder/venv"
   python=$folder/venv/bin/python
-  "$python" -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.14.1 ||
-    "$python" -m pip install --quiet torch==2.14.1
-  "$python" -m pip install --quiet numpy==2.5.5 packaging==26.3 megatron-core==0.19.2
+  "$python" -m pip install --quiet torch==2.14.1 numpy==2.5.5 packaging==26.3 megatron-core==0.19.2
 fi
 
 cat >"$folder/finding.py" <<'PYTHON'
