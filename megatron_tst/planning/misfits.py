@@ -155,7 +155,8 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
             "softmax: remove it, or use sigmoid, which no Hugging Face export can hold."
         )
     dispatcher = args.moe_token_dispatcher_type
-    if dispatcher == "flex" and parallel * tensor == 1:
+    is_alone = parallel * tensor == 1 and args.moe_flex_dispatcher_backend != "hybridep"
+    if dispatcher == "flex" and is_alone:
         yield error(
             f"--moe-token-dispatcher-type flex needs {flag} above 1: raise it, or use alltoall."
         )

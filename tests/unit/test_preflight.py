@@ -18,6 +18,7 @@ from megatron_tst.planning.launch_command import read_launch
 from tests.corpus import write_corpus
 from tests.preflight_broken import BROKEN, WHOLE
 from tests.preflight_checked import MODELS, PRETRAIN, VARIANTS, Checked
+from tests.preflight_gpu_only import GPU_ONLY, HEADS, LATENT, LATENT_LAYOUTS
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -56,58 +57,6 @@ MISPLACED = [
     ("3b", "bf16", 64, None),
     ("10b_a1b", "bf16", 24, "27%"),
 ]
-_LATENT = "--multi-latent-attention --q-lora-rank 256 --kv-lora-rank 128"
-_HEADS = "--group-query-attention --num-query-groups --kv-channels"
-# What a GPU computes and local modules or the CPU platform do not: model, arguments taken
-# away, arguments added, parameters more than without (None: not built without Transformer Engine).
-GPU_ONLY: dict[str, tuple[str, str, str, int | None]] = {
-    "window": ("3b", "", "--window-size 1024,0 --window-attn-skip-freq 4", 0),
-    "sink": ("3b", "", "--softmax-type learnable", 4 * 16),
-    "sink, split": (
-        "3b",
-        "",
-        "--softmax-type learnable --tensor-model-parallel-size 2 --sequence-parallel",
-        4 * 16,
-    ),
-    "off by one": ("3b", "", "--softmax-type off-by-one", 0),
-    "scaled by layer": ("3b", "", "--apply-query-key-layer-scaling", 0),
-    "norm from zero": ("3b", "", "--apply-layernorm-1p", 0),
-    "dropout over context": (
-        "3b",
-        "--attention-dropout",
-        "--attention-dropout 0.1 --context-parallel-size 2",
-        0,
-    ),
-    "fp32 residual": ("3b", "", "--fp32-residual-connection", 0),
-    "L2 norm": ("3b", "", "--qk-l2-norm", 0),
-    "offloading": ("3b", "", "--cpu-offloading-num-layers 2", 0),
-    "graphs": ("3b", "", "--cuda-graph-impl local --te-rng-tracker", 0),
-    "flex": (
-        "10b_a1b",
-        "--moe-token-dispatcher-type",
-        "--moe-token-dispatcher-type flex --expert-model-parallel-size 8",
-        0,
-    ),
-    "grouped shared expert": (
-        "10b_a1b",
-        "",
-        "--moe-shared-expert-intermediate-size 512 --use-grouped-gemm-for-shared-expert",
-        # Three matrices in each layer.
-        4 * 3 * 512 * 1536,
-    ),
-    "latent experts": ("10b_a1b", "", "--moe-latent-size 256", None),
-    "delta net": (
-        "3b",
-        "",
-        "--experimental-attention-variant gated_delta_net --linear-attention-freq 4",
-        None,
-    ),
-}
-LATENT_LAYOUTS = {
-    "one": "",
-    "tensor": "--tensor-model-parallel-size 2 --sequence-parallel",
-    "context": "--context-parallel-size 2",
-}
 SEVERAL_MISTAKES = [
     *("--yaml-cfg", "model.yaml"),
     *("--seq-length", "0"),
@@ -152,7 +101,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         checked.add(name, [*argv, *added.split()])
     for model in {model for model, *_ in GPU_ONLY.values()}:
         checked.add(f"{model} of 4", [*scripts[model, "tst"], "--num-layers", "4"])
-    latent = [*without(dense, _HEADS), "--num-layers", "4", *_LATENT.split()]
+    latent = [*without(dense, HEADS), "--num-layers", "4", *LATENT.split()]
     for name, layout in LATENT_LAYOUTS.items():
         checked.add(f"latent {name}", [*latent, *layout.split()])
     mamba = [*without(dense, "--num-layers"), "--hybrid-layer-pattern", "M-*-"]
