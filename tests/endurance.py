@@ -193,7 +193,8 @@ def _disturb(launcher: Launcher, started: Run, first_step: int, chance: random.R
 
 
 def _has_logged(started: Run, step: int) -> bool:
-    return f"step {step:8d}/" in started.text
+    # A rank makes the log when it starts.
+    return started.log.is_file() and f"step {step:8d}/" in started.text
 
 
 def _steps_done(run: SmallRun) -> int:
