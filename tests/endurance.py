@@ -198,8 +198,15 @@ def _has_logged(started: Run, step: int) -> bool:
 
 
 def _steps_done(run: SmallRun) -> int:
-    tracker = run.folder / "checkpoints/latest_checkpointed_iteration.txt"
-    return last_checkpoint(run) if tracker.is_file() else 0
+    checkpoints = run.folder / "checkpoints"
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return 0
+    if tracker.read_text():
+        return last_checkpoint(run)
+    # Killed while it was written: a resume takes the last whole one.
+    whole = sorted(path.parent.name for path in checkpoints.glob("iter_*/.metadata"))
+    return int(whole[-1].removeprefix("iter_"))
 
 
 # --- what is compared -----------------------------------------------------------------------------

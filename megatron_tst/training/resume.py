@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from megatron_tst.training.resume_model import refuse_other_model
 from megatron_tst.training.resume_schedule import refuse_other_learning_rate
 from megatron_tst.training.saved_state_check import refuse_wrong_state
 
+_logger = logging.getLogger(__name__)
 _TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 """Folder of weights alone, such as those of an imported model."""
@@ -240,7 +242,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 
 
 def _read_tracker(tracker: Path) -> str:
-    latest = tracker.read_text(errors="replace").strip()
+    latest = tracker.read_text(errors="replace").strip() or _mend_tracker(tracker)
     if latest == RELEASE:
         return latest
     if not latest.isdecimal():
@@ -249,6 +251,27 @@ def _read_tracker(tracker: Path) -> str:
             "the number of a complete iter_* folder into it, or pass --ckpt-step."
         )
     return f"iter_{int(latest):07d}"
+
+
+def _mend_tracker(tracker: Path) -> str:
+    """Writes the last whole checkpoint into an empty tracker, and returns its step.
+
+    Megatron empties the file before it writes the step, once the checkpoint is whole: a run that is
+    killed in between leaves it empty, and could not be continued. Several ranks write the same.
+    """
+    whole = sorted(path.parent.name for path in tracker.parent.glob("iter_*/.metadata"))
+    if not whole:
+        return ""
+    step = str(int(whole[-1].removeprefix("iter_")))
+    temporary = tracker.with_name(f"{tracker.name}.{os.getpid()}.tmp")
+    temporary.write_text(step)
+    os.replace(temporary, tracker)
+    _logger.warning(
+        "%s was empty, as a run leaves it that is killed while it is written: the last whole "
+        "checkpoint of the folder is %s.",
+        *(tracker, whole[-1]),
+    )
+    return step
 
 
 def _is_distributed(folder: Path) -> bool:

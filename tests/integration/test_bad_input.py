@@ -400,7 +400,6 @@ RESUMES: list[tuple[dict[str, Any], str | None]] = [
 TRACKERS: list[tuple[str, str]] = [
     ("7", r"txt names the checkpoint iter_0000007, .* not there \(found: iter_0000002\)\. Pass"),
     ("release", r"txt names the checkpoint release, which is not there"),
-    ("", r"iteration\.txt holds '' instead of the step .* write the number"),
     ("\x00\x00", r"iteration\.txt holds .* instead of the step of the last checkpoint"),
     ("-3", r"iteration\.txt holds '-3' instead of the step"),
 ]
@@ -444,11 +443,20 @@ def test_trackers(check: Check, trained: SmallRun, tmp_path: Path) -> None:
     # A step on the command line replaces the tracker.
     runs.append(runs[-1].with_(ckpt_step=2))
     expected.append(None)
+    # Killed while the tracker was written: the last whole checkpoint is taken.
+    emptied = tmp_path / "emptied"
+    shutil.copytree(trained.folder / "checkpoints", emptied)
+    (emptied / "iter_0000007").mkdir()
+    tracker = emptied / "latest_checkpointed_iteration.txt"
+    tracker.write_text("")
+    runs.append(trained.with_(load=emptied))
+    expected.append(None)
     # Without a tracker a new run begins, unless it must not.
     nothing = trained.with_(load=tmp_path / "nothing")
     runs += [nothing, nothing.with_(exit_on_missing_checkpoint=True)]
     expected += [None, "nothing holds no checkpoint, and --exit-on-missing-checkpoint is given: "]
     assert_messages(check(runs), expected)
+    assert tracker.read_text() == "2"
 
 
 def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) -> None:
