@@ -31,7 +31,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
 from megatron_tst.data.fast_encoder import LLAMA3_PATTERN, QWEN2_PATTERN
-from megatron_tst.data.tokenizer import CorpusTokenizer, train_byte_level_bpe
+from megatron_tst.data.tokenizer import END_OF_DOCUMENT, CorpusTokenizer, train_byte_level_bpe
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_SECONDS = 0.2
@@ -118,7 +118,9 @@ def python_sources() -> Iterator[str]:
         for file in dict.fromkeys(files):
             # Some test files are not in UTF-8.
             text = file.read_bytes().decode(errors="replace").replace("\0", "")
-            # Megatron-LM's tool counts empty files as documents, ours leaves them out.
+            # Megatron-LM's tools end a document where its text spells the token.
+            text = text.replace(END_OF_DOCUMENT, "")
+            # They count empty files as documents, ours leaves them out.
             if text:
                 yield text
 
