@@ -31,9 +31,9 @@ from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
 from megatron_tst import SuperpositionConfig
+from megatron_tst.corpus.indexed_writer import IndexHeader
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
-from megatron_tst.data.indexed_writer import IndexHeader
 
 POSITIONS = 4096
 BAG_SIZE = 16

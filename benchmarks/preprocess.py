@@ -30,8 +30,8 @@ import psutil
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 
-from megatron_tst.data.fast_encoder import LLAMA3_PATTERN, QWEN2_PATTERN
-from megatron_tst.data.tokenizer import END_OF_DOCUMENT, CorpusTokenizer, train_byte_level_bpe
+from megatron_tst.corpus.fast_encoder import LLAMA3_PATTERN, QWEN2_PATTERN
+from megatron_tst.corpus.tokenizer import END_OF_DOCUMENT, CorpusTokenizer, train_byte_level_bpe
 
 ROOT = Path(__file__).parents[1]
 SAMPLE_SECONDS = 0.2

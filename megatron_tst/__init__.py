@@ -10,8 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_tst.batch_sizes import BatchSizes as BatchSizes
-    from megatron_tst.config import SuperpositionConfig as SuperpositionConfig
     from megatron_tst.data.bag_dataset import BagDataset as BagDataset
     from megatron_tst.data.dataset import SuperpositionGPTDataset as SuperpositionGPTDataset
     from megatron_tst.model.model import SuperpositionGPTModel as SuperpositionGPTModel
@@ -25,14 +23,16 @@ if TYPE_CHECKING:
     )
     from megatron_tst.ops.modules import BagEmbedding as BagEmbedding
     from megatron_tst.ops.modules import MultiHotCrossEntropyLoss as MultiHotCrossEntropyLoss
-    from megatron_tst.schedule import SuperpositionSchedule as SuperpositionSchedule
+    from megatron_tst.settings.batch_sizes import BatchSizes as BatchSizes
+    from megatron_tst.settings.config import SuperpositionConfig as SuperpositionConfig
+    from megatron_tst.settings.schedule import SuperpositionSchedule as SuperpositionSchedule
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "BatchSizes": "megatron_tst.batch_sizes",
-    "SuperpositionConfig": "megatron_tst.config",
-    "SuperpositionSchedule": "megatron_tst.schedule",
+    "BatchSizes": "megatron_tst.settings.batch_sizes",
+    "SuperpositionConfig": "megatron_tst.settings.config",
+    "SuperpositionSchedule": "megatron_tst.settings.schedule",
     "bag_embedding": "megatron_tst.ops.embedding",
     "multi_hot_cross_entropy": "megatron_tst.ops.cross_entropy",
     "linear_multi_hot_cross_entropy": "megatron_tst.ops.linear_cross_entropy",

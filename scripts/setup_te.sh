@@ -81,7 +81,7 @@ install einops onnx onnxscript nvdlfw-inspect
 # Its library links the driver's, which is missing without a GPU, and calls nothing of it there.
 "$compiler" -shared -fPIC -Wl,-soname,libcuda.so.1 -x c /dev/null -o "$folder/libcuda.so.1"
 
-"$python" -c 'from megatron_tst.planning.engine_path import make_engine_importable
+"$python" -c 'from megatron_tst.preflight.engine_path import make_engine_importable
 make_engine_importable()
 import transformer_engine.pytorch' >"$log" 2>&1 || {
   tail -n 3 "$log" >&2

@@ -13,10 +13,10 @@ from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.config import DocumentBoundary
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
-from megatron_tst.phases import Phase
+from megatron_tst.settings.config import DocumentBoundary
+from megatron_tst.settings.phases import Phase
 
 Corpus = tuple[Path, list[NDArray[np.int64]]]
 VARIANTS = ("full", "input-only", "output-only")

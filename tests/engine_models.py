@@ -17,16 +17,16 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
-from megatron_tst.arguments import superposition_config_from_args
 from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
 from megatron_tst.checkpoint.hf_mapping import KeyLayout, stored_shapes, weight_slices
 from megatron_tst.checkpoint.hf_shapes import shape_from_arguments
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import read_index
 from megatron_tst.model.model import superpose_built_models
-from megatron_tst.planning import posing
-from megatron_tst.planning.corpus_check import resolve_vocabulary
-from megatron_tst.planning.engine import enter_recipes
+from megatron_tst.preflight import rank_simulation
+from megatron_tst.preflight.corpus_check import resolve_vocabulary
+from megatron_tst.preflight.engine import enter_recipes
+from megatron_tst.settings.arguments import superposition_config_from_args
 from tests.hf_models import save_model
 
 # What a launch has besides the arguments that an import prints.
@@ -38,16 +38,19 @@ _RUN = (
 
 
 def _configured(argv: list[str], world_size: int) -> tuple[argparse.Namespace, Any]:
-    args = posing.parse(posing.launch_parser(), argv, world_size)
-    posing.validate(args)
+    args = rank_simulation.parse(rank_simulation.launch_parser(), argv, world_size)
+    rank_simulation.validate(args)
     resolve_vocabulary(args, None)
-    return args, posing.build_configuration(args)
+    return args, rank_simulation.build_configuration(args)
 
 
 def model_keys(argv: list[str], world_size: int) -> dict[str, Any]:
     """Keys of a model in memory, before and after it was superposed, and its module classes."""
     args, config = _configured(argv, world_size)
-    stages = [posing.build_stage(args, config, rank) for rank in posing.stage_ranks(args)]
+    stages = [
+        rank_simulation.build_stage(args, config, rank)
+        for rank in rank_simulation.stage_ranks(args)
+    ]
     chunks: list[Any] = [getattr(c, "module", c) for stage in stages for c in stage.chunks]
     classes = {type(module).__name__ for chunk in chunks for module in chunk.modules()}
     stock = [list(chunk.state_dict()) for chunk in chunks]
@@ -97,11 +100,11 @@ def _saved(args: argparse.Namespace, config: Any) -> tuple[dict[str, list[int]],
     tensors: dict[str, list[int]] = {}
     objects: set[str] = set()
     step = args.tensor_model_parallel_size * args.context_parallel_size
-    for first in posing.stage_ranks(args):
+    for first in rank_simulation.stage_ranks(args):
         for part in range(args.expert_model_parallel_size):
             rank = first + part * step
-            stage = posing.build_stage(args, config, rank)
-            with posing.posing_as(args, rank) as groups:
+            stage = rank_simulation.build_stage(args, config, rank)
+            with rank_simulation.as_rank(args, rank) as groups:
                 metadata = _build_sharded_state_dict_metadata(args, dp_cp_group=groups.dp_cp)
                 chunks: list[Any] = stage.chunks
                 for chunk in chunks:
@@ -128,7 +131,7 @@ def _entries(state: Any) -> list[Any]:
 def recipes(argv: list[str], world_size: int) -> list[str | None]:
     """The recipe of every layer; None in bf16."""
     args, config = _configured(argv, world_size)
-    with posing.posing_as(args, 0):
+    with rank_simulation.as_rank(args, 0):
         return enter_recipes(config.transformer)
 
 
@@ -137,12 +140,12 @@ def refusal(argv: list[str], capability: list[int]) -> str | None:
     args, config = _configured(argv, 64)
     major, minor = capability
     try:
-        posing.pose((major, minor))
-        posing.check_recipes(args, config)
+        rank_simulation.assume_machine((major, minor))
+        rank_simulation.check_recipes(args, config)
     except RuntimeError as error:
         return str(error)
     finally:
-        posing.pose((10, 0))
+        rank_simulation.assume_machine((10, 0))
     return None
 
 

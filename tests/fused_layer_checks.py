@@ -458,7 +458,7 @@ def check_tensor_parallelism_and_others_are_refused() -> None:
 
 def check_without_kernels() -> None:
     """In a process where they are switched off."""
-    from megatron_tst.native import describe_kernels, kernels
+    from megatron_tst.ops.native import describe_kernels, kernels
 
     assert kernels() is None, describe_kernels()
     compare([], build_layer())

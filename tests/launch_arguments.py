@@ -16,9 +16,9 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from packaging.version import Version
 
-from megatron_tst.arguments import superposition_schedule_from_args
-from megatron_tst.batch_arguments import refuse_unusable_batch_sizes
-from megatron_tst.conflicts import refuse_conflicting_arguments
+from megatron_tst.settings.arguments import superposition_schedule_from_args
+from megatron_tst.settings.batch_arguments import refuse_unusable_batch_sizes
+from megatron_tst.settings.conflicts import refuse_conflicting_arguments
 from megatron_tst.training.command_line import add_arguments, check_arguments
 
 # Kernels whose absence Megatron's model configuration refuses by importing them.

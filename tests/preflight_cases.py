@@ -18,17 +18,17 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from megatron_tst import cpu
-    from megatron_tst.planning.engine_path import make_engine_importable
+    from megatron_tst.preflight.engine_path import make_engine_importable
 
     cases, results = (Path(name) for name in sys.argv[1:])
     asked = json.loads(cases.read_text())
     if asked["with_engine"]:
         make_engine_importable()
     cpu.activate()
-    from megatron_tst.planning import posing
+    from megatron_tst.preflight import rank_simulation
 
-    posing.pose((10, 0))
-    parser = posing.launch_parser()
+    rank_simulation.assume_machine((10, 0))
+    parser = rank_simulation.launch_parser()
     found = {
         "launches": [_checked(parser, case) for case in asked["launches"]],
         "measured": [_measured(*case) for case in asked["measured"]],
@@ -38,8 +38,8 @@ def main() -> int:
 
 
 def _checked(parser: argparse.ArgumentParser, case: dict[str, Any]) -> dict[str, Any]:
-    from megatron_tst.planning.preflight import Launch, check_launch
-    from megatron_tst.planning.preflight_wording import finding_lines, report_as_json, summary_lines
+    from megatron_tst.preflight.checks import Launch, check_launch
+    from megatron_tst.preflight.wording import finding_lines, report_as_json, summary_lines
 
     begin = time.perf_counter()
     launch = Launch(**case)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.planning.launch_command import read_launch
+from megatron_tst.preflight.launch_command import read_launch
 
 ROOT = Path(__file__).parents[1]
 PRETRAIN = ROOT / "examples/pretrain"

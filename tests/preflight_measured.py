@@ -14,14 +14,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import num_floating_point_operations
 
-from megatron_tst.planning import posing
-from megatron_tst.planning.corpus_check import resolve_vocabulary
+from megatron_tst.preflight import rank_simulation
+from megatron_tst.preflight.corpus_check import resolve_vocabulary
 
 
 def measured_optimizer(argv: list[str], world_size: int, rank: int) -> dict[str, int]:
     """Elements that DDP and the optimizer of a rank hold, with real tensors."""
     args, config = _configured(argv, world_size)
-    with posing.posing_as(args, rank) as groups:
+    with rank_simulation.as_rank(args, rank) as groups:
         configs = pretrain_cfg_container_from_args(args, config)
         builder = config.get_builder_cls()(config)
         models = builder.build_distributed_models(
@@ -69,7 +69,7 @@ def measured_activations(argv: list[str]) -> dict[str, float]:
 
 def _saved_bytes(argv: list[str]) -> int:
     args, config = _configured(argv, 1)
-    with posing.posing_as(args, 0) as groups:
+    with rank_simulation.as_rank(args, 0) as groups:
         model = config.get_builder_cls()(config).build_model(groups).bfloat16()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, torch.UntypedStorage] = {}
@@ -95,11 +95,11 @@ def megatron_flops(argv: list[str], world_size: int) -> float:
 
 
 def _configured(argv: list[str], world_size: int) -> tuple[Any, Any]:
-    args = posing.parse(posing.launch_parser(), argv, world_size)
-    posing.validate(args)
+    args = rank_simulation.parse(rank_simulation.launch_parser(), argv, world_size)
+    rank_simulation.validate(args)
     resolve_vocabulary(args, None)
-    config = posing.build_configuration(args)
-    for name, value in posing.LOCAL_MODULES.items():
+    config = rank_simulation.build_configuration(args)
+    for name, value in rank_simulation.LOCAL_MODULES.items():
         setattr(config.transformer, name, value)
     config.transformer.gradient_accumulation_fusion = False
     config.transformer.use_cpu_initialization = True

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_tst.arguments import superposition_schedule_from_args
+from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.training.command_line import add_arguments, check_arguments
 from megatron_tst.training.resume import check_resume
 

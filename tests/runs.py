@@ -19,7 +19,7 @@ TOTAL_STEPS = 12
 
 def tokenize_standard_library(folder: Path) -> Path:
     """Byte-level corpus of a few hundred kB of Python's own sources; returns its prefix."""
-    from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+    from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 
     sources = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
     config = PreprocessConfig(

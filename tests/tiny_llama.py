@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_tst.data.tokenizer import byte_tokenizer
+from megatron_tst.corpus.tokenizer import byte_tokenizer
 from megatron_tst.evaluation.folder import LoadedModel
 
 CONTEXT = 64

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName
 from megatron_tst.checkpoint.hf_import import ImportResult, import_from_huggingface
-from megatron_tst.progress import TaskProgress
+from megatron_tst.common.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
-from megatron_tst.progress import TaskProgress
+from megatron_tst.common.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

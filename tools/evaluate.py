@@ -10,11 +10,11 @@ from typing import get_args
 
 from rich.console import Console
 
+from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.evaluate import EvaluationConfig, evaluate
 from megatron_tst.evaluation.folder import DTYPE_HELP, DtypeName
 from megatron_tst.evaluation.harness import PUBLISHED_TASKS
 from megatron_tst.evaluation.results import markdown_table
-from megatron_tst.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from megatron_tst.data.mutual_information import (
+from megatron_tst.common.atomic_files import write_file
+from megatron_tst.corpus.mutual_information import (
     DEFAULT_PAIRS,
     DecayFit,
     Measurement,
@@ -22,9 +23,8 @@ from megatron_tst.data.mutual_information import (
     fit_decay,
     measure,
 )
-from megatron_tst.data.token_sample import TokenSample, sample_tokens
+from megatron_tst.corpus.token_sample import TokenSample, sample_tokens
 from megatron_tst.report.corpus_plots import draw_decay
-from megatron_tst.report.files import write_file
 
 _FEWEST_DISTANCES_UP_TO = 8
 
@@ -55,7 +55,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def run(args: argparse.Namespace) -> None:
     """Samples, measures, fits, and reports on standard output."""
     # Here, so that --help and a wrong flag do not wait for the import of Megatron.
-    from megatron_tst.data.inspection import open_corpus
+    from megatron_tst.corpus.inspection import open_corpus
 
     corpus = open_corpus(str(args.prefix))
     try:

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from megatron_tst.config import SETTINGS
-from megatron_tst.data.tokenizer import load_tokenizer
+from megatron_tst.common.atomic_files import write_file
+from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
-from megatron_tst.report.files import write_file
+from megatron_tst.settings.config import SETTINGS
 
 if TYPE_CHECKING:
-    from megatron_tst.data.inspection import LengthDistribution, PhaseOneSample
+    from megatron_tst.corpus.inspection import LengthDistribution, PhaseOneSample
 
 _SHOWN_DOCUMENTS = 5
 _SHOWN_TOKENS = 64
@@ -85,8 +85,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def show_corpus(args: argparse.Namespace, console: Console) -> None:
     """Prints all that was asked for, and writes the picture."""
+    from megatron_tst.corpus.inspection import length_distribution, open_corpus
     from megatron_tst.data.files import check_vocabulary
-    from megatron_tst.data.inspection import length_distribution, open_corpus
 
     _check_combination(args)
     folder = _tokenizer_folder(args)
@@ -221,7 +221,7 @@ def _document_starts(corpus: Any, decode: TextDecoder) -> Table:
 def _show_bags(
     args: argparse.Namespace, folder: Path | None, decode: TextDecoder, console: Console
 ) -> None:
-    from megatron_tst.data.inspection import PhaseOne, read_phase_1
+    from megatron_tst.corpus.inspection import PhaseOne, read_phase_1
 
     given = {
         name: value for name in _PHASE_ONE_SETTINGS if (value := getattr(args, name)) is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_tst.planning.launch_command import read_launch
+from megatron_tst.preflight.launch_command import read_launch
 
 _PIPED_WIDTH = 170
 
@@ -96,24 +96,24 @@ def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from megatron_tst import cpu
-    from megatron_tst.planning.engine_path import make_engine_importable
+    from megatron_tst.preflight.engine_path import make_engine_importable
 
     make_engine_importable()
     cpu.activate()
     from megatron_tst.evaluation.results import write_results
-    from megatron_tst.planning import posing
-    from megatron_tst.planning.preflight import Launch, check_launch
-    from megatron_tst.planning.preflight_wording import (
+    from megatron_tst.preflight import rank_simulation
+    from megatron_tst.preflight.checks import Launch, check_launch
+    from megatron_tst.preflight.wording import (
         finding_lines,
         memory_table,
         report_as_json,
         summary_lines,
     )
 
-    posing.pose(capability)
+    rank_simulation.assume_machine(capability)
     gpu_bytes = args.gpu_memory * 1e9
     launch = Launch(argv, args.world_size, gpu_bytes, args.rank, args.vocabulary)
-    report = check_launch(posing.launch_parser(), launch)
+    report = check_launch(rank_simulation.launch_parser(), launch)
     if args.json is not None:
         write_results(report_as_json(report, gpu_bytes), args.json)
     console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)

@@ -13,11 +13,11 @@ from typing import NoReturn, get_args
 
 from rich.console import Console
 
-from megatron_tst.data.encoder_choice import EncoderName
-from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
-from megatron_tst.data.preprocessing import PreprocessConfig
-from megatron_tst.data.preprocessing_progress import preprocess_with_progress
-from megatron_tst.data.sources import described
+from megatron_tst.corpus.encoder_choice import EncoderName
+from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.preprocessing import PreprocessConfig
+from megatron_tst.corpus.preprocessing_progress import preprocess_with_progress
+from megatron_tst.corpus.sources import described
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_tst.common.progress import TaskProgress
 from megatron_tst.cpu.precision import describe_precision, faster_precision
-from megatron_tst.progress import TaskProgress
 from megatron_tst.study.execution import Execution
 from megatron_tst.study.pace import Plan
 from megatron_tst.study.quickstart import SUBWORDS, Settings, TimeLimit, train_in_time
@@ -107,8 +107,8 @@ def _described_precision(asked: str) -> str:
 
 def prepare_text(output: Path, settings: Settings, is_byte_level: bool, console: Console) -> Path:
     """Tokenizes the installed Python sources once and returns the prefix of the corpus."""
-    from megatron_tst.data.preprocessing import PreprocessConfig
-    from megatron_tst.data.preprocessing_progress import preprocess_with_progress
+    from megatron_tst.corpus.preprocessing import PreprocessConfig
+    from megatron_tst.corpus.preprocessing_progress import preprocess_with_progress
 
     tokens = "bytes" if is_byte_level else f"bpe{settings.vocabulary}"
     wanted = f"{tokens}-{settings.text_bytes}-seed{settings.seed}"

@@ -14,7 +14,7 @@ from megatron_tst.checkpoint.rebuilding import rebuild_masters
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.checkpoint.verification import verify_checkpoint
 from megatron_tst.checkpoint.verification_wording import description
-from megatron_tst.progress import TaskProgress
+from megatron_tst.common.progress import TaskProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

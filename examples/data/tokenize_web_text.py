@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}; pip install 'megatron-tst[data]'")
 
-from megatron_tst.data.datatrove_steps import MergeMegatronParts, WriteMegatronPart
+from megatron_tst.corpus.datatrove_steps import MergeMegatronParts, WriteMegatronPart
 
 # Where the data set is published, the reader of its format, and its files.
 DATASETS = {

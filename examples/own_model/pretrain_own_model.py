@@ -18,8 +18,8 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_tst import SuperpositionGPTModel, cpu
-from megatron_tst.arguments import superposition_config_from_args
 from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.settings.arguments import superposition_config_from_args
 from megatron_tst.training.command_line import parse_command_line
 from megatron_tst.training.data_budget import check_data_budget
 from megatron_tst.training.datasets import DatasetsProvider

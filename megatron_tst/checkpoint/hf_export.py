@@ -24,7 +24,7 @@ from megatron_tst.checkpoint.output_folder import check_disk, check_output, repl
 from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
-from megatron_tst.progress import CountCallback, no_progress
+from megatron_tst.common.progress import CountCallback, no_progress
 
 DtypeName = Literal["float32", "bfloat16"]
 _TOKENIZER_FILES = (

@@ -34,8 +34,8 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     checkpoint_bytes,
     write_checkpoint,
 )
+from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import check_model_folder
-from megatron_tst.progress import CountCallback, no_progress
 
 RELEASE = "release"
 """What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""

@@ -22,7 +22,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     checkpoint_bytes,
     write_checkpoint,
 )
-from megatron_tst.progress import CountCallback, no_progress
+from megatron_tst.common.progress import CountCallback, no_progress
 
 # Megatron stacks layers, and experts, before the two dimensions of a matrix.
 _MATRIX = 2

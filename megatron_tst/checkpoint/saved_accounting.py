@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_tst.arguments import superposition_schedule_from_args
-from megatron_tst.batch_arguments import batch_sizes_from_args
+from megatron_tst.settings.arguments import superposition_schedule_from_args
+from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 
 _RELEASE = "release"
 

@@ -39,7 +39,7 @@ from megatron_tst.checkpoint.saved_values import (
     torn_rows,
 )
 from megatron_tst.checkpoint.stored_shards import StoredShard
-from megatron_tst.progress import CountCallback
+from megatron_tst.common.progress import CountCallback
 
 # A shorter part of a bucket may be padding, into which nothing was ever written.
 _LONGEST_PADDING = 64

@@ -15,7 +15,7 @@ from megatron_tst.checkpoint.findings import COUNTS, FILES, Verification
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.saved_state import SavedState, read_saved_state
 from megatron_tst.checkpoint.value_checks import check_values
-from megatron_tst.progress import CountCallback, no_progress
+from megatron_tst.common.progress import CountCallback, no_progress
 
 
 def verify_checkpoint(folder: Path, on_progress: CountCallback = no_progress) -> Verification:

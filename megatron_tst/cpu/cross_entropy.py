@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tst.native import compiled_kernels, kernels
+from megatron_tst.ops.native import compiled_kernels, kernels
 
 # The float32 copy of so many logits stays in a second-level cache.
 _CHUNK_ELEMENTS = 1 << 18

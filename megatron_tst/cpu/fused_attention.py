@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.cpu.causal_attention import QUERY_BLOCK
-from megatron_tst.native import Kernels
+from megatron_tst.ops.native import Kernels
 
 # Probabilities of one layer that are kept for the backward pass; more are computed again.
 _MOST_KEPT = 1 << 24

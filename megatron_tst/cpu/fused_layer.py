@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from megatron_tst.cpu.attention import FusedCoreAttention
 from megatron_tst.cpu.fused_attention import attend, attention_gradients
 from megatron_tst.cpu.norm import RMSNorm
-from megatron_tst.native import compiled_kernels, kernels
+from megatron_tst.ops.native import compiled_kernels, kernels
 
 
 @dataclass(frozen=True)

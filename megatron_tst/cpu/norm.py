@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
-from megatron_tst.native import compiled_kernels, kernels
+from megatron_tst.ops.native import compiled_kernels, kernels
 
 
 class RMSNorm(nn.RMSNorm):

@@ -76,7 +76,7 @@ def describe() -> dict[str, str]:
         return {}
     from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
     from megatron_tst.cpu.widened import is_available
-    from megatron_tst.native import describe_kernels
+    from megatron_tst.ops.native import describe_kernels
 
     products = describe_bf16()
     if bf16_products() == "widened" and not is_available():

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from megatron_tst.data.bags import BagFolder
 from megatron_tst.data.stream import SampleLayout, TokenSource, TokenStream
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 
 class ArraySource:

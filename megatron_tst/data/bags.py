@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.data.stream import PADDING
-from megatron_tst.phases import Phase
+from megatron_tst.settings.phases import Phase
 
 IGNORE_INDEX = PADDING
 """Label of a target in a bag that does not count, and token of a place that holds none."""

@@ -17,7 +17,7 @@ from megatron.core.utils import (
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_tst.phases import Phase
+from megatron_tst.settings.phases import Phase
 
 _DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
 BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask", *_DOCUMENT_KEYS)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.stream import fill_up
-from megatron_tst.phases import Phase
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Phase
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _CHUNK = 1 << 24
 # Of an epoch: rounding to whole tokens is no repetition.

@@ -9,9 +9,9 @@ from typing import Any
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
-from megatron_tst.phases import Phase
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Phase
 
 # Field of the configuration, the flag that sets it, and why bags cannot have it.
 _UNSUPPORTED = (

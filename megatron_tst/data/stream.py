@@ -37,7 +37,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tst.phases import Phase, phase_of_sample
+from megatron_tst.settings.phases import Phase, phase_of_sample
 
 PADDING = -100
 """Stands in a bag where its document has no token left; targets know it as their ignore index."""

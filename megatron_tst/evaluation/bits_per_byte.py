@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import LoadedModel
-from megatron_tst.progress import CountCallback, no_progress
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst import __version__
+from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import (
     DtypeName,
@@ -30,7 +31,6 @@ from megatron_tst.evaluation.results import (
     read_results,
     write_results,
 )
-from megatron_tst.progress import TaskProgress
 
 _PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import LoadedModel
-from megatron_tst.progress import CountCallback, no_progress
 
 PUBLISHED_TASKS = (
     "hellaswag",

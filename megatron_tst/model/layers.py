@@ -9,10 +9,10 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.ops.embedding import bag_embedding
 from megatron_tst.ops.kernels.launch import Implementation
 from megatron_tst.ops.targets import IGNORE_INDEX
+from megatron_tst.settings.config import SuperpositionConfig
 
 
 class Bag(nn.Module):

@@ -16,7 +16,6 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.ops.cross_entropy import (
@@ -29,6 +28,7 @@ from megatron_tst.ops.linear_cross_entropy import (
     linear_multi_hot_cross_entropy_by_offset,
 )
 from megatron_tst.ops.objectives import superposition_loss
+from megatron_tst.settings.config import SuperpositionConfig
 
 
 class SuperpositionModel(LanguageModule):

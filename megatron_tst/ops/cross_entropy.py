@@ -52,7 +52,7 @@ def multi_hot_cross_entropy(
             memory of its own. For logits that nobody reads after this loss, such as those of an
             output layer; the graph can be used once.
         implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
-            the kernels of ``megatron_tst.native`` on a CPU with one shard and one thread, where
+            the kernels of ``megatron_tst.ops.native`` on a CPU with one shard and one thread, where
             they can be compiled.
 
     Returns:

@@ -48,7 +48,7 @@ def bag_embedding(
         ignore_index: negative id of places that hold no token; the mean is that of the others, and
             zero where a bag has no others. ``None`` when every place holds one.
         implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
-            the kernels of ``megatron_tst.native`` on a CPU, where they can be compiled.
+            the kernels of ``megatron_tst.ops.native`` on a CPU, where they can be compiled.
 
     Returns:
         [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism

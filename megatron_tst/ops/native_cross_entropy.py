@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.native import compiled_kernels, kernels
 from megatron_tst.ops.collectives import group_size
 from megatron_tst.ops.kernels.launch import Implementation
+from megatron_tst.ops.native import compiled_kernels, kernels
 from megatron_tst.ops.targets import bag_coefficients
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_tst.native import compiled_kernels, kernels
 from megatron_tst.ops.kernels.launch import Implementation
+from megatron_tst.ops.native import compiled_kernels, kernels
 
 
 def uses_native(implementation: Implementation, weight: Tensor) -> bool:

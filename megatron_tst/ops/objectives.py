@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tst.config import OBJECTIVES
 from megatron_tst.ops.collectives import (
     all_reduce_max_,
     copy_to_tensor_parallel,
@@ -27,6 +26,7 @@ from megatron_tst.ops.targets import (
     to_local_targets,
     validate_targets,
 )
+from megatron_tst.settings.config import OBJECTIVES
 
 
 def superposition_loss(
@@ -160,7 +160,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": multi_label_bce,
     "hinge": multi_label_hinge,
 }
-"""By the name that :data:`megatron_tst.config.OBJECTIVES` has."""
+"""By the name that :data:`megatron_tst.settings.config.OBJECTIVES` has."""
 
 
 def _margin_excess(others: Tensor, target_logit: Tensor) -> Tensor:

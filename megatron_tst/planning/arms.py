@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.planning.accounting import Cluster, ModelSize
 from megatron_tst.planning.loss_estimate import Estimate, LossModel, loss_model
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 ROUNDING = 1e-9
 """Relative; a budget that buys a published number of steps must not lose one of them."""

@@ -8,8 +8,7 @@ from functools import cached_property
 from rich import box
 from rich.table import Table
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig
+from megatron_tst.common.units import quantity
 from megatron_tst.planning.accounting import Cluster
 from megatron_tst.planning.loss_estimate import Estimate, loss_model
 from megatron_tst.planning.published import (
@@ -17,8 +16,9 @@ from megatron_tst.planning.published import (
     PublishedRun,
     published_runs,
 )
-from megatron_tst.report.units import quantity
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 
 def published_tokens_per_second(model: str) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_tst.common.units import quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
-from megatron_tst.report.units import quantity
 
 SHORTEST_PUBLISHED_STEPS = 20_000
 FEWEST_TOKENS_A_PARAMETER = 12.5

@@ -10,8 +10,8 @@ from importlib.resources import files
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tst.config import POWER_LAW_FROM_BAG_SIZE
 from megatron_tst.planning.accounting import ModelSize, parse_tokens
+from megatron_tst.settings.config import POWER_LAW_FROM_BAG_SIZE
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -7,11 +7,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from megatron_tst.common.units import DASH, quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
 from megatron_tst.planning.limits import SHORTEST_PUBLISHED_STEPS, describe, warnings
 from megatron_tst.planning.loss_estimate import Estimate
-from megatron_tst.report.units import DASH, quantity
 
 FORMAT = "megatron-tst plan 1"
 

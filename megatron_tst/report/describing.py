@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tst.report.events import FloatArray, Series
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 Status = Literal["finished", "diverged", "unfinished"]
 Setting = str | int | float | bool

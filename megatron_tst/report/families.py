@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_tst.config import SETTINGS, default_weighting
+from megatron_tst.common.units import TIMES, quantity
 from megatron_tst.report.describing import MODEL_SETTINGS, Setting
 from megatron_tst.report.results import RunResult
-from megatron_tst.report.units import TIMES, quantity
+from megatron_tst.settings.config import SETTINGS, default_weighting
 
 SUPERPOSITION_SETTINGS = (
     *(name for name, known in SETTINGS.items() if known.is_method and name != "steps"),

@@ -9,12 +9,13 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from megatron_tst.common.units import DASH, quantity
 from megatron_tst.report.comparison import Matchup
 from megatron_tst.report.curve_plots import COLOURS, legend
 from megatron_tst.report.drawing import FOREGROUND, Canvas
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.sweep import Sweep, cell_of
-from megatron_tst.report.units import DASH, gap_text, quantity, seeds
+from megatron_tst.report.units import gap_text, seeds
 
 _GAP_AXIS = "gap to the baseline (nats/token; + is TST ahead)"
 

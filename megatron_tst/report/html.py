@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from megatron_tst.common.atomic_files import write_file
 from megatron_tst.report import page, report_tables, wording
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.drawing import Plot
-from megatron_tst.report.files import write_file
 from megatron_tst.report.plots import render_plots
 from megatron_tst.report.precision import precision_sentence
 from megatron_tst.report.results import RunResult

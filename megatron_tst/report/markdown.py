@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tst.common.atomic_files import write_file
 from megatron_tst.report import report_tables, wording
 from megatron_tst.report.comparison import Study
-from megatron_tst.report.files import write_file
 
 
 def write_tables(studies: Sequence[Study], output: Path) -> None:

@@ -12,10 +12,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from megatron_tst.config import SETTINGS
 from megatron_tst.report.describing import Status
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.tables import Row, read_table, write_table
+from megatron_tst.settings.config import SETTINGS
 
 VALIDATION, TRAINING, OFFSET = "validation loss", "training loss", "loss at offset"
 _DATA_PREFIX = "data."

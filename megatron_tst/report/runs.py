@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig
 from megatron_tst.report.events import FloatArray, Series, read_scalars
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 Budget = Literal["equivalent tokens", "data tokens", "seconds"]
 """What a run spends: FLOPs (proportional to equivalent tokens), text, or training time."""

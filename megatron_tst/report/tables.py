@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.report.files import write_file
+from megatron_tst.common.atomic_files import write_file
 
 Row = dict[str, Any]
 

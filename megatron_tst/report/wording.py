@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from megatron_tst.common.units import TIMES
 from megatron_tst.report.comparison import LARGEST_TIME_SPREAD, Matchup, Study
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
-from megatron_tst.report.units import (
-    TIMES,
-    amount,
-    gap_text,
-    perplexity_change,
-    ratio_text,
-    seeds,
-    signed,
-)
+from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 
 NOT_REACHED = "not reached within the run"
 # Losses are quoted to three decimals; a smaller gap is no gap.

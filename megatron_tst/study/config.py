@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from megatron_tst.config import SETTINGS
-from megatron_tst.setting_fields import KEYS, worded
+from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.setting_fields import KEYS, worded
 from megatron_tst.study.settings import AXES, RunSettings, Scalar
 
 _SCHEDULE = ("warmup_share", "decay_share")

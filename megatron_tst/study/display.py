@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from megatron_tst.progress import PeriodicLines, rough_duration
+from megatron_tst.common.progress import PeriodicLines, rough_duration
 from megatron_tst.study.execution import Execution
 from megatron_tst.study.run_folder import State
 from megatron_tst.study.runner import Progress

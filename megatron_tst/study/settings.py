@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SETTINGS, SuperpositionConfig
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SETTINGS, SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 Scalar = str | int | float | bool
 

@@ -8,12 +8,15 @@ from typing import Any
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_tst import cpu
-from megatron_tst.argument_checks import argument_errors
-from megatron_tst.arguments import add_superposition_arguments, superposition_schedule_from_args
-from megatron_tst.batch_arguments import batch_sizes_from_args, refuse_unusable_batch_sizes
-from megatron_tst.conflicts import refuse_conflicting_arguments
 from megatron_tst.cpu.arguments import set_cpu_defaults
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.argument_checks import argument_errors
+from megatron_tst.settings.arguments import (
+    add_superposition_arguments,
+    superposition_schedule_from_args,
+)
+from megatron_tst.settings.batch_arguments import batch_sizes_from_args, refuse_unusable_batch_sizes
+from megatron_tst.settings.conflicts import refuse_conflicting_arguments
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import check_data_files, check_data_vocabulary
 from megatron_tst.training.finished import evaluate_only
 from megatron_tst.training.resume import check_resume, record_settings

@@ -12,7 +12,7 @@ from megatron.training import print_rank_0
 
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 
 def check_data_budget(

@@ -28,9 +28,9 @@ from megatron_tst.data.files import (
     check_same_tokenizer,
     check_vocabulary,
 )
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.validation_arguments import refuse_validation_data
 from megatron_tst.training.validation_split import samples_per_evaluation, validation_split
-from megatron_tst.validation_arguments import refuse_validation_data
 
 _DATA_ARGUMENTS = (
     "data_path",

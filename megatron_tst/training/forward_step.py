@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_tst.data.batch import get_batch, packed_documents
 from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
-from megatron_tst.phases import Phase
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.phases import Phase
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
 from megatron_tst.training.step_hook import calls_back
 

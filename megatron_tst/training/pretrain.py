@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tst import cpu
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.command_line import parse_command_line
 from megatron_tst.training.data_budget import check_data_budget
 from megatron_tst.training.datasets import DatasetsProvider

@@ -21,7 +21,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.utils import print_rank_last
 
 from megatron_tst.model.offset_loss import OffsetLossMeter
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
 
 _SETTINGS = (

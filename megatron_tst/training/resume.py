@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_tst.config import SETTINGS
 from megatron_tst.data.files import fingerprint
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import data_path_prefixes, data_weights
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch

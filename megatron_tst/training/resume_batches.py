@@ -10,9 +10,9 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tst.batch_arguments import batch_sizes_from_args
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_arguments import batch_sizes_from_args
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.resume_schedule import learning_rate_flags
 
 

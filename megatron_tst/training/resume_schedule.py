@@ -10,8 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from megatron_tst.batch_arguments import batch_sizes_from_args
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_arguments import batch_sizes_from_args
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _OVERRIDE = "--override-opt_param-scheduler"
 _USE_CHECKPOINT = "--use-checkpoint-opt_param-scheduler"

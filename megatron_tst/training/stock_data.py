@@ -15,13 +15,13 @@ from megatron.training.global_vars import set_args
 from megatron.training.training import get_train_valid_test_num_samples
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_tst.arguments import superposition_schedule_from_args
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.stock_order import stock_indices
+from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.training.datasets import check_data_files, dataset_config_from_args
 
 

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import print_rank_0
 
-from megatron_tst.config import SuperpositionConfig
+from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.training.step_hook import TrainingStep
 
 

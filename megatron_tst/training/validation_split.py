@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_tst.data.validation import FixedValidationDataset
-from megatron_tst.validation_arguments import refuse_short_sets
+from megatron_tst.settings.validation_arguments import refuse_short_sets
 
 
 def samples_per_evaluation(args: Namespace) -> int | None:

@@ -33,8 +33,8 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
     from megatron.core import parallel_state
 
     from megatron_tst.data.batch import get_batch
-    from megatron_tst.phases import Phase
-    from megatron_tst.variants import VARIANTS
+    from megatron_tst.settings.phases import Phase
+    from megatron_tst.settings.variants import VARIANTS
 
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False, **sizes)
     args = Namespace(
@@ -110,7 +110,7 @@ def packed_on_a_rank(pattern: str | None) -> Any:
     from megatron.core import parallel_state
 
     from megatron_tst.data.batch import get_batch, packed_documents
-    from megatron_tst.phases import Phase
+    from megatron_tst.settings.phases import Phase
 
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     args = Namespace(

@@ -387,8 +387,8 @@ def own_embedding_on_ranks(
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
-    from megatron_tst.config import DocumentBoundary, SuperpositionConfig
     from megatron_tst.model.layers import superpose_embedding
+    from megatron_tst.settings.config import DocumentBoundary, SuperpositionConfig
 
     class Doubled(VocabParallelEmbedding):
         def forward(self, input_: Tensor) -> Tensor:

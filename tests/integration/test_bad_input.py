@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.conflicts import _CONFLICTS
+from megatron_tst.settings.conflicts import _CONFLICTS
 from tests.corpus import write_corpus
 from tests.runs import TOTAL_STEPS, Check, SmallRun
 from tests.zygote import ROOT, Launcher

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 from megatron_tst.report.runs import read_run
 from tests.integration.layouts import MODELS
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal

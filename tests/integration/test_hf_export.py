@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_tst.progress import INTERVAL_VARIABLE
+from megatron_tst.common.progress import INTERVAL_VARIABLE
 from tests.hf_verification import LARGE
 from tests.llama_checkpoints import (
     ITERATION,

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_import import import_from_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 from tests.hf_imports import LARGE
 from tests.hf_models import CONTEXT, KINDS, VOCABULARY
 from tests.runs import SmallRun, assert_faultless

@@ -18,8 +18,8 @@ import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
-from megatron_tst.data.tokenizer import train_byte_level_bpe
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.tokenizer import train_byte_level_bpe
 
 pytestmark = pytest.mark.slow
 

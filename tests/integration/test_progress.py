@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.progress import INTERVAL_VARIABLE
+from megatron_tst.common.progress import INTERVAL_VARIABLE
 from tests.tiny_llama import save_tiny_llama
 from tests.zygote import ROOT
 

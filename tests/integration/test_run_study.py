@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_tst.progress import INTERVAL_VARIABLE
+from megatron_tst.common.progress import INTERVAL_VARIABLE
 from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import SuperpositionConfig
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 BASELINE = SuperpositionConfig()
 TST = SuperpositionConfig(bag_size=4, step_ratio=0.25)

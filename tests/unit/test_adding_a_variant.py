@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.arguments import add_superposition_arguments, superposition_config_from_args
-from megatron_tst.batch_sizes import BatchSizes
-from megatron_tst.config import OBJECTIVES, WEIGHTINGS, Objective, SuperpositionConfig
 from megatron_tst.ops.objectives import LOSSES, superposition_loss
 from megatron_tst.report.describing import superposition_settings
 from megatron_tst.report.families import superposition_label
-from megatron_tst.schedule import SuperpositionSchedule
+from megatron_tst.settings.arguments import (
+    add_superposition_arguments,
+    superposition_config_from_args,
+)
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import OBJECTIVES, WEIGHTINGS, Objective, SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.study.config import read_study
 from tests.studies import study_content, write_study
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.batch_arguments import refuse_unusable_batch_sizes
+from megatron_tst.settings.batch_arguments import refuse_unusable_batch_sizes
 
 
 def command(schedule: str | None, **changes: Any) -> Namespace:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.config import DocumentBoundary
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.budget import TrainText, data_budget, refuse_repetition
+from megatron_tst.settings.config import DocumentBoundary
 from tests.corpus import write_corpus
 from tests.datasets import DOCUMENT_LENGTHS, VARIANTS, build_train
 

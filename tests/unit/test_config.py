@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst import SuperpositionConfig
-from megatron_tst.config import WEIGHTINGS
-from megatron_tst.setting_fields import FLAGS, SettingError
+from megatron_tst.settings.config import WEIGHTINGS
+from megatron_tst.settings.setting_fields import FLAGS, SettingError
 
 
 def config(**settings: Any) -> SuperpositionConfig:

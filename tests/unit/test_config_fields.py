@@ -10,9 +10,9 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_tst.argument_checks import argument_errors
-from megatron_tst.conflicts import _CONFLICTS
 from megatron_tst.cpu.arguments import _WITHOUT_GPU
+from megatron_tst.settings.argument_checks import argument_errors
+from megatron_tst.settings.conflicts import _CONFLICTS
 from megatron_tst.training.command_line import add_arguments
 from tests import plain_layer_checks
 from tests.config_fields import JUDGEMENTS

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_tst.data.control_tokens import ControlTokens
-from megatron_tst.data.encoding import Encoder, EncoderSettings
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
-from megatron_tst.data.tokenizer import byte_tokenizer, train_byte_level_bpe
+from megatron_tst.corpus.control_tokens import ControlTokens
+from megatron_tst.corpus.encoding import Encoder, EncoderSettings
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.tokenizer import byte_tokenizer, train_byte_level_bpe
 
 EOS = "</s>"
 UINT16 = np.dtype(np.uint16)

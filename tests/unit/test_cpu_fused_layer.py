@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.native import describe_kernels, kernels
-from megatron_tst.native.kernels import SWITCH
+from megatron_tst.ops.native import describe_kernels, kernels
+from megatron_tst.ops.native.kernels import SWITCH
 from tests import fused_layer_checks, plain_layer_checks
 from tests.zygote import Launcher
 

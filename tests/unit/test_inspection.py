@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tst.config import DocumentBoundary
-from megatron_tst.data import inspection
-from megatron_tst.data.bags import IGNORE_INDEX
-from megatron_tst.data.inspection import (
+from megatron_tst.corpus import inspection
+from megatron_tst.corpus.inspection import (
     PhaseOne,
     length_distribution,
     open_corpus,
     read_phase_1,
 )
-from megatron_tst.data.tokenizer import byte_tokenizer
+from megatron_tst.corpus.tokenizer import byte_tokenizer
+from megatron_tst.data.bags import IGNORE_INDEX
+from megatron_tst.settings.config import DocumentBoundary
 from tests.corpus import write_corpus, write_documents
 from tests.datasets import DOCUMENT_LENGTHS, VARIANTS, build_train
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.config import SETTINGS
+from megatron_tst.settings.config import SETTINGS
 from tests.corpus import write_corpus
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
-from megatron_tst.data.mutual_information import (
+from megatron_tst.corpus.mutual_information import (
     DecayFit,
     Measurement,
     distance_ladder,
@@ -25,7 +25,7 @@ from megatron_tst.data.mutual_information import (
     measure,
     pair_information,
 )
-from megatron_tst.data.token_sample import TokenSample, sample_tokens
+from megatron_tst.corpus.token_sample import TokenSample, sample_tokens
 from tests.corpus import write_corpus, write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,6 +296,6 @@ def test_distances() -> None:
 
 
 def test_neither_torch_nor_megatron_is_imported() -> None:
-    code = "import sys, megatron_tst.data.mutual_information; print(*sys.modules)"
+    code = "import sys, megatron_tst.corpus.mutual_information; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
     assert not {"torch", "megatron"} & set(loaded)

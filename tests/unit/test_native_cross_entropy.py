@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tst.native import describe_kernels, kernels
 from megatron_tst.ops import native_cross_entropy
 from megatron_tst.ops.cross_entropy import (
     _function_for,
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
 )
+from megatron_tst.ops.native import describe_kernels, kernels
 from megatron_tst.ops.native_cross_entropy import NativeMultiHotCrossEntropy
 from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
 

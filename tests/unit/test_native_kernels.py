@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_tst.cpu import fused_attention
-from megatron_tst.native import Kernels, describe_kernels, kernels
-from megatron_tst.native.kernels import SWITCH, _choose, _compiled
+from megatron_tst.ops.native import Kernels, describe_kernels, kernels
+from megatron_tst.ops.native.kernels import SWITCH, _choose, _compiled
 from tests.zygote import ROOT
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -571,7 +571,7 @@ def test_another_source_makes_another_library(
     """A library of an older version, in the same cache, is not taken."""
     from importlib import import_module
 
-    module = import_module("megatron_tst.native.kernels")
+    module = import_module("megatron_tst.ops.native.kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "kernels.cpp"
     monkeypatch.setattr(module, "_SOURCE", source)
@@ -585,7 +585,7 @@ def test_another_source_makes_another_library(
 SCRIPT = """
 import torch
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
-from megatron_tst.native import describe_kernels, kernels
+from megatron_tst.ops.native import describe_kernels, kernels
 
 logits = torch.randn(2, 9, requires_grad=True)
 multi_hot_cross_entropy(logits, torch.zeros(2, 1, dtype=torch.int64)).sum().backward()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.planning.launch_command import read_launch
+from megatron_tst.preflight.launch_command import read_launch
 from tests.corpus import write_corpus
 from tests.preflight_broken import BROKEN, WHOLE
 from tests.preflight_checked import MODELS, PRETRAIN, VARIANTS, Checked

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from megatron_tst.planning.engine_path import ENGINE_FOLDER
-from megatron_tst.planning.model_checks import fp8_multiple
+from megatron_tst.preflight.engine_path import ENGINE_FOLDER
+from megatron_tst.preflight.model_checks import fp8_multiple
 from tests.preflight_checked import MODELS, VARIANTS, Checked
 
 pytestmark = [

@@ -26,11 +26,11 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megatron_tst.data import encoding, indexed_writer, readers
-from megatron_tst.data.indexed_writer import IndexedDatasetWriter, token_dtype
-from megatron_tst.data.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
-from megatron_tst.data.sources import find_sources
-from megatron_tst.data.tokenizer import (
+from megatron_tst.corpus import encoding, indexed_writer, readers
+from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, token_dtype
+from megatron_tst.corpus.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
+from megatron_tst.corpus.sources import find_sources
+from megatron_tst.corpus.tokenizer import (
     END_OF_DOCUMENT,
     byte_tokenizer,
     load_tokenizer,
@@ -357,7 +357,7 @@ def test_few_batches_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_workers_import_neither_torch_nor_megatron() -> None:
-    code = "import sys, megatron_tst.data.preprocessing; print(*sys.modules)"
+    code = "import sys, megatron_tst.corpus.preprocessing; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
     assert "tokenizers" in loaded
     assert not {"torch", "megatron", "transformers"} & set(loaded)

@@ -9,9 +9,9 @@ import pytest
 from datatrove.data import Document
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_tst.data import indexed_writer
-from megatron_tst.data.datatrove_steps import MergeMegatronParts, WriteMegatronPart
-from megatron_tst.data.tokenizer import END_OF_DOCUMENT, byte_tokenizer
+from megatron_tst.corpus import indexed_writer
+from megatron_tst.corpus.datatrove_steps import MergeMegatronParts, WriteMegatronPart
+from megatron_tst.corpus.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 TEXTS = [f"a {END_OF_DOCUMENT} b", "", "größe"]
 

@@ -16,21 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron_tst.data import documents, encoder_choice, encoding, fast_encoder
-from megatron_tst.data.documents import BadDocumentError, decode
-from megatron_tst.data.encoder_choice import EncoderChoice, choose_encoder, probe_texts
-from megatron_tst.data.encoding import Encoder, EncoderSettings
-from megatron_tst.data.fast_encoder import (
+from megatron_tst.corpus import documents, encoder_choice, encoding, fast_encoder
+from megatron_tst.corpus.documents import BadDocumentError, decode
+from megatron_tst.corpus.encoder_choice import EncoderChoice, choose_encoder, probe_texts
+from megatron_tst.corpus.encoding import Encoder, EncoderSettings
+from megatron_tst.corpus.fast_encoder import (
     GPT2_PATTERN,
     LLAMA3_PATTERN,
     QWEN2_PATTERN,
     GigatokenEncoder,
     NoFastRouteError,
 )
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
-from megatron_tst.data.readers import RawDocument
-from megatron_tst.data.sources import Source
-from megatron_tst.data.tokenizer import (
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.readers import RawDocument
+from megatron_tst.corpus.sources import Source
+from megatron_tst.corpus.tokenizer import (
     END_OF_DOCUMENT,
     CorpusTokenizer,
     byte_tokenizer,

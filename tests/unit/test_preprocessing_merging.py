@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_tst.data import merging
-from megatron_tst.data.indexed_writer import IndexedDatasetWriter
-from megatron_tst.data.merging import merge_corpora
-from megatron_tst.data.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus import merging
+from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter
+from megatron_tst.corpus.merging import merge_corpora
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 
 
 def tokenize(prefix: Path, texts: list[str], **options: Any) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.data import preprocessing, readers
-from megatron_tst.data.partial_run import PartialRun, RunProgress
-from megatron_tst.data.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
+from megatron_tst.corpus import preprocessing, readers
+from megatron_tst.corpus.partial_run import PartialRun, RunProgress
+from megatron_tst.corpus.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
 
 SUFFIXES = (".bin", ".idx", ".json", ".left-out.log")
 

@@ -8,8 +8,8 @@ import time
 import pytest
 from rich.console import Console
 
-from megatron_tst import progress
-from megatron_tst.progress import (
+from megatron_tst.common import progress
+from megatron_tst.common.progress import (
     INTERVAL_VARIABLE,
     PeriodicLines,
     TaskProgress,

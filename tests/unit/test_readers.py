@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_tst.data import readers
-from megatron_tst.data.documents import Counts, Limits, Selection, read_texts
-from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
-from megatron_tst.data.readers import Position, read_batches
-from megatron_tst.data.sources import find_sources
+from megatron_tst.corpus import readers
+from megatron_tst.corpus.documents import Counts, Limits, Selection, read_texts
+from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.readers import Position, read_batches
+from megatron_tst.corpus.sources import find_sources
 
 TEXTS = ["first\nline\r\n", "  zweite: äöü €  ", "третий 🎉", "\ttab\n\n"]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.setting_fields import FLAGS, SettingError
+from megatron_tst.settings.setting_fields import FLAGS, SettingError
 
 SEQUENCE_LENGTH = 4096
 BILLION = 10**9

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_tst.data import file_kinds, sources
-from megatron_tst.data.documents import Limits, Selection, read_texts
-from megatron_tst.data.file_kinds import DEFAULT_EXTENSIONS
-from megatron_tst.data.readers import read_batches
-from megatron_tst.data.sources import described, find_sources
+from megatron_tst.corpus import file_kinds, sources
+from megatron_tst.corpus.documents import Limits, Selection, read_texts
+from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.readers import read_batches
+from megatron_tst.corpus.sources import described, find_sources
 
 TEXTS = ["one", "two", "three"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
-from megatron_tst.config import DocumentBoundary
+from megatron_tst.settings.config import DocumentBoundary
 from megatron_tst.training.stock_data import refuse_other_checkpoints, write_cache
 from tests.corpus import write_corpus
 from tests.datasets import (

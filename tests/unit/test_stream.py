@@ -18,8 +18,8 @@ from megatron_tst.data.stream import (
     shuffle_documents,
     shuffle_samples,
 )
-from megatron_tst.phases import Phase
-from megatron_tst.variants import VARIANTS
+from megatron_tst.settings.phases import Phase
+from megatron_tst.settings.variants import VARIANTS
 
 
 def two_phases(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_tst.conflicts import _CONFLICTS
+from megatron_tst.settings.conflicts import _CONFLICTS
 from tests.integration.layouts import LAYOUTS, UNTESTED
 from tests.integration.test_layouts import CASES
 from tests.integration.test_resharding import CASES as RESUMES

@@ -1,0 +1,308 @@
+"""What is in a corpus, and which bags training would read from it."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers import MegatronTokenizer
+from numpy.typing import NDArray
+
+from megatron_tst.data.bags import IGNORE_INDEX
+from megatron_tst.data.dataset import SuperpositionGPTDataset
+from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
+from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.data.stream import fill_up
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import DocumentBoundary, SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
+
+_CHUNK = 1 << 22
+# Longer documents are so rare that their lengths fit in memory one by one: there is one at most
+# for every million tokens of text.
+_COUNTED_LENGTHS = 1 << 20
+# Stands for a phase 1 of unknown length. The order of an epoch that lies in phase 1 as a whole does
+# not depend on where phase 1 ends.
+_ENDLESS = 1 << 60
+
+
+def open_corpus(path_prefix: str) -> IndexedDataset:
+    """Maps a corpus into memory.
+
+    Args:
+        path_prefix: path without ``.bin`` or ``.idx``.
+
+    Raises:
+        ValueError: its files are missing, damaged, do not belong together, or hold no text.
+    """
+    check_indexed_dataset(path_prefix)
+    if Path(f"{path_prefix}.bin").stat().st_size == 0:
+        raise ValueError(f"{path_prefix}.bin is empty: none of its documents has a token.")
+    return IndexedDataset(path_prefix)
+
+
+@dataclass(frozen=True)
+class LengthDistribution:
+    """How many documents have how many tokens.
+
+    Attributes:
+        lengths: [n] int64, the lengths that occur, ascending.
+        counts: [n] int64, documents of each length.
+    """
+
+    lengths: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents, empty ones included."""
+        return int(self.counts.sum())
+
+    @property
+    def empty(self) -> int:
+        """Number of documents without tokens."""
+        return int(self.counts[self.lengths == 0].sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return int(self.lengths @ self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Mean length."""
+        return self.tokens / self.documents
+
+    def quantile(self, share: float) -> int:
+        """The smallest length that at least this share of the documents does not exceed."""
+        at_most = np.cumsum(self.counts)
+        return int(self.lengths[np.searchsorted(at_most, share * at_most[-1])])
+
+    def binned(self, edges: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Documents and tokens from each edge up to the next, excluded.
+
+        Args:
+            edges: [bins + 1], ascending.
+
+        Returns:
+            [bins] int64 each.
+        """
+        bounds = np.searchsorted(self.lengths, edges)
+        sums = [
+            np.concatenate(([0], np.cumsum(numbers)))
+            for numbers in (self.counts, self.counts * self.lengths)
+        ]
+        documents, tokens = (np.diff(total[bounds]) for total in sums)
+        return documents, tokens
+
+
+def length_distribution(lengths: NDArray[np.int32]) -> LengthDistribution:
+    """Counts the lengths of all documents, in chunks: the index stays on disk.
+
+    Args:
+        lengths: [documents] int32, such as ``IndexedDataset.sequence_lengths``.
+
+    Raises:
+        ValueError: a negative length.
+    """
+    counts = np.zeros(_COUNTED_LENGTHS, dtype=np.int64)
+    long_documents = []
+    for begin in range(0, len(lengths), _CHUNK):
+        chunk = lengths[begin : begin + _CHUNK]
+        if chunk.min() < 0:
+            raise ValueError(
+                f"document {begin + int(chunk.argmin())} has {chunk.min()} tokens in the .idx "
+                "file: it is damaged. Copy the file again."
+            )
+        counts += np.bincount(chunk[chunk < _COUNTED_LENGTHS], minlength=_COUNTED_LENGTHS)
+        long_documents.append(chunk[chunk >= _COUNTED_LENGTHS])
+    occurring = np.flatnonzero(counts)
+    longer, longer_counts = np.unique(np.concatenate(long_documents), return_counts=True)
+    return LengthDistribution(
+        np.concatenate((occurring, longer)).astype(np.int64),
+        np.concatenate((counts[occurring], longer_counts)),
+    )
+
+
+@dataclass(frozen=True)
+class PhaseOne:
+    """All that the order of the samples of phase 1 depends on, as the flags of training give it.
+
+    Attributes:
+        sequence_length: ``--seq-length``.
+        bag_size: ``--tst-bag-size``.
+        variant: ``--tst-variant``.
+        document_boundary: ``--tst-document-boundary``.
+        split: ``--split``; "1,0,0" for a corpus of ``--train-data-path``.
+        seed: ``--seed``.
+        samples: samples of phase 1, its steps times the global batch size; None for a phase 1 of
+            an epoch or more, the first of which does not depend on it.
+
+    Raises:
+        ValueError: naming the flag of tools/inspect_data.py, its value and the remedy.
+    """
+
+    sequence_length: int
+    bag_size: int
+    variant: str = "full"
+    document_boundary: DocumentBoundary = "cross"
+    split: str = "1,0,0"
+    seed: int = 1234
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least = {"sequence_length": 1, "bag_size": 2, "seed": 0, "samples": 1}
+        for name, minimum in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                flag = "--phase-1-samples" if name == "samples" else f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {value}: use {minimum} or more.")
+        if not re.fullmatch(r"[\d.]+(\s*,\s*[\d.]+){0,2}", self.split) or not float(
+            self.split.split(",")[0]
+        ):
+            raise ValueError(
+                f"--split {self.split!r} gives training no share: pass it as to training, "
+                "for example 98,1,1."
+            )
+
+
+@dataclass(frozen=True)
+class PhaseOneSample:
+    """One sample as training reads it.
+
+    Attributes:
+        inputs: [l, s] int64, or [l, 1] where bags are not read; ``IGNORE_INDEX`` where a bag holds
+            no token.
+        targets: [l, s] int64, or [l, 1] where bags are not predicted; ``IGNORE_INDEX`` where a
+            target does not count.
+        documents: the documents that its text and look-ahead come from, in order.
+        begin: its first position in the stream of all epochs.
+    """
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    documents: list[int]
+    begin: int
+
+
+def read_phase_1(
+    path_prefix: str, settings: PhaseOne, places: Sequence[int], tokenizer: Path | None = None
+) -> list[PhaseOneSample]:
+    """Reads samples of phase 1 through the dataset of training.
+
+    The order of the text is worked out for the whole train split, as training does, and kept in a
+    temporary folder meanwhile (12 bytes a document, and 4 a sample).
+
+    Args:
+        path_prefix: path without ``.bin`` or ``.idx``.
+        settings: of the run.
+        places: which samples, in the order in which training reads them.
+        tokenizer: folder of the tokenizer, whose padding token does not count as a target.
+
+    Raises:
+        ValueError: the corpus is damaged or too short, or there is no such sample.
+    """
+    with tempfile.TemporaryDirectory(prefix="inspect-data-") as cache:
+        config = _dataset_config(path_prefix, settings, tokenizer, cache)
+        _refuse_beyond(places, path_prefix, settings, config)
+        builder = BlendedMegatronDatasetBuilder(
+            SuperpositionGPTDataset, [max(places) + 1, 0, 0], lambda: True, config
+        )
+        dataset = builder.build()[0]
+        return [_read(dataset, place) for place in places]
+
+
+def _dataset_config(
+    path_prefix: str, settings: PhaseOne, tokenizer: Path | None, cache: str
+) -> SuperpositionGPTDatasetConfig:
+    # A step reads one sample.
+    samples = settings.samples or _ENDLESS
+    superposition = SuperpositionConfig(
+        bag_size=settings.bag_size,
+        steps=samples,
+        variant=settings.variant,
+        document_boundary=settings.document_boundary,
+    )
+    schedule = SuperpositionSchedule(
+        superposition, samples + 1, BatchSizes.constant(1), settings.sequence_length
+    )
+    config = SuperpositionGPTDatasetConfig(
+        random_seed=settings.seed,
+        sequence_length=settings.sequence_length,
+        blend=([path_prefix], None),
+        split=settings.split,
+        path_to_cache=cache,
+        tokenizer=_megatron_tokenizer(tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        superposition=superposition,
+        phases=schedule.phases,
+    )
+    assert config.split_matrix is not None
+    config.split_matrix[1:] = [None, None]
+    return config
+
+
+def _megatron_tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        # Without text there is nothing to decode; its padding token is no token of a corpus.
+        return MegatronTokenizer.from_pretrained(
+            metadata_path={"library": "null-text"}, vocab_size=1, eod_id=-1, pad_id=-1
+        )
+    try:
+        return MegatronTokenizer.from_pretrained(
+            tokenizer_path=str(folder), metadata_path={"library": "huggingface"}
+        )
+    # Hugging Face raises many kinds of exceptions, some of them a page long.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--tokenizer {folder} cannot be loaded as training would ({reason}): pass the folder "
+            "of a Hugging Face tokenizer."
+        ) from error
+
+
+def _refuse_beyond(
+    places: Sequence[int],
+    path_prefix: str,
+    settings: PhaseOne,
+    config: SuperpositionGPTDatasetConfig,
+) -> None:
+    """Refuses samples that do not exist, before the order of the text is worked out."""
+    # Held on to: a corpus that is let go of unmaps the memory that its arrays lie in.
+    corpus = open_corpus(path_prefix)
+    lengths = corpus.sequence_lengths
+    train_documents = round(config.split_matrix[0][1] * len(lengths))
+    phase = config.phases[0]
+    positions = fill_up(lengths[:train_documents], phase.document_multiple)
+    per_sample = settings.sequence_length * phase.tokens_per_position
+    per_epoch = -(-int(positions.sum()) // per_sample)
+    samples = settings.samples or max(per_epoch, 1)
+    wrong = [place for place in places if not 0 <= place < samples]
+    if wrong:
+        unit = "phase 1" if settings.samples else "an epoch of phase 1"
+        raise ValueError(
+            f"--sample {wrong[0]} does not exist: {unit} has {samples} samples, counted from 0."
+        )
+
+
+def _read(dataset: SuperpositionGPTDataset, place: int) -> PhaseOneSample:
+    item = dataset[place]
+    length = dataset.config.sequence_length
+    # Single labels carry their mask beside them, bags of labels inside.
+    targets = item["labels"].reshape(length, -1)
+    targets = targets.masked_fill(item["loss_mask"].reshape(length, 1) == 0, IGNORE_INDEX)
+    begin, end = dataset.layout.span(int(dataset.stream.samples[place]))
+    _, documents, _ = dataset.stream.read(dataset.dataset, begin, end)
+    return PhaseOneSample(
+        item["tokens"].reshape(length, -1).numpy(), targets.numpy(), documents.tolist(), begin
+    )

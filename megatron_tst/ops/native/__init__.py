@@ -1,0 +1,8 @@
+"""Kernels in C++ for one CPU core, compiled where they run; torch's operators serve without them.
+
+Needs torch only.
+"""
+
+from megatron_tst.ops.native.kernels import Kernels, compiled_kernels, describe_kernels, kernels
+
+__all__ = ["Kernels", "compiled_kernels", "describe_kernels", "kernels"]

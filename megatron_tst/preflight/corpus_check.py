@@ -1,0 +1,106 @@
+"""The vocabulary and the text of a launch, as far as they are on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
+from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.preflight.findings import Finding, error, note
+from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.training.datasets import data_path_prefixes, data_weights
+
+_LLAMA_3_IDS = 128_256
+
+
+def resolve_vocabulary(
+    args: argparse.Namespace, given_ids: int | None
+) -> tuple[int, list[Finding]]:
+    """Sets ``padded_vocab_size`` as Megatron does from the tokenizer.
+
+    Args:
+        args: validated command line.
+        given_ids: number of ids, where the tokenizer is not on this machine.
+
+    Returns:
+        Ids of the tokenizer, and what was assumed.
+    """
+    found = given_ids or args.vocab_size or _ids_of(args.tokenizer_model)
+    findings = []
+    if found is None:
+        found = args.padded_vocab_size or _LLAMA_3_IDS
+        findings.append(
+            note(
+                f"the tokenizer {args.tokenizer_model} is not on this machine: {found:,} ids "
+                "were assumed (--vocabulary)."
+            )
+        )
+    if args.padded_vocab_size is None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            found, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, False
+        )
+    return int(found), findings
+
+
+def _ids_of(tokenizer: str | None) -> int | None:
+    """Ids of a Hugging Face tokenizer, read from its file; None where there is none."""
+    if tokenizer is None:
+        return None
+    try:
+        path = Path(tokenizer) / "tokenizer.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        words = set(vocabulary) if isinstance(vocabulary, dict) else {w for w, _ in vocabulary}
+        return len(words | {token["content"] for token in content.get("added_tokens", ())})
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def check_text(
+    args: argparse.Namespace, schedule: SuperpositionSchedule
+) -> tuple[list[CorpusBudget], list[Finding]]:
+    """What the run reads of corpora that are on this machine.
+
+    Args:
+        args: validated command line.
+        schedule: phases of the run.
+
+    Returns:
+        The budget of each corpus, none if one of them is elsewhere, and errors.
+    """
+    try:
+        prefixes = data_path_prefixes(args)
+        if not prefixes:
+            return [], [note("no --data-path: the text was not counted.")]
+        absent = [prefix for prefix in prefixes if not Path(f"{prefix}.idx").exists()]
+        if absent:
+            return [], [note(f"{absent[0]} is not on this machine: the text was not counted.")]
+        for prefix in prefixes:
+            check_indexed_dataset(prefix)
+        if args.data_path is None:
+            return [], [note("corpora by split: the text was not counted.")]
+        return _budget(args, schedule, prefixes), []
+    except ValueError as problem:
+        return [], [error(str(problem))]
+
+
+def _budget(
+    args: argparse.Namespace, schedule: SuperpositionSchedule, prefixes: list[str]
+) -> list[CorpusBudget]:
+    split = convert_split_vector_to_split_matrix(
+        parse_and_normalize_split(args.split or "969, 30, 1")
+    )[0]
+    texts = [TrainText(prefix, split[1] if split else 0.0) for prefix in prefixes]
+    weights = data_weights(args)[0] or [text.tokens or 1 for text in texts]
+    limit = args.tst_max_epochs or (1.0 if schedule.config.enabled else None)
+    if limit is not None:
+        refuse_repetition(schedule, texts, weights, limit)
+    return data_budget(schedule, texts, weights)

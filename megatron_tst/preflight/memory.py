@@ -1,0 +1,261 @@
+"""Memory of a GPU during training: weights, gradients and optimizer counted, the rest estimated."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_tst.preflight.activations import fp8_bytes, layer_bytes, micro_batches_in_flight
+from megatron_tst.preflight.rank_simulation import Stage, gradient_buffers
+from megatron_tst.settings.schedule import SuperpositionSchedule
+
+GIB = 1 << 30
+ALLOWANCE_BYTES = 6 * GIB
+"""For what no formula here covers: CUDA and NCCL, workspaces of kernels, fragmentation."""
+
+_LAYER_WEIGHT = re.compile(
+    r"\blayers\.(\d+)\..*linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)\.weight\d*$"
+)
+# Logits of a block of --tst-loss-impl linear, on a GPU.
+_BLOCK_LOGITS = 1 << 27
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """What a rank holds, in elements.
+
+    Attributes:
+        weights: all parameters.
+        fp8_weights: those kept or copied in FP8.
+        buffer: of gradients, with the padding that the distributed optimizer needs.
+        shard: parameters that the rank's optimizer updates.
+    """
+
+    weights: int
+    fp8_weights: int
+    buffer: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a GPU at the peak of a step.
+
+    Attributes:
+        weights: with FP8 copies.
+        gradients: buffer of main gradients.
+        optimizer: main weights and moments.
+        activations: kept for the backward, an estimate.
+        logits: output layer and loss, an estimate; 0 but on the last stage.
+        inputs: token bags and their mean, an estimate; 0 but on the first stage.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    inputs: float
+
+    @property
+    def total(self) -> float:
+        """Everything, and the allowance."""
+        counted = self.weights + self.gradients + self.optimizer
+        return counted + self.activations + self.logits + self.inputs + ALLOWANCE_BYTES
+
+
+def rank_parameters(args: argparse.Namespace, stage: Stage) -> RankParameters:
+    """Counts what a rank holds.
+
+    Exact for the model that was built: buffers and shards come from Megatron's own layout. The
+    experts of Transformer Engine lie in another order than those of the local specification,
+    which moves some padding.
+    """
+    named = stage.parameters()
+    weights = sum(parameter.numel() for _, parameter in named)
+    fp8 = sum(
+        parameter.numel()
+        for chunk in stage.chunks
+        for name, parameter in chunk.named_parameters()
+        if args.fp8 and is_fp8_weight(args, chunk, name, parameter)
+    )
+    if not args.use_distributed_optimizer:
+        return RankParameters(weights, fp8, weights, weights)
+    buffer = shard = 0
+    for key, layout in gradient_buffers(args, stage):
+        if key.is_expert_parallel:
+            rank = stage.expert_data_parallel_rank
+        else:
+            rank = stage.data_parallel_rank
+        buffer += layout.bucket_indices[-1][1]
+        shard += _shard(layout, rank % layout.num_optimizer_shards)
+    return RankParameters(weights, fp8, buffer, shard)
+
+
+def _shard(layout: Any, rank: int) -> int:
+    """Elements of parameters, without padding, in the part of every bucket that a rank owns."""
+    elements = 0
+    for begin, end, bucket in layout.param_index_map.values():
+        first, last = layout.bucket_indices[bucket]
+        width = (last - first) // layout.num_optimizer_shards
+        own = first + rank * width
+        elements += max(0, min(end, own + width) - max(begin, own))
+    return elements
+
+
+def is_fp8_weight(
+    args: argparse.Namespace, chunk: torch.nn.Module, name: str, parameter: torch.Tensor
+) -> bool:
+    """Whether a parameter is the weight of a matrix product in FP8."""
+    if not is_layer_product(name, parameter):
+        return False
+    match = _LAYER_WEIGHT.search(name)
+    assert match is not None
+    layer = decoder_layers(chunk)[int(match.group(1))]
+    return not is_bf16_layer(args, layer.layer_number)
+
+
+def is_layer_product(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a parameter is the weight of a matrix product of a layer, without the router."""
+    return parameter.ndim == 2 and _LAYER_WEIGHT.search(name) is not None
+
+
+def is_bf16_layer(args: argparse.Namespace, layer_number: int) -> bool:
+    """Whether a layer, counted from 1 over all stages, has no FP8."""
+    if not args.fp8:
+        return True
+    last = args.num_layers - args.num_layers_at_end_in_bf16
+    return args.first_last_layers_bf16 and not (
+        args.num_layers_at_start_in_bf16 < layer_number <= last
+    )
+
+
+def decoder_layers(chunk: torch.nn.Module) -> list[Any]:
+    """The layers of a chunk of the model."""
+    model: Any = getattr(chunk, "module", chunk)
+    return list(model.decoder.layers)
+
+
+def weight_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
+    """Bytes of the weights and of their FP8 copies, by row and by column."""
+    element = 2 if args.bf16 or args.fp16 else 4
+    if not parameters.fp8_weights:
+        return element * parameters.weights
+    copies = 2 * fp8_bytes(args) * parameters.fp8_weights
+    if args.fp8_param_gather:
+        return element * (parameters.weights - parameters.fp8_weights) + copies
+    return element * parameters.weights + copies
+
+
+def gradient_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
+    """Bytes of the buffer in which gradients are accumulated and reduced."""
+    is_fp32 = args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16)
+    return (4 if is_fp32 else 2) * parameters.buffer
+
+
+def optimizer_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
+    """Bytes of main weights and moments (Adam), at the data types that the arguments ask for."""
+    if args.use_precision_aware_optimizer:
+        moments = args.exp_avg_dtype.itemsize + args.exp_avg_sq_dtype.itemsize
+        main = args.main_params_dtype.itemsize
+        if main == 4 and args.bf16 and not (args.fp8 and args.fp8_recipe != "delayed"):
+            # The upper half of a main weight is the bf16 weight.
+            main = 2
+        return (main + moments) * parameters.shard
+    # Weights in fp32 are their own main weights.
+    main = 4 if args.bf16 or args.fp16 else 0
+    copy = 4 if args.bf16 and not args.accumulate_allreduce_grads_in_fp32 else 0
+    return (main + 8 + copy) * parameters.shard
+
+
+def phase_memory(
+    args: argparse.Namespace,
+    stage: Stage,
+    parameters: RankParameters,
+    schedule: SuperpositionSchedule,
+    step: int,
+) -> Memory:
+    """Memory of a rank in the phase of a step.
+
+    Args:
+        args: validated command line.
+        stage: what the rank holds.
+        parameters: of the rank.
+        schedule: phases of the run.
+        step: zero-based.
+    """
+    positions = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    batch = schedule.batch_sizes.size_at(step)
+    count = max(batch // (args.micro_batch_size * args.data_parallel_size), 1)
+    in_flight = micro_batches_in_flight(args, stage.pipeline_rank, count)
+    is_first = stage.pipeline_rank == 0
+    is_last = stage.pipeline_rank == args.pipeline_model_parallel_size - 1
+    return Memory(
+        weights=weight_bytes(args, parameters),
+        gradients=gradient_bytes(args, parameters),
+        optimizer=optimizer_bytes(args, parameters),
+        activations=positions * in_flight * _layers_bytes(args, stage)
+        + _working_bytes(args, positions),
+        logits=_logit_bytes(args, positions, schedule, step) if is_last else 0.0,
+        inputs=_input_bytes(args, positions, schedule, step) if is_first else 0.0,
+    )
+
+
+def _layers_bytes(args: argparse.Namespace, stage: Stage) -> float:
+    """For each latent position, over the layers of a stage."""
+    return sum(
+        sum(
+            layer_bytes(
+                args,
+                is_moe=hasattr(layer.mlp, "router"),
+                is_fp8=not is_bf16_layer(args, layer.layer_number),
+            ).values()
+        )
+        for chunk in stage.chunks
+        for layer in decoder_layers(chunk)
+        if hasattr(layer, "mlp")
+    )
+
+
+def _working_bytes(args: argparse.Namespace, positions: int) -> float:
+    """What the backward of one layer holds at once: its activations, and as many gradients."""
+    whole = argparse.Namespace(**{**vars(args), "recompute_granularity": None})
+    is_moe = bool(args.num_experts)
+    return 2 * positions * sum(layer_bytes(whole, is_moe, is_fp8=False).values())
+
+
+def _logit_bytes(
+    args: argparse.Namespace, positions: int, schedule: SuperpositionSchedule, step: int
+) -> float:
+    logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
+    if args.tst_loss_impl == "linear":
+        return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
+    if schedule.phase_at(step).predicts_bags:
+        # The gradient takes the place of the logits; torch's version keeps fp32 beside them.
+        return (2 + 4 if args.tst_loss_impl == "torch" else 2) * logits
+    is_engine = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
+    # Megatron's own keeps fp32 probabilities beside the logits, and then beside their gradient.
+    return (2 if is_engine else 2 + 4) * logits
+
+
+def _input_bytes(
+    args: argparse.Namespace, positions: int, schedule: SuperpositionSchedule, step: int
+) -> float:
+    """Token and label ids as int64, and the embedding with its fp32 sum."""
+    bag = schedule.bag_size_at(step)
+    return positions * (2 * 8 * bag + (2 + (4 if bag > 1 else 0)) * args.hidden_size)
+
+
+def checkpoint_bytes(args: argparse.Namespace, total_parameters: int) -> float:
+    """Bytes of a checkpoint with its optimizer: weights, fp32 main weights and moments.
+
+    Main weights and moments are stored in fp32, whatever data type a precision-aware optimizer
+    keeps.
+    """
+    weights = 2 if args.bf16 or args.fp16 else 4
+    state = 0 if args.no_save_optim else 12
+    return (weights + state) * total_parameters

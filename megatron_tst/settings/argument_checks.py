@@ -1,0 +1,80 @@
+"""What is wrong with a parsed command line, before Megatron validates it.
+
+A run ends with the first of these errors; preflight shows them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+from megatron_tst.cpu.arguments import refuse_gpu_arguments
+from megatron_tst.settings.arguments import (
+    refuse_no_epochs,
+    superposition_config_from_args,
+    superposition_schedule_from_args,
+)
+from megatron_tst.settings.batch_arguments import refuse_bad_batch_sizes
+from megatron_tst.settings.conflicts import conflicts
+from megatron_tst.settings.unheeded import unheeded_arguments
+from megatron_tst.settings.validation_arguments import validation_errors
+
+
+def argument_errors(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
+    """Checks a parsed command line by itself; files are not looked at.
+
+    Args:
+        args: parsed, not validated.
+        has_gpu: whether the run is one on GPUs.
+
+    Returns:
+        Messages, each naming the argument, its value and the remedy.
+    """
+    if args.yaml_cfg is not None:
+        yield f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags."
+    bad_batch_sizes = list(_error(refuse_bad_batch_sizes, args))
+    yield from bad_batch_sizes
+    yield from _error(refuse_no_epochs, args)
+    # The length of a phase is counted in batches.
+    yield from _error(superposition_config_from_args if bad_batch_sizes else _refuse_phases, args)
+    yield from _error(_refuse_long_warmup, args)
+    yield from conflicts(args)
+    yield from validation_errors(args)
+    yield from unheeded_arguments(args, has_gpu)
+    if not has_gpu:
+        yield from _error(refuse_gpu_arguments, args)
+    elif args.dataloader_inter_document_masking and args.transformer_impl == "local":
+        yield (
+            "--dataloader-inter-document-masking does not work with --transformer-impl local on a "
+            "GPU, whose attention takes no packed sequences: use transformer_engine."
+        )
+
+
+def _error(
+    check: Callable[[argparse.Namespace], object], args: argparse.Namespace
+) -> Iterator[str]:
+    """The message of a check that raises; nothing if it passes."""
+    try:
+        check(args)
+    except ValueError as error:
+        yield str(error)
+
+
+def _refuse_long_warmup(args: argparse.Namespace) -> None:
+    # Megatron builds the model and reads the text before it asserts this, without a message.
+    if not args.train_iters or args.lr_warmup_fraction is not None:
+        return
+    until = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
+    steps = args.lr_decay_iters or args.train_iters
+    if args.lr_warmup_iters >= steps:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} is not less than {until} {steps}: the "
+            "learning rate would never be reached; warm up for a part of the run."
+        )
+
+
+def _refuse_phases(args: argparse.Namespace) -> None:
+    superposition_config_from_args(args)
+    has_batch_sizes = args.global_batch_size or args.step_batch_size_schedule
+    if has_batch_sizes and (args.train_iters or args.train_samples):
+        superposition_schedule_from_args(args)

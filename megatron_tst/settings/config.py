@@ -1,0 +1,246 @@
+"""The superposition settings that the user asked for, validated; imports no torch, no Megatron."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from math import exp
+from typing import Any, Literal
+
+from megatron_tst.settings.setting_fields import Setting, SettingError, said, settings_of
+from megatron_tst.settings.variants import VARIANTS
+
+ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
+DocumentBoundary = Literal["cross", "align"]
+LossImplementation = Literal["auto", "torch", "triton", "linear"]
+CheckpointVerification = Literal["sample", "full", "off"]
+
+POWER_LAW_FROM_BAG_SIZE = 8
+"""Bag size from which power-law weights trained better than uniform ones (arXiv 2605.06546)."""
+
+WEIGHTINGS: dict[str, Callable[[int, float], float]] = {
+    "uniform": lambda i, exponent: 1.0,
+    "power-law": lambda i, exponent: float(i) ** -exponent,
+    "exponential": lambda i, exponent: exp(-i),
+    "first-token": lambda i, exponent: 1.0 if i == 1 else 0.0,
+}
+"""Weight of the i-th token of a bag, counted from 1, by name (arXiv 2605.06546, ablation)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of phase 1.
+
+    Attributes:
+        takes_weights: whether its targets are weighted; otherwise they are a set.
+    """
+
+    takes_weights: bool
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "mce": Objective(takes_weights=True),
+    "mce-sum": Objective(takes_weights=True),
+    "bce": Objective(takes_weights=False),
+    "hinge": Objective(takes_weights=False),
+}
+"""By name; ``megatron_tst.ops.objectives`` computes them."""
+
+
+def default_weighting(bag_size: int, objective: str = "mce") -> str:
+    """The published choice: uniform below a bag size of 8, power law from 8 on."""
+    is_large = bag_size >= POWER_LAW_FROM_BAG_SIZE
+    return "power-law" if is_large and OBJECTIVES[objective].takes_weights else "uniform"
+
+
+@dataclass(frozen=True)
+class SuperpositionConfig:
+    """Settings of a Token Superposition run.
+
+    Attributes:
+        bag_size: tokens folded into one latent position (s). 1 turns superposition off.
+        step_ratio: fraction of all optimizer steps in phase 1 (r). Exclusive with ``steps``.
+        steps: number of optimizer steps in phase 1. Exclusive with ``step_ratio``.
+        variant: which side is superposed, a key of ``VARIANTS``: bags in and out, bags in only, or
+            bags out only.
+        target_weighting: weight of the i-th token of a target bag, a key of ``WEIGHTINGS``;
+            ``None`` resolves to the published choice: uniform below a bag size of 8, power law
+            from 8 on.
+        power_law_exponent: p in ``w_i = i ** -p``.
+        objective: the multi-label loss of phase 1, a key of ``OBJECTIVES``.
+        reset_at_switch: state thrown away at the switch (ablations).
+        document_boundary: whether bags run on from one document into the next (as published), or
+            each document begins a bag of its own.
+        loss_impl: how the loss and the embedding of bags are computed.
+
+    Raises:
+        ValueError: naming the setting, its value and the remedy.
+    """
+
+    bag_size: int = field(
+        default=1,
+        metadata=said(
+            "Tokens folded into one latent position in phase 1; 1 turns superposition off."
+        ),
+    )
+    step_ratio: float | None = field(
+        default=None,
+        metadata=said(
+            "Fraction of all optimizer steps spent in phase 1 (published best: 0.2 to 0.4)."
+        ),
+    )
+    steps: int | None = field(
+        default=None,
+        metadata=said("Optimizer steps of phase 1, instead of a ratio.", is_axis=False),
+    )
+    variant: str = field(
+        default="full",
+        metadata=said(
+            "Which side is superposed: bags in and out, bags in only, or bags out only.",
+            choices=VARIANTS,
+            label="{}",
+        ),
+    )
+    target_weighting: str | None = field(
+        default=None,
+        metadata=said(
+            "Weight of the tokens of a target bag; default uniform below a bag size of 8, "
+            "power-law from 8 on.",
+            choices=WEIGHTINGS,
+        ),
+    )
+    power_law_exponent: float = field(
+        default=1.0, metadata=said("p in the power-law weight i^-p of the i-th token.")
+    )
+    objective: str = field(
+        default="mce",
+        metadata=said(
+            "Phase-1 loss: multi-hot cross-entropy, or an ablation.",
+            choices=OBJECTIVES,
+            label="{}",
+        ),
+    )
+    reset_at_switch: ResetAtSwitch = field(
+        default="none",
+        metadata=said("State re-initialised at the switch (ablations).", label="reset of {}"),
+    )
+    document_boundary: DocumentBoundary = field(
+        default="cross",
+        metadata=said(
+            "Whether bags run on from one document into the next, or each document begins a bag "
+            "and fills up its last one with padding, which is masked.",
+            label="{}",
+        ),
+    )
+    loss_impl: LossImplementation = field(
+        default="auto",
+        metadata=said(
+            "How phase 1 computes the loss and the embedding of bags: in torch or by Triton "
+            "kernels, which auto takes on a GPU; linear: the loss together with the output layer, "
+            "without whole logits, in both phases.",
+            is_method=False,
+            is_axis=False,
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for known in SETTINGS.values():
+            known.check(getattr(self, known.name))
+        if self.bag_size < 1:
+            raise SettingError(
+                "{bag_size} is {value}: use 1 to turn superposition off, or 2 and more.",
+                value=self.bag_size,
+            )
+        if self.target_weighting is None:
+            law = default_weighting(self.bag_size, self.objective)
+            object.__setattr__(self, "target_weighting", law)
+        self._validate_phase_length()
+        self._validate_weights()
+
+    def _validate_phase_length(self) -> None:
+        values = {"ratio": self.step_ratio, "length": self.steps, "size": self.bag_size}
+        if self.step_ratio is not None and self.steps is not None:
+            raise SettingError(
+                "{step_ratio:{ratio}} and {steps:{length}} both set the length of phase 1: pass "
+                "one of them.",
+                **values,
+            )
+        if self.step_ratio is not None and not 0.0 < self.step_ratio < 1.0:
+            raise SettingError(
+                "{step_ratio} is {ratio}: it must lie strictly between 0 and 1 "
+                "(published best: 0.2 to 0.4); use {bag_size:1} for a run without phase 1.",
+                **values,
+            )
+        if self.steps is not None and self.steps < 1:
+            raise SettingError(
+                "{steps} is {length}: phase 1 needs at least one step; "
+                "use {bag_size:1} for a run without phase 1.",
+                **values,
+            )
+        if self.enabled and self.step_ratio is None and self.steps is None:
+            raise SettingError(
+                "{bag_size} is {size} but phase 1 has no length: "
+                "pass {step_ratio} (for example 0.3) or {steps}.",
+                **values,
+            )
+
+    def _validate_weights(self) -> None:
+        # A NaN exponent fails this comparison too.
+        if not abs(self.power_law_exponent) <= 10.0:
+            raise SettingError(
+                "{power_law_exponent} is {value}: "
+                "use a finite number between -10 and 10 (1.0 as published).",
+                value=self.power_law_exponent,
+            )
+        if not OBJECTIVES[self.objective].takes_weights and self.target_weighting != "uniform":
+            raise SettingError(
+                "{target_weighting:{law}} has no meaning with {objective:{loss}}, whose targets "
+                "are a set: use uniform.",
+                law=self.target_weighting,
+                loss=self.objective,
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run has a superposition phase."""
+        return self.bag_size > 1
+
+    @property
+    def superposes_input(self) -> bool:
+        """Whether phase 1 reads bags of tokens."""
+        return self.enabled and VARIANTS[self.variant].reads_bags
+
+    @property
+    def superposes_output(self) -> bool:
+        """Whether phase 1 predicts bags of tokens."""
+        return self.enabled and VARIANTS[self.variant].predicts_bags
+
+    @property
+    def aligns_documents(self) -> bool:
+        """Whether no bag of phase 1 holds tokens of two documents."""
+        return self.enabled and self.document_boundary == "align"
+
+    def target_weights(self) -> tuple[float, ...]:
+        """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one."""
+        assert self.target_weighting is not None
+        law = WEIGHTINGS[self.target_weighting]
+        raw = [law(i, self.power_law_exponent) for i in range(1, self.bag_size + 1)]
+        total = sum(raw)
+        return tuple(weight / total for weight in raw)
+
+    def resolved(self, switch_step: int) -> SuperpositionConfig:
+        """The same settings with the length of phase 1 as a step count (none without phase 1)."""
+        return replace(self, step_ratio=None, steps=switch_step if self.enabled else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the log and the checkpoint."""
+        return asdict(self)
+
+    def method(self) -> dict[str, Any]:
+        """What decides what is trained, by name; not the length of phase 1."""
+        names = (name for name, known in SETTINGS.items() if known.is_method)
+        return {name: getattr(self, name) for name in names if name not in ("step_ratio", "steps")}
+
+
+SETTINGS: dict[str, Setting] = settings_of(SuperpositionConfig)
+"""By the name of the field."""

@@ -1,0 +1,131 @@
+"""When a run switches from bags to tokens, and how much text it has read: pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Phase, phase_of_sample
+from megatron_tst.settings.setting_fields import SettingError
+from megatron_tst.settings.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class SuperpositionSchedule:
+    """The phases of a run.
+
+    Attributes:
+        config: superposition settings.
+        total_steps: optimizer steps of the whole run (N).
+        batch_sizes: sequences a step.
+        sequence_length: latent positions a sequence (l), the same in both phases.
+        text_share: share of the places in the bags of phase 1 that hold text; below 1 where
+            documents are aligned, whose last bags are filled up with padding.
+
+    Raises:
+        ValueError: the switch falls on step 0 or on the last step.
+    """
+
+    config: SuperpositionConfig
+    total_steps: int
+    batch_sizes: BatchSizes
+    sequence_length: int
+    text_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.config.enabled:
+            return
+        name = "step_ratio" if self.config.steps is None else "steps"
+        values = {"length": getattr(self.config, name), "total": self.total_steps}
+        if self._length_of_bags < 1:
+            raise SettingError(
+                f"{{{name}:{{length}}}} of {{total}} steps puts the switch at step 0: "
+                "raise it, lengthen the run, or use {bag_size:1}.",
+                **values,
+            )
+        if self._length_of_bags >= self.total_steps:
+            raise SettingError(
+                f"{{{name}:{{length}}}} of {{total}} steps leaves no step for phase 2, which turns "
+                "the weights into an ordinary model: lower it or lengthen the run.",
+                **values,
+            )
+
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """In the order of their steps; the first begins at step 0."""
+        plain = Phase(self._length_of_bags, self.batch_sizes.samples_at(self._length_of_bags))
+        if not self.config.enabled:
+            return (plain,)
+        config = self.config
+        variant = VARIANTS[config.variant]
+        return Phase(0, 0, config.bag_size, variant, config.aligns_documents), plain
+
+    @property
+    def _length_of_bags(self) -> int:
+        if not self.config.enabled:
+            return 0
+        if self.config.steps is not None:
+            return self.config.steps
+        assert self.config.step_ratio is not None
+        return round(self.config.step_ratio * self.total_steps)
+
+    @property
+    def switch_step(self) -> int:
+        """First step of the last phase; 0 when superposition is off."""
+        return self.phases[-1].first_step
+
+    @property
+    def switch_sample(self) -> int:
+        """Index of the first sample of the last phase."""
+        return self.phases[-1].first_sample
+
+    def phase_at(self, step: int) -> Phase:
+        """Phase of the optimizer step with this zero-based index."""
+        return [phase for phase in self.phases if phase.first_step <= step][-1]
+
+    def phase_of_sample(self, sample: int) -> Phase:
+        """Phase of the sample with this zero-based index."""
+        return self.phases[phase_of_sample(self.phases, sample)]
+
+    def begins_phase(self, step: int) -> bool:
+        """Whether a phase ends before the step with this index."""
+        return any(phase.first_step == step for phase in self.phases[1:])
+
+    def bag_size_at(self, step: int) -> int:
+        """Tokens that share a latent position, on the side that the variant superposes."""
+        return self.phase_at(step).bag_size
+
+    def tokens_per_position_at(self, step: int) -> int:
+        """Data tokens read for each latent position: s in phase 1 when bags are read, else 1."""
+        return self.phase_at(step).tokens_per_position
+
+    def equivalent_tokens(self, step: int) -> int:
+        """Latent positions processed by the first ``step`` steps; FLOPs are proportional to it."""
+        return self.batch_sizes.samples_at(step) * self.sequence_length
+
+    def positions_by_phase(self, step: int) -> list[tuple[Phase, int]]:
+        """Each phase with its latent positions among the first ``step`` steps."""
+        ends = [phase.first_step for phase in self.phases[1:]] + [step]
+        return [
+            (
+                phase,
+                max(
+                    self.equivalent_tokens(min(end, step))
+                    - self.equivalent_tokens(min(phase.first_step, step)),
+                    0,
+                ),
+            )
+            for phase, end in zip(self.phases, ends, strict=True)
+        ]
+
+    def data_tokens(self, step: int) -> int:
+        """Tokens of text read by the first ``step`` steps."""
+        total = 0
+        for phase, positions in self.positions_by_phase(step):
+            places = positions * phase.tokens_per_position
+            # Exact without padding, however many tokens there are.
+            is_full = not phase.is_superposed or self.text_share == 1.0
+            total += places if is_full else round(places * self.text_share)
+        return total
