@@ -185,9 +185,13 @@ def _disturb(launcher: Launcher, started: Run, first_step: int, chance: random.R
         launcher.wait(started, 600)
         return "by itself"
     if how == "SIGTERM":
-        started.kill(0, signal.SIGTERM)
+        try:
+            started.kill(0, signal.SIGTERM)
+        except ProcessLookupError:
+            # It was at its last step, and has ended meanwhile.
+            how = "by itself"
         launcher.wait(started, 600)
-        return "SIGTERM"
+        return how
     kill(launcher, started)
     return how
 
