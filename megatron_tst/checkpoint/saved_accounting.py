@@ -61,6 +61,9 @@ def check_accounting(name: str, common: Mapping[str, Any]) -> Accounting:
         _check_superposition(result, args, settings, step)
     else:
         _look_at_samples(result, args, step)
+    written_by = getattr(args, "tst_torch_version", None)
+    if written_by:
+        result.summary += f", written by torch {written_by}"
     return result
 
 

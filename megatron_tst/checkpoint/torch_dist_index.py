@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,42 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index of tensors")
 
 
+def is_of_newer_torch(index: Path) -> bool:
+    """Whether an index that this torch cannot read is whole: a newer torch wrote it then.
+
+    Runs nothing of the file. What torch 2.15 writes, 2.14 cannot read; the other way round works.
+    """
+    try:
+        data = index.read_bytes()
+        *_, (last, _, end) = pickletools.genops(data)
+    # A damaged pickle can fail in any way.
+    except Exception:
+        return False
+    if last.name != "STOP" or end != len(data) - 1:
+        return False
+    try:
+        _IndexUnpickler(io.BytesIO(data)).load()
+    except pickle.UnpicklingError as error:
+        return "torch.distributed.checkpoint." in str(error)
+    except Exception:
+        return True
+    return False
+
+
+def newer_torch(index: Path) -> str:
+    """What to say of an index that a newer torch wrote."""
+    return (
+        f"{index} is whole and was written by a newer torch than {torch.__version__}, which runs "
+        "here and cannot read it: use that torch or a newer one. The files are not damaged"
+    )
+
+
 def read_index(path: Path) -> Metadata:
     """The index of a checkpoint.
 
     Raises:
-        ValueError: it is missing, damaged, or holds a class that is not allowed.
+        ValueError: it is missing, damaged, written by a newer torch, or holds a class that is not
+            allowed.
     """
     try:
         with path.open("rb") as file:
@@ -113,6 +145,8 @@ def read_index(path: Path) -> Metadata:
         raise ValueError(f"{path} does not exist: {INCOMPLETE}.") from None
     # A damaged pickle can fail in any way.
     except Exception as error:
+        if is_of_newer_torch(path):
+            raise ValueError(f"{newer_torch(path)}.") from error
         raise ValueError(f"{path} cannot be read ({error}): {INCOMPLETE}.") from error
     if not isinstance(index, Metadata):
         raise ValueError(f"{path} holds a {type(index).__name__} and no index: {INCOMPLETE}.")

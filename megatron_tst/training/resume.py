@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
+from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.checkpoint.torch_dist_index import INDEX_FILE, is_of_newer_torch, newer_torch
 from megatron_tst.data.files import fingerprint
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -48,6 +51,8 @@ _FLAGS = {
 def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
     """Puts the resolved settings among Megatron's arguments, which every checkpoint stores."""
     args.tst_switch_step = schedule.switch_step
+    # A plain string: checkpoints hold no class of torch.
+    args.tst_torch_version = str(torch.__version__)
     args.tst_settings = _settings(args, schedule)
     args.tst_seconds = 0.0
 
@@ -77,6 +82,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
             )
         return steps_done
     saved_args = _saved_arguments(folder)
+    _warn_of_newer_torch(args, saved_args, folder)
     if folder.name == RELEASE or args.skip_train:
         return steps_done
     refuse_other_model(args, saved_args)
@@ -100,6 +106,17 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     # Last: it reads more than the others.
     refuse_wrong_state(args, folder, saved_args)
     return steps_done
+
+
+def _warn_of_newer_torch(args: Namespace, saved: Any, folder: Path) -> None:
+    """Says that there is no way back from a newer torch, before it saves anything."""
+    before = getattr(saved, "tst_torch_version", None)
+    if before and Version(before).release < Version(torch.__version__).release and args.rank == 0:
+        _logger.warning(
+            "%s was written by torch %s, and torch %s runs here: the older one may not be able to "
+            "read what this run saves.",
+            *(folder.name, before, torch.__version__),
+        )
 
 
 def _refuse_other_settings(
@@ -308,6 +325,9 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 
 
 def _damaged(folder: Path, error: BaseException) -> ValueError:
+    index = folder / INDEX_FILE
+    if is_of_newer_torch(index):
+        return ValueError(f"--load {folder.parent}: {newer_torch(index)}.")
     # Written last: a folder without it is half-written.
     whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
     others = sorted(path.name for path in whole - {folder})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import TensorProperties
 
+from megatron_tst.checkpoint.torch_dist_index import read_index
 from tests.corpus import write_corpus
 from tests.integration.layouts import arguments_of
 from tests.runs import Check, SmallRun, assert_bit_equal
@@ -205,6 +208,34 @@ def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) ->
         assert message is not None
         assert re.match(expected, message), message
     assert messages[len(runs) :] == [None] * len(runs)
+
+
+def test_the_checkpoint_of_a_newer_torch_is_not_called_damaged(
+    check: Check, trained: SmallRun, tmp_path: Path
+) -> None:
+    shutil.copytree(trained.folder / "checkpoints", tmp_path / "newer")
+    index = tmp_path / f"newer/iter_{SWITCH:07d}/.metadata"
+    write_as_newer_torch(index)
+    (message,) = check([trained.with_(load=tmp_path / "newer")])
+    assert message is not None
+    assert re.search(r"whole and was written by a newer torch .*: use that torch", message)
+    assert "damaged (" not in message
+    assert "copy it again" not in message
+    with pytest.raises(ValueError, match="written by a newer torch than"):
+        read_index(index)
+    # Half of it is damaged, whoever wrote it.
+    cut_in_half(index)
+    with pytest.raises(ValueError, match="the save was interrupted"):
+        read_index(index)
+
+
+def write_as_newer_torch(index: Path) -> None:
+    """Writes an index again as torch 2.15 does: with more values for a tensor than 2.14 takes."""
+    content = pickle.loads(index.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        values = TensorProperties.__getstate__
+        patch.setattr(TensorProperties, "__getstate__", lambda self: (*values(self), None, None))
+        index.write_bytes(pickle.dumps(content))
 
 
 def test_a_damaged_checkpoint_ends_a_launch_in_one_line(
