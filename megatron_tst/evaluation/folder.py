@@ -15,7 +15,9 @@ from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_HELP = "default: as stored, or float32 for bfloat16 on a CPU that has no bf16"
 
+_SINGLE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -99,8 +101,8 @@ def check_model_folder(
         needs_tokenizer: whether a folder without a tokenizer is of no use.
 
     Raises:
-        ValueError: not a Hugging Face folder, no safetensors weights, a missing file, or a model
-            that brings code of its own.
+        ValueError: not a Hugging Face folder, no safetensors weights, a missing file, weights of
+            which tools take different ones, or a model that brings code of its own.
     """
     named = f"{flag} {path}"
     if not path.is_dir():
@@ -111,6 +113,7 @@ def check_model_folder(
             f"{named} brings code of its own (auto_map in config.json), which is never run: use a "
             "model that transformers itself knows."
         )
+    _refuse_other_weights(path, config, named)
     weights = _weight_files(path, named)
     missing = [name for name in weights if not (path / name).is_file()]
     if missing:
@@ -121,15 +124,37 @@ def check_model_folder(
     return folder
 
 
+def _refuse_other_weights(path: Path, config: dict[str, Any], named: str) -> None:
+    """Refuses what makes transformers load other weights than the index or the single file."""
+    if "transformers_weights" in config:
+        raise ValueError(
+            f"{named} names the file of its weights in config.json (transformers_weights "
+            f"{config['transformers_weights']}), which only transformers follows: call the file "
+            f"{_SINGLE_FILE} and remove the entry."
+        )
+    if (path / _ADAPTER).is_file():
+        raise ValueError(
+            f"{named} holds an adapter ({_ADAPTER}), which transformers applies where peft is "
+            "installed and leaves out elsewhere: merge it into the weights, or remove it."
+        )
+
+
 def _weight_files(path: Path, named: str) -> list[str]:
+    has_single_file = (path / _SINGLE_FILE).is_file()
     if (path / _INDEX).is_file():
         try:
-            files = [str(name) for name in _read_json(path / _INDEX, named)["weight_map"].values()]
+            listed = {str(name) for name in _read_json(path / _INDEX, named)["weight_map"].values()}
         except (KeyError, AttributeError) as error:
             raise ValueError(f"{path / _INDEX} lists no weights: copy the folder again.") from error
-        return sorted(set(files))
-    if (path / "model.safetensors").is_file():
-        return ["model.safetensors"]
+        if has_single_file and listed != {_SINGLE_FILE}:
+            raise ValueError(
+                f"{named} holds {_SINGLE_FILE} and {_INDEX}, which lists other files "
+                f"({', '.join(sorted(listed)[:3])}): transformers loads the first and other tools "
+                "the second. Remove the one that is not the model."
+            )
+        return sorted(listed)
+    if has_single_file:
+        return [_SINGLE_FILE]
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
     if pickles:
         raise ValueError(

@@ -100,6 +100,13 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
     (sharded / "model-1.safetensors").touch()
     unlisted = copy_without(model, tmp_path / "unlisted", "model.safetensors")
     (unlisted / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    twofold = copy_without(model, tmp_path / "twofold")
+    (twofold / "model.safetensors.index.json").write_text(json.dumps(index))
+    named_file = copy_without(model, tmp_path / "named-file")
+    elsewhere = {**config, "transformers_weights": "other.safetensors"}
+    (named_file / "config.json").write_text(json.dumps(elsewhere))
+    adapted = copy_without(model, tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}")
     broken = copy_without(model, tmp_path / "broken")
     (broken / "config.json").write_text("{")
     cases = [
@@ -109,6 +116,9 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
         (own_code, "brings code of its own"),
         (sharded, "model-2.safetensors is missing"),
         (unlisted, "index.json lists no weights"),
+        (twofold, r"holds model.safetensors and model.safetensors.index.json, .* Remove the one"),
+        (named_file, r"transformers_weights other.safetensors\)"),
+        (adapted, "holds an adapter .* merge it"),
         (broken, "config.json is not JSON"),
         (copy_without(model, tmp_path / "empty", "model.safetensors"), "has no weights"),
         (copy_without(model, tmp_path / "mute", "tokenizer.json"), "has no tokenizer"),
@@ -118,6 +128,13 @@ def test_folders_that_are_refused(model: Path, tmp_path: Path) -> None:
             check_model_folder(folder)
         assert str(folder) in str(caught.value)
         assert generate_tool.main(["x", "--model", str(folder)]) == 2
+
+
+def test_an_index_of_the_single_file_is_no_choice(model: Path, tmp_path: Path) -> None:
+    folder = copy_without(model, tmp_path / "indexed")
+    index = {"weight_map": {"model.embed_tokens.weight": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert check_model_folder(folder).weights == ("model.safetensors",)
 
 
 def test_a_model_is_loaded_in_the_dtype_asked_for(model: Path) -> None:
