@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prompt = _read_prompt() if options.prompt is None else options.prompt
         folder = check_model_folder(options.model)
         loaded = load_model(folder, options.dtype, device_of(options.device))
-        if loaded.note:
-            print(f"note: {loaded.note}", file=sys.stderr)
+        for note in loaded.notes:
+            print(f"note: {note}", file=sys.stderr)
         text = generate(
             loaded,
             prompt,

@@ -25,6 +25,12 @@ from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, Safetensor
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.common.progress import CountCallback, no_progress
+from megatron_tst.corpus.huggingface_tokenizer import (
+    PLAIN_CLASS,
+    HuggingFaceTokenizer,
+    load_huggingface_tokenizer,
+)
+from megatron_tst.corpus.tokenizer import CONFIG_FILE
 
 DtypeName = Literal["float32", "bfloat16"]
 _TOKENIZER_FILES = (
@@ -94,8 +100,8 @@ def export_to_huggingface(
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
-    size, bos_id, eos_id = _read_tokenizer(tokenizer)
-    vocabulary = _vocabulary(tokenizer, size, args.padded_vocab_size)
+    loaded = _read_tokenizer(tokenizer)
+    vocabulary = _vocabulary(tokenizer, _rows(loaded.tokenizer), args.padded_vocab_size)
     shape = shape_from_arguments(args, vocabulary)
     stored = source.shapes()
     layout = find_layout(stored)
@@ -107,16 +113,21 @@ def export_to_huggingface(
     writer = SafetensorsWriter(weights, max_shard_size)
     # The embedding, whose dtype is that of the model.
     model_dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    config = huggingface_config(shape, args, model_dtype, bos_id, eos_id)
+    settings = _tokenizer_settings(tokenizer, loaded)
+    eos_id = loaded.tokenizer.eos_token_id
+    bos_id = loaded.tokenizer.bos_token_id
+    config = huggingface_config(
+        shape, args, model_dtype, eos_id if bos_id is None else bos_id, eos_id
+    )
     files = [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
     check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
-    _write(output, config, source, slices, writer, files, on_progress)
+    _write(output, config, source, slices, writer, files, settings, on_progress)
     return ExportResult(
         checkpoint=source.folder,
         iteration=iteration,
         shape=shape,
         parameters=sum(weight.elements for weight in weights.values()),
-        warnings=tuple(_warnings(args, iteration, shape)),
+        warnings=(*_warnings(args, iteration, shape), *_class_note(loaded)),
     )
 
 
@@ -127,28 +138,16 @@ def _not_an_export(output: Path, inputs: Sequence[Path]) -> str | None:
     return f"holds {held[0]}, which is read" if held else None
 
 
-def _read_tokenizer(folder: Path) -> tuple[int, int | None, int | None]:
-    """Embedding rows that it uses, beginning-of-sequence id and end-of-sequence id."""
-    # Here, because the import takes seconds.
-    from transformers import AutoTokenizer
-
+def _read_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     if not folder.is_dir():
         raise ValueError(f"--tokenizer {folder} is not a folder.")
-    try:
-        # Unless told not to, it asks on the terminal whether code in the folder may run.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    # transformers and tokenizers raise all kinds.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"--tokenizer {folder} holds no Hugging Face tokenizer ({reason}): "
-            "pass the folder with its tokenizer.json and tokenizer_config.json."
-        ) from error
+    return load_huggingface_tokenizer(folder, f"--tokenizer {folder}")
+
+
+def _rows(tokenizer: Any) -> int:
+    """Embedding rows that a tokenizer uses."""
     # Its length counts entries: with gaps between their ids, the last id is beyond it.
-    rows = max(len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values()))
-    return rows, tokenizer.bos_token_id, tokenizer.eos_token_id
+    return max(len(tokenizer), *(index + 1 for index in tokenizer.get_vocab().values()))
 
 
 def _vocabulary(tokenizer: Path, size: int, padded: int) -> int:
@@ -179,6 +178,7 @@ def _write(
     slices: Sequence[MegatronSlice],
     writer: SafetensorsWriter,
     files: Sequence[Path],
+    tokenizer_settings: dict[str, Any],
     on_progress: CountCallback,
 ) -> None:
     with replacing(output) as temporary:
@@ -194,6 +194,28 @@ def _write(
         _write_json(temporary / "generation_config.json", special_ids)
         for file in files:
             shutil.copyfile(file, temporary / file.name)
+        _write_json(temporary / CONFIG_FILE, tokenizer_settings)
+
+
+def _tokenizer_settings(folder: Path, loaded: HuggingFaceTokenizer) -> dict[str, Any]:
+    """The content of ``tokenizer_config.json``, with what engines and ``generate`` ask for.
+
+    Without a beginning of text or padding the end of a document stands for it, as in GPT-2. The
+    padding is not in ``config.json``, where transformers would give its row no gradient.
+    """
+    path = folder / CONFIG_FILE
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if loaded.is_plain:
+        settings["tokenizer_class"] = PLAIN_CLASS
+    # By default there is one more, which causal language models do not take.
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    end = loaded.tokenizer.eos_token
+    missing = [name for name in ("bos_token", "pad_token") if not getattr(loaded.tokenizer, name)]
+    return settings | (dict.fromkeys(missing, end) if end is not None else {})
+
+
+def _class_note(loaded: HuggingFaceTokenizer) -> list[str]:
+    return [f"{loaded.note} The exported folder has it."] if loaded.is_plain else []
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from datatrove.utils.logging import logger
 from megatron_tst.corpus.documents import BadDocumentError, Counts, checked_size
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import Encoder, EncoderSettings
+from megatron_tst.corpus.huggingface_tokenizer import class_warning
 from megatron_tst.corpus.indexed_writer import (
     IndexedDatasetWriter,
     check_document_tokens,
@@ -82,6 +83,8 @@ class WriteMegatronPart(PipelineStep):
         tokenizer = load_tokenizer(Path(self.tokenizer), self.eod_token)
         if rank == 0 and self.eod_token is None and (hint := turn_end_hint(tokenizer)) is not None:
             logger.warning(hint)
+        if rank == 0 and (warning := class_warning(Path(self.tokenizer))) is not None:
+            logger.warning(warning)
         dtype = token_dtype(tokenizer.vocab_size)
         choice = choose_encoder("auto", tokenizer, [])
         encoder = Encoder(

@@ -19,6 +19,7 @@ from megatron_tst.corpus.documents import Selection, read_texts, sample_texts
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import EncoderSettings, encode_in_order
 from megatron_tst.corpus.fast_encoder import gigatoken_version
+from megatron_tst.corpus.huggingface_tokenizer import class_warning
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.corpus.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
 from megatron_tst.corpus.preprocessing_config import PreprocessConfig
@@ -137,6 +138,8 @@ def preprocess(
     settings = _settings(config, sources, given)
     if given and config.eod_token is None and (hint := turn_end_hint(given)) is not None:
         _logger.warning("warning: %s", hint)
+    if config.tokenizer and (warning := class_warning(config.tokenizer)) is not None:
+        _logger.warning("warning: %s", warning)
     report = on_progress or (lambda progress: None)
     with PartialRun(config.output(".partial"), settings, config.start_anew) as partial:
         if not partial.load().is_complete:

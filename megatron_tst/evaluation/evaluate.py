@@ -171,8 +171,8 @@ def _evaluate_one(
 ) -> Results:
     started = time.monotonic()
     loaded = load_model(folder, config.dtype, device_of(config.device))
-    if loaded.note:
-        display.say(f"note: {loaded.note}")
+    for note in loaded.notes:
+        display.say(f"note: {note}")
     text = None
     if documents is not None:
         measured = bits_per_byte(

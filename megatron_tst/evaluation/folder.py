@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_tst.corpus.huggingface_tokenizer import load_huggingface_tokenizer
 from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -67,12 +68,12 @@ class LoadedModel:
     Attributes:
         model: of transformers.
         tokenizer: of transformers.
-        note: what the user must know of the dtype; empty as a rule.
+        notes: what the user must know of its dtype and its tokenizer; none as a rule.
     """
 
     model: Any
     tokenizer: Any
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def context(self) -> int:
@@ -209,32 +210,32 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
     Raises:
         ValueError: transformers cannot load it, or weights are missing in it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    loaded = load_huggingface_tokenizer(folder.path, str(folder.path))
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, **safe)
         model, info = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe
         )
-    # transformers, tokenizers and safetensors raise all kinds.
+    # transformers and safetensors raise all kinds.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{folder.path} cannot be loaded ({type(error).__name__}: {reason}): it needs a causal "
-            "language model that transformers knows, with its tokenizer."
+            "language model that transformers knows."
         ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise ValueError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
-    note = ""
+    notes = [loaded.note] if loaded.note else []
     if dtype == "auto" and model.dtype == torch.bfloat16 and _widens(device):
         model = model.float()
-        note = (
+        notes.append(
             f"{folder.path} is bfloat16 and computes in float32 here, products of bf16 being "
             f"{describe_bf16()}: pass --dtype bfloat16 to round as it was trained."
         )
-    return LoadedModel(model.to(device).eval(), tokenizer, note)
+    return LoadedModel(model.to(device).eval(), loaded.tokenizer, tuple(notes))
 
 
 def _widens(device: torch.device) -> bool:

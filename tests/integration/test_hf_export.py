@@ -19,12 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.common.progress import INTERVAL_VARIABLE
+from tests.bpe_tokenizers import TEXTS, save_bpe
 from tests.hf_verification import LARGE
 from tests.llama_checkpoints import (
     ITERATION,
@@ -87,6 +89,29 @@ def test_the_folder_is_complete(checkpoints: Path, tokenizer: Path, tmp_path: Pa
     )
     # Nothing unfinished is left behind.
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_generate_takes_what_the_exported_tokenizer_gives(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """With an end of document and nothing else, as preprocessing makes its tokenizers."""
+    tokenizer = save_bpe(tmp_path / "t", None, size=100)
+    export_to_huggingface(checkpoints / "gqa-untied", tokenizer, tmp_path / "hf")
+    found = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    end = found.eos_token_id
+    assert (found.bos_token_id, found.pad_token_id, model.config.bos_token_id) == (end, end, end)
+    # Padding in the configuration would leave its row of the embedding without gradient.
+    assert model.config.pad_token_id is None
+    batch = found(["The", "The year 12"], padding=True, padding_side="left", return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert model.generate(**batch, max_new_tokens=2, pad_token_id=end).shape[0] == 2
+    assert model.generate(max_new_tokens=2).shape[0] == 1
+    # The tokens of a text are the same ones as before.
+    assert (
+        found(TEXTS[0])["input_ids"]
+        == AutoTokenizer.from_pretrained(tokenizer)(TEXTS[0])["input_ids"]
+    )
 
 
 def test_shards_and_dtype(checkpoints: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -393,6 +418,18 @@ def test_a_tokenizer_with_gaps_keeps_the_row_of_its_last_id(
     assert len(AutoTokenizer.from_pretrained(gaps)) == VOCABULARY
     result = export_to_huggingface(checkpoints / "gqa-untied", gaps, tmp_path / "hf")
     assert result.shape.vocabulary == PADDED_VOCABULARY - 2
+
+
+def test_the_class_of_an_exported_tokenizer_reads_as_training_did(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    tokenizer = save_bpe(tmp_path / "t", "CohereTokenizer", size=100)
+    result = export_to_huggingface(checkpoints / "gqa-untied", tokenizer, tmp_path / "hf")
+    assert "gives other tokens" in result.warnings[-1]
+    expected = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    wanted = [expected.encode(text).ids for text in TEXTS[:3]]
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(TEXTS[:3])["input_ids"] == wanted
+    assert AutoTokenizer.from_pretrained(tokenizer)(TEXTS[:3])["input_ids"] != wanted
 
 
 @pytest.mark.parametrize(
