@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.ops.kernels.launch import is_interpreted, next_power_of_2
 
 CAPABILITIES = (90, 100)
@@ -244,9 +243,7 @@ def main() -> int:
     ]
     print_table(rows)
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2))
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, [asdict(row) for row in rows])
     return int(any(row.spill_bytes for row in rows))
 
 

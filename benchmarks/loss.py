@@ -10,8 +10,6 @@ vocab_parallel_cross_entropy, for one target only; "loop" calls torch's cross_en
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 
 POSITIONS = 1024
@@ -98,9 +97,7 @@ def main() -> None:
             results.append({"vocabulary": vocabulary, "dtype": name, "milliseconds": best})
         torch.distributed.destroy_process_group()
     if arguments.json:
-        temporary = arguments.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"positions": POSITIONS, "cases": results}, indent=2))
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, {"positions": POSITIONS, "cases": results})
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_tst.common import atomic_files
 
 Contestant = Callable[[], object]
 
@@ -63,8 +63,5 @@ def _status(field: str) -> int:
 
 def write_json(path: Path | None, results: Any) -> None:
     """Writes results, if asked to; the file appears when it is complete."""
-    if path is None:
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(temporary, path)
+    if path is not None:
+        atomic_files.write_json(path, results)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.cpu.bf16 import describe_bf16
 from megatron_tst.cpu.precision import faster_precision
 
@@ -107,9 +107,7 @@ def main() -> None:
     print(f"{dtype}; products of bf16 on this CPU: {describe_bf16()}")
     results = {name: measure(name, options.rounds, dtype) for name in options.models}
     if options.json:
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(temporary, options.json)
+        write_json(options.json, results)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tst.common.atomic_files import write_file
+
 TARGET = Path(__file__).with_name("durations.md")
 CPU_SECONDS = "CPU seconds"
 """A property of test cases: the time that their processes computed, however busy the machine."""
@@ -60,9 +62,7 @@ def main() -> None:
     if not cases:
         raise SystemExit("no test results: pass the --junitxml file of a run")
     page = "\n".join(_page(cases)) + "\n"
-    temporary = TARGET.with_suffix(".tmp")
-    temporary.write_text(page)
-    os.replace(temporary, TARGET)
+    write_file(TARGET, page)
     print(page, end="")
 
 

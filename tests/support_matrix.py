@@ -16,6 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_tst.common.atomic_files import write_file
 from tests.integration.layouts import LAYOUTS, MODELS, UNTESTED
 from tests.integration.test_layouts import CASES, Case
 
@@ -51,9 +52,7 @@ def main() -> None:
     cases = [properties for name in sys.argv[1:] for properties in _read(Path(name))]
     if not cases:
         raise SystemExit("no test results: pass the --junitxml files of a run without failures")
-    temporary = TARGET.with_suffix(".tmp")
-    temporary.write_text("\n".join(_page(cases)) + "\n")
-    os.replace(temporary, TARGET)
+    write_file(TARGET, "\n".join(_page(cases)) + "\n")
 
 
 def _read(path: Path) -> Iterator[Properties]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_tst.evaluation.results import write_results
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.planning.accounting import (
     PEAK_BF16_FLOPS,
     Cluster,
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_json_path(args.json)
         plan = make_plan(read_request(args))
         if args.json is not None:
-            write_results(plan_as_json(plan), args.json)
+            write_json(args.json, plan_as_json(plan))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.preflight.launch_command import read_launch
 
 _PIPED_WIDTH = 170
@@ -100,7 +101,6 @@ def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int
 
     make_engine_importable()
     cpu.activate()
-    from megatron_tst.evaluation.results import write_results
     from megatron_tst.preflight import rank_simulation
     from megatron_tst.preflight.checks import Launch, check_launch
     from megatron_tst.preflight.wording import (
@@ -115,7 +115,7 @@ def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int
     launch = Launch(argv, args.world_size, gpu_bytes, args.rank, args.vocabulary)
     report = check_launch(rank_simulation.launch_parser(), launch)
     if args.json is not None:
-        write_results(report_as_json(report, gpu_bytes), args.json)
+        write_json(args.json, report_as_json(report, gpu_bytes))
     console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
     for line in summary_lines(report):
         console.print(line, markup=False, soft_wrap=True)

@@ -20,10 +20,11 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
-from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
+from megatron_tst.checkpoint.output_folder import check_disk, check_output
 from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
+from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.corpus.huggingface_tokenizer import (
     PLAIN_CLASS,
@@ -181,7 +182,7 @@ def _write(
     tokenizer_settings: dict[str, Any],
     on_progress: CountCallback,
 ) -> None:
-    with replacing(output) as temporary:
+    with replacing_folder(output) as temporary:
         writer.start(temporary)
         for done, part in enumerate(slices):
             on_progress(done, len(slices))

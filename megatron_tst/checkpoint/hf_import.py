@@ -26,7 +26,7 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape
-from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
+from megatron_tst.checkpoint.output_folder import check_disk, check_output
 from megatron_tst.checkpoint.safetensors_reader import StoredWeight, stored_weights
 from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
 from megatron_tst.checkpoint.torch_dist_writer import (
@@ -34,6 +34,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     checkpoint_bytes,
     write_checkpoint,
 )
+from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import check_model_folder
 
@@ -113,7 +114,7 @@ def import_from_huggingface(
     objects = {COMMON_KEY: _common_state(arguments), **states}
     on_progress(0, len(chunks))
     done = itertools.count(1)
-    with replacing(output) as temporary:
+    with replacing_folder(output) as temporary:
 
         def advance() -> None:
             on_progress(next(done), len(chunks))

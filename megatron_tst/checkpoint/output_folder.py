@@ -1,11 +1,8 @@
-"""Folders that a conversion writes: whole or not at all, and never over something else."""
+"""Folders that a conversion writes: never over something else, and only where they fit."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,34 +40,3 @@ def check_disk(output: Path, needed: int) -> None:
             f"--output {output} needs {needed:,} bytes and its disk has {free:,} free: make room, "
             "or name a folder on another disk."
         )
-
-
-@contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside ``output`` that takes its place at the end.
-
-    Where the body fails, ``output`` stays as it was and the temporary folder is removed.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        _move_into_place(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_into_place(temporary: Path, output: Path) -> None:
-    # A folder cannot be replaced in one step: the old one steps aside and is removed last.
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
-    if output.exists():
-        os.replace(output, old)
-    try:
-        os.replace(temporary, output)
-    except OSError:
-        if old.exists():
-            os.replace(old, output)
-        raise
-    if old.is_dir():
-        shutil.rmtree(old)

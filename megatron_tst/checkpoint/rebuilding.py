@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_tst.checkpoint.output_folder import check_disk, check_output, replacing
+from megatron_tst.checkpoint.output_folder import check_disk, check_output
 from megatron_tst.checkpoint.saved_accounting import param_groups
 from megatron_tst.checkpoint.saved_state import SavedState, read_saved_state
 from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
@@ -22,6 +22,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     checkpoint_bytes,
     write_checkpoint,
 )
+from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.common.progress import CountCallback, no_progress
 
 # Megatron stacks layers, and experts, before the two dimensions of a matrix.
@@ -62,7 +63,7 @@ def rebuild_masters(folder: Path, output: Path, on_progress: CountCallback = no_
     check_disk(output, checkpoint_bytes(chunks, len(objects)) + sum(map(_size, objects.values())))
     on_progress(0, len(chunks))
     done = itertools.count(1)
-    with replacing(output) as temporary:
+    with replacing_folder(output) as temporary:
 
         def advance() -> None:
             on_progress(next(done), len(chunks))

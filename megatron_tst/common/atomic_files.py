@@ -1,17 +1,107 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and outlive a failure of the machine."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+# Of file systems that cannot do it for a folder.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name only when it is complete."""
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a file, and its folder where there is none; text in UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Writes a file of JSON; ``default`` is that of :func:`json.dumps`."""
+    write_file(path, json.dumps(content, indent=1, default=default) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name beside ``path`` for a file that takes its place at the end.
+
+    Where the body fails, ``path`` stays as it was and nothing is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path, "writing")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        yield temporary
+        move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Gives an empty folder beside ``path`` that takes its place at the end.
+
+    Where the body fails, ``path`` stays as it was and nothing is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "writing")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file, or a folder with all files in it, once its content is on the disk.
+
+    Both are on one file system. A file that is there is replaced, and a folder if it is empty.
+    """
+    for path in (source, *source.rglob("*")):
+        sync(path)
+    os.replace(source, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns once what is in a file or folder would survive a failure of the machine."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+    finally:
+        os.close(opened)
+
+
+def flush(file: IO[bytes]) -> None:
+    """Returns once what was written so far would survive a failure of the machine."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _beside(path: Path, what: str) -> Path:
+    # Not the number of the process: other nodes have the same ones.
+    return path.with_name(f".{path.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    # A folder that holds something cannot be replaced in one step: it steps aside, and goes last.
+    old = _beside(path, "old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        move(temporary, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old)

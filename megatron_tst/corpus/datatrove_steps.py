@@ -26,7 +26,7 @@ from megatron_tst.corpus.indexed_writer import (
     check_document_tokens,
     token_dtype,
 )
-from megatron_tst.corpus.merging import merge_corpora, with_suffix
+from megatron_tst.corpus.merging import merge_corpora, publish
 from megatron_tst.corpus.tokenizer import CorpusTokenizer, load_tokenizer, turn_end_hint
 
 _SUMMARY_OF_TOKENIZER = ("vocab_size", "eod_token", "eod_id")
@@ -112,10 +112,7 @@ class WriteMegatronPart(PipelineStep):
             counts.documents = writer.documents
             summary = self._summary(tokenizer, counts, writer.tokens)
             (staging / "json").write_text(json.dumps(summary, indent=2) + "\n")
-            # An old index must never describe new data, not even for a moment.
-            with_suffix(prefix, ".idx").unlink(missing_ok=True)
-            for suffix in ("bin", "json", "idx"):
-                os.replace(staging / suffix, with_suffix(prefix, f".{suffix}"))
+            publish(staging, prefix)
 
     def _size(self, document: Document, counts: Counts) -> int | None:
         """UTF-8 bytes of the text; None for a bad document."""

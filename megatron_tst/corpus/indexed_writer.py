@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tst.common.atomic_files import flush
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _LENGTH_BYTES = np.dtype(np.int32).itemsize
@@ -165,8 +167,7 @@ class IndexedDatasetWriter:
     def flush_to_disk(self) -> None:
         """Returns once what was added would survive a failure of the machine."""
         for file in (self._bin, self._lengths):
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
 
     def _write_index(self) -> None:
         with self._idx_path.open("wb") as idx, self.lengths_path.open("rb") as lengths:
@@ -181,8 +182,7 @@ class IndexedDatasetWriter:
             for first in range(0, self.documents + 1, _LENGTHS_AT_ONCE):
                 last = min(first + _LENGTHS_AT_ONCE, self.documents + 1)
                 idx.write(np.arange(first, last, dtype=np.int64).tobytes())
-            idx.flush()
-            os.fsync(idx.fileno())
+            flush(idx)
 
 
 def _open_to_append(path: Path, size: int) -> BinaryIO:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_tst.common.atomic_files import move
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, IndexHeader
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -69,14 +69,23 @@ def merge_corpora(parts: Sequence[Path], output_prefix: Path, overwrite: bool = 
             for part, header in zip(parts, headers, strict=True):
                 for tokens, lengths in _read_groups(part, header):
                     writer.add_documents(tokens, lengths)
-        # An old index must never describe new data, not even for a moment.
-        with_suffix(output_prefix, ".idx").unlink(missing_ok=True)
         if summary is not None:
-            (staging / "summary").write_text(json.dumps(summary, indent=2) + "\n")
-            os.replace(staging / "summary", with_suffix(output_prefix, ".json"))
-        os.replace(staging / "bin", with_suffix(output_prefix, ".bin"))
-        os.replace(staging / "idx", with_suffix(output_prefix, ".idx"))
+            (staging / "json").write_text(json.dumps(summary, indent=2) + "\n")
+        publish(staging, output_prefix)
     return writer.documents
+
+
+def publish(staging: Path, prefix: Path) -> None:
+    """Moves ``json``, ``bin`` and ``idx`` of a folder to the prefix of a corpus, the index last.
+
+    A summary that is not in the folder goes from the prefix too.
+    """
+    # An old index must never describe new data, not even for a moment.
+    for suffix in ("idx", "json"):
+        with_suffix(prefix, f".{suffix}").unlink(missing_ok=True)
+    for suffix in ("json", "bin", "idx"):
+        if (staging / suffix).exists():
+            move(staging / suffix, with_suffix(prefix, f".{suffix}"))
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:

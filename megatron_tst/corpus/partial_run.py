@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from megatron_tst.common.atomic_files import flush, write_json
 from megatron_tst.corpus.documents import Counts
 from megatron_tst.corpus.readers import Position
 from megatron_tst.corpus.sources import Source
@@ -105,7 +105,7 @@ class PartialRun:
 
     def save(self, progress: RunProgress) -> None:
         """Records progress; the files it describes have been flushed to disk."""
-        self._write(_PROGRESS_FILE, asdict(progress))
+        write_json(self.folder / _PROGRESS_FILE, asdict(progress))
 
     def remove(self) -> None:
         """Ends the run: its files have been moved away."""
@@ -114,7 +114,7 @@ class PartialRun:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / _SETTINGS_FILE
         if not file.exists():
-            self._write(_SETTINGS_FILE, settings)
+            write_json(file, settings)
             return
         before = json.loads(file.read_text())
         if before != settings:
@@ -127,14 +127,6 @@ class PartialRun:
                 f"{self.folder} holds an interrupted run with other settings ({changed}): use "
                 "those to go on with it, or pass --start-anew to discard it."
             )
-
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        new = self.folder / f"{name}.new"
-        with new.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / name)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -176,8 +168,7 @@ class LeftOutLog:
 
     def flush_to_disk(self) -> int:
         """Returns the size, once what was added would survive a failure of the machine."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file)
         return self._file.tell()
 
 

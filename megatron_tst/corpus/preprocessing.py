@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import tokenizers
 
+from megatron_tst.common.atomic_files import move
 from megatron_tst.corpus.documents import Selection, read_texts, sample_texts
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import EncoderSettings, encode_in_order
@@ -199,7 +199,7 @@ def _make_tokenizer(
         tokenizer = train_byte_level_bpe(texts, config.train_bpe)
     new = partial / "tokenizer.new"
     tokenizer.save_files(new)
-    os.replace(new, folder)
+    move(new, folder)
     return tokenizer
 
 
@@ -329,4 +329,4 @@ def _publish(config: PreprocessConfig, partial: Path) -> None:
     ]
     for source, target in renamed:
         if source.exists():
-            os.replace(source, target)
+            move(source, target)

@@ -26,7 +26,6 @@ Nothing here depends on torch or Megatron.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +36,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.atomic_files import replacing
 from megatron_tst.settings.phases import Phase, phase_of_sample
 
 PADDING = -100
@@ -272,12 +272,9 @@ class TokenStream:
 
     def save(self, prefix: Path) -> None:
         """Writes the arrays; a file appears under its name only when it is complete."""
-        prefix.parent.mkdir(parents=True, exist_ok=True)
         for name, path in self.paths(prefix).items():
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
+            with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, getattr(self, name), allow_pickle=False)
-            os.replace(temporary, path)
 
     @classmethod
     def load(cls, prefix: Path) -> Self:

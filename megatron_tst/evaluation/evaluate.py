@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst import __version__
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import (
@@ -29,7 +30,6 @@ from megatron_tst.evaluation.results import (
     check_comparable,
     check_output,
     read_results,
-    write_results,
 )
 
 _PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
@@ -113,7 +113,7 @@ def evaluate(config: EvaluationConfig, display: TaskProgress) -> tuple[Results, 
     results = _evaluate_one(config, folder, settings, documents, tasks, display)
     if second is not None:
         other = _evaluate_one(config, second, settings, documents, tasks, display)
-    write_results({**results, "compared_with": other}, config.output)
+    write_json(config.output, {**results, "compared_with": other})
     return results, other
 
 

@@ -30,16 +30,6 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise ValueError(f"--output {path}: nothing can be written into {path.parent}.")
 
 
-def write_results(results: Results, path: Path) -> None:
-    """Writes JSON; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_results(path: Path, flag: str = "--compare") -> Results:
     """Results of an earlier evaluation.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from megatron_tst.common.atomic_files import write_json
 
 State = Literal["waiting", "running", "finished", "diverged", "failed"]
 ENDED: tuple[State, ...] = ("finished", "diverged")
@@ -118,10 +119,7 @@ class RunFolder:
 
     def write_record(self, **content: Any) -> None:
         """Replaces ``run.json``."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{_RECORD}.{os.getpid()}"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / _RECORD)
+        write_json(self.path / _RECORD, content)
 
     def begin(self) -> None:
         """Clears what an attempt without checkpoints left, so that its scalars do not mix in."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.study.config import StudyConfig, StudyRun
 from megatron_tst.study.execution import Execution
 from megatron_tst.study.run_folder import RunFolder, lock_file
@@ -68,9 +68,7 @@ def check_same_study(study: StudyConfig, folder: Path) -> dict[str, dict[str, ob
 
 
 def _write_study(content: dict[str, dict[str, object]], folder: Path) -> None:
-    temporary = folder / f".{STUDY_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / STUDY_FILE)
+    write_json(folder / STUDY_FILE, content)
 
 
 def _different(

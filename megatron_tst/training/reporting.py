@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -20,6 +19,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 from megatron.training.utils import print_rank_last
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
@@ -202,9 +202,7 @@ def write_run_description(
         "command": " ".join(sys.argv),
     }
     target = Path(args.tensorboard_dir) / "tst_run.json"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(description, indent=1, default=str) + "\n")
-    os.replace(temporary, target)
+    write_json(target, description, default=str)
 
 
 def _commit() -> str | None:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.checkpoint.torch_dist_index import INDEX_FILE, is_of_newer_torch, newer_torch
+from megatron_tst.common.atomic_files import write_file
 from megatron_tst.data.files import fingerprint
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -280,9 +281,7 @@ def _mend_tracker(tracker: Path) -> str:
     if not whole:
         return ""
     step = str(int(whole[-1].removeprefix("iter_")))
-    temporary = tracker.with_name(f"{tracker.name}.{os.getpid()}.tmp")
-    temporary.write_text(step)
-    os.replace(temporary, tracker)
+    write_file(tracker, step)
     _logger.warning(
         "%s was empty, as a run leaves it that is killed while it is written: the last whole "
         "checkpoint of the folder is %s.",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from argparse import Namespace
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
+from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
@@ -130,8 +129,7 @@ def write_cache(
     ]
     settings = {f.name: getattr(config, f.name) for f in fields(GPTDatasetConfig) if f.init}
     # Elsewhere first: half a cache would hold upstream's order.
-    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(cache) as temporary:
         stock_config = GPTDatasetConfig(**{**settings, "path_to_cache": str(temporary)})
         for ours, stock, indices in zip(
             planned, _build(GPTDataset, counts, stock_config), rest, strict=True
@@ -141,9 +139,6 @@ def write_cache(
             indices.save(f"{temporary}/{name}")
         # A run with other arguments would not find its index, and make one that starts over.
         temporary.chmod(0o555)
-        os.replace(temporary, cache)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return replace(stock_config, path_to_cache=str(cache))
 
 

@@ -12,12 +12,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_tst.common.atomic_files import replacing
 
 SWITCH = "MEGATRON_TST_CPU_KERNELS"
 """Environment variable: ``torch`` keeps to torch's operators."""
@@ -281,11 +282,10 @@ def _compiled(compiler: str) -> Path:
     command = [compiler, *_FLAGS, *_instructions()]
     identity = repr((_SOURCE.read_bytes(), command, _version(compiler), _cpu()))
     name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
-    folder = _cache_folder()
-    library = folder / name
+    library = _cache_folder() / name
     if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            built = Path(work) / name
+        # Several ranks may do this at once.
+        with replacing(library) as built:
             subprocess.run(
                 [*command, str(_SOURCE), "-o", str(built)],
                 check=True,
@@ -293,8 +293,6 @@ def _compiled(compiler: str) -> Path:
                 text=True,
                 timeout=300,
             )
-            # Several ranks may do this at once.
-            os.replace(built, library)
     return library
 
 
