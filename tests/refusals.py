@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron.training.arguments import add_megatron_arguments
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.training.command_line import add_arguments, check_arguments
 from megatron_tst.training.resume import check_resume
@@ -30,6 +31,6 @@ def _message(args: argparse.Namespace) -> str | None:
     try:
         check_arguments(args)
         check_resume(args, superposition_schedule_from_args(args))
-    except ValueError as error:
+    except UsageError as error:
         return str(error)
     return None

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.report.comparison import Study, study_of, study_of_two
 from megatron_tst.report.families import families_of
 from megatron_tst.report.html import write_report
@@ -23,23 +24,20 @@ from megatron_tst.report.sources import read_run_folder, read_sources, read_stat
 from megatron_tst.report.wording import verdict
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     args = _parse(arguments)
-    try:
-        sample = None if args.sample is None else args.sample.read_text(encoding="utf-8")
-        runs = _runs(args)
-        studies = _studies(args, runs)
-        files = write_report(studies, args.output, sample, args.figures)
-        if args.tables is not None:
-            write_tables(studies, args.tables)
-            files.append(args.tables)
-        if args.results is not None:
-            write_results(runs, args.results)
-            files.append(args.results)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sample = None if args.sample is None else _read_sample(args.sample)
+    runs = _runs(args)
+    studies = _studies(args, runs)
+    files = write_report(studies, args.output, sample, args.figures)
+    if args.tables is not None:
+        write_tables(studies, args.tables)
+        files.append(args.tables)
+    if args.results is not None:
+        write_results(runs, args.results)
+        files.append(args.results)
     for study in studies:
         print("\n".join([f"{study.name}:", *verdict(study), ""]))
     print("\n".join(map(str, files)))
@@ -75,6 +73,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if (args.baseline is None) == (not args.runs and not args.run):
         parser.error("pass runs, or --baseline with --tst, and not both")
     return args
+
+
+def _read_sample(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--sample {path} is not text in UTF-8 ({error}).") from error
 
 
 def _runs(args: argparse.Namespace) -> list[RunResult]:

@@ -13,25 +13,23 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName
 from megatron_tst.checkpoint.hf_import import ImportResult, import_from_huggingface
+from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that is no use."""
     options = _parser().parse_args(arguments)
-    try:
-        with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
-            result = import_from_huggingface(
-                options.model,
-                options.output,
-                dtype=options.dtype,
-                vocabulary_multiple=options.pad_vocab_to_multiple_of,
-                overwrite=options.overwrite,
-                on_progress=display.counting("Importing", "parts"),
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
+        result = import_from_huggingface(
+            options.model,
+            options.output,
+            dtype=options.dtype,
+            vocabulary_multiple=options.pad_vocab_to_multiple_of,
+            overwrite=options.overwrite,
+            on_progress=display.counting("Importing", "parts"),
+        )
     _print(result, options.model, options.output)
     return 0
 

@@ -16,9 +16,11 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
+from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if --verify finds a difference, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
@@ -37,9 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 max_shard_size=options.max_shard_size,
                 on_progress=display.counting("Exporting", "parts"),
             )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT

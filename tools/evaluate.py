@@ -10,6 +10,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.evaluate import EvaluationConfig, evaluate
 from megatron_tst.evaluation.folder import DTYPE_HELP, DtypeName
@@ -17,6 +18,7 @@ from megatron_tst.evaluation.harness import PUBLISHED_TASKS
 from megatron_tst.evaluation.results import markdown_table
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -36,12 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace an existing output")
     options = vars(parser.parse_args(arguments))
     options["tasks"] = options["tasks"] and tuple(options["tasks"])
-    try:
-        with TaskProgress(Console(stderr=True)) as display:
-            results, other = evaluate(EvaluationConfig(**options), display)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with TaskProgress(Console(stderr=True)) as display:
+        results, other = evaluate(EvaluationConfig(**options), display)
     print(markdown_table(results, other))
     return 0
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from megatron_tst.common.atomic_files import write_file
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.corpus.mutual_information import (
     DEFAULT_PAIRS,
     DecayFit,
@@ -48,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name, minimum in at_least.items():
         if getattr(args, name) < minimum:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {getattr(args, name)}: use {minimum} or more.")
+            raise UsageError(f"{flag} is {getattr(args, name)}: use {minimum} or more.")
     return args
 
 
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
         )
         measurement, quarter = _measure(sample, args.max_distance)
         fit = fit_decay(measurement, quarter, sample.documents)
-    except ValueError as error:
-        raise ValueError(f"{args.prefix}: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{args.prefix}: {error}") from error
     _print_table(sample, measurement, fit)
     if args.output is not None:
         name = f"{args.prefix.name}-mutual-information"
@@ -133,16 +134,13 @@ def describe(
     }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     # What Megatron and torch say about missing GPUs does not concern a tool that needs none.
     warnings.simplefilter("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        run(parse_arguments(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run(parse_arguments(arguments))
     return 0
 
 

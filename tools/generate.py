@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.evaluation.folder import (
     DTYPE_HELP,
     DtypeName,
@@ -18,6 +19,7 @@ from megatron_tst.evaluation.folder import (
 from megatron_tst.evaluation.generation import generate
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -31,23 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=get_args(DtypeName), default="auto", help=DTYPE_HELP)
     add("--device", default="auto", help="default: the GPU where there is one")
     options = parser.parse_args(arguments)
-    try:
-        prompt = _read_prompt() if options.prompt is None else options.prompt
-        folder = check_model_folder(options.model)
-        loaded = load_model(folder, options.dtype, device_of(options.device))
-        for note in loaded.notes:
-            print(f"note: {note}", file=sys.stderr)
-        text = generate(
-            loaded,
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prompt = _read_prompt() if options.prompt is None else options.prompt
+    folder = check_model_folder(options.model)
+    loaded = load_model(folder, options.dtype, device_of(options.device))
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    text = generate(
+        loaded,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
     print(text)
     return 0
 
@@ -57,7 +55,7 @@ def _read_prompt() -> str:
         # The end of line that echo and editors add is none of the text.
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt on standard input is not text ({error}).") from error
+        raise UsageError(f"the prompt on standard input is not text ({error}).") from error
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from megatron_tst.common.atomic_files import write_file
+from megatron_tst.common.errors import UsageError, command, read_json_object
 from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.settings.config import SETTINGS
@@ -114,9 +115,9 @@ def _check_combination(args: argparse.Namespace) -> None:
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     given = [flag for flag, value in flags.items() if value is not None]
     if args.bag_size is None and given:
-        raise ValueError(f"{given[0]} goes with --bag-size, which is missing: add it.")
+        raise UsageError(f"{given[0]} goes with --bag-size, which is missing: add it.")
     if args.bag_size is not None and args.sequence_length is None:
-        raise ValueError(
+        raise UsageError(
             f"--bag-size {args.bag_size} goes with --sequence-length, which is missing: "
             "add the --seq-length of training."
         )
@@ -189,14 +190,11 @@ def _show_report(prefix: Path, lengths: LengthDistribution, console: Console) ->
     path = prefix.with_name(f"{prefix.name}.json")
     if not path.is_file():
         return
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        rows = {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in report.items()
-        }
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSON object ({error}): remove or repair it.") from error
+    report = read_json_object(path, "remove or repair it")
+    rows = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in report.items()
+    }
     console.print(f"\n{path}", style="bold")
     console.print(_grid(rows))
     for name, value in (("documents", lengths.documents), ("tokens", lengths.tokens)):
@@ -273,18 +271,15 @@ def silence_megatron() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     args = parse_arguments(arguments)
     silence_megatron()
     # A terminal knows its width; a pipe or a file does not.
     width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    try:
-        # The text of a corpus is not markup.
-        show_corpus(args, Console(width=width, markup=False, highlight=False, emoji=False))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # The text of a corpus is not markup.
+    show_corpus(args, Console(width=width, markup=False, highlight=False, emoji=False))
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_tst.common.atomic_files import write_json
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.planning.accounting import (
     PEAK_BF16_FLOPS,
     Cluster,
@@ -70,7 +71,7 @@ def read_request(args: argparse.Namespace) -> Request:
     """What the arguments ask for.
 
     Raises:
-        ValueError: one of them cannot be used.
+        UsageError: one of them cannot be used.
     """
     size = _size(args)
     reference = loss_model(size).reference
@@ -83,7 +84,7 @@ def read_request(args: argparse.Namespace) -> Request:
         price_per_gpu_hour=price,
     )
     if args.tokens is None:
-        raise ValueError("--tokens is missing: pass how much text there is, such as --tokens 300B.")
+        raise UsageError("--tokens is missing: pass how much text there is, such as --tokens 300B.")
     ratio = _optional_number("--tst-step-ratio", args.tst_step_ratio, below=1.0)
     return Request(
         size=size,
@@ -100,7 +101,7 @@ def read_request(args: argparse.Namespace) -> Request:
 
 def _size(args: argparse.Namespace) -> ModelSize:
     if (args.model is None) == (args.parameters is None):
-        raise ValueError(
+        raise UsageError(
             f"--model {args.model} and --parameters {args.parameters}: pass one of them; --model "
             f"is {', '.join(PUBLISHED_MODELS)}."
         )
@@ -108,12 +109,12 @@ def _size(args: argparse.Namespace) -> ModelSize:
     if args.model is not None:
         for name in own:
             if getattr(args, name) is not None:
-                raise ValueError(
+                raise UsageError(
                     f"--{name.replace('_', '-')} {getattr(args, name)} goes with --parameters, not "
                     f"with --model {args.model}: leave one of them out."
                 )
         if args.model not in PUBLISHED_MODELS:
-            raise ValueError(
+            raise UsageError(
                 f"--model is {args.model!r}: pass one of {', '.join(PUBLISHED_MODELS)}, or "
                 "--parameters for a size of your own."
             )
@@ -127,12 +128,12 @@ def _own_size(args: argparse.Namespace) -> ModelSize:
     if args.active_parameters is not None:
         active = round(parse_tokens("--active-parameters", args.active_parameters))
     if active > parameters:
-        raise ValueError(
+        raise UsageError(
             f"--active-parameters is {args.active_parameters}, more than --parameters "
             f"{args.parameters}: pass those that a token is multiplied with."
         )
     if (args.num_layers is None) != (args.hidden_size is None):
-        raise ValueError(
+        raise UsageError(
             f"--num-layers {args.num_layers} and --hidden-size {args.hidden_size}: pass both, or "
             "neither to leave attention out of the FLOPs."
         )
@@ -144,10 +145,10 @@ def _own_size(args: argparse.Namespace) -> ModelSize:
 def _tokens_per_second(args: argparse.Namespace, size: ModelSize, length: int) -> float:
     """Measured, from an MFU, or that of the published baseline."""
     if args.gpu not in PEAK_BF16_FLOPS:
-        raise ValueError(f"--gpu is {args.gpu!r}: pass one of {', '.join(PEAK_BF16_FLOPS)}.")
+        raise UsageError(f"--gpu is {args.gpu!r}: pass one of {', '.join(PEAK_BF16_FLOPS)}.")
     measured = args.tokens_per_second_per_gpu
     if measured is not None and args.mfu is not None:
-        raise ValueError(
+        raise UsageError(
             f"--tokens-per-second-per-gpu {measured} and --mfu {args.mfu} both set the speed: pass "
             "one of them."
         )
@@ -157,9 +158,9 @@ def _tokens_per_second(args: argparse.Namespace, size: ModelSize, length: int) -
     if mfu is not None:
         return mfu * PEAK_BF16_FLOPS[args.gpu] / size.flops_per_token(length)
     if args.model is None:
-        raise ValueError(f"--parameters {args.parameters} has no published speed: {_SPEED_FLAGS}.")
+        raise UsageError(f"--parameters {args.parameters} has no published speed: {_SPEED_FLAGS}.")
     if args.gpu != "B200":
-        raise ValueError(
+        raise UsageError(
             f"--gpu is {args.gpu}, and the published speeds are of B200: {_SPEED_FLAGS}."
         )
     return published_tokens_per_second(args.model)
@@ -167,13 +168,13 @@ def _tokens_per_second(args: argparse.Namespace, size: ModelSize, length: int) -
 
 def _gpu_hours(args: argparse.Namespace, price: float | None) -> float:
     if (args.gpu_hours is None) == (args.currency is None):
-        raise ValueError(
+        raise UsageError(
             f"--gpu-hours {args.gpu_hours} and --currency {args.currency}: pass one of them."
         )
     if args.gpu_hours is not None:
         return _number("--gpu-hours", args.gpu_hours)
     if price is None:
-        raise ValueError(
+        raise UsageError(
             f"--currency {args.currency} buys an unknown number of hours: pass "
             "--price-per-gpu-hour."
         )
@@ -183,7 +184,7 @@ def _gpu_hours(args: argparse.Namespace, price: float | None) -> float:
 def _epochs(text: str) -> float:
     epochs = _number("--max-epochs", text)
     if epochs < 1:
-        raise ValueError(f"--max-epochs is {text!r}: pass a number of at least 1.")
+        raise UsageError(f"--max-epochs is {text!r}: pass a number of at least 1.")
     return epochs
 
 
@@ -192,7 +193,7 @@ def _whole(flag: str, text: str | None) -> int | None:
         return None
     # Twelve digits are more than any of them needs, and exact as a float.
     if not (text.isascii() and text.isdigit() and len(text) <= 12 and int(text) > 0):
-        raise ValueError(f"{flag} is {text!r}: pass a whole number of at least 1.")
+        raise UsageError(f"{flag} is {text!r}: pass a whole number of at least 1.")
     return int(text)
 
 
@@ -207,13 +208,13 @@ def _number(flag: str, text: str, below: float = math.inf) -> float:
         value = math.nan
     if not 0 < value < below:
         limit = "" if math.isinf(below) else f" and below {below:g}"
-        raise ValueError(f"{flag} is {text!r}: pass a number above 0{limit}.")
+        raise UsageError(f"{flag} is {text!r}: pass a number above 0{limit}.")
     return value
 
 
 def check_json_path(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise ValueError(f"--json is {path}: pass a file in a folder that exists.")
+        raise UsageError(f"--json is {path}: pass a file in a folder that exists.")
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -240,6 +241,7 @@ def show(plan: Plan, console: Console) -> None:
         console.print(f"\nInstead, {name}:\n\n  {superposition_flags(arm)}", highlight=False)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     args = parse_arguments(arguments)
@@ -249,14 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.published:
         console.print(predictions_table())
         return 0
-    try:
-        check_json_path(args.json)
-        plan = make_plan(read_request(args))
-        if args.json is not None:
-            write_json(args.json, plan_as_json(plan))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_json_path(args.json)
+    plan = make_plan(read_request(args))
+    if args.json is not None:
+        write_json(args.json, plan_as_json(plan))
     show(plan, console)
     return 0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_tst.common.atomic_files import write_json
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.preflight.launch_command import read_launch
 
 _PIPED_WIDTH = 170
@@ -68,27 +69,24 @@ def _positive(text: str) -> float:
     return value
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     args, extra = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    try:
-        capability = _capability(args.compute_capability)
-        for rank in args.rank:
-            if not 0 <= rank < args.world_size:
-                raise ValueError(
-                    f"--rank {rank} is outside of --world-size {args.world_size}: pass ranks from "
-                    f"0 to {args.world_size - 1}."
-                )
-        argv = read_launch(args.script, extra)
-        return _check(args, argv, capability)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    capability = _capability(args.compute_capability)
+    for rank in args.rank:
+        if not 0 <= rank < args.world_size:
+            raise UsageError(
+                f"--rank {rank} is outside of --world-size {args.world_size}: pass ranks from "
+                f"0 to {args.world_size - 1}."
+            )
+    argv = read_launch(args.script, extra)
+    return _check(args, argv, capability)
 
 
 def _capability(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
     if not (major.isdigit() and minor.isdigit()):
-        raise ValueError(f"--compute-capability is {text!r}: pass one such as 10.0 or 9.0.")
+        raise UsageError(f"--compute-capability is {text!r}: pass one such as 10.0 or 9.0.")
     return int(major), int(minor)
 
 

@@ -13,6 +13,7 @@ from typing import NoReturn, get_args
 
 from rich.console import Console
 
+from megatron_tst.common.errors import command
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.corpus.preprocessing import PreprocessConfig
@@ -59,15 +60,13 @@ def _terminate(signal_number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signal_number)
 
 
+@command
 def main() -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         config = parse_arguments()
         result = preprocess_with_progress(config, Console(stderr=True))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with what was done", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.cpu.precision import describe_precision, faster_precision
 from megatron_tst.study.execution import Execution
@@ -32,6 +33,7 @@ PROMPT = "def __init__(self, "
 PLANNED_MINUTES = 12.0
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs every step and returns the exit code."""
     options = _parse(arguments)

@@ -11,6 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.cpu.precision import describe_precision
 from megatron_tst.report.describing import Status
 from megatron_tst.report.results import read_result
@@ -25,6 +26,7 @@ from megatron_tst.study.slurm import parse_slurm_options, submit
 from megatron_tst.study.study_folder import RESULTS_FILE, check_same_study, executions, open_study
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a run failed, 2 for input that cannot be used."""
     options = _parse(arguments)
@@ -42,9 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.slurm is not None:
                 return _submit(study, folder, options)
             return _run(study, folder, options.jobs)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped: the same command goes on.", file=sys.stderr)
         return 130
@@ -54,7 +53,7 @@ def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bo
     if not leaves_precision_open(study):
         return study
     if by_slurm:
-        raise ValueError(
+        raise UsageError(
             "--slurm with bf16: auto would take the precision of the machine that submits: write "
             "bf16: true in the study file, or leave bf16 out for fp32."
         )
@@ -102,7 +101,7 @@ def collect(study: StudyConfig, folder: Path) -> Path:
     """Writes the results of all runs that have ended, and returns the file.
 
     Raises:
-        ValueError: none has.
+        UsageError: none has.
     """
     results = []
     for execution in executions(study, folder):
@@ -112,7 +111,7 @@ def collect(study: StudyConfig, folder: Path) -> Path:
             status: Status | None = "diverged" if state == "diverged" else None
             results.append(read_result(execution.folder.path, execution.name, status))
     if not results:
-        raise ValueError(f"no run in {folder} has ended: there are no results to collect yet.")
+        raise UsageError(f"no run in {folder} has ended: there are no results to collect yet.")
     write_results(results, folder / RESULTS_FILE)
     return folder / RESULTS_FILE
 

@@ -14,21 +14,19 @@ from megatron_tst.checkpoint.rebuilding import rebuild_masters
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.checkpoint.verification import verify_checkpoint
 from megatron_tst.checkpoint.verification_wording import description
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.progress import TaskProgress
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a checkpoint with faults, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
-    try:
-        folder = find_checkpoint(options.checkpoint)
-        result = _verify(folder, options)
-        print(description(result), end="")
-        if options.rebuild_masters and result.faults:
-            return _rebuild(result, options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = find_checkpoint(options.checkpoint)
+    result = _verify(folder, options)
+    print(description(result), end="")
+    if options.rebuild_masters and result.faults:
+        return _rebuild(result, options)
     return 1 if result.faults else 0
 
 
@@ -54,7 +52,7 @@ def _verify(folder: Path, options: argparse.Namespace) -> Verification:
 
 def _rebuild(result: Verification, options: argparse.Namespace) -> int:
     if not all(fault.is_of_optimizer for fault in result.faults):
-        raise ValueError(
+        raise UsageError(
             "--rebuild-masters: more than the state of the optimizer is wrong: copy the checkpoint "
             "again, or use an older one."
         )

@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tst.common.errors import command
 
+
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -26,11 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpu.activate()
     from megatron_tst.training.stock_data import write_stock_data
 
-    try:
-        written = write_stock_data(options.checkpoint, options.data_cache_path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = write_stock_data(options.checkpoint, options.data_cache_path)
     print(
         f"{written.checkpoint}: {written.samples_read:,} of {written.samples:,} samples are read. "
         f"Pass plain Megatron the arguments of the run without --tst-*, and\n"

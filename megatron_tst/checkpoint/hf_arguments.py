@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_tst.checkpoint.hf_shapes import ModelShape
+from megatron_tst.common.errors import UsageError
 
 _ANYTHING_ELSE = "Megatron computes something else, so that it cannot be imported"
 # Settings that Megatron's model of the same weights has no argument for, and the values that can
@@ -39,7 +40,7 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         A ``LlamaConfig``, ``Qwen3Config`` or ``Qwen3MoeConfig``.
 
     Raises:
-        ValueError: another architecture, or settings that transformers refuses or that Megatron
+        UsageError: another architecture, or settings that transformers refuses or that Megatron
             cannot express.
     """
     # Here, because the import takes seconds.
@@ -52,7 +53,7 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
     }
     found = content.get("architectures") or []
     if len(found) != 1 or found[0] not in classes:
-        raise ValueError(
+        raise UsageError(
             f"{named} is of architecture {', '.join(found) or '(none in config.json)'}: "
             f"what can be imported is {', '.join(classes)}."
         )
@@ -61,11 +62,11 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         unsupported = list(_unsupported(config))
     # transformers and its checks raise all kinds over bad values.
     except Exception as error:
-        raise ValueError(
+        raise UsageError(
             f"{named}: config.json is refused by transformers ({' '.join(str(error).split())})."
         ) from error
     if unsupported:
-        raise ValueError(f"{named} has {', '.join(unsupported)}: {_ANYTHING_ELSE}.")
+        raise UsageError(f"{named} has {', '.join(unsupported)}: {_ANYTHING_ELSE}.")
     return config
 
 

@@ -25,6 +25,7 @@ from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, Safetensor
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.common.atomic_files import replacing_folder
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.corpus.huggingface_tokenizer import (
     PLAIN_CLASS,
@@ -92,7 +93,7 @@ def export_to_huggingface(
         on_progress: called with the parts of the model that are written, and their number.
 
     Raises:
-        ValueError: naming what is missing, damaged, or cannot be expressed as such a model; or the
+        UsageError: naming what is missing, damaged, or cannot be expressed as such a model; or the
             disk is too small.
     """
     # Where a link points to is what is replaced.
@@ -141,7 +142,7 @@ def _not_an_export(output: Path, inputs: Sequence[Path]) -> str | None:
 
 def _read_tokenizer(folder: Path) -> HuggingFaceTokenizer:
     if not folder.is_dir():
-        raise ValueError(f"--tokenizer {folder} is not a folder.")
+        raise UsageError(f"--tokenizer {folder} is not a folder.")
     return load_huggingface_tokenizer(folder, f"--tokenizer {folder}")
 
 
@@ -157,7 +158,7 @@ def _vocabulary(tokenizer: Path, size: int, padded: int) -> int:
     Models such as Qwen3 have more of them than their tokenizer has entries, which an import keeps.
     """
     config = tokenizer / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = read_json_object(config, "copy the folder again") if config.is_file() else {}
     of_model = settings.get("vocab_size", size)
     return of_model if size <= of_model <= padded else size
 

@@ -35,6 +35,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     write_checkpoint,
 )
 from megatron_tst.common.atomic_files import replacing_folder
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import check_model_folder
 
@@ -86,12 +87,12 @@ def import_from_huggingface(
         on_progress: called with the parts of the model that are read, and their number.
 
     Raises:
-        ValueError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
+        UsageError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
             is too small.
     """
     check_output(output, overwrite, _not_an_import(output))
     if vocabulary_multiple < 1:
-        raise ValueError(f"--pad-vocab-to-multiple-of {vocabulary_multiple} is not positive.")
+        raise UsageError(f"--pad-vocab-to-multiple-of {vocabulary_multiple} is not positive.")
     named = f"--model {model}"
     folder = check_model_folder(model, needs_tokenizer=False)
     config = read_config(folder.config, named)
@@ -191,7 +192,7 @@ def _check_weights(
     expected = {name: size for part in slices for name, size in part.sizes().items()}
     missing = sorted(expected.keys() - weights.keys())
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{named} has no {listed(missing)}: it does not hold the {shape.architecture} model "
             "that its config.json describes, copy it again."
         )
@@ -199,18 +200,18 @@ def _check_weights(
     if shape.tied and _OUTPUT_LAYER in unknown:
         unknown.remove(_OUTPUT_LAYER)
         if not torch.equal(weights[_OUTPUT_LAYER].read(), weights[_EMBEDDING].read()):
-            raise ValueError(
+            raise UsageError(
                 f"{named} has tie_word_embeddings true in config.json, and {_OUTPUT_LAYER} is not "
                 f"{_EMBEDDING}: set it to false, or remove the weight."
             )
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"{named} has {listed(sorted(unknown))}, which {shape.architecture} has no place for: "
             "it cannot be imported without changing the model."
         )
     for name, size in expected.items():
         if weights[name].size != size:
-            raise ValueError(
+            raise UsageError(
                 f"{name} in {weights[name].file} has shape {list(weights[name].size)}, and "
                 f"config.json gives {list(size)}: the folder mixes two models."
             )
@@ -232,7 +233,7 @@ def _plan_chunks(
             stored = getattr(torch, dtype) if dtype else weights[name].dtype
             # A tensor of Megatron, which stacks all layers, has one dtype.
             if dtypes.setdefault(part.key, stored) != stored:
-                raise ValueError(
+                raise UsageError(
                     f"{named} has {name} in {stored}, and the same weight of other layers in "
                     f"{dtypes[part.key]}: pass --dtype."
                 )

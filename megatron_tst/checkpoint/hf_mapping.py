@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.checkpoint.hf_shapes import ModelShape
+from megatron_tst.common.errors import UsageError
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "adapter.")
 _LAYERS = "decoder.layers."
@@ -133,12 +134,12 @@ def check_stored_shapes(
         stored: shape of every tensor of the checkpoint by key, optimizer state included.
 
     Raises:
-        ValueError: naming a weight that is missing, not known, or of another shape.
+        UsageError: naming a weight that is missing, not known, or of another shape.
     """
     expected = stored_shapes(weight_slices(shape, layout))
     missing = sorted(expected.keys() - stored.keys())
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint has no {listed(missing)}: it does not hold the {shape.architecture} "
             "model that its training arguments describe."
         )
@@ -152,13 +153,13 @@ def check_stored_shapes(
         and not (shape.experts and key.endswith(_FUSED_NORM))
     )
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint has {listed(unknown)}, which {shape.architecture} has no place for: "
             "it cannot be exported without changing the model."
         )
     for key, size in expected.items():
         if tuple(stored[key]) != size:
-            raise ValueError(
+            raise UsageError(
                 f"{key} has shape {list(stored[key])} in the checkpoint and its training arguments "
                 f"give {list(size)}: the folder mixes two models."
             )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tst.common.errors import UsageError
+
 Architecture = Literal["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
 
 
@@ -56,18 +58,18 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
         vocabulary: size of the tokenizer.
 
     Raises:
-        ValueError: the arguments describe a model that transformers has no class for, or the
+        UsageError: the arguments describe a model that transformers has no class for, or the
             tokenizer has more entries than the model has rows.
     """
     has_experts = _has_experts(args)
     unsupported = list(_unsupported(args, has_experts))
     if unsupported:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen3 nor "
             "Qwen3-MoE has such a thing, so that it cannot be exported."
         )
     if vocabulary > args.padded_vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer has {vocabulary} entries but the checkpoint has {args.padded_vocab_size} "
             "embedding rows: pass the tokenizer that the model was trained with."
         )

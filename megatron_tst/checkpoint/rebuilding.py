@@ -23,6 +23,7 @@ from megatron_tst.checkpoint.torch_dist_writer import (
     write_checkpoint,
 )
 from megatron_tst.common.atomic_files import replacing_folder
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 
 # Megatron stacks layers, and experts, before the two dimensions of a matrix.
@@ -47,13 +48,13 @@ def rebuild_masters(folder: Path, output: Path, on_progress: CountCallback = no_
         The folder of the iteration that was written.
 
     Raises:
-        ValueError: there are no masters by weight in it, a weight is missing, ``output`` exists, or
+        UsageError: there are no masters by weight in it, a weight is missing, ``output`` exists, or
             the disk is too small.
     """
     check_output(output, overwrite=False, problem=None)
     state = read_saved_state(folder)
     if state.buckets or not any(weight.masters for weight in state.weights.values()):
-        raise ValueError(
+        raise UsageError(
             f"--rebuild-masters: {folder} has no master weights beside its weights"
             f"{', only rows of many of them' if state.buckets else ''}: resume with "
             "--no-load-optim, which makes the masters from the weights."
@@ -79,7 +80,7 @@ def _chunks(state: SavedState) -> list[PlannedChunk]:
     for weight in state.weights.values():
         masters = [shard.key for shard in weight.masters[:1]]
         if masters and not weight.shards:
-            raise ValueError(
+            raise UsageError(
                 f"--rebuild-masters: {masters[0]} has no weight {weight.key} to be made from."
             )
         if weight.shards:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tst.checkpoint.safetensors_writer import DTYPES
+from megatron_tst.common.errors import UsageError
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _LENGTH_BYTES = 8
@@ -57,13 +58,13 @@ def stored_weights(files: Sequence[Path]) -> dict[str, StoredWeight]:
     """Every weight of some files by name; reads their headers only.
 
     Raises:
-        ValueError: naming a file that is damaged, or a weight that no model has in this form.
+        UsageError: naming a file that is damaged, or a weight that no model has in this form.
     """
     weights: dict[str, StoredWeight] = {}
     for file in files:
         for name, weight in _weights_of(file).items():
             if name in weights:
-                raise ValueError(
+                raise UsageError(
                     f"{name} is in both {weights[name].file} and {file}: the folder mixes two "
                     "models, copy it again."
                 )
@@ -77,7 +78,7 @@ def _weights_of(file: Path) -> dict[str, StoredWeight]:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read ({error}): copy it again.") from error
+        raise UsageError(f"{file} cannot be read ({error}): copy it again.") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         header = json.loads(stream.read(length))
@@ -86,7 +87,7 @@ def _weights_of(file: Path) -> dict[str, StoredWeight]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(
+            raise UsageError(
                 f"{name} in {file} is of dtype {entry['dtype']}: quantized weights cannot be "
                 f"trained on, use a folder of {', '.join(sorted(_DTYPES))}."
             )

@@ -18,6 +18,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
+
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names in the header of a file."""
 _ALIGNMENT = 8
@@ -56,13 +58,13 @@ class SafetensorsWriter:
         max_shard_size: largest size of a file, such as "5GB"; a larger weight has its own file.
 
     Raises:
-        ValueError: ``max_shard_size`` is no size, or a dtype is none of a model.
+        UsageError: ``max_shard_size`` is no size, or a dtype is none of a model.
     """
 
     def __init__(self, weights: Mapping[str, PlannedWeight], max_shard_size: str) -> None:
         for name, weight in weights.items():
             if weight.dtype not in DTYPES:
-                raise ValueError(f"{name} is of {weight.dtype}: pass --dtype bfloat16 or float32.")
+                raise UsageError(f"{name} is of {weight.dtype}: pass --dtype bfloat16 or float32.")
         split = split_state_dict_into_shards_factory(
             dict(weights),
             get_storage_size=lambda weight: weight.bytes,
@@ -141,5 +143,5 @@ def _parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", text.upper())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if not size:
-        raise ValueError(f"--max-shard-size {text} is no size: pass one such as 500MB or 5GB.")
+        raise UsageError(f"--max-shard-size {text} is no size: pass one such as 500MB or 5GB.")
     return size

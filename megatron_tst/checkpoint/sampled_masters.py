@@ -27,7 +27,7 @@ def sample_masters(state: SavedState, args: Namespace) -> Verification:
         args: of the run that saved.
 
     Raises:
-        ValueError: a file cannot be read.
+        UsageError: a file cannot be read.
     """
     result = Verification(state.source.folder)
     pairs, compare = list(_pairs(state)), comparison_of_masters(args)

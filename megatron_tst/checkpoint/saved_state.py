@@ -78,7 +78,7 @@ def read_saved_state(folder: Path) -> SavedState:
         folder: of the iteration.
 
     Raises:
-        ValueError: the index cannot be read.
+        UsageError: the index cannot be read.
     """
     source = TorchDistCheckpoint(folder)
     weights: dict[str, SavedWeight] = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_tst.checkpoint.torch_dist_index import INCOMPLETE
+from megatron_tst.common.errors import UsageError
 
 PIECE_ELEMENTS = 4_000_000
 """Numbers that are read at once, at most."""
@@ -79,7 +80,7 @@ class StoredShard:
                 checksum ``torch.save`` wrote beside them.
 
         Raises:
-            ValueError: the file cannot be read.
+            UsageError: the file cannot be read.
         """
         end = self.elements if end is None else end
         if self._place is None:
@@ -102,7 +103,7 @@ class StoredShard:
         file.seek(self._place[0] + first * size)
         found = file.readinto(data)
         if found != len(data):
-            raise ValueError(f"{self.path} ends within {self.key!r}: {INCOMPLETE}.")
+            raise UsageError(f"{self.path} ends within {self.key!r}: {INCOMPLETE}.")
         return data
 
     @cached_property
@@ -123,7 +124,7 @@ class StoredShard:
         except Exception as error:
             raise self._damaged(error) from error
         if described.shape != self.sizes or described.dtype != self.dtype:
-            raise ValueError(
+            raise UsageError(
                 f"{self.path} holds {list(described.shape)} numbers of {described.dtype} as "
                 f"{self.key!r}, and the index {list(self.sizes)} of {self.dtype}: {INCOMPLETE}."
             )
@@ -140,8 +141,8 @@ class StoredShard:
         except Exception as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> ValueError:
-        return ValueError(
+    def _damaged(self, error: Exception) -> UsageError:
+        return UsageError(
             f"{self.path}: {self.key!r} cannot be read ({error or type(error).__name__}): "
             f"{INCOMPLETE}."
         )

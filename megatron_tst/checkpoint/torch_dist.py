@@ -34,6 +34,7 @@ from megatron_tst.checkpoint.torch_dist_index import (
     load_safely,
     read_index,
 )
+from megatron_tst.common.errors import UsageError
 
 _LEGACY_COMMON_FILE = "common.pt"
 
@@ -45,7 +46,7 @@ class TorchDistCheckpoint:
         folder: ``iter_...``, with ``.metadata`` and ``.distcp`` files.
 
     Raises:
-        ValueError: the index is missing, damaged, or holds a class that is not allowed.
+        UsageError: the index is missing, damaged, or holds a class that is not allowed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +77,7 @@ class TorchDistCheckpoint:
         """Checks, without reading any data, that all shards of some tensors are there.
 
         Raises:
-            ValueError: naming a file that is missing or cut off, or a tensor that lacks a shard.
+            UsageError: naming a file that is missing or cut off, or a tensor that lacks a shard.
         """
         for key in keys:
             # Rows that no shard covers would stay uninitialised.
@@ -84,7 +85,7 @@ class TorchDistCheckpoint:
             if isinstance(entry, TensorStorageMetadata) and (
                 sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size)
             ):
-                raise ValueError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
+                raise UsageError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
         sizes: dict[str, int | None] = {}
         for index, stored in self._metadata.storage_data.items():
             if index.fqn not in keys:
@@ -95,7 +96,7 @@ class TorchDistCheckpoint:
             size = sizes[stored.relative_path]
             if size is None or size < stored.offset + stored.length:
                 problem = "is missing" if size is None else f"ends after {size} bytes"
-                raise ValueError(f"{path} {problem}, and {index.fqn!r} lies in it: {INCOMPLETE}.")
+                raise UsageError(f"{path} {problem}, and {index.fqn!r} lies in it: {INCOMPLETE}.")
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
         """``tensor[index]``, joined from the shards that overlap it, on the CPU.
@@ -111,7 +112,7 @@ class TorchDistCheckpoint:
             A contiguous tensor of the stored dtype.
 
         Raises:
-            ValueError: a shard is missing or damaged.
+            UsageError: a shard is missing or damaged.
         """
         size = self._entry(key).size[len(index) :]
         zeros = (0,) * len(size)
@@ -136,7 +137,7 @@ class TorchDistCheckpoint:
             key, TensorStorageMetadata(entry.properties, entry.size, shards), [box]
         )
         if sum(prod(item.lengths) for item in items) != prod(box.sizes):
-            raise ValueError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
+            raise UsageError(f"{self.folder}: shards of {key!r} are missing: {INCOMPLETE}.")
         target = torch.empty(box.sizes, dtype=entry.properties.dtype)
         self._read(items, _Target(target))
         return target.view(tuple(size))
@@ -145,14 +146,14 @@ class TorchDistCheckpoint:
         """What is not a tensor: training arguments (``args``), ``iteration``, ...
 
         Raises:
-            ValueError: it is missing, damaged, or holds a class that is not allowed, or there are
+            UsageError: it is missing, damaged, or holds a class that is not allowed, or there are
                 no training arguments in it.
         """
         legacy = self.folder / _LEGACY_COMMON_FILE
         if legacy.is_file():
             return _checked(load_safely(io.BytesIO(legacy.read_bytes()), legacy), legacy)
         if COMMON_KEY not in self._metadata.state_dict_metadata:
-            raise ValueError(f"{self.folder} has no training arguments: {INCOMPLETE}.")
+            raise UsageError(f"{self.folder} has no training arguments: {INCOMPLETE}.")
         self.check_complete([COMMON_KEY])
         position = MetadataIndex(COMMON_KEY)
         zero = torch.Size([0])
@@ -187,7 +188,7 @@ class TorchDistCheckpoint:
         except Exception as error:
             stored = self._metadata.storage_data
             files = sorted({stored[item.storage_index].relative_path for item in items})
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder}: {items[0].dest_index.fqn!r} cannot be read from "
                 f"{', '.join(files)} ({error or type(error).__name__}): {INCOMPLETE}."
             ) from error
@@ -196,7 +197,7 @@ class TorchDistCheckpoint:
 def _checked(common: Any, origin: Path) -> dict[str, Any]:
     """Other programs save in this format as well, and without Megatron's arguments."""
     if not isinstance(common, dict) or not isinstance(common.get("args"), Namespace):
-        raise ValueError(
+        raise UsageError(
             f"{origin} holds no training arguments: pass a checkpoint that megatron.training saved."
         )
     return common

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.common.errors import UsageError
+
 INDEX_FILE = ".metadata"
 """The index of the tensors, in the folder of an iteration."""
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -58,10 +60,10 @@ def find_checkpoint(path: Path) -> Path:
     """The folder of one iteration: ``path`` itself, or the latest one saved under it.
 
     Raises:
-        ValueError: neither, or a checkpoint in another format.
+        UsageError: neither, or a checkpoint in another format.
     """
     if not path.is_dir():
-        raise ValueError(f"--checkpoint {path} is not a folder.")
+        raise UsageError(f"--checkpoint {path} is not a folder.")
     folder = path
     tracker = path / TRACKER_FILE
     if tracker.is_file():
@@ -69,14 +71,14 @@ def find_checkpoint(path: Path) -> Path:
         folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
     if not (folder / FORMAT_FILE).is_file():
         if list(folder.glob("*.distcp")):
-            raise ValueError(f"{folder} has no {FORMAT_FILE}: {INCOMPLETE}.")
-        raise ValueError(
+            raise UsageError(f"{folder} has no {FORMAT_FILE}: {INCOMPLETE}.")
+        raise UsageError(
             f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
             f"folder of --save, which has {TRACKER_FILE}, of a run with --ckpt-format torch_dist."
         )
     found = _read_format(folder / FORMAT_FILE)
     if found != "torch_dist":
-        raise ValueError(
+        raise UsageError(
             f"{folder} is a {found} checkpoint: convert it with Megatron's --ckpt-convert-format "
             "torch_dist first."
         )
@@ -87,7 +89,7 @@ def _read_format(path: Path) -> str:
     try:
         found: str = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} names no format of a checkpoint ({error}): {INCOMPLETE}."
         ) from None
     return found
@@ -135,21 +137,21 @@ def read_index(path: Path) -> Metadata:
     """The index of a checkpoint.
 
     Raises:
-        ValueError: it is missing, damaged, written by a newer torch, or holds a class that is not
+        UsageError: it is missing, damaged, written by a newer torch, or holds a class that is not
             allowed.
     """
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {INCOMPLETE}.") from None
+        raise UsageError(f"{path} does not exist: {INCOMPLETE}.") from None
     # A damaged pickle can fail in any way.
     except Exception as error:
         if is_of_newer_torch(path):
-            raise ValueError(f"{newer_torch(path)}.") from error
-        raise ValueError(f"{path} cannot be read ({error}): {INCOMPLETE}.") from error
+            raise UsageError(f"{newer_torch(path)}.") from error
+        raise UsageError(f"{path} cannot be read ({error}): {INCOMPLETE}.") from error
     if not isinstance(index, Metadata):
-        raise ValueError(f"{path} holds a {type(index).__name__} and no index: {INCOMPLETE}.")
+        raise UsageError(f"{path} holds a {type(index).__name__} and no index: {INCOMPLETE}.")
     return index
 
 
@@ -161,7 +163,7 @@ def load_safely(data: io.BytesIO, origin: Path) -> Any:
         origin: named in errors.
 
     Raises:
-        ValueError: it is damaged, or holds a class that Megatron does not list as safe.
+        UsageError: it is damaged, or holds a class that Megatron does not list as safe.
     """
     # Here, because importing Megatron takes seconds. It warns of GPU libraries not needed here.
     with warnings.catch_warnings():
@@ -173,7 +175,7 @@ def load_safely(data: io.BytesIO, origin: Path) -> Any:
             return torch.load(data, weights_only=True, map_location="cpu")
     # A damaged pickle can fail in any way.
     except Exception as error:
-        raise ValueError(
+        raise UsageError(
             f"{origin}: the training arguments cannot be read ({error or type(error).__name__}): "
             "they are damaged, or hold a class that Megatron does not list as safe."
         ) from error

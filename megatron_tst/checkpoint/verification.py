@@ -15,6 +15,7 @@ from megatron_tst.checkpoint.findings import COUNTS, FILES, Verification
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.saved_state import SavedState, read_saved_state
 from megatron_tst.checkpoint.value_checks import check_values
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 
 
@@ -28,7 +29,7 @@ def verify_checkpoint(folder: Path, on_progress: CountCallback = no_progress) ->
         on_progress: called with the megabytes that are read, and their number.
 
     Raises:
-        ValueError: the index or the training arguments cannot be read.
+        UsageError: the index or the training arguments cannot be read.
     """
     state = read_saved_state(folder)
     shards = [shard for of_key in state.shards.values() for shard in of_key]
@@ -50,7 +51,7 @@ def _common(state: SavedState, result: Verification) -> dict[str, Any] | None:
     """What is not a tensor; None where it lies in a file that is not whole."""
     try:
         return state.source.read_common()
-    except ValueError:
+    except UsageError:
         if not result.faults:
             raise
         result.summary = "its training arguments are lost"

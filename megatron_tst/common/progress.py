@@ -19,6 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from megatron_tst.common.errors import UsageError
+
 INTERVAL_VARIABLE = "MEGATRON_TST_PROGRESS_SECONDS"
 _SECONDS_BETWEEN_LINES = 60.0
 # Early enough to see that something happens; what takes less prints no line.
@@ -36,7 +38,7 @@ def seconds_between_lines() -> float:
     """Time from line to line.
 
     Raises:
-        ValueError: the variable is no number above 0.
+        UsageError: the variable is no number above 0.
     """
     text = os.environ.get(INTERVAL_VARIABLE)
     if text is None:
@@ -46,7 +48,7 @@ def seconds_between_lines() -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ValueError(f"{INTERVAL_VARIABLE} is {text!r}: use a number of seconds above 0.")
+        raise UsageError(f"{INTERVAL_VARIABLE} is {text!r}: use a number of seconds above 0.")
     return seconds
 
 

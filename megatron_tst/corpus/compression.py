@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import zstandard
 
+from megatron_tst.common.errors import UsageError
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
@@ -25,9 +27,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a damaged file raises."""
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def unreadable(path: Path, error: Exception) -> UsageError:
     """The error of a file that cannot be read."""
-    return ValueError(f"{path} cannot be read ({error}): repair it or leave it out of --input.")
+    return UsageError(f"{path} cannot be read ({error}): repair it or leave it out of --input.")
 
 
 @contextmanager

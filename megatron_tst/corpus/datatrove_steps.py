@@ -17,6 +17,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.documents import BadDocumentError, Counts, checked_size
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import Encoder, EncoderSettings
@@ -75,7 +76,7 @@ class WriteMegatronPart(PipelineStep):
         """Writes the part of task ``rank``.
 
         Raises:
-            ValueError: one document too many is bad, one is too long, or the tokenizer cannot be
+            UsageError: one document too many is bad, one is too long, or the tokenizer cannot be
                 used.
         """
         # The tasks are the parallelism.
@@ -123,7 +124,7 @@ class WriteMegatronPart(PipelineStep):
             self.stat_update("bad")
             message = f"document {document.id} has {error}"
             if counts.bad_documents > self.max_bad_documents:
-                raise ValueError(
+                raise UsageError(
                     f"{message}: repair it, or raise max_bad_documents "
                     f"(now {self.max_bad_documents}) to leave such documents out."
                 ) from error
@@ -167,7 +168,7 @@ class MergeMegatronParts(PipelineStep):
         """Writes the corpus.
 
         Raises:
-            ValueError: a part is missing, damaged, or made with another tokenizer than the first.
+            UsageError: a part is missing, damaged, or made with another tokenizer than the first.
         """
         parts = [part_prefix(self.folder, number) for number in range(self.parts)]
         documents = merge_corpora(parts, Path(self.output_prefix), overwrite=True)

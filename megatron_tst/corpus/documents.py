@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.readers import RawBatch, RawDocument, read_batches
 from megatron_tst.corpus.sources import Source
 
@@ -24,7 +25,7 @@ _JSON = json.JSONDecoder(parse_int=float)
 _ARRAY_HINT = "if the file is one array, make lines of it with jq -c '.[]'"
 
 
-class BadDocumentError(ValueError):
+class BadDocumentError(UsageError):
     """One document cannot be used; the rest of its file may be fine."""
 
 
@@ -172,7 +173,7 @@ class Selection:
         """Counts the next document; False if it is left out.
 
         Raises:
-            ValueError: one too many is bad or empty; names file and line.
+            UsageError: one too many is bad or empty; names file and line.
         """
         counts, limits = self.counts, self.limits
         if self.finished:
@@ -193,7 +194,7 @@ class Selection:
         """Counts the documents of a batch; the number of tokens of each that is taken.
 
         Raises:
-            ValueError: one too many is bad or empty; names file and line.
+            UsageError: one too many is bad or empty; names file and line.
         """
         counts, limits = self.counts, self.limits
         documents = counts.documents + len(outcomes)
@@ -225,7 +226,7 @@ class Selection:
             counts.bad_documents += 1
             limit, kind, count = limits.max_bad_documents, "bad", counts.bad_documents
         if limit is not None and count > limit:
-            raise ValueError(
+            raise UsageError(
                 f"{document.where} has {problem or 'no text'}: repair it, or raise "
                 f"--max-{kind}-documents (now {limit}) to leave such documents out."
             )
@@ -237,7 +238,7 @@ def read_texts(
     """Texts of the documents that ``selection`` takes, and the batch that each comes from.
 
     Raises:
-        ValueError: one too many is bad or empty; names file and line.
+        UsageError: one too many is bad or empty; names file and line.
     """
     for batch in batches:
         for document in batch.documents:
@@ -271,6 +272,6 @@ def sample_texts(sources: list[Source], json_key: str) -> list[str]:
                     if size == _SAMPLED_BYTES:
                         break
                 break
-        except ValueError:
+        except UsageError:
             continue
     return texts

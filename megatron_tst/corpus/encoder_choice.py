@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer, models
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.fast_encoder import (
     GigatokenEncoder,
     NoFastRouteError,
@@ -82,7 +83,7 @@ def choose_encoder(
         sample: texts of the corpus.
 
     Raises:
-        ValueError: the fast route was asked for and cannot be taken.
+        UsageError: the fast route was asked for and cannot be taken.
     """
     if wanted == "tokenizers":
         return EncoderChoice(is_fast=False)
@@ -99,7 +100,7 @@ def choose_encoder(
             _prove(fast, library, sample)
     except NoFastRouteError as error:
         if wanted == "gigatoken":
-            raise ValueError(
+            raise UsageError(
                 f"--encoder gigatoken does not serve this tokenizer ({error}): pass --encoder auto."
             ) from error
         return EncoderChoice(is_fast=False, reason=str(error))

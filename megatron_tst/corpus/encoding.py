@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.control_tokens import ControlTokens
 from megatron_tst.corpus.documents import BadDocumentError, Outcome, decode
 from megatron_tst.corpus.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
@@ -99,7 +100,7 @@ def encode_in_order(
         Each batch with its result, in order.
 
     Raises:
-        ValueError: the tokenizer cannot encode a document, it is too long, or a file cannot be
+        UsageError: the tokenizer cannot encode a document, it is too long, or a file cannot be
             read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
@@ -114,14 +115,14 @@ def encode_in_order(
         initargs=(settings,),
     )
     pending: deque[tuple[RawBatch, Future[EncodedBatch]]] = deque()
-    unreadable: ValueError | None = None
+    unreadable: UsageError | None = None
     reading = iter(batches)
     try:
         while True:
             # Reading is ahead of writing: an error there must not hide a limit that is met before.
             try:
                 batch = next(reading, None)
-            except ValueError as error:
+            except UsageError as error:
                 batch, unreadable = None, error
             if batch is None:
                 break
@@ -168,7 +169,7 @@ class Encoder:
         """Ids of a document, empty if it has no tokens.
 
         Raises:
-            ValueError: the tokenizer cannot encode the text, gives its end-of-document id for some
+            UsageError: the tokenizer cannot encode the text, gives its end-of-document id for some
                 of it, or an id does not fit the dtype.
         """
         ids = [self._encode_piece(piece) for piece in split_long(text)]
@@ -184,7 +185,7 @@ class Encoder:
             self._without_controls = library_tokenizer(self._controls.unspellable())
         ids = self._encode_by_library(self._without_controls, text)
         if self._controls.are_in(ids):
-            raise ValueError(
+            raise UsageError(
                 f"--tokenizer gives a control token for the text that starts with {text[:40]!r}, "
                 "most likely its eos_token for what it does not know: use a tokenizer whose "
                 "eos_token is not its unknown token, or name another with --eod-token."
@@ -201,13 +202,13 @@ class Encoder:
             (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=self.dtype)
         except OverflowError as error:
-            raise ValueError(
+            raise UsageError(
                 f"--tokenizer gives an id that {self.dtype} cannot hold ({error}): its ids must "
                 "lie below the size of its vocabulary."
             ) from error
         # The library raises bare Exception, for example for a vocabulary without unknown token.
         except Exception as error:
-            raise ValueError(
+            raise UsageError(
                 f"--tokenizer cannot encode the text that starts with {text[:40]!r} ({error}): "
                 "use a byte-level tokenizer or one with an unknown token."
             ) from error
@@ -278,8 +279,8 @@ def _encode_batch(content: RawContent, encoder: Encoder, json_key: str) -> Encod
             continue
         try:
             ids = encoder.encode(text)
-        except ValueError as error:
-            raise ValueError(f"{document.where}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{document.where}: {error}") from error
         check_document_tokens(document.where, ids.size)
         encoded.append(ids)
         outcomes.append(Outcome(size, ids.size))

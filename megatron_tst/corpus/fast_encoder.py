@@ -20,6 +20,7 @@ import numpy.typing as npt
 import psutil
 from tokenizers import Tokenizer
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.tokenizer import characters_of_bytes
 
 MAX_CACHE_BYTES = 100_000_000
@@ -56,7 +57,7 @@ _LLAMA2_NORMALIZER = [
 ]
 
 
-class NoFastRouteError(ValueError):
+class NoFastRouteError(UsageError):
     """There is no fast route for a tokenizer; says why."""
 
 

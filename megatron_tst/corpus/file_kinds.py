@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.compression import (
     COMPRESSION_EXTENSIONS,
     READ_ERRORS,
@@ -56,7 +57,7 @@ def kind_in_folder(
         None for JSON that holds no documents: configurations, lock files and the like.
 
     Raises:
-        ValueError: a JSON array of documents, or a file that cannot be read.
+        UsageError: a JSON array of documents, or a file that cannot be read.
     """
     if (kind := _kind_by_name(extension)) is not None:
         return kind
@@ -72,7 +73,7 @@ def kind_of_named(path: Path, extensions: tuple[str, ...], json_key: str) -> Kin
     """Kind of a file that the user named; JSON lines may have any name.
 
     Raises:
-        ValueError: an unknown extension, JSON in another form, or a file that cannot be read.
+        UsageError: an unknown extension, JSON in another form, or a file that cannot be read.
     """
     extension = content_extension(path)
     if extension in extensions and (kind := _kind_by_name(extension)) is not None:
@@ -86,13 +87,13 @@ def kind_of_named(path: Path, extensions: tuple[str, ...], json_key: str) -> Kin
     if begins.array_has_key or (begins.is_array and extension == JSON_EXTENSION):
         raise _array_error(path)
     if extension not in extensions:
-        raise ValueError(
+        raise UsageError(
             f"--input {path} has an unknown extension and does not begin with a JSON object on a "
             f"line: add it to --extensions ({' '.join(extensions)}) if it is text, compressed or "
             "not."
         )
     if not is_asked_for:
-        raise ValueError(
+        raise UsageError(
             f"--input {path} does not begin with a JSON object on one line. If its objects are "
             f"documents, write each on a line: jq -c . {path.name} > lines.jsonl. If the JSON is "
             "the text to learn, name .json in --extensions."
@@ -130,8 +131,8 @@ def _takes_json_as_text(extensions: tuple[str, ...]) -> bool:
     return JSON_EXTENSION in extensions and extensions != DEFAULT_EXTENSIONS
 
 
-def _array_error(path: Path) -> ValueError:
-    return ValueError(
+def _array_error(path: Path) -> UsageError:
+    return UsageError(
         f"--input {path} is a JSON array, and one object a line is read: make lines of it with "
         f"jq -c '.[]' {path.name} > lines.jsonl, or leave it out."
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.tokenizer import CONFIG_FILE, TOKENIZER_FILE, library_tokenizer
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
@@ -55,7 +56,7 @@ def load_huggingface_tokenizer(folder: Path, named: str) -> HuggingFaceTokenizer
         named: flag and value, for messages.
 
     Raises:
-        ValueError: transformers cannot load it, or gives other tokens in either way.
+        UsageError: transformers cannot load it, or gives other tokens in either way.
     """
     # Here, because the import takes seconds.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -73,11 +74,11 @@ def load_huggingface_tokenizer(folder: Path, named: str) -> HuggingFaceTokenizer
             )
             return HuggingFaceTokenizer(plain, note, is_plain=True)
     if found is None:
-        raise ValueError(
+        raise UsageError(
             f"{named} holds no Hugging Face tokenizer ({reason}): pass the folder with its "
             f"{TOKENIZER_FILE} and {CONFIG_FILE}."
         )
-    raise ValueError(
+    raise UsageError(
         f"{named}: transformers gives other tokens for {text!r} than {TOKENIZER_FILE}, with which "
         f"training encodes: repair {CONFIG_FILE} or use a tokenizer that both read alike."
     )

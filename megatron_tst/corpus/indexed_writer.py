@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tst.common.atomic_files import flush
+from megatron_tst.common.errors import UsageError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -48,10 +49,10 @@ def check_document_tokens(where: str, tokens: int) -> None:
         tokens: its length.
 
     Raises:
-        ValueError: it is too long.
+        UsageError: it is too long.
     """
     if tokens > _MAX_DOCUMENT_TOKENS:
-        raise ValueError(
+        raise UsageError(
             f"{where} has {tokens} tokens, and a document of a corpus at most "
             f"{_MAX_DOCUMENT_TOKENS}: split it into several documents."
         )
@@ -78,7 +79,7 @@ class IndexHeader:
         """Reads the header of an index.
 
         Raises:
-            ValueError: the file is no index, or its ids have a type that is not written here.
+            UsageError: the file is no index, or its ids have a type that is not written here.
         """
         with path.open("rb") as file:
             content = file.read(cls.SIZE)
@@ -87,7 +88,7 @@ class IndexHeader:
             version, code, sequences, documents = struct.unpack_from("<QBQQ", content, len(_MAGIC))
             if version == _VERSION and code in dtypes:
                 return cls(dtypes[code], sequences, documents)
-        raise ValueError(f"{path} is no index of uint16 or int32 tokens: make this corpus again.")
+        raise UsageError(f"{path} is no index of uint16 or int32 tokens: make this corpus again.")
 
     def write(self, file: BinaryIO) -> None:
         """Writes the header."""
@@ -111,7 +112,7 @@ class IndexedDatasetWriter:
         tokens: tokens of those documents.
 
     Raises:
-        ValueError: the files hold less than is to be kept.
+        UsageError: the files hold less than is to be kept.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class IndexedDatasetWriter:
             lengths: tokens of each document.
 
         Raises:
-            ValueError: a document is too long for the format.
+            UsageError: a document is too long for the format.
         """
         check_document_tokens(f"a document of {self._idx_path}", max(lengths, default=0))
         assert tokens.dtype == self._dtype
@@ -189,7 +190,7 @@ def _open_to_append(path: Path, size: int) -> BinaryIO:
     """Opens a file for writing behind its first ``size`` bytes."""
     file = path.open("r+b" if size else "wb")
     if os.fstat(file.fileno()).st_size < size:
-        raise ValueError(
+        raise UsageError(
             f"{path} is shorter than the {size} bytes written before: pass --start-anew."
         )
     file.truncate(size)

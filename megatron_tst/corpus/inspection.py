@@ -15,6 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
@@ -40,11 +41,11 @@ def open_corpus(path_prefix: str) -> IndexedDataset:
         path_prefix: path without ``.bin`` or ``.idx``.
 
     Raises:
-        ValueError: its files are missing, damaged, do not belong together, or hold no text.
+        UsageError: its files are missing, damaged, do not belong together, or hold no text.
     """
     check_indexed_dataset(path_prefix)
     if Path(f"{path_prefix}.bin").stat().st_size == 0:
-        raise ValueError(f"{path_prefix}.bin is empty: none of its documents has a token.")
+        raise UsageError(f"{path_prefix}.bin is empty: none of its documents has a token.")
     return IndexedDataset(path_prefix)
 
 
@@ -110,14 +111,14 @@ def length_distribution(lengths: NDArray[np.int32]) -> LengthDistribution:
         lengths: [documents] int32, such as ``IndexedDataset.sequence_lengths``.
 
     Raises:
-        ValueError: a negative length.
+        UsageError: a negative length.
     """
     counts = np.zeros(_COUNTED_LENGTHS, dtype=np.int64)
     long_documents = []
     for begin in range(0, len(lengths), _CHUNK):
         chunk = lengths[begin : begin + _CHUNK]
         if chunk.min() < 0:
-            raise ValueError(
+            raise UsageError(
                 f"document {begin + int(chunk.argmin())} has {chunk.min()} tokens in the .idx "
                 "file: it is damaged. Copy the file again."
             )
@@ -146,7 +147,7 @@ class PhaseOne:
             an epoch or more, the first of which does not depend on it.
 
     Raises:
-        ValueError: naming the flag of tools/inspect_data.py, its value and the remedy.
+        UsageError: naming the flag of tools/inspect_data.py, its value and the remedy.
     """
 
     sequence_length: int
@@ -163,11 +164,11 @@ class PhaseOne:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 flag = "--phase-1-samples" if name == "samples" else f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {value}: use {minimum} or more.")
+                raise UsageError(f"{flag} is {value}: use {minimum} or more.")
         if not re.fullmatch(r"[\d.]+(\s*,\s*[\d.]+){0,2}", self.split) or not float(
             self.split.split(",")[0]
         ):
-            raise ValueError(
+            raise UsageError(
                 f"--split {self.split!r} gives training no share: pass it as to training, "
                 "for example 98,1,1."
             )
@@ -207,7 +208,7 @@ def read_phase_1(
         tokenizer: folder of the tokenizer, whose padding token does not count as a target.
 
     Raises:
-        ValueError: the corpus is damaged or too short, or there is no such sample.
+        UsageError: the corpus is damaged or too short, or there is no such sample.
     """
     with tempfile.TemporaryDirectory(prefix="inspect-data-") as cache:
         config = _dataset_config(path_prefix, settings, tokenizer, cache)
@@ -265,7 +266,7 @@ def _megatron_tokenizer(folder: Path | None) -> Any:
     # Hugging Face raises many kinds of exceptions, some of them a page long.
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer {folder} cannot be loaded as training would ({reason}): pass the folder "
             "of a Hugging Face tokenizer."
         ) from error
@@ -290,7 +291,7 @@ def _refuse_beyond(
     wrong = [place for place in places if not 0 <= place < samples]
     if wrong:
         unit = "phase 1" if settings.samples else "an epoch of phase 1"
-        raise ValueError(
+        raise UsageError(
             f"--sample {wrong[0]} does not exist: {unit} has {samples} samples, counted from 0."
         )
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tst.common.atomic_files import move
+from megatron_tst.common.errors import UsageError, command, read_json_object
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, IndexHeader
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -45,12 +46,12 @@ def merge_corpora(parts: Sequence[Path], output_prefix: Path, overwrite: bool = 
         The number of documents.
 
     Raises:
-        ValueError: a part is missing, damaged, or made with another tokenizer than the first.
+        UsageError: a part is missing, damaged, or made with another tokenizer than the first.
     """
     if not parts:
-        raise ValueError("there is nothing to merge: name the prefix of at least one part.")
+        raise UsageError("there is nothing to merge: name the prefix of at least one part.")
     if with_suffix(output_prefix, ".idx").exists() and not overwrite:
-        raise ValueError(
+        raise UsageError(
             f"--output-prefix {output_prefix} is already there: choose another or pass --overwrite."
         )
     headers = [_checked_header(part) for part in parts]
@@ -58,7 +59,7 @@ def merge_corpora(parts: Sequence[Path], output_prefix: Path, overwrite: bool = 
     dtype = headers[0].dtype
     for part, header in zip(parts, headers, strict=True):
         if header.dtype != dtype:
-            raise ValueError(
+            raise UsageError(
                 f"{part} holds {header.dtype} and {parts[0]} {dtype}: merge parts of one tokenizer."
             )
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +98,15 @@ def _checked_header(part: Path) -> IndexHeader:
     index, data = with_suffix(part, ".idx"), with_suffix(part, ".bin")
     for file in (index, data):
         if not file.is_file():
-            raise ValueError(f"{file} is missing: name parts without .bin or .idx.")
+            raise UsageError(f"{file} is missing: name parts without .bin or .idx.")
     header = IndexHeader.read(index)
     if header.documents != header.sequences + 1:
-        raise ValueError(
+        raise UsageError(
             f"{index} has documents of several sequences: only corpora of this project are merged."
         )
     tokens = sum(int(lengths.sum(dtype=np.int64)) for lengths in _read_lengths(part, header))
     if tokens * header.dtype.itemsize != data.stat().st_size:
-        raise ValueError(f"{data} does not belong to its index: make this part again.")
+        raise UsageError(f"{data} does not belong to its index: make this part again.")
     return header
 
 
@@ -136,11 +137,11 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
     files = [with_suffix(part, ".json") for part in parts]
     if not all(file.exists() for file in files):
         return None
-    summaries = [json.loads(file.read_text()) for file in files]
+    summaries = [read_json_object(file, "make this part again") for file in files]
     for file, summary in zip(files, summaries, strict=True):
         for name in _COMMON:
             if summary[name] != summaries[0][name]:
-                raise ValueError(
+                raise UsageError(
                     f"{file} has {name} {summary[name]!r} and {files[0]} {summaries[0][name]!r}: "
                     "merge parts of one tokenizer."
                 )
@@ -151,6 +152,7 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
     return summaries[0] | sums | {"unread_files": dict(unread)}
 
 
+@command
 def main() -> int:
     """Returns the exit code: 0, or 2 for parts that cannot be merged."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -158,11 +160,7 @@ def main() -> int:
     parser.add_argument("--output-prefix", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args()
-    try:
-        documents = merge_corpora(options.parts, options.output_prefix, options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    documents = merge_corpora(options.parts, options.output_prefix, options.overwrite)
     print(f"{with_suffix(options.output_prefix, '.bin')}: {documents:,} documents")
     return 0
 

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.token_sample import GROUP_BITS, ID_BITS, TokenSample
 
 FloatArray = NDArray[np.float64]
@@ -229,7 +230,7 @@ def fit_decay(
         seed: of the bootstrap.
 
     Raises:
-        ValueError: the mutual information does not fall with the distance as a power law.
+        UsageError: the mutual information does not fall with the distance as a power law.
     """
     distances, values = measurement.distances, measurement.information
     law = fit_power_law(distances, values)
@@ -243,7 +244,7 @@ def fit_decay(
         interval = (low, high)
     at_edge = law.exponent in (_EXPONENTS[0], _EXPONENTS[-1])
     if fall <= 3.0 * noise or at_edge:
-        raise ValueError(
+        raise UsageError(
             f"the mutual information does not fall with the distance as a power law "
             f"({values[0]:.4f} nats at {distances[0]}, {values[-1]:.4f} at {distances[-1]}, "
             f"standard error of the difference {noise:.4f}): "

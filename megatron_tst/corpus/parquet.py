@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tst.common.errors import UsageError
+
 PARQUET_EXTENSION = ".parquet"
 _ROWS_AT_ONCE = 256
 
@@ -23,14 +25,14 @@ def read_column(
         Row counted from 1, rows of the file, and the text in UTF-8 (None for a null).
 
     Raises:
-        ValueError: pyarrow is missing, or the file has no such column of strings.
+        UsageError: pyarrow is missing, or the file has no such column of strings.
         OSError: the file is damaged.
     """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"--input {path}: reading Parquet needs pyarrow: pip install 'megatron-tst[data]'."
         ) from error
     try:
@@ -58,13 +60,13 @@ def _check_column(path: Path, column: str, schema: object) -> None:
 
     assert isinstance(schema, pa.Schema)
     if schema.names.count(column) != 1:
-        raise ValueError(
+        raise UsageError(
             f"{path} has no column {column!r} ({', '.join(schema.names)}): set --json-key."
         )
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_view(kind)):
-        raise ValueError(f"{path} holds {kind} in column {column!r}, not text: set --json-key.")
+        raise UsageError(f"{path} holds {kind} in column {column!r}, not text: set --json-key.")
 
 
 def _is_view(kind: object) -> bool:

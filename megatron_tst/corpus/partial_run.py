@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from megatron_tst.common.atomic_files import flush, write_json
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.corpus.documents import Counts
 from megatron_tst.corpus.readers import Position
 from megatron_tst.corpus.sources import Source
@@ -40,9 +41,8 @@ class RunProgress:
     is_complete: bool = False
 
     @classmethod
-    def from_json(cls, text: str) -> RunProgress:
-        """The inverse of ``json.dumps(asdict(...))``."""
-        values = json.loads(text)
+    def of(cls, values: dict[str, Any]) -> RunProgress:
+        """The inverse of ``asdict(...)`` and JSON."""
         values["position"] = Position(*values["position"])
         values["counts"] = Counts(**values["counts"])
         return cls(**values)
@@ -71,7 +71,7 @@ class PartialRun:
         start_anew: discard what is there.
 
     Raises:
-        ValueError: the folder cannot be written, is in use, or was made with other settings.
+        UsageError: the folder cannot be written, is in use, or was made with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], start_anew: bool) -> None:
@@ -101,7 +101,7 @@ class PartialRun:
     def load(self) -> RunProgress:
         """The progress of the run before, or none."""
         file = self.folder / _PROGRESS_FILE
-        return RunProgress.from_json(file.read_text()) if file.exists() else RunProgress()
+        return RunProgress.of(_read(file)) if file.exists() else RunProgress()
 
     def save(self, progress: RunProgress) -> None:
         """Records progress; the files it describes have been flushed to disk."""
@@ -116,14 +116,14 @@ class PartialRun:
         if not file.exists():
             write_json(file, settings)
             return
-        before = json.loads(file.read_text())
+        before = _read(file)
         if before != settings:
             changed = ", ".join(
                 f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
                 for name in sorted(before.keys() | settings.keys())
                 if before.get(name) != settings.get(name)
             )
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} holds an interrupted run with other settings ({changed}): use "
                 "those to go on with it, or pass --start-anew to discard it."
             )
@@ -172,13 +172,17 @@ class LeftOutLog:
         return self._file.tell()
 
 
+def _read(file: Path) -> dict[str, Any]:
+    return read_json_object(file, "pass --start-anew to discard the interrupted run")
+
+
 def _lock(folder: Path) -> IO[bytes]:
     """Makes the folder and keeps other runs out of it; the lock ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / _LOCK_FILE).open("wb")
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"--output-prefix: cannot write to {folder} ({error.strerror}); choose a prefix in a "
             "writable folder."
         ) from error
@@ -186,7 +190,7 @@ def _lock(folder: Path) -> IO[bytes]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         lock.close()
-        raise ValueError(
+        raise UsageError(
             f"{folder} is in use by another run: wait for it, or choose another --output-prefix."
         ) from error
     except OSError:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import tokenizers
 
 from megatron_tst.common.atomic_files import move
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.documents import Selection, read_texts, sample_texts
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import EncoderSettings, encode_in_order
@@ -127,7 +128,7 @@ def preprocess(
         on_progress: called after every batch of documents, in this process.
 
     Raises:
-        ValueError: bad input; names the flag or file, the value and the remedy.
+        UsageError: bad input; names the flag or file, the value and the remedy.
         ChildProcessError: a worker process was killed.
     """
     unread = Counter[str]()
@@ -180,7 +181,7 @@ def _refuse_existing_outputs(config: PreprocessConfig) -> None:
         outputs.append(config.tokenizer_folder)
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not config.overwrite:
-        raise ValueError(
+        raise UsageError(
             f"--output-prefix {config.output_prefix}: {', '.join(existing)} already there; "
             "choose another prefix or pass --overwrite."
         )
@@ -277,7 +278,7 @@ def _write_corpus(
 def _refuse_nothing(config: PreprocessConfig, selection: Selection) -> None:
     counts = selection.counts
     if counts.documents == 0:
-        raise ValueError(
+        raise UsageError(
             f"--input {' '.join(map(str, config.inputs))} gave no documents "
             f"({counts.empty_documents} empty, {counts.bad_documents + counts.skipped_files} "
             "without usable text): name files that hold text, or raise --max-bytes if it is set."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.documents import Limits
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
@@ -38,7 +39,7 @@ class PreprocessConfig:
         start_anew: discard an interrupted run of this prefix instead of going on with it.
 
     Raises:
-        ValueError: naming the flag, its value and the remedy.
+        UsageError: naming the flag, its value and the remedy.
     """
 
     inputs: tuple[Path, ...]
@@ -63,17 +64,17 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         choices = (self.tokenizer is not None, self.train_bpe is not None, self.byte_level)
         if sum(choices) != 1:
-            raise ValueError(
+            raise UsageError(
                 f"{sum(choices)} tokenizers are chosen: pass exactly one of --tokenizer, "
                 "--train-bpe and --byte-level."
             )
         if self.eod_token is not None and self.tokenizer is None:
-            raise ValueError(
+            raise UsageError(
                 f"--eod-token {self.eod_token!r} goes with --tokenizer: drop it, a tokenizer made "
                 "here brings its own."
             )
         if self.encoder not in get_args(EncoderName):
-            raise ValueError(
+            raise UsageError(
                 f"--encoder is {self.encoder!r}: use one of {', '.join(get_args(EncoderName))}."
             )
         at_least = {"workers": 1, "max_documents": 1, "max_bytes": 1}
@@ -82,7 +83,7 @@ class PreprocessConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {value}: use {minimum} or more.")
+                raise UsageError(f"{flag} is {value}: use {minimum} or more.")
 
     def output(self, suffix: str) -> Path:
         """An output file: the prefix with ``suffix`` appended."""

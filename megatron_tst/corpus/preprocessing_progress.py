@@ -20,7 +20,7 @@ def preprocess_with_progress(config: PreprocessConfig, console: Console) -> Prep
     """:func:`preprocess`, its progress shown on a console.
 
     Raises:
-        ValueError: see :func:`preprocess`.
+        UsageError: see :func:`preprocess`.
     """
     with TaskProgress(console) as display:
 

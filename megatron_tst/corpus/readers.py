@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO, NamedTuple
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.compression import READ_ERRORS, open_content, unreadable
 from megatron_tst.corpus.parquet import read_column
 from megatron_tst.corpus.sources import Source
@@ -116,7 +117,7 @@ def read_batches(
         start: end of an earlier batch of the same sources.
 
     Raises:
-        ValueError: a file cannot be read; raised after what lies before has been handed out.
+        UsageError: a file cannot be read; raised after what lies before has been handed out.
     """
     documents: list[RawDocument] = []
     size = file_bytes = 0
@@ -135,7 +136,7 @@ def read_batches(
             if size >= BATCH_BYTES:
                 yield RawBatch(documents, end, file_bytes)
                 documents, size = [], 0
-    except ValueError:
+    except UsageError:
         if documents:
             yield RawBatch(documents, end, file_bytes)
         raise

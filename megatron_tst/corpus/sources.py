@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.compression import COMPRESSION_EXTENSIONS
 from megatron_tst.corpus.file_kinds import Kind, content_extension, kind_in_folder, kind_of_named
 
@@ -46,12 +47,12 @@ def find_sources(
         unread: counts what the folders hold besides, by extension or reason.
 
     Raises:
-        ValueError: an input does not exist, has another extension, holds documents in a form that
+        UsageError: an input does not exist, has another extension, holds documents in a form that
             is not read, or holds no file to read; or an extension would never match.
     """
     for extension in extensions:
         if content_extension(Path(f"name{extension}")) != extension:
-            raise ValueError(
+            raise UsageError(
                 f"--extensions has {extension!r}: write it like .py, in lower case, with the dot "
                 f"and without {' or '.join(COMPRESSION_EXTENSIONS)}."
             )
@@ -61,7 +62,7 @@ def find_sources(
             left = Counter[str]()
             found = _sources_of_folder(path, extensions, json_key, left)
             if not found:
-                raise ValueError(
+                raise UsageError(
                     f"--input {path} holds no file to read (it holds {described(left)}): "
                     f"--extensions is {' '.join(extensions)}, and the member --json-key {json_key}."
                 )
@@ -69,7 +70,7 @@ def find_sources(
             if unread is not None:
                 unread += left
         elif not path.exists():
-            raise ValueError(f"--input {path} does not exist: name a file or a folder.")
+            raise UsageError(f"--input {path} does not exist: name a file or a folder.")
         else:
             sources.append(Source(path, False, kind_of_named(path, extensions, json_key)))
     if shuffle_seed is not None:
@@ -145,7 +146,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         return list(os.scandir(folder))
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"--input {folder} cannot be searched ({error}): let it be read, or leave it out."
         ) from error
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import TokenSource
 
 GROUP_BITS = 11
@@ -87,7 +88,7 @@ def sample_tokens(
         seed: of the choice of places.
 
     Raises:
-        ValueError: no document is long enough, or an id is no token.
+        UsageError: no document is long enough, or an id is no token.
     """
     stretches = -(-_total_tokens(corpus) // _STRETCH)
     count = min(stretches, _READ_LIMIT * -(-pairs // _STRETCH))
@@ -108,7 +109,7 @@ def sample_tokens(
         if found >= pairs:
             break
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"no document has more than {max_distance} tokens: use a smaller --max-distance, or "
             "pair tokens of neighbouring documents with --across-documents."
         )
@@ -155,7 +156,7 @@ def _pieces(
 def _check_ids(tokens: NDArray[np.int32]) -> None:
     for token in (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < 1 << ID_BITS:
-            raise ValueError(
+            raise UsageError(
                 f"the corpus holds {token}, which is no token id (0 to {(1 << ID_BITS) - 1}): "
                 "tokenize it again with tools/preprocess_data.py."
             )

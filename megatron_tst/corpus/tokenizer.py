@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_tst.common.errors import UsageError, read_json_object
+
 END_OF_DOCUMENT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -70,17 +72,17 @@ def load_tokenizer(path: Path, eod_token: str | None = None) -> CorpusTokenizer:
             ``tokenizer_config.json`` next to the tokenizer, which is also Megatron's choice.
 
     Raises:
-        ValueError: no usable tokenizer, no end-of-document token, or ids beyond the vocabulary.
+        UsageError: no usable tokenizer, no end-of-document token, or ids beyond the vocabulary.
     """
     file = path / TOKENIZER_FILE if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"--tokenizer {path} does not exist: name a {TOKENIZER_FILE} or a folder.")
+        raise UsageError(f"--tokenizer {path} does not exist: name a {TOKENIZER_FILE} or a folder.")
     try:
         definition = file.read_bytes().decode()
         tokenizer = Tokenizer.from_str(definition)
     # The library raises bare Exception for every malformed file.
     except Exception as error:
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer {file} is no Hugging Face tokenizer ({error}): "
             f"name a {TOKENIZER_FILE} that the tokenizers library writes."
         ) from error
@@ -122,16 +124,13 @@ def turn_end_hint(tokenizer: CorpusTokenizer) -> str | None:
 def _configured_eos(file: Path) -> str:
     config_file = file.parent / CONFIG_FILE
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
         # Either the text of the token or an object that describes it.
-        eos = config.get("eos_token")
+        eos = read_json_object(config_file, "repair it").get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
     except FileNotFoundError:
         eos = None
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config_file} is no JSON object ({error}): repair it.") from error
     if not isinstance(eos, str):
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer {file} names no eos_token in {CONFIG_FILE}: set --eod-token."
         )
     return eos
@@ -142,14 +141,14 @@ def _corpus_tokenizer(
 ) -> CorpusTokenizer:
     eod_id = tokenizer.token_to_id(eod_token)
     if eod_id is None:
-        raise ValueError(
+        raise UsageError(
             f"--eod-token {eod_token!r} is not in the vocabulary of {origin}: choose one that is."
         )
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     # Megatron sizes the embedding by the number of entries; a higher id would index beyond it.
     highest = max(vocab.values())
     if highest >= len(vocab):
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer {origin} has token id {highest} but {len(vocab)} entries: "
             "number its tokens without gaps."
         )
@@ -195,10 +194,10 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> CorpusTokeniz
         vocab_size: entries, the 256 bytes and the end of a document included.
 
     Raises:
-        ValueError: ``vocab_size`` cannot hold the bytes.
+        UsageError: ``vocab_size`` cannot hold the bytes.
     """
     if vocab_size < 257:
-        raise ValueError(
+        raise UsageError(
             f"--train-bpe is {vocab_size}: 256 bytes and the end of a document need at least 257; "
             "use --byte-level for a vocabulary of 256."
         )

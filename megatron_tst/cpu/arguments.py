@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
+
 # Fused kernels, Transformer Engine and NCCL exist for GPUs only.
 _DEFAULTS = {
     "distributed_backend": "gloo",
@@ -112,34 +114,34 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
     """Refuses arguments that only work on a GPU.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        UsageError: naming the argument, its value and the remedy.
     """
     for name, flag, value in _WITHOUT_GPU:
         given = getattr(args, name)
         if given != value:
             named = flag if given is True else f"{flag} {given}"
             remedy = f"use {value}" if value else "remove it"
-            raise ValueError(f"{named} needs a GPU and none is visible: {remedy}.")
+            raise UsageError(f"{named} needs a GPU and none is visible: {remedy}.")
     if args.moe_token_dispatcher_type == "flex":
-        raise ValueError(
+        raise UsageError(
             "--moe-token-dispatcher-type flex needs a GPU and none is visible: use alltoall."
         )
     _refuse_attention(args)
     if args.tst_loss_impl == "triton":
-        raise ValueError("--tst-loss-impl triton needs a GPU and none is visible: use auto.")
+        raise UsageError("--tst-loss-impl triton needs a GPU and none is visible: use auto.")
     if args.profile and not args.use_pytorch_profiler:
-        raise ValueError(
+        raise UsageError(
             "--profile starts a GPU profiler and no GPU is visible: add --use-pytorch-profiler."
         )
     foreign = set(args.hybrid_layer_pattern or "") - set(_HYBRID_LAYERS)
     if foreign:
-        raise ValueError(
+        raise UsageError(
             f"--hybrid-layer-pattern {args.hybrid_layer_pattern} has layers that need a GPU "
             f"({' '.join(sorted(foreign))}) and none is visible: use attention (*, latent: +), MLP "
             "(-) and mixture of experts (E)."
         )
     if args.reset_attention_mask and not args.create_attention_mask_in_dataloader:
-        raise ValueError(
+        raise UsageError(
             "--reset-attention-mask needs attention masks, which the data loader does not create "
             "on the CPU platform: remove it."
         )
@@ -147,7 +149,7 @@ def refuse_gpu_arguments(args: argparse.Namespace) -> None:
 
 def _refuse_attention(args: argparse.Namespace) -> None:
     if args.multi_latent_attention and args.qk_layernorm and args.q_lora_rank is None:
-        raise ValueError(
+        raise UsageError(
             "--qk-layernorm with --multi-latent-attention needs --q-lora-rank where no GPU is "
             "visible: pass it, or remove --qk-layernorm."
         )
@@ -162,6 +164,6 @@ def _refuse_attention(args: argparse.Namespace) -> None:
     }
     for other, is_set in others.items():
         if is_set:
-            raise ValueError(
+            raise UsageError(
                 f"{unfused[0]} with {other} needs a GPU and none is visible: remove one of them."
             )

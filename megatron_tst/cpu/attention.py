@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.cpu.arguments import unfused_attention
 from megatron_tst.cpu.causal_attention import CausalAttention
 from megatron_tst.cpu.context_parallel import attend_from_chunks, gather_keys_and_values
@@ -47,7 +48,7 @@ class CoreAttention:
             **arguments: others of a core attention.
 
         Raises:
-            ValueError: a setting that neither computes.
+            UsageError: a setting that neither computes.
         """
         unfused = unfused_attention(config)
         if not unfused:
@@ -55,12 +56,12 @@ class CoreAttention:
                 config, layer_number, attn_mask_type, attention_type, **arguments
             )
         if config.context_parallel_size > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{unfused[0]} is set, which attention on the CPU platform does not compute "
                 "under --context-parallel-size: set it to 1, or run on a GPU."
             )
         if "k_channels" in arguments:
-            raise ValueError(
+            raise UsageError(
                 f"{unfused[0]} is set, which attention on the CPU platform does not compute "
                 "with --multi-latent-attention: remove one of them, or run on a GPU."
             )
@@ -81,7 +82,7 @@ class FusedCoreAttention(MegatronModule):
     Values may have another width than queries and keys, as in multi-latent attention.
 
     Raises:
-        ValueError: dropout under context parallelism.
+        UsageError: dropout under context parallelism.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class FusedCoreAttention(MegatronModule):
             the backward pass.
 
         Raises:
-            ValueError: an argument that is not supported, or causal attention of queries to a
+            UsageError: an argument that is not supported, or causal attention of queries to a
                 different number of keys.
         """
         _require_absent(attention_bias=attention_bias)
@@ -152,7 +153,7 @@ class FusedCoreAttention(MegatronModule):
             _require_one_sequence(query, key)
         if self.cp_group is not None:
             if not is_causal:
-                raise ValueError(
+                raise UsageError(
                     "attention_mask or a mask type other than causal is given, which attention on "
                     "the CPU platform does not compute under --context-parallel-size: set it to 1."
                 )
@@ -181,7 +182,7 @@ class FusedCoreAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams
     ) -> Tensor:
         if self.cp_group is not None:
-            raise ValueError(
+            raise UsageError(
                 "Attention within documents is not computed under --context-parallel-size on the "
                 "CPU platform: set it to 1."
             )
@@ -204,7 +205,7 @@ class FusedCoreAttention(MegatronModule):
 def _require_absent(**arguments: object) -> None:
     for name, argument in arguments.items():
         if argument is not None:
-            raise ValueError(
+            raise UsageError(
                 f"{name} is given, which attention on the CPU platform does not compute: "
                 "remove the option that asks for it, or run on a GPU."
             )
@@ -212,7 +213,7 @@ def _require_absent(**arguments: object) -> None:
 
 def _require_one_sequence(query: Tensor, key: Tensor) -> None:
     if query.shape[0] != key.shape[0]:
-        raise ValueError(
+        raise UsageError(
             f"Causal attention of {query.shape[0]} queries to {key.shape[0]} keys: the CPU "
             "platform computes it within one sequence only, without a cache of keys."
         )
@@ -226,7 +227,7 @@ def _context_parallel_group(pg_collection: Any) -> dist.ProcessGroup:
 
 def _require_no_dropout(attention_dropout: float) -> None:
     if attention_dropout > 0.0:
-        raise ValueError(
+        raise UsageError(
             f"--attention-dropout is {attention_dropout}, which attention on the CPU platform does "
             "not compute under --context-parallel-size: set it to 0, or run on a GPU."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.ops.native import compiled_kernels, kernels
 
 
@@ -130,7 +131,7 @@ def build_norm(
     for every parameter that is marked as here.
 
     Raises:
-        ValueError: a kind of norm that torch does not have.
+        UsageError: a kind of norm that torch does not have.
     """
     refused = {
         "--normalization": config.normalization not in _NORMS,
@@ -139,7 +140,7 @@ def build_norm(
     }
     for flag, is_set in refused.items():
         if is_set:
-            raise ValueError(
+            raise UsageError(
                 f"{flag} asks for a norm that the CPU platform does not compute: use "
                 f"--normalization {' or '.join(_NORMS)} alone, or run on a GPU."
             )

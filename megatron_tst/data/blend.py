@@ -11,6 +11,8 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
 
+from megatron_tst.common.errors import UsageError
+
 Blend = tuple[Sequence[str], Sequence[float] | None]
 """Paths of corpora, without .bin or .idx, and their weights."""
 
@@ -19,18 +21,18 @@ def check_blend(paths: Sequence[str], weights: Sequence[float] | None) -> None:
     """Refuses what cannot be blended.
 
     Raises:
-        ValueError: a corpus that comes twice, under one name or two, or a weight that is not a
+        UsageError: a corpus that comes twice, under one name or two, or a weight that is not a
             positive number.
     """
     files = [path if is_object_storage_path(path) else os.path.realpath(path) for path in paths]
     for index, path in enumerate(paths):
         if files[index] in files[:index]:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path names {path} twice: each corpus is one stream. Name it once, with "
                 "the sum of its weights."
             )
         if weights is not None and not 0 < weights[index] < math.inf:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path gives {path} the weight {weights[index]}: use a positive number, or "
                 "leave the corpus out."
             )
@@ -44,12 +46,12 @@ def check_numbers(words: Sequence[str], has_weights: bool) -> None:
         has_weights: they are taken for pairs of a weight and a path.
 
     Raises:
-        ValueError: a number in the place of a weight, or without any weights, with an index of
+        UsageError: a number in the place of a weight, or without any weights, with an index of
             that name in the working folder.
     """
     for word in words[::2] if has_weights else words:
         if is_number(word) and os.path.isfile(f"{word}.idx"):
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {' '.join(words)}: {word} is a number and would be a weight, and "
                 f"{word}.idx is a corpus. Write ./{word} for the corpus; if it is a weight, write "
                 f"it another way, such as {float(word):.1f}."

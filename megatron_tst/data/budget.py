@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import fill_up
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Phase
@@ -140,7 +141,7 @@ def refuse_repetition(
     """Refuses a run that would read a corpus more often than it may.
 
     Raises:
-        ValueError: naming the corpus, the largest settings that fit, and the ways out.
+        UsageError: naming the corpus, the largest settings that fit, and the ways out.
     """
     worst = max(data_budget(schedule, texts, weights), key=lambda budget: budget.epochs)
     if worst.epochs <= max_epochs + _ROUNDING:
@@ -151,7 +152,7 @@ def refuse_repetition(
         return all(budget.epochs <= max_epochs + _ROUNDING for budget in budgets)
 
     raised = math.ceil(worst.epochs * 100) / 100
-    raise ValueError(
+    raise UsageError(
         f"--tst-max-epochs is {max_epochs:g} and this run reads {worst.path} {raised:g} times: "
         f"{worst.needed:,} tokens ({worst.phase_1:,} in phase 1) of {worst.available:,}. "
         f"{' '.join(_ways_out(schedule, fits))} Or use more text, or --tst-max-epochs {raised:g}."

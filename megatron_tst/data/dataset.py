@@ -35,6 +35,7 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import check_document_lengths, check_indexed_dataset, fingerprint
@@ -57,7 +58,7 @@ class SuperpositionGPTDataset(GPTDataset):
         config: configuration.
 
     Raises:
-        ValueError: no number of samples, a split shorter than one sample, or no cache on a rank
+        UsageError: no number of samples, a split shorter than one sample, or no cache on a rank
             that does not build it.
     """
 
@@ -68,7 +69,7 @@ class SuperpositionGPTDataset(GPTDataset):
         """Opens the corpus.
 
         Raises:
-            ValueError: its files are missing, damaged, or do not belong together.
+            UsageError: its files are missing, damaged, or do not belong together.
         """
         check_indexed_dataset(dataset_path)
         return GPTDataset.build_low_level_dataset(dataset_path, config)
@@ -191,7 +192,7 @@ class SuperpositionGPTDataset(GPTDataset):
         if not self.is_superposed:
             return super()._build_document_sample_shuffle_indices()
         if not self.num_samples:
-            raise ValueError(
+            raise UsageError(
                 f"The train split was asked for {self.num_samples} samples: superposition needs "
                 "their number. Pass --train-iters or --train-samples."
             )
@@ -211,7 +212,7 @@ class SuperpositionGPTDataset(GPTDataset):
         tokens = int(super()._get_num_tokens_per_epoch())
         # Upstream counts epochs until there is enough text, which never happens without any.
         if not tokens:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {self.dataset_path}: its {self.index_split.name} split holds no "
                 f"text. Give it a larger share than --split {self.config.split} does, or none (0)."
             )
@@ -244,7 +245,7 @@ class SuperpositionGPTDataset(GPTDataset):
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         # --dataloader-fast-cache-load gives no documents: it promises that the cache is there.
         if rank != 0 or self.indices is None:
-            raise ValueError(
+            raise UsageError(
                 f"--data-cache-path {missing.parent}: rank {rank} does not find {missing.name}, "
                 "which rank 0 builds. Use a folder that all nodes share, and run once without "
                 "--dataloader-fast-cache-load."

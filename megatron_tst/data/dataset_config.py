@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Phase
@@ -37,7 +38,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
             whatever text.
 
     Raises:
-        ValueError: a setting that does not go together with superposition.
+        UsageError: a setting that does not go together with superposition.
     """
 
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
@@ -55,30 +56,30 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
         if not self.superposition.enabled:
             return
         if not any(phase.is_superposed for phase in self.phases):
-            raise ValueError(
+            raise UsageError(
                 f"phases is {self.phases}, without bags: pass SuperpositionSchedule.phases."
             )
         bag_size = self.superposition.bag_size
         for name, flag, reason in _UNSUPPORTED:
             if getattr(self, name):
-                raise ValueError(
+                raise UsageError(
                     f"{flag} does not work with --tst-bag-size {bag_size}: {reason}. "
                     "Remove it, or use --tst-bag-size 1."
                 )
         if self.inter_document_masking and not self.superposition.aligns_documents:
-            raise ValueError(
+            raise UsageError(
                 f"--dataloader-inter-document-masking does not work with --tst-bag-size {bag_size} "
                 "and --tst-document-boundary cross: a bag may hold tokens of two documents. Use "
                 "--tst-document-boundary align."
             )
         if not self.add_extra_token_to_sequence:
-            raise ValueError(
+            raise UsageError(
                 "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
                 f"that --tst-bag-size {bag_size} plans with. Leave it True."
             )
         paths, weights = self.train_blend
         if len(paths) > 1 and weights is None:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path or --train-data-path {' '.join(paths)}: --tst-bag-size {bag_size} "
                 "needs the weight of each of several corpora. Put it in front of its path."
             )

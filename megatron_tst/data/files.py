@@ -20,6 +20,8 @@ from megatron.core.datasets.indexed_dataset import (
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
+
 # What is read of each file to tell it from others: 256 KiB, however large it is.
 _FINGERPRINT_BLOCKS = 64
 _FINGERPRINT_BLOCK_BYTES = 4096
@@ -41,21 +43,21 @@ def check_indexed_dataset(path_prefix: str) -> None:
         path_prefix: path without ``.bin`` or ``.idx``, as given to ``--data-path``.
 
     Raises:
-        ValueError: naming the file, what is wrong with it, and the remedy.
+        UsageError: naming the file, what is wrong with it, and the remedy.
     """
     if is_object_storage_path(path_prefix):
         return
     index_path, data_path = Path(get_idx_path(path_prefix)), Path(get_bin_path(path_prefix))
     for path in (index_path, data_path):
         if not path.is_file():
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {path_prefix}: {path} is missing. Pass the common path of both files "
                 "without .bin or .idx."
             )
     expected_bytes = _expected_data_bytes(index_path)
     data_bytes = data_path.stat().st_size
     if data_bytes != expected_bytes:
-        raise ValueError(
+        raise UsageError(
             f"{data_path} has {data_bytes} bytes and its index {index_path} describes "
             f"{expected_bytes}: it is truncated or belongs to another index. {_REMEDY}"
         )
@@ -71,7 +73,7 @@ def _expected_data_bytes(index_path: Path) -> int:
         documents_end = offsets_end + documents * np.dtype(np.int64).itemsize
         index_bytes = os.fstat(file.fileno()).st_size
         if index_bytes < documents_end:
-            raise ValueError(
+            raise UsageError(
                 f"{index_path} has {index_bytes} bytes and needs {documents_end} for its "
                 f"{sequences} sequences: it is truncated. {_REMEDY}"
             )
@@ -85,7 +87,7 @@ def _expected_data_bytes(index_path: Path) -> int:
         if last_length < 0:
             raise _negative_length(str(index_path), sequences - 1, last_length)
         if last(documents_end, "<q") != sequences:
-            raise ValueError(
+            raise UsageError(
                 f"{index_path} does not end its last document at sequence {sequences}: it is "
                 f"damaged. {_REMEDY}"
             )
@@ -102,15 +104,15 @@ def check_document_lengths(path_prefix: str, lengths: NDArray[np.int32]) -> None
         lengths: [documents] int32, such as ``IndexedDataset.sequence_lengths``.
 
     Raises:
-        ValueError: naming the file, the document and the remedy.
+        UsageError: naming the file, the document and the remedy.
     """
     if len(lengths) and lengths.min() < 0:
         document = int(lengths.argmin())
         raise _negative_length(get_idx_path(path_prefix), document, int(lengths[document]))
 
 
-def _negative_length(index_path: str, document: int, length: int) -> ValueError:
-    return ValueError(
+def _negative_length(index_path: str, document: int, length: int) -> UsageError:
+    return UsageError(
         f"{index_path}: document {document} has {length} tokens. The file is damaged, or the "
         f"document has more than the {2**31 - 1} tokens that the format can hold and overflowed. "
         "Copy the file again, or split the document and run tools/preprocess_data.py again."
@@ -120,20 +122,20 @@ def _negative_length(index_path: str, document: int, length: int) -> ValueError:
 def _parse_header(index_path: Path, header: bytes) -> tuple[int, int, int]:
     """Bytes a token, number of sequences, and number of document boundaries."""
     if len(header) < _HEADER_BYTES or not header.startswith(_INDEX_HEADER):
-        raise ValueError(
+        raise UsageError(
             f"{index_path} is not the index of a Megatron corpus (its header is missing). {_REMEDY}"
         )
     version, code = struct.unpack_from("<QB", header, len(_INDEX_HEADER))
     sequences, documents = struct.unpack_from("<QQ", header, _COUNTS_OFFSET)
     if version != _VERSION:
-        raise ValueError(f"{index_path} has version {version}, not {_VERSION}. {_REMEDY}")
+        raise UsageError(f"{index_path} has version {version}, not {_VERSION}. {_REMEDY}")
     if code not in [dtype.value for dtype in DType]:
-        raise ValueError(f"{index_path} has the unknown token type {code}. {_REMEDY}")
+        raise UsageError(f"{index_path} has the unknown token type {code}. {_REMEDY}")
     if sequences == 0 or documents == 0:
-        raise ValueError(f"{index_path} describes no text. {_REMEDY}")
+        raise UsageError(f"{index_path} describes no text. {_REMEDY}")
     if sequences > _MAX_SEQUENCES:
         # Its numbers of documents are int32 and wrap around without an error.
-        raise ValueError(
+        raise UsageError(
             f"{index_path} has {sequences} sequences, and Megatron reads at most {_MAX_SEQUENCES} "
             "of a corpus: make several corpora of the text, and name them all with --data-path."
         )
@@ -158,7 +160,7 @@ def check_vocabulary(
         tokens: tokens to read from each of them.
 
     Raises:
-        ValueError: naming the file, the document, the token id and the remedy.
+        UsageError: naming the file, the document, the token id and the remedy.
     """
     if is_object_storage_path(path_prefix):
         return
@@ -170,7 +172,7 @@ def check_vocabulary(
         text = corpus.get(document, 0, length)
         wrong = text[(text < 0) | (text >= vocabulary_size)]
         if len(wrong):
-            raise ValueError(
+            raise UsageError(
                 f"{get_bin_path(path_prefix)}: document {document} holds token id {wrong[0]}, and "
                 f"the vocabulary has {vocabulary_size}. Use the tokenizer that the corpus was made "
                 "with, or raise --padded-vocab-size."
@@ -202,7 +204,7 @@ def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:
             ``check_indexed_dataset``.
 
     Raises:
-        ValueError: naming two corpora that differ, in what, and the remedy.
+        UsageError: naming two corpora that differ, in what, and the remedy.
     """
     local = [prefix for prefix in path_prefixes if not is_object_storage_path(prefix)]
     for what, read in (("token type", _token_type), ("tokenizer", _tokenizer_fingerprint)):
@@ -210,7 +212,7 @@ def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:
         for value, prefix in found[1:]:
             first_value, first_prefix = found[0]
             if value != first_value:
-                raise ValueError(
+                raise UsageError(
                     f"--data-path {prefix} was made with the {what} {value}, and {first_prefix} "
                     f"with {first_value}: run tools/preprocess_data.py with one tokenizer for all."
                 )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
 # Beside the permutations of the stream itself: the third word of a seed.
@@ -58,7 +59,7 @@ def stock_indices(
         seed: random seed.
 
     Raises:
-        ValueError: bags that keep to their document are left, which hold padding.
+        UsageError: bags that keep to their document are left, which hold padding.
     """
     unread = stream.samples[samples_read:].astype(np.int64)
     length, switch_sample = layout.sequence_length, layout.phases[-1].first_sample
@@ -77,7 +78,7 @@ def _left_of_bags(samples: NDArray[np.int64], layout: SampleLayout) -> NDArray[n
         phase = layout.phases[index]
         unread = samples[(samples >= first) & (samples < end)] - first
         if len(unread) and phase.document_multiple > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "
                 "align they hold padding: take the checkpoint of the switch, or a later one."
             )
@@ -94,7 +95,7 @@ def _indices(
     # Of several documents that start there, all but the last are empty.
     documents = stream.starts.searchsorted(bounds, side="right") - 1
     if len(stream.documents) >= 2**31:
-        raise ValueError(f"{len(stream.documents)} documents are too many for Megatron's index.")
+        raise UsageError(f"{len(stream.documents)} documents are too many for Megatron's index.")
     # Megatron takes the rows less one for the length of the dataset, and wants one of the run's.
     rows = max(len(bounds), len(stream.samples) + 1)
     sample_index = np.zeros((rows, 2), dtype=np.int32)

@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tst.common.atomic_files import replacing
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.phases import Phase, phase_of_sample
 
 PADDING = -100
@@ -241,13 +242,13 @@ class TokenStream:
             corpus: what to call the corpus in an error.
 
         Raises:
-            ValueError: the split is shorter than one sample with its look-ahead.
+            UsageError: the split is shorter than one sample with its look-ahead.
         """
         tokens = int(document_lengths[documents].sum(dtype=np.int64))
         largest = max(layout.phases, key=lambda phase: phase.bag_size)
         positions, look_ahead = layout.tokens(largest), largest.look_ahead
         if tokens < positions + look_ahead:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {corpus}: its train split holds {tokens} tokens, and one sample of "
                 f"phase 1 needs {positions + look_ahead} ({positions} and {look_ahead} of "
                 "look-ahead). Use more text, a larger first share in --split, or a smaller "

@@ -7,6 +7,8 @@ from typing import Any
 from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
+from megatron_tst.common.errors import UsageError
+
 
 class FixedValidationDataset(Dataset[dict[str, Any]]):
     """Repeats the first samples of a validation dataset, once for every evaluation.
@@ -22,7 +24,7 @@ class FixedValidationDataset(Dataset[dict[str, Any]]):
         total_samples: samples of all evaluations of the run.
 
     Raises:
-        ValueError: the dataset has fewer samples than an evaluation reads.
+        UsageError: the dataset has fewer samples than an evaluation reads.
     """
 
     split = Split.valid
@@ -33,7 +35,7 @@ class FixedValidationDataset(Dataset[dict[str, Any]]):
     ) -> None:
         available = len(dataset)  # type: ignore[arg-type]
         if not 1 <= samples_per_evaluation <= available:
-            raise ValueError(
+            raise UsageError(
                 f"An evaluation reads {samples_per_evaluation} samples (--eval-iters times the "
                 f"global batch size) and the validation split has {available}: change --eval-iters "
                 "or enlarge the split."

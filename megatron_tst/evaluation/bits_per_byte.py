@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import LoadedModel
 
@@ -70,10 +71,10 @@ def read_documents(path: Path, flag: str = "--text") -> dict[Path, str]:
     """The text of a file, or of all files under a folder in sorted order, empty ones left out.
 
     Raises:
-        ValueError: nothing there, a file that is not UTF-8, or no text at all.
+        UsageError: nothing there, a file that is not UTF-8, or no text at all.
     """
     if not path.exists():
-        raise ValueError(f"{flag} {path} does not exist.")
+        raise UsageError(f"{flag} {path} does not exist.")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     documents = {}
     for file in files:
@@ -81,13 +82,13 @@ def read_documents(path: Path, flag: str = "--text") -> dict[Path, str]:
             # Not read_text(), which translates the ends of lines and so changes the bytes.
             documents[file] = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {path}: {file} is not text in UTF-8 (byte {error.start}): convert it, or "
                 "take it out."
             ) from error
     found = {file: text for file, text in documents.items() if text}
     if not found:
-        raise ValueError(f"{flag} {path} holds no text: pass a file that is not empty.")
+        raise UsageError(f"{flag} {path} holds no text: pass a file that is not empty.")
     return found
 
 
@@ -112,14 +113,14 @@ def bits_per_byte(
         on_progress: called with the windows that are done, and their number.
 
     Raises:
-        ValueError: a window or stride that the model cannot have.
+        UsageError: a window or stride that the model cannot have.
     """
     window = loaded.context if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     if not 1 <= window <= loaded.context:
-        raise ValueError(f"--window {window}: use 1 to {loaded.context}, the context of the model.")
+        raise UsageError(f"--window {window}: use 1 to {loaded.context}, the context of the model.")
     if not 1 <= stride <= window:
-        raise ValueError(f"--stride {stride}: use 1 to {window}, the window.")
+        raise UsageError(f"--stride {stride}: use 1 to {window}, the window.")
     front = _token_in_front(loaded.tokenizer)
     encoded = [_encode(loaded.tokenizer, text) for text in documents]
     bits = [0.0 if front is not None else math.log2(len(loaded.tokenizer))] * len(documents)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_tst import __version__
 from megatron_tst.common.atomic_files import write_json
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import (
@@ -73,7 +74,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for flag, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
-                raise ValueError(f"{flag} {value}: use 1 or more.")
+                raise UsageError(f"{flag} {value}: use 1 or more.")
 
     @property
     def runs_tasks(self) -> bool:
@@ -92,7 +93,7 @@ def evaluate(config: EvaluationConfig, display: TaskProgress) -> tuple[Results, 
         The results, and those of ``config.compare``.
 
     Raises:
-        ValueError: input that cannot be used, naming it and the remedy.
+        UsageError: input that cannot be used, naming it and the remedy.
     """
     check_output(config.output, config.overwrite)
     folder = check_model_folder(config.model)
@@ -125,13 +126,13 @@ def _check_windows(
     if config.window is None:
         windows = {*known, *others}
         if len(windows) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"--compare {config.compare}: the models have contexts of "
                 f"{' and '.join(map(str, sorted(windows)))} tokens, which makes their bits per "
                 f"byte two measures: pass --window {min(windows)}, or less."
             )
     elif known and config.window > min(known):
-        raise ValueError(f"--window {config.window}: a model has a context of {min(known)} tokens.")
+        raise UsageError(f"--window {config.window}: a model has a context of {min(known)} tokens.")
 
 
 def _settings(

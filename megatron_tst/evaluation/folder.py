@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.corpus.huggingface_tokenizer import load_huggingface_tokenizer
 from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
 
@@ -80,11 +80,11 @@ class LoadedModel:
         """Most tokens that the model was made for, by its config.json.
 
         Raises:
-            ValueError: it does not say.
+            UsageError: it does not say.
         """
         length = getattr(self.model.config, "max_position_embeddings", None)
         if length is None:
-            raise ValueError(
+            raise UsageError(
                 f"{self.model.config.name_or_path} has no max_position_embeddings in config.json: "
                 "add the number of tokens that the model was made for."
             )
@@ -102,15 +102,15 @@ def check_model_folder(
         needs_tokenizer: whether a folder without a tokenizer is of no use.
 
     Raises:
-        ValueError: not a Hugging Face folder, no safetensors weights, a missing file, weights of
+        UsageError: not a Hugging Face folder, no safetensors weights, a missing file, weights of
             which tools take different ones, or a model that brings code of its own.
     """
     named = f"{flag} {path}"
     if not path.is_dir():
-        raise ValueError(f"{named} is not a folder: pass one that has config.json and safetensors.")
+        raise UsageError(f"{named} is not a folder: pass one that has config.json and safetensors.")
     config = _read_json(path / "config.json", named)
     if "auto_map" in config:
-        raise ValueError(
+        raise UsageError(
             f"{named} brings code of its own (auto_map in config.json), which is never run: use a "
             "model that transformers itself knows."
         )
@@ -118,23 +118,23 @@ def check_model_folder(
     weights = _weight_files(path, named)
     missing = [name for name in weights if not (path / name).is_file()]
     if missing:
-        raise ValueError(f"{named}: {', '.join(missing)} is missing: copy the folder again.")
+        raise UsageError(f"{named}: {', '.join(missing)} is missing: copy the folder again.")
     folder = ModelFolder(path, config, tuple(weights))
     if needs_tokenizer and not folder.has_tokenizer:
-        raise ValueError(f"{named} has no tokenizer: copy tokenizer.json and its config into it.")
+        raise UsageError(f"{named} has no tokenizer: copy tokenizer.json and its config into it.")
     return folder
 
 
 def _refuse_other_weights(path: Path, config: dict[str, Any], named: str) -> None:
     """Refuses what makes transformers load other weights than the index or the single file."""
     if "transformers_weights" in config:
-        raise ValueError(
+        raise UsageError(
             f"{named} names the file of its weights in config.json (transformers_weights "
             f"{config['transformers_weights']}), which only transformers follows: call the file "
             f"{_SINGLE_FILE} and remove the entry."
         )
     if (path / _ADAPTER).is_file():
-        raise ValueError(
+        raise UsageError(
             f"{named} holds an adapter ({_ADAPTER}), which transformers applies where peft is "
             "installed and leaves out elsewhere: merge it into the weights, or remove it."
         )
@@ -146,9 +146,9 @@ def _weight_files(path: Path, named: str) -> list[str]:
         try:
             listed = {str(name) for name in _read_json(path / _INDEX, named)["weight_map"].values()}
         except (KeyError, AttributeError) as error:
-            raise ValueError(f"{path / _INDEX} lists no weights: copy the folder again.") from error
+            raise UsageError(f"{path / _INDEX} lists no weights: copy the folder again.") from error
         if has_single_file and listed != {_SINGLE_FILE}:
-            raise ValueError(
+            raise UsageError(
                 f"{named} holds {_SINGLE_FILE} and {_INDEX}, which lists other files "
                 f"({', '.join(sorted(listed)[:3])}): transformers loads the first and other tools "
                 "the second. Remove the one that is not the model."
@@ -158,33 +158,28 @@ def _weight_files(path: Path, named: str) -> list[str]:
         return [_SINGLE_FILE]
     pickles = sorted(found.name for pattern in _PICKLES for found in path.glob(pattern))
     if pickles:
-        raise ValueError(
+        raise UsageError(
             f"{named} has its weights as pickles only ({', '.join(pickles[:3])}), which can run "
             "any code when they are opened: convert them to safetensors first."
         )
-    raise ValueError(f"{named} has no weights: model.safetensors or {_INDEX} is missing.")
+    raise UsageError(f"{named} has no weights: model.safetensors or {_INDEX} is missing.")
 
 
 def _read_json(path: Path, named: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path, "copy the folder again")
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UsageError(
             f"{named} has no {path.name}: pass a Hugging Face folder "
             "(tools/convert_megatron_to_hf.py makes one of a checkpoint)."
         ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): copy the folder again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object: copy the folder again.")
-    return content
 
 
 def device_of(name: str) -> torch.device:
     """The device to use: ``auto`` is the GPU where there is one.
 
     Raises:
-        ValueError: no such device here.
+        UsageError: no such device here.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -194,7 +189,7 @@ def device_of(name: str) -> torch.device:
     # torch reports by RuntimeError, and by AssertionError where it was built without CUDA.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}): pass auto or cpu.") from error
+        raise UsageError(f"--device {name} cannot be used ({reason}): pass auto or cpu.") from error
     return device
 
 
@@ -208,7 +203,7 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
         device: where to.
 
     Raises:
-        ValueError: transformers cannot load it, or weights are missing in it.
+        UsageError: transformers cannot load it, or weights are missing in it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -221,13 +216,13 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
     # transformers and safetensors raise all kinds.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
+        raise UsageError(
             f"{folder.path} cannot be loaded ({type(error).__name__}: {reason}): it needs a causal "
             "language model that transformers knows."
         ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
-        raise ValueError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
+        raise UsageError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
     notes = [loaded.note] if loaded.note else []
     if dtype == "auto" and model.dtype == torch.bfloat16 and _widens(device):
         model = model.float()

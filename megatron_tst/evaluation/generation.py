@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.evaluation.folder import LoadedModel
 
 
@@ -31,23 +32,23 @@ def generate(
         The prompt and what follows it.
 
     Raises:
-        ValueError: an empty prompt, a prompt too long for the model, or a number out of range.
+        UsageError: an empty prompt, a prompt too long for the model, or a number out of range.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens}: use 1 or more.")
+        raise UsageError(f"--max-new-tokens {max_new_tokens}: use 1 or more.")
     # Less overflows, and more than a few is noise.
     if temperature and not 0.01 <= temperature <= 100:
-        raise ValueError(f"--temperature {temperature:g}: use 0, or a number from 0.01 to 100.")
+        raise UsageError(f"--temperature {temperature:g}: use 0, or a number from 0.01 to 100.")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p {top_p:g}: use a number above 0, up to 1.")
+        raise UsageError(f"--top-p {top_p:g}: use a number above 0, up to 1.")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed {seed}: use a number from 0 to 2^63 - 1.")
+        raise UsageError(f"--seed {seed}: use a number from 0 to 2^63 - 1.")
     tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     length = tokens["input_ids"].shape[-1]
     if not length:
-        raise ValueError("the prompt is empty: pass some text.")
+        raise UsageError("the prompt is empty: pass some text.")
     if length + max_new_tokens > loaded.context:
-        raise ValueError(
+        raise UsageError(
             f"--max-new-tokens {max_new_tokens}: the prompt has {length} tokens and the model "
             f"was made for {loaded.context}: use {max(loaded.context - length, 0)} or fewer."
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import LoadedModel
 
@@ -54,7 +55,7 @@ def load_tasks(names: Sequence[str] | None, tasks_dir: Path | None = None) -> Ta
             name Python functions beside them, which are run.
 
     Raises:
-        ValueError: lm-eval is not installed, an unknown task, or data that cannot be had.
+        UsageError: lm-eval is not installed, an unknown task, or data that cannot be had.
     """
     manager = _manager(tasks_dir, names)
     if names is None:
@@ -66,12 +67,12 @@ def load_tasks(names: Sequence[str] | None, tasks_dir: Path | None = None) -> Ta
             loaded = manager.load(name)
         # Whatever the loading script of a data set, the hub and the network raise.
         except Exception as error:
-            raise ValueError(_no_data(name, error)) from error
+            raise UsageError(_no_data(name, error)) from error
         built += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
     try:
         manager.load(built)
     except ValueError as error:
-        raise ValueError(f"--tasks {' '.join(names)}: {error}. Name each task once.") from error
+        raise UsageError(f"--tasks {' '.join(names)}: {error}. Name each task once.") from error
     return Tasks(names, built, manager)
 
 
@@ -79,17 +80,17 @@ def _manager(tasks_dir: Path | None, names: Sequence[str] | None) -> Any:
     try:
         import lm_eval.tasks
     except ImportError as error:
-        raise ValueError(
+        raise UsageError(
             f"lm-eval cannot be imported ({error}): pip install 'megatron-tst[eval]'."
         ) from error
     own = Path(lm_eval.tasks.__file__).parent
     folders = [own / folder for folder in _FOLDERS]
     if tasks_dir is not None:
         if not tasks_dir.is_dir():
-            raise ValueError(f"--tasks-dir {tasks_dir} is not a folder.")
+            raise UsageError(f"--tasks-dir {tasks_dir} is not a folder.")
         local = lm_eval.tasks.TaskManager(include_path=tasks_dir, include_defaults=False)
         if not local.all_subtasks:
-            raise ValueError(f"--tasks-dir {tasks_dir} holds no task file of lm-eval (.yaml).")
+            raise UsageError(f"--tasks-dir {tasks_dir} holds no task file of lm-eval (.yaml).")
         if not _unknown(names or (), local):
             return local
         folders.append(tasks_dir)
@@ -115,7 +116,7 @@ def _check_mentioned(names: Sequence[str], folder: Path, known: Sequence[str]) -
 def _refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
     for name in unknown:
         close = difflib.get_close_matches(name, known)
-        raise ValueError(
+        raise UsageError(
             f"--tasks {name} is no task of lm-eval or --tasks-dir"
             + (f" (close: {', '.join(close)})." if close else ".")
         )

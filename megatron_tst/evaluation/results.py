@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tst.common.errors import UsageError
+
 FORMAT = 1
 Results = dict[str, Any]
 
@@ -20,32 +22,32 @@ def check_output(path: Path, overwrite: bool) -> None:
     """Refuses a place where results cannot be written, before they are computed.
 
     Raises:
-        ValueError: the file exists, or its folder does not.
+        UsageError: the file exists, or its folder does not.
     """
     if path.is_dir() or (path.exists() and not overwrite):
-        raise ValueError(f"--output {path} exists: choose another file, or pass --overwrite.")
+        raise UsageError(f"--output {path} exists: choose another file, or pass --overwrite.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--output {path}: the folder {path.parent} does not exist.")
+        raise UsageError(f"--output {path}: the folder {path.parent} does not exist.")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise ValueError(f"--output {path}: nothing can be written into {path.parent}.")
+        raise UsageError(f"--output {path}: nothing can be written into {path.parent}.")
 
 
 def read_results(path: Path, flag: str = "--compare") -> Results:
     """Results of an earlier evaluation.
 
     Raises:
-        ValueError: the file is something else.
+        UsageError: the file is something else.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path} cannot be read as JSON ({error}).") from error
+        raise UsageError(f"{flag} {path} cannot be read as JSON ({error}).") from error
     if (
         not isinstance(results, dict)
         or results.get("format") != FORMAT
         or not all(isinstance(results.get(part), dict) for part in ("model", "settings", "tasks"))
     ):
-        raise ValueError(f"{flag} {path} is no result of tools/evaluate.py of this version.")
+        raise UsageError(f"{flag} {path} is no result of tools/evaluate.py of this version.")
     return results
 
 
@@ -57,18 +59,18 @@ def check_comparable(settings: Results, other: Results, path: Path) -> None:
         other: earlier results, from ``path``.
 
     Raises:
-        ValueError: naming the setting and both values.
+        UsageError: naming the setting and both values.
     """
     for name in _COMPARED_SETTINGS:
         ours, theirs = settings[name], other["settings"].get(name)
         if ours != theirs:
-            raise ValueError(
+            raise UsageError(
                 f"--compare {path} was made with {name} {theirs}, and this command has {ours}: "
                 "evaluate both models with the same settings."
             )
     absent = [name for name in settings["tasks"] if name not in other["tasks"]]
     if absent:
-        raise ValueError(
+        raise UsageError(
             f"--compare {path} has no result of {', '.join(absent)}: evaluate both models on the "
             "same tasks."
         )

@@ -9,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.ops.embedding import bag_embedding
 from megatron_tst.ops.kernels.launch import Implementation
 from megatron_tst.ops.targets import IGNORE_INDEX
@@ -91,10 +92,10 @@ def leave_product_to_the_loss(output_layer: nn.Module) -> None:
     """Lets an output layer leave its product to the loss, in place.
 
     Raises:
-        ValueError: the layer has a forward of its own, which the loss would not compute.
+        UsageError: the layer has a forward of its own, which the loss would not compute.
     """
     if has_own_forward(output_layer, ColumnParallelLinear):
-        raise ValueError(
+        raise UsageError(
             f"--tst-loss-impl linear computes the product of the output layer by itself, and "
             f"{type(output_layer).__name__} has a forward of its own: use --tst-loss-impl auto."
         )

@@ -16,6 +16,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.ops.cross_entropy import (
@@ -153,7 +154,7 @@ def superpose_built_models(
     parameters, their initial values and the random state stay as built.
 
     Raises:
-        ValueError: a model that is neither a GPTModel nor a HybridModel.
+        UsageError: a model that is neither a GPTModel nor a HybridModel.
 
     Args:
         models: built chunks of this rank.
@@ -162,7 +163,7 @@ def superpose_built_models(
     for model in models:
         superposed = _SUPERPOSED.get(type(model))
         if superposed is None:
-            raise ValueError(
+            raise UsageError(
                 f"Token superposition supports GPTModel and HybridModel, not "
                 f"{type(model).__name__}: remove the options that select it, or use "
                 "--tst-bag-size 1."

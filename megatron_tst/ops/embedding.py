@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.ops.collectives import (
     group_size,
     reduce_from_tensor_parallel,
@@ -88,7 +89,7 @@ def _validate(
         )
     tp_size = group_size(tp_group)
     if sequence_parallel and token_bags.shape[1] % tp_size:
-        raise ValueError(
+        raise UsageError(
             f"latent length {token_bags.shape[1]} is not divisible by the tensor-parallel size "
             f"{tp_size}: sequence parallelism needs equal slices; change --seq-length."
         )
@@ -97,7 +98,7 @@ def _validate(
         present = token_bags if is_absent is None else token_bags.masked_fill(is_absent, 0)
         lowest, highest = (int(bound) for bound in present.aminmax())
         if lowest < 0 or highest >= vocabulary_size:
-            raise ValueError(
+            raise UsageError(
                 f"token_bags holds ids from {lowest} to {highest}, outside the padded vocabulary "
                 f"of {vocabulary_size}: the data and the model use different tokenizers."
             )

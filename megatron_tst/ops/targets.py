@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.ops.collectives import group_size, vocabulary_start
 
 IGNORE_INDEX = -100
@@ -44,7 +45,7 @@ def validate_targets(
         foreign = (target_bags < 0) | (target_bags >= vocabulary_size)
         foreign &= target_bags != ignore_index
         if bool(foreign.any()):
-            raise ValueError(
+            raise UsageError(
                 f"target {int(target_bags[foreign][0])} lies outside the padded vocabulary of "
                 f"{vocabulary_size} and is not the ignore index {ignore_index}: the data and the "
                 "model use different tokenizers, or the logits are not this rank's shard."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_tst.common.errors import UsageError
+
 SECONDS_PER_HOUR = 3600
 PEAK_BF16_FLOPS = {
     "A100": 312e12,
@@ -83,7 +85,7 @@ def parse_tokens(flag: str, text: str) -> float:
     """A number that may end in K, M, B or T, such as ``1.05T``.
 
     Raises:
-        ValueError: it is no number above 0.
+        UsageError: it is no number above 0.
     """
     stripped = text.strip().upper()
     multiplier = _MULTIPLIERS.get(stripped[-1:], 1.0)
@@ -92,7 +94,7 @@ def parse_tokens(flag: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError(
+        raise UsageError(
             f"{flag} is {text!r}: pass a number above 0, such as 300000000000 or 300B."
         )
     return value

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.planning.arms import ROUNDING, Arm, Arms, Comparison, Request, Setting
 from megatron_tst.planning.loss_estimate import SCATTER
 from megatron_tst.planning.published import PublishedModel
@@ -54,7 +55,7 @@ def make_plan(request: Request) -> Plan:
     is more than a baseline of the whole budget reads; then with all steps that the budget buys.
 
     Raises:
-        ValueError: budget or text are too small, or a given setting cannot be used.
+        UsageError: budget or text are too small, or a given setting cannot be used.
     """
     return _Planner(request).plan()
 
@@ -73,7 +74,7 @@ class _Planner:
         tokens = self.request.cluster.equivalent_tokens(self.request.gpu_hours)
         steps = math.floor(tokens / self.request.batch_tokens * (1 + ROUNDING))
         if steps < MINIMUM_STEPS:
-            raise ValueError(
+            raise UsageError(
                 f"--gpu-hours {self.request.gpu_hours:.4g} (or --currency) buys {steps} steps of "
                 f"{self.request.batch_tokens} tokens: raise the budget to at least "
                 f"{self.arms.hours(MINIMUM_STEPS):.4g} GPU-hours ({MINIMUM_STEPS} steps), or lower "
@@ -86,7 +87,7 @@ class _Planner:
         """Steps of an ordinary run that reads all the text."""
         steps = math.floor(self.request.readable_tokens / self.request.batch_tokens)
         if steps < MINIMUM_STEPS:
-            raise ValueError(
+            raise UsageError(
                 f"--tokens {self.request.tokens:.4g} is text for {steps} steps of "
                 f"{self.request.batch_tokens} tokens: get text for at least {MINIMUM_STEPS} steps, "
                 "raise --max-epochs, or lower --global-batch-size."
@@ -198,7 +199,7 @@ class _Planner:
     def _check_bag_size(self, bag_size: int) -> None:
         most = 32
         if not 2 <= bag_size <= most:
-            raise ValueError(
+            raise UsageError(
                 f"--tst-bag-size is {bag_size}: pass 2 to {most} (published: up to 16), or leave "
                 "it out to have it chosen."
             )

@@ -14,6 +14,7 @@ from functools import cache
 
 import numpy as np
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.planning.accounting import ModelSize
 from megatron_tst.planning.gain_table import (
     GainTable,
@@ -96,10 +97,10 @@ class LossModel:
         """Loss of a run that superposes input and output.
 
         Raises:
-            ValueError: the step ratio lies beyond the tables.
+            UsageError: the step ratio lies beyond the tables.
         """
         if step_ratio > LARGEST_STEP_RATIO:
-            raise ValueError(
+            raise UsageError(
                 f"--tst-step-ratio is {step_ratio}: losses are published up to "
                 f"{LARGEST_STEP_RATIO} (best: 0.2 to 0.4); use at most that."
             )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.preflight import engine, misfits, model_checks, rank_simulation
 from megatron_tst.preflight.corpus_check import check_text, resolve_vocabulary
@@ -126,7 +127,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
         return report
     try:
         args = rank_simulation.parse(parser, launch.argv, launch.world_size)
-    except (ValueError, argparse.ArgumentError) as problem:
+    except (UsageError, argparse.ArgumentError) as problem:
         report.findings.append(error(f"{problem} (Megatron's parser)."))
         return report
     _check_before_validation(report, args)
@@ -178,7 +179,7 @@ def _attempt(report: Report, action: Callable[[], Any]) -> bool:
     except Exception as problem:
         frame = traceback.extract_tb(problem.__traceback__)[-1]
         text = " ".join(str(problem).split()) or frame.line or type(problem).__name__
-        is_own = "megatron_tst" in frame.filename
+        is_own = isinstance(problem, UsageError)
         report.findings.append(error(text if is_own else f"Megatron refuses: {text}"))
         return False
     return True

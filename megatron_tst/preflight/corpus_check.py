@@ -12,6 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
 from megatron_tst.data.files import check_indexed_dataset
 from megatron_tst.preflight.findings import Finding, error, note
@@ -88,7 +89,7 @@ def check_text(
         if args.data_path is None:
             return [], [note("corpora by split: the text was not counted.")]
         return _budget(args, schedule, prefixes), []
-    except ValueError as problem:
+    except UsageError as problem:
         return [], [error(str(problem))]
 
 

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_tst.common.errors import UsageError
+
 _TIMEOUT_SECONDS = 60
 # Launchers, and which of their words mean training; python does other things in scripts too.
 _LAUNCHERS = {
@@ -48,13 +50,13 @@ def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
         extra: further arguments, which a script gets as its own and a file has appended.
 
     Raises:
-        ValueError: there is no such file, the script fails or launches nothing, or the text is not
+        UsageError: there is no such file, the script fails or launches nothing, or the text is not
             quoted properly.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} cannot be read ({error}): pass a launch script or a file of arguments."
         ) from error
     if path.suffix == ".sh" or text.startswith("#!"):
@@ -62,7 +64,7 @@ def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
-        raise ValueError(f"{path} is not quoted as in a shell ({error}).") from error
+        raise UsageError(f"{path} is not quoted as in a shell ({error}).") from error
     # A whole command is taken too.
     launches = any(_PROGRAM.search(word) for word in words if not word.startswith("-"))
     return [*(_arguments_of(path, words) if launches else words), *extra]
@@ -85,7 +87,7 @@ def _command_of(script: Path, extra: Sequence[str]) -> list[str]:
         path = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         printed = _run(script, extra, {**os.environ, "DRY_RUN": "1", "PATH": path})
         if record.exists():
-            return record.read_text(encoding="utf-8").split("\0")[:-1]
+            return record.read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
     lines = [line for line in printed.splitlines() if line.strip()]
     try:
         return shlex.split(lines[-1]) if lines else []
@@ -104,12 +106,12 @@ def _run(script: Path, extra: Sequence[str], environment: dict[str, str]) -> str
             timeout=_TIMEOUT_SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ValueError(f"{script} did not print its command under DRY_RUN=1: {error}.") from error
+        raise UsageError(f"{script} did not print its command under DRY_RUN=1: {error}.") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         # Usage follows the error.
         reason = lines[0] if lines else "it printed nothing"
-        raise ValueError(
+        raise UsageError(
             f"{script} ended with {done.returncode} under DRY_RUN=1: {reason}. Set the variables "
             "that it needs, as for a launch."
         )
@@ -123,7 +125,7 @@ def _arguments_of(path: Path, command: list[str]) -> list[str]:
             return _arguments_of(path, shlex.split(word))
         if not word.startswith("--") and _PROGRAM.search(word):
             return command[place + 1 :]
-    raise ValueError(
+    raise UsageError(
         f"{path} launches no program named pretrain (pretrain_gpt.py, megatron_tst.pretrain): let "
         "it call torchrun, srun or python by name, print its command under DRY_RUN=1, or pass a "
         "file with the arguments of Megatron."

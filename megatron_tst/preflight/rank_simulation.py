@@ -33,6 +33,7 @@ from megatron.training.training import get_megatron_ddp_config
 from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.preflight.engine import (
     enter_recipes,
     forget_capability,
@@ -60,7 +61,7 @@ LOCAL_MODULES: dict[str, Any] = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def assume_machine(compute_capability: tuple[int, int]) -> None:
@@ -91,7 +92,7 @@ def _properties(compute_capability: tuple[int, int]) -> Callable[..., Any]:
 def launch_parser() -> argparse.ArgumentParser:
     """Megatron's parser with ``--tst-*``, as the entry point has it on GPUs.
 
-    It raises ValueError where argparse would exit.
+    It raises UsageError where argparse would exit.
     """
     parser = add_superposition_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
     parser.set_defaults(rerun_mode="disabled")
@@ -104,7 +105,7 @@ def parse(
     """What Megatron's ``parse_args`` makes of a command line on rank 0.
 
     Raises:
-        ValueError: as argparse words it.
+        UsageError: as argparse words it.
     """
     args = parser.parse_args(list(argv))
     args.rank, args.world_size = 0, world_size

@@ -11,6 +11,7 @@ from math import log
 
 import numpy as np
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.report.curves import first_reached, value_at
 from megatron_tst.report.events import FloatArray
 from megatron_tst.report.families import (
@@ -257,20 +258,20 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
     """Pairs two runs that the user named, whatever their seeds and settings.
 
     Raises:
-        ValueError: the arms are swapped, or their losses cannot be compared.
+        UsageError: the arms are swapped, or their losses cannot be compared.
     """
     if baseline.bag_size > 1:
-        raise ValueError(
+        raise UsageError(
             f"--baseline {baseline.name} is a TST run (bag size {baseline.bag_size}): "
             "swap the folders, or pass an ordinary run."
         )
     if tst.bag_size == 1:
-        raise ValueError(
+        raise UsageError(
             f"--tst {tst.name} is a run without superposition (bag size 1): "
             "swap the folders, or pass a run with --tst-bag-size of 2 or more."
         )
     if apart := incomparable(baseline, tst):
-        raise ValueError(
+        raise UsageError(
             f"the losses of {baseline.name} and {tst.name} cannot be compared: they differ in "
             f"{', '.join(apart)}. Pass runs of one model, one tokenizer and one validation set."
         )

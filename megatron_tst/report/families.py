@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.units import TIMES, quantity
 from megatron_tst.report.describing import MODEL_SETTINGS, Setting
 from megatron_tst.report.results import RunResult
@@ -80,7 +81,7 @@ def families_of(runs: Sequence[RunResult]) -> list[Family]:
     """Separates runs whose losses cannot be compared, the largest family first.
 
     Raises:
-        ValueError: two runs have one name, or the same settings and seed.
+        UsageError: two runs have one name, or the same settings and seed.
     """
     _refuse_duplicates(runs)
     by_key: dict[object, list[RunResult]] = {}
@@ -109,13 +110,13 @@ def _refuse_duplicates(runs: Sequence[RunResult]) -> None:
     names: set[str] = set()
     for run in runs:
         if run.name in names:
-            raise ValueError(
+            raise UsageError(
                 f"two runs are called {run.name}: name them apart with --run NAME=FOLDER."
             )
         names.add(run.name)
         twin = seen.setdefault((_key(_identity(run)), _key(run.settings)), run.name)
         if twin != run.name:
-            raise ValueError(
+            raise UsageError(
                 f"runs {twin} and {run.name} have the same settings and seed {run.seed}: leave "
                 "one out; a copy is no second seed."
             )

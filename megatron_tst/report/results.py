@@ -115,7 +115,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
             stopped at its first infinite loss has logged none. It may lack any scalar then.
 
     Raises:
-        ValueError: naming the folder and what is missing or contradictory.
+        UsageError: naming the folder and what is missing or contradictory.
     """
     run = read_run(folder, may_lack_scalars=status is not None)
     validation = run.validation

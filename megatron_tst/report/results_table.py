@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from megatron_tst.report.describing import Status
+from megatron_tst.common.errors import UsageError
+from megatron_tst.report.describing import Status, check_numbers
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.tables import Row, read_table, write_table
 from megatron_tst.settings.config import SETTINGS
@@ -53,12 +54,12 @@ def write_results(results: Sequence[RunResult], path: Path) -> None:
     Losses keep six significant digits. The file appears whole or not at all.
 
     Raises:
-        ValueError: two runs have one name.
+        UsageError: two runs have one name.
     """
     names = [result.name for result in results]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path}: several runs are called {', '.join(twice)}: rename them.")
+        raise UsageError(f"{path}: several runs are called {', '.join(twice)}: rename them.")
     rows = [row for result in results for row in _rows(result)]
     columns = _columns(results)
     write_table(path, rows, columns)
@@ -68,14 +69,14 @@ def read_results(path: Path) -> list[RunResult]:
     """Reads what :func:`write_results` wrote; rows may be in any order of runs.
 
     Raises:
-        ValueError: naming the file and the column or run that is wrong.
+        UsageError: naming the file and the column or run that is wrong.
     """
     rows = read_table(path, required=_LEADING, text_columns=_TEXT)
     by_run: dict[str, list[Row]] = {}
     for row in rows:
         by_run.setdefault(row["run"], []).append(row)
     if not by_run:
-        raise ValueError(f"{path} holds no run.")
+        raise UsageError(f"{path} holds no run.")
     return [_result(path, name, rows) for name, rows in by_run.items()]
 
 
@@ -126,10 +127,11 @@ def _rounded(value: float) -> float:
 def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
     described = next((row for row in rows if row.get("status")), None)
     if described is None or described["status"] not in get_args(Status):
-        raise ValueError(f"{path}: run {name} has no row with its status and settings.")
+        raise UsageError(f"{path}: run {name} has no row with its status and settings.")
     known = {*_LEADING, *_TRAILING}
     rest = {key: value for key, value in described.items() if key not in known}
     present = {key: value for key, value in rest.items() if value is not None}
+    check_numbers(present, f"{path}: run {name}")
     try:
         return RunResult(
             name=name,
@@ -145,7 +147,7 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
             **_curves(rows),
         )
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: run {name} has a row that cannot be read: {error}") from error
+        raise UsageError(f"{path}: run {name} has a row that cannot be read: {error}") from error
 
 
 def _curves(rows: list[Row]) -> dict[str, Any]:

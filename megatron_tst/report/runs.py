@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.report.events import FloatArray, Series, read_scalars
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
@@ -109,11 +109,11 @@ def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
         may_lack_scalars: accept a run that ended before it logged or evaluated.
 
     Raises:
-        ValueError: naming the folder and what is missing or contradictory.
+        UsageError: naming the folder and what is missing or contradictory.
     """
     events = folder / "tensorboard"
     if not events.is_dir():
-        raise ValueError(
+        raise UsageError(
             f"{folder} has no folder tensorboard/: pass the folder of a run that was started with "
             "python -m megatron_tst.pretrain and --tensorboard-dir <folder>/tensorboard."
         )
@@ -122,7 +122,7 @@ def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
     scalars = read_scalars(events)
     missing = [tag for tag in _REQUIRED_SCALARS if tag not in scalars]
     if missing and not may_lack_scalars:
-        raise ValueError(
+        raise UsageError(
             f"{events} has no values of {', '.join(map(repr, missing))}: the run must log to "
             "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval)."
         )
@@ -133,17 +133,15 @@ def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
 
 def _read_info(path: Path) -> dict[str, Any]:
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json_object(path, "the file was damaged")
     except FileNotFoundError:
-        raise ValueError(
+        raise UsageError(
             f"{path} does not exist: it is written by python -m megatron_tst.pretrain."
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): the file was damaged.") from None
     missing = [key for key in _REQUIRED_KEYS if key not in info]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it was written by another version.")
-    return dict(info)
+        raise UsageError(f"{path} has no {', '.join(missing)}: it was written by another version.")
+    return info
 
 
 def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
@@ -156,9 +154,9 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
             text_share=info["text_share"],
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error
+        raise UsageError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error
     if schedule.switch_step != info["switch_step"]:
-        raise ValueError(
+        raise UsageError(
             f"{folder}: {RUN_FILE} says switch_step {info['switch_step']}, but its superposition "
             f"settings switch at step {schedule.switch_step}: the file was edited."
         )
@@ -175,7 +173,7 @@ def _check_tokens(run: Run) -> None:
         budget: Budget = "data tokens" if tag.endswith("data tokens") else "equivalent tokens"
         expected = run.spent(budget, step)
         if abs(logged - expected) > _TOKEN_TOLERANCE * expected:
-            raise ValueError(
+            raise UsageError(
                 f"{run.folder}: {tag!r} is {logged:.0f} at step {step}, but {RUN_FILE} gives "
                 f"{expected:.0f}: the folder mixes two runs; use an empty folder for each run."
             )

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_tst.report.describing import Setting
+from megatron_tst.common.errors import UsageError
+from megatron_tst.report.describing import Setting, check_numbers
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import read_results
 from megatron_tst.report.runs import RUN_FILE
@@ -23,7 +24,7 @@ def read_sources(paths: Iterable[Path]) -> list[RunResult]:
     A run is named by its folder, with as many of the folders above it as tell the runs apart.
 
     Raises:
-        ValueError: naming a path without runs, or a run that cannot be read.
+        UsageError: naming a path without runs, or a run that cannot be read.
     """
     results: list[RunResult] = []
     folders: list[Path] = []
@@ -31,14 +32,14 @@ def read_sources(paths: Iterable[Path]) -> list[RunResult]:
         if path.suffix in _TABLES:
             results += read_results(path)
         elif not path.is_dir():
-            raise ValueError(
+            raise UsageError(
                 f"{path} is neither a folder nor a table of results (.csv, .parquet): pass run "
                 "folders, folders of runs, TensorBoard folders or tables."
             )
         elif found := find_runs(path):
             folders += found
         else:
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds no TensorBoard event files: pass the folder of a run that logged "
                 "with --tensorboard-dir."
             )
@@ -68,17 +69,18 @@ def read_stated(text: str) -> RunResult:
     The pairs state settings that the folder does not record or records wrongly.
 
     Raises:
-        ValueError: the text has another form, or the run cannot be read.
+        UsageError: the text has another form, or the run cannot be read.
     """
     run, *pairs = text.split(",")
     name, _, folder = run.partition("=")
     if not (name and folder) or any("=" not in pair for pair in pairs):
-        raise ValueError(
+        raise UsageError(
             f"--run {text!r} cannot be read: write NAME=FOLDER,KEY=VALUE,... such as "
             "mine=logs/a,bag_size=4,switch_step=3000,tokens_per_step=1048576."
         )
     path = Path(folder)
     stated = {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+    check_numbers(stated, f"--run {text!r}")
     if any((place / RUN_FILE).exists() for place in (path, path / "tensorboard")):
         result = read_run_folder(path, name)
         return replace(result, settings={**result.settings, **stated})

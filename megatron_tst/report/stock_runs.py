@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.report.describing import (
     DATA_KEYS,
     Setting,
@@ -38,14 +39,14 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
             ``switch_step`` of the user's own superposition, or any setting or data key.
 
     Raises:
-        ValueError: naming the folder and what is missing.
+        UsageError: naming the folder and what is missing.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: pass the folder of a run.")
+        raise UsageError(f"{folder} is no folder: pass the folder of a run.")
     scalars, arguments = read_scalars(folder), _arguments(folder)
     validation = scalars.get(VALIDATION_LOSS)
     if validation is None:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has no values of {VALIDATION_LOSS!r}: pass the --tensorboard-dir of a run "
             "that evaluated at least once (--eval-interval)."
         )
@@ -104,7 +105,7 @@ def _settings(
     settings.setdefault("total_steps", int(validation.steps[-1]))
     if int(settings["bag_size"]) > 1:
         if "switch_step" not in settings:
-            raise ValueError(
+            raise UsageError(
                 f"bag_size={settings['bag_size']} is stated without switch_step: state the first "
                 "step of phase 2 too, as in --run NAME=FOLDER,bag_size=4,switch_step=3000."
             )
@@ -127,7 +128,7 @@ def _tokens_per_step(
         return float(sizes.values[0]) * float(length)
     if arguments.get("global_batch_size") and length is not None and sizes is None:
         return float(arguments["global_batch_size"]) * float(length)
-    raise ValueError(
+    raise UsageError(
         f"{folder} does not say how many tokens a step has, or their number changes: state the "
         "mean, sequences times sequence length, as in --run NAME=FOLDER,tokens_per_step=1048576."
     )

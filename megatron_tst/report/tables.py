@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.common.atomic_files import write_file
+from megatron_tst.common.errors import UsageError
 
 Row = dict[str, Any]
 
@@ -28,12 +29,12 @@ def read_table(path: Path, required: Sequence[str], text_columns: Collection[str
         text_columns: columns of a CSV file that are never numbers, whatever they look like.
 
     Raises:
-        ValueError: naming the file and the missing columns.
+        UsageError: naming the file and the missing columns.
     """
     columns, rows = _read_parquet(path) if _is_parquet(path) else _read_csv(path, text_columns)
     missing = [name for name in required if name not in columns]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{path} has no column {', '.join(missing)}: it is no table of results; pass one that "
             "tools/compare_runs.py --results wrote."
         )
@@ -58,15 +59,19 @@ def _written(value: Any) -> str:
 def _read_csv(path: Path, text_columns: Collection[str]) -> tuple[Sequence[str], list[Row]]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or ()
-        rows = [
-            {
-                name: text or None if name in text_columns else _value(text)
-                for name, text in row.items()
-            }
-            for row in reader
-        ]
+        try:
+            columns, read = reader.fieldnames or (), list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise _no_table(path, error) from error
+    rows = [
+        {name: text or None if name in text_columns else _value(text) for name, text in row.items()}
+        for row in read
+    ]
     return columns, rows
+
+
+def _no_table(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{path} cannot be read as a table ({error}): write it again.")
 
 
 def _value(text: str | None) -> Any:
@@ -95,7 +100,11 @@ def _parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
 
 
 def _read_parquet(path: Path) -> tuple[Sequence[str], list[Row]]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise _no_table(path, error) from error
     return table.column_names, table.to_pylist()

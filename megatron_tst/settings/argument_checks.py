@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.cpu.arguments import refuse_gpu_arguments
 from megatron_tst.settings.arguments import (
     refuse_no_epochs,
@@ -56,7 +57,7 @@ def _error(
     """The message of a check that raises; nothing if it passes."""
     try:
         check(args)
-    except ValueError as error:
+    except UsageError as error:
         yield str(error)
 
 
@@ -67,7 +68,7 @@ def _refuse_long_warmup(args: argparse.Namespace) -> None:
     until = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
     steps = args.lr_decay_iters or args.train_iters
     if args.lr_warmup_iters >= steps:
-        raise ValueError(
+        raise UsageError(
             f"--lr-warmup-iters {args.lr_warmup_iters} is not less than {until} {steps}: the "
             "learning rate would never be reached; warm up for a part of the run."
         )

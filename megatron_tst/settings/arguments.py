@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args, total_steps_from_args
 from megatron_tst.settings.config import SETTINGS, CheckpointVerification, SuperpositionConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -47,7 +48,7 @@ def superposition_config_from_args(args: argparse.Namespace) -> SuperpositionCon
     """The superposition settings of a parsed command line.
 
     Raises:
-        ValueError: a setting is out of range.
+        UsageError: a setting is out of range.
     """
     with worded(FLAGS):
         return SuperpositionConfig(
@@ -59,7 +60,7 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
     """The schedule of a validated command line.
 
     Raises:
-        ValueError: a setting is out of range, or the switch is not inside the run.
+        UsageError: a setting is out of range, or the switch is not inside the run.
     """
     with worded(FLAGS):
         return SuperpositionSchedule(
@@ -74,10 +75,10 @@ def refuse_no_epochs(args: argparse.Namespace) -> None:
     """Refuses a limit of epochs that no run can keep.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        UsageError: naming the argument, its value and the remedy.
     """
     # A NaN fails this comparison too.
     if args.tst_max_epochs is not None and not args.tst_max_epochs > 0:
-        raise ValueError(
+        raise UsageError(
             f"--tst-max-epochs is {args.tst_max_epochs:g}: use a number above 0 (inf: no limit)."
         )

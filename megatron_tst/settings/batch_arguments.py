@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_sizes import BatchSizes
 
 
@@ -11,7 +12,7 @@ def batch_sizes_from_args(args: argparse.Namespace) -> BatchSizes:
     """The batch sizes of a command line, or of the arguments in a checkpoint.
 
     Raises:
-        ValueError: ``--step-batch-size-schedule`` has another form.
+        UsageError: ``--step-batch-size-schedule`` has another form.
     """
     schedule = getattr(args, "step_batch_size_schedule", None)
     if schedule is not None:
@@ -24,7 +25,7 @@ def total_steps_from_args(args: argparse.Namespace) -> int:
     """Optimizer steps of the run, 0 when the command line does not say.
 
     Raises:
-        ValueError: ``--step-batch-size-schedule`` has another form.
+        UsageError: ``--step-batch-size-schedule`` has another form.
     """
     if args.train_iters:
         return int(args.train_iters)
@@ -41,29 +42,29 @@ def refuse_bad_batch_sizes(args: argparse.Namespace) -> None:
     With a schedule of batch sizes it refuses what Megatron computes from a constant one.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        UsageError: naming the argument, its value and the remedy.
     """
     for name in ("seq_length", "micro_batch_size", "global_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: use 1 or more.")
     if args.step_batch_size_schedule is None:
         return
     if args.seq_length is None:
-        raise ValueError(
+        raise UsageError(
             f"--step-batch-size-schedule {args.step_batch_size_schedule!r} has thresholds in "
             "tokens, and --seq-length is missing: add it, also with --use-checkpoint-args."
         )
     batch_sizes = batch_sizes_from_args(args)
     if args.train_iters:
-        raise ValueError(
+        raise UsageError(
             f"--train-iters {args.train_iters} does not work with --step-batch-size-schedule: "
             "Megatron computes the text and the learning rate from a constant batch size. Pass "
             f"--train-samples {batch_sizes.samples_at(args.train_iters)}, which are as many steps, "
             "and --lr-warmup-samples and the like."
         )
     if args.override_ckpt_iteration is not None:
-        raise ValueError(
+        raise UsageError(
             f"--override-ckpt-iteration {args.override_ckpt_iteration} does not work with "
             "--step-batch-size-schedule: Megatron computes the samples read from a constant batch "
             "size. Remove it; --ckpt-step starts from an earlier checkpoint."
@@ -78,7 +79,7 @@ def refuse_unusable_batch_sizes(args: argparse.Namespace, steps_done: int) -> No
         steps_done: where the run starts; what lies behind may have had another layout.
 
     Raises:
-        ValueError: naming the argument, the batch size and the remedy.
+        UsageError: naming the argument, the batch size and the remedy.
     """
     if args.step_batch_size_schedule is None:
         return
@@ -94,7 +95,7 @@ def refuse_unusable_batch_sizes(args: argparse.Namespace, steps_done: int) -> No
                 f"{step}), and resume with the entry"
             )
         if problem is not None:
-            raise ValueError(
+            raise UsageError(
                 f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: the batch size "
                 f"{batch_size} from step {step} on {problem}."
             )

@@ -7,6 +7,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from megatron_tst.common.errors import UsageError
+
 _MULTIPLIERS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -37,20 +39,20 @@ class BatchSizes:
         entries: pairs of first sample and batch size, by first sample, from sample 0 on.
 
     Raises:
-        ValueError: the entries do not start at 0, do not rise, or have a size below 1.
+        UsageError: the entries do not start at 0, do not rise, or have a size below 1.
     """
 
     entries: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
         if not self.entries or self.entries[0][0] != 0:
-            raise ValueError("no batch size is given for the start, sample 0")
+            raise UsageError("no batch size is given for the start, sample 0")
         for (earlier, _), (later, _) in pairwise(self.entries):
             if later <= earlier:
-                raise ValueError(f"two batch sizes start at sample {later}")
+                raise UsageError(f"two batch sizes start at sample {later}")
         for _, batch_size in self.entries:
             if batch_size < 1:
-                raise ValueError(f"a batch size is {batch_size}")
+                raise UsageError(f"a batch size is {batch_size}")
 
     @classmethod
     def constant(cls, batch_size: int) -> BatchSizes:
@@ -67,19 +69,19 @@ class BatchSizes:
             sequence_length: latent positions a sequence (l).
 
         Raises:
-            ValueError: the text has another form.
+            UsageError: the text has another form.
         """
         try:
             pairs = [pair.split(":", 1) for pair in text.replace(",", " ").split()]
             if any(len(pair) != 2 for pair in pairs):
-                raise ValueError("an entry has no colon")
+                raise UsageError("an entry has no colon")
             entries = [
                 (_number(tokens) // sequence_length, _number(batch_size))
                 for tokens, batch_size in pairs
             ]
             return cls(tuple(sorted(entries)))
         except (ValueError, OverflowError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"--step-batch-size-schedule {text!r} cannot be used: {error}. Write pairs "
                 "THRESHOLD:BATCH_SIZE with thresholds in equivalent tokens, such as "
                 "'0:256 10B:512'; two thresholds lie at least a sequence apart."

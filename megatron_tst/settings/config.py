@@ -74,7 +74,7 @@ class SuperpositionConfig:
         loss_impl: how the loss and the embedding of bags are computed.
 
     Raises:
-        ValueError: naming the setting, its value and the remedy.
+        UsageError: naming the setting, its value and the remedy.
     """
 
     bag_size: int = field(

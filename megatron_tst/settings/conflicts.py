@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
+
 
 @dataclass(frozen=True)
 class _Conflict:
@@ -100,10 +102,10 @@ def refuse_conflicting_arguments(args: argparse.Namespace) -> None:
     """Refuses Megatron arguments that superposition, or this entry point, does not work with.
 
     Raises:
-        ValueError: the first of ``conflicts``.
+        UsageError: the first of ``conflicts``.
     """
     for message in conflicts(args):
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def conflicts(args: argparse.Namespace) -> Iterator[str]:

@@ -25,7 +25,7 @@ class SuperpositionSchedule:
             documents are aligned, whose last bags are filled up with padding.
 
     Raises:
-        ValueError: the switch falls on step 0 or on the last step.
+        UsageError: the switch falls on step 0 or on the last step.
     """
 
     config: SuperpositionConfig

@@ -15,6 +15,8 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from megatron_tst.common.errors import UsageError
+
 _METADATA = "megatron_tst"
 _KINDS: dict[type, tuple[type, str]] = {
     int: (Integral, "a whole number"),
@@ -139,7 +141,7 @@ KEYS = Words(str, lambda name, value: f"{name}: {value}")
 PYTHON = Words(str, lambda name, value: f"{name}={value}")
 
 
-class SettingError(ValueError):
+class SettingError(UsageError):
     """A setting that cannot be; its message is in the words of Python, or in those of others.
 
     Args:
@@ -180,9 +182,9 @@ def worded(words: Words) -> Iterator[None]:
     """Puts errors about settings into these words.
 
     Raises:
-        ValueError: in place of a :class:`SettingError`.
+        UsageError: in place of a :class:`SettingError`.
     """
     try:
         yield
     except SettingError as error:
-        raise ValueError(error.worded(words)) from error
+        raise UsageError(error.worded(words)) from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
+from megatron_tst.common.errors import UsageError
+
 
 def validation_errors(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the arguments of validation sets by themselves.
@@ -58,32 +60,32 @@ def refuse_validation_data(
         has_test: whether there is a test split.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        UsageError: naming the argument, its value and the remedy.
     """
     if not args.full_validation:
         return
     listed, parts = " ".join(paths), args.virtual_pipeline_model_parallel_size
     if parts is not None:
-        raise ValueError(
+        raise UsageError(
             f"--full-validation does not work with {parts} parts of the model on each pipeline "
             "rank: Megatron counts the samples of the sets on the first part only. Remove "
             "--full-validation, or --num-virtual-stages-per-pipeline-rank and its like."
         )
     if weights is not None:
-        raise ValueError(
+        raise UsageError(
             f"--full-validation reads each set once, and the text for validation is a weighted "
             f"blend of {listed}: pass the sets without weights as --valid-data-path, and the text "
             "to train on, with its weights, as --train-data-path."
         )
     if has_test:
-        raise ValueError(
+        raise UsageError(
             "--multiple-validation-sets does not work with text for a test, over which Megatron "
             "would fail after the last step: remove --test-data-path, or let the third number of "
             "--split be 0."
         )
     names = args.validation_set_names
     if names and len(names) != len(paths):
-        raise ValueError(
+        raise UsageError(
             f"--validation-set-names {' '.join(names)} does not name each of the validation sets "
             f"{listed}: pass as many names."
         )
@@ -97,11 +99,11 @@ def refuse_short_sets(lengths: Sequence[int], data_parallel_size: int) -> None:
         data_parallel_size: ranks that share them.
 
     Raises:
-        ValueError: naming the set and the remedy.
+        UsageError: naming the set and the remedy.
     """
     for index, length in enumerate(lengths):
         if length < data_parallel_size:
-            raise ValueError(
+            raise UsageError(
                 f"--full-validation: set {index} has {length} samples for {data_parallel_size} "
                 "data-parallel ranks, each of which needs one: enlarge it."
             )

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.setting_fields import KEYS, worded
 from megatron_tst.study.settings import AXES, RunSettings, Scalar
@@ -143,14 +144,18 @@ def read_study(path: Path) -> StudyConfig:
     """Reads and checks a study file.
 
     Raises:
-        ValueError: naming the file, the key, its value and the remedy.
+        UsageError: naming the file, the key, its value and the remedy.
         OSError: the file cannot be read.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _study(content)
+    # Text in another encoding, and dates that there are not.
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
+    try:
+        return _study(content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def _study(content: Any) -> StudyConfig:
@@ -174,9 +179,9 @@ def _study(content: Any) -> StudyConfig:
     for run in study.grid:
         if run.model not in models:
             known = ", ".join(models)
-            raise ValueError(f"model is {run.model!r}: it is not under models ({known}).")
+            raise UsageError(f"model is {run.model!r}: it is not under models ({known}).")
         if "seq-length" not in {**study.arguments, **models[run.model]}:
-            raise ValueError("arguments has no seq-length: add it there or to each model.")
+            raise UsageError("arguments has no seq-length: add it there or to each model.")
     return study
 
 
@@ -184,7 +189,7 @@ def _validation(value: Any, processes: int) -> Validation:
     given = _mapping(value, "validation", required=_VALIDATION)
     numbers = {key: _number(given[key], f"validation.{key}", int, 1) for key in _VALIDATION}
     if numbers["batch_size"] % processes:
-        raise ValueError(
+        raise UsageError(
             f"validation.batch_size is {numbers['batch_size']}: use a multiple of processes, "
             f"{processes}."
         )
@@ -193,7 +198,7 @@ def _validation(value: Any, processes: int) -> Validation:
 
 def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
     if not isinstance(arms, list) or not arms:
-        raise ValueError("arms is empty: list the arms, {} for one with the defaults.")
+        raise UsageError("arms is empty: list the arms, {} for one with the defaults.")
     known = set(AXES) - {"seed"}
     common = _mapping(defaults, "defaults", optional=known)
     runs: dict[RunSettings, None] = {}
@@ -202,7 +207,7 @@ def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
         axes = {**common, **_mapping(arm, where, optional={*known, "seeds"})}
         axes["seed"] = axes.pop("seeds", seeds)
         for missing in {"model", "total_steps", "learning_rate"} - set(axes):
-            raise ValueError(f"{where} has no {missing}: set it there or under defaults.")
+            raise UsageError(f"{where} has no {missing}: set it there or under defaults.")
         for run in _product(axes, where):
             runs[run] = None
     return runs
@@ -213,15 +218,15 @@ def _product(axes: Mapping[str, Any], where: str) -> Iterable[RunSettings]:
     lists = [value if isinstance(value, list) else [value] for value in axes.values()]
     for name, values in zip(axes, lists, strict=True):
         if not values:
-            raise ValueError(f"{where}: {name} is an empty list: give it a value.")
+            raise UsageError(f"{where}: {name} is an empty list: give it a value.")
     for combination in itertools.product(*lists):
         given = zip(axes, combination, strict=True)
         try:
             with worded(KEYS):
                 run = RunSettings.of(**{name: _setting(name, value) for name, value in given})
                 run.check()
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from error
         yield run
 
 
@@ -243,7 +248,7 @@ def _number(
     """A number of the file.
 
     Raises:
-        ValueError: it is none, or outside ``least`` to ``most``.
+        UsageError: it is none, or outside ``least`` to ``most``.
     """
     try:
         number = kind(value)
@@ -254,7 +259,7 @@ def _number(
         kinds = "a whole number" if kind is int else "a number"
         bounds = "" if least == float("-inf") else f" of at least {least:g}"
         bounds += "" if most == float("inf") else f" and at most {most:g}"
-        raise ValueError(f"{name} is {value!r}: use {kinds}{bounds}.")
+        raise UsageError(f"{name} is {value!r}: use {kinds}{bounds}.")
     return number
 
 
@@ -264,9 +269,9 @@ def _arguments(value: Any, where: str) -> dict[str, Scalar | list[Scalar]]:
     for name, argument in given.items():
         if str(name).startswith("tst-") or name in _OWN_FLAGS:
             key = _OWN_FLAGS.get(name, "the keys of an arm")
-            raise ValueError(f"{where} has {name}: set it by {key}.")
+            raise UsageError(f"{where} has {name}: set it by {key}.")
         if argument is None or argument is False or isinstance(argument, dict):
-            raise ValueError(
+            raise UsageError(
                 f"{where}.{name} is {argument!r}: use a value or a list; true for a flag without "
                 "one, and no entry for a flag that is not to be passed."
             )
@@ -281,16 +286,16 @@ def _mapping(
 ) -> dict[str, Any]:
     """A mapping with known keys; any key if ``required`` and ``optional`` are left out."""
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}: write keys with values, as docs/studies.md shows.")
+        raise UsageError(f"{where} is {value!r}: write keys with values, as docs/studies.md shows.")
     required = tuple(required)
     known = {*required, *(optional or ())}
     if required or optional is not None:
         for key in value:
             if key not in known:
-                raise ValueError(
+                raise UsageError(
                     f"{where} has the unknown key {key!r}: use {', '.join(sorted(known))}."
                 )
     for key in required:
         if key not in value:
-            raise ValueError(f"{where} has no {key}: add it.")
+            raise UsageError(f"{where} has no {key}: add it.")
     return dict(value)

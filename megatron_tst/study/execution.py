@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.study.run_folder import LogReader, RunFolder, State
 
 # Longer than torchrun waits for its processes before it kills them.
@@ -180,14 +181,14 @@ def slots_of_this_machine(jobs: int | None, processes: int) -> list[Slot]:
         processes: ranks of a run; each has a GPU, or a core where there is none.
 
     Raises:
-        ValueError: naming what there is too little of.
+        UsageError: naming what there is too little of.
     """
     cores = cores_of_this_process()
     gpus = gpus_of_this_machine()
     kind, available = ("GPUs", len(gpus)) if gpus else ("cores", len(cores) or os.cpu_count() or 1)
     jobs = jobs or max(available // processes, 1)
     if jobs * processes > available:
-        raise ValueError(
+        raise UsageError(
             f"--jobs is {jobs}: {jobs} runs of {processes} processes need {jobs * processes} "
             f"{kind}, and this machine has {available}; lower --jobs or processes."
         )

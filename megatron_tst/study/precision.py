@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.cpu.precision import Precision, describe_precision, faster_precision
 from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.execution import gpus_of_this_machine
@@ -19,11 +19,11 @@ def leaves_precision_open(study: StudyConfig) -> bool:
     """Whether the machine decides.
 
     Raises:
-        ValueError: only some models leave it open.
+        UsageError: only some models leave it open.
     """
     for name, arguments in study.models.items():
         if arguments.get(_BF16) == AUTO:
-            raise ValueError(f"models.{name}.bf16 is auto: write it under arguments, for all runs.")
+            raise UsageError(f"models.{name}.bf16 is auto: write it under arguments, for all runs.")
     return study.arguments.get(_BF16) == AUTO
 
 
@@ -37,7 +37,7 @@ def resolve_precision(study: StudyConfig, folder: Path, starts_runs: bool) -> St
             taken, wherever they ran.
 
     Raises:
-        ValueError: the runs in the folder have another precision than this machine would choose.
+        UsageError: the runs in the folder have another precision than this machine would choose.
     """
     if not leaves_precision_open(study):
         return study
@@ -45,7 +45,7 @@ def resolve_precision(study: StudyConfig, folder: Path, starts_runs: bool) -> St
     here, before = faster_precision(on_gpu), _precision_in(folder)
     if starts_runs and before not in (None, here):
         remedy = "write bf16: true" if before == "bf16" else "leave bf16 out"
-        raise ValueError(
+        raise UsageError(
             f"--output {folder} holds runs in {before}, and on this machine bf16: auto means "
             f"{describe_precision(on_gpu)}: {remedy} in the study file to go on in {before}, or "
             "use another folder."
@@ -57,7 +57,7 @@ def _precision_in(folder: Path) -> Precision | None:
     path = folder / STUDY_FILE
     if not path.is_file():
         return None
-    arguments = json.loads(path.read_text(encoding="utf-8"))["common"]["arguments"]
+    arguments = read_json_object(path, "use another folder")["common"]["arguments"]
     return "bf16" if _BF16 in arguments else "fp32"
 
 

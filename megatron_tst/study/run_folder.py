@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from megatron_tst.common.atomic_files import write_json
+from megatron_tst.common.errors import read_json_object
 
 State = Literal["waiting", "running", "finished", "diverged", "failed"]
 ENDED: tuple[State, ...] = ("finished", "diverged")
@@ -105,17 +105,12 @@ class RunFolder:
         """The content of ``run.json``; empty before the first attempt.
 
         Raises:
-            ValueError: the file is damaged.
+            UsageError: the file is damaged.
         """
         path = self.path / _RECORD
         if not path.exists():
             return {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): remove {self.path}.") from error
-        assert isinstance(content, dict)
-        return content
+        return read_json_object(path, f"remove {self.path}")
 
     def write_record(self, **content: Any) -> None:
         """Replaces ``run.json``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SETTINGS, SuperpositionConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -40,7 +41,7 @@ class RunSettings:
         """From values of :data:`AXES`.
 
         Raises:
-            ValueError: a superposition setting is of another type, or no choice.
+            UsageError: a superposition setting is of another type, or no choice.
         """
         bag_size = superposition.pop("bag_size", SETTINGS["bag_size"].default)
         changed = []
@@ -56,19 +57,19 @@ class RunSettings:
         """Its superposition settings.
 
         Raises:
-            ValueError: naming the setting, its value and the remedy.
+            UsageError: naming the setting, its value and the remedy.
         """
         return SuperpositionConfig(bag_size=self.bag_size, **dict(self.changed))
 
     def check(self) -> None:
-        """Raises a ValueError if the run could not be started or would ignore a setting."""
+        """Raises a UsageError if the run could not be started or would ignore a setting."""
         if self.total_steps < 1:
-            raise ValueError(f"total_steps is {self.total_steps}: use 1 or more.")
+            raise UsageError(f"total_steps is {self.total_steps}: use 1 or more.")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0.")
+            raise UsageError(f"learning_rate is {self.learning_rate}: use a number above 0.")
         SuperpositionSchedule(self.superposition, self.total_steps, BatchSizes.constant(1), 1)
         if self.bag_size == 1 and self.changed:
-            raise ValueError(
+            raise UsageError(
                 f"bag_size is 1, and so {', '.join(dict(self.changed))} would be ignored: set "
                 "bag_size, or leave them out of a baseline."
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.execution import (
     Execution,
@@ -25,17 +26,17 @@ def parse_slurm_options(options: Sequence[str]) -> dict[str, str | int]:
     """``["timeout_min=60"]`` as ``{"timeout_min": 60}``.
 
     Raises:
-        ValueError: an option that is not ``KEY=VALUE``, or a parameter that is missing.
+        UsageError: an option that is not ``KEY=VALUE``, or a parameter that is missing.
     """
     parameters: dict[str, str | int] = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not (name and equals and value):
-            raise ValueError(f"--slurm {option}: write KEY=VALUE, such as timeout_min=240.")
+            raise UsageError(f"--slurm {option}: write KEY=VALUE, such as timeout_min=240.")
         parameters[name] = int(value) if value.isdecimal() else value
     for name in _REQUIRED:
         if name not in parameters:
-            raise ValueError(f"--slurm has no {name}: add {name}=240, the minutes a run may take.")
+            raise UsageError(f"--slurm has no {name}: add {name}=240, the minutes a run may take.")
     return parameters
 
 
@@ -61,12 +62,12 @@ def submit(
         Names of runs, and of the jobs that will run them.
 
     Raises:
-        ValueError: submitit is missing, Slurm is, or a parameter is unknown.
+        UsageError: submitit is missing, Slurm is, or a parameter is unknown.
     """
     try:
         import submitit
     except ImportError:
-        raise ValueError("--slurm needs submitit: pip install 'megatron-tst[study]'.") from None
+        raise UsageError("--slurm needs submitit: pip install 'megatron-tst[study]'.") from None
     left = [e for e in executions(study, folder) if e.folder.state() not in ENDED]
     if not left:
         return []
@@ -77,7 +78,7 @@ def submit(
         executor.update_parameters(name="megatron-tst-study", **parameters)
         submitted = executor.map_array(run_in_job, left)
     except (RuntimeError, NameError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"--slurm: {error}") from error
+        raise UsageError(f"--slurm: {error}") from error
     return [(e.name, str(job.job_id)) for e, job in zip(left, submitted, strict=True)]
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_tst.common.atomic_files import write_json
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.study.config import StudyConfig, StudyRun
 from megatron_tst.study.execution import Execution
 from megatron_tst.study.run_folder import RunFolder, lock_file
@@ -24,17 +25,17 @@ def open_study(study: StudyConfig, folder: Path) -> Iterator[None]:
     Arms, seeds and models may be added to a study, or left out, from one call to the next.
 
     Raises:
-        ValueError: the folder holds another study, or another runner works in it.
+        UsageError: the folder holds another study, or another runner works in it.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file: name a folder.")
+        raise UsageError(f"--output {folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock_file(folder / "lock"):
             _write_study(check_same_study(study, folder), folder)
             yield
     except BlockingIOError:
-        raise ValueError(
+        raise UsageError(
             f"--output {folder}: another process runs this study or one of its runs; wait for it, "
             "or end it."
         ) from None
@@ -44,23 +45,23 @@ def check_same_study(study: StudyConfig, folder: Path) -> dict[str, dict[str, ob
     """Compares a study with what is written down in a folder; returns what is to be written.
 
     Raises:
-        ValueError: naming the keys that differ.
+        UsageError: naming the keys that differ.
     """
     path = folder / STUDY_FILE
     wanted = {"common": study.common(), "models": _plain(study.models)}
     if not path.exists():
         if any(folder.glob(f"{RUNS}/*")):
-            raise ValueError(
+            raise UsageError(
                 f"--output {folder} has runs but no {STUDY_FILE}: use an empty folder."
             )
         return wanted
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json_object(path, "use another folder")
     different = [
         *_different(found["common"], wanted["common"]),
         *(f"models.{n}" for n in _different(found["models"], wanted["models"], added=True)),
     ]
     if different:
-        raise ValueError(
+        raise UsageError(
             f"--output {folder} holds another study, which differs in {', '.join(different)}: "
             "use another folder."
         )

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_tst import cpu
+from megatron_tst.common.errors import UsageError
 from megatron_tst.cpu.arguments import set_cpu_defaults
 from megatron_tst.settings.argument_checks import argument_errors
 from megatron_tst.settings.arguments import (
@@ -29,7 +30,7 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
         Megatron's arguments with ``--tst-*``, and the phases of the run.
 
     Raises:
-        ValueError: naming the argument or file, its value and the remedy. Megatron and its
+        UsageError: naming the argument or file, its value and the remedy. Megatron and its
             libraries raise whatever they raise.
     """
     # Parsed twice: Megatron's validation prints all arguments, builds the tokenizer and the
@@ -75,10 +76,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Refuses what is wrong with a parsed command line before Megatron validates it.
 
     Raises:
-        ValueError: naming the argument or file, its value and the remedy.
+        UsageError: naming the argument or file, its value and the remedy.
     """
     for message in argument_errors(args, has_gpu=not cpu.is_active()):
-        raise ValueError(message)
+        raise UsageError(message)
     check_data_files(args)
 
 
@@ -104,7 +105,7 @@ def _evaluation_defaults(args: argparse.Namespace) -> dict[str, int]:
     ranks = args.world_size // (model * args.context_parallel_size)
     at_once = (args.eval_micro_batch_size or args.micro_batch_size) * max(ranks, 1)
     if size % at_once:
-        raise ValueError(
+        raise UsageError(
             f"--step-batch-size-schedule {args.step_batch_size_schedule!r}: evaluations read "
             f"batches of its first size, {size}, which {ranks} data-parallel ranks cannot share. "
             f"Pass --eval-global-batch-size with a multiple of {at_once}; other sizes than before "

@@ -10,6 +10,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -31,7 +32,7 @@ def check_data_budget(
         The schedule, which knows how much of phase 1 is text.
 
     Raises:
-        ValueError: the run reads a corpus more often than ``--tst-max-epochs``, which is 1 with
+        UsageError: the run reads a corpus more often than ``--tst-max-epochs``, which is 1 with
             superposition and unlimited without; or an explicit limit cannot be checked.
     """
     args.tst_data_budget = []
@@ -43,7 +44,7 @@ def check_data_budget(
     remote = [path for path in paths if is_object_storage_path(path)]
     if remote:
         if args.tst_max_epochs is not None:
-            raise ValueError(
+            raise UsageError(
                 f"--tst-max-epochs {args.tst_max_epochs:g} cannot be checked for {remote[0]}, as "
                 "corpora in object storage are not counted: remove it, or copy the corpus."
             )

@@ -18,6 +18,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.batch import reads_data_on_stage
 from megatron_tst.data.blend import Blend, check_blend, check_numbers, is_number
 from megatron_tst.data.budget import TrainText
@@ -50,7 +51,7 @@ class DatasetsProvider:
         schedule: where the switch lies.
 
     Raises:
-        ValueError: the data does not go together with superposition, or with ``--full-validation``.
+        UsageError: the data does not go together with superposition, or with ``--full-validation``.
     """
 
     is_distributed = True
@@ -69,7 +70,7 @@ class DatasetsProvider:
         """Returns the train, validation and test datasets, None on ranks that read no data.
 
         Raises:
-            ValueError: the train split is shorter than one sample, or nothing is left to validate
+            UsageError: the train split is shorter than one sample, or nothing is left to validate
                 on, which Megatron would find out at the first evaluation.
         """
         args = get_args()
@@ -94,11 +95,11 @@ def check_data_files(args: Namespace) -> None:
     """Checks the corpora and the tokenizer on the command line before anything is built.
 
     Raises:
-        ValueError: a missing, truncated or inconsistent file, named with the remedy.
+        UsageError: a missing, truncated or inconsistent file, named with the remedy.
     """
     prefixes = data_path_prefixes(args)
     if not prefixes and args.tst_bag_size > 1:
-        raise ValueError(
+        raise UsageError(
             "--data-path is missing: pass the path of a corpus, without .bin or .idx "
             "(tools/preprocess_data.py makes one)."
         )
@@ -107,7 +108,7 @@ def check_data_files(args: Namespace) -> None:
     check_same_tokenizer(prefixes)
     tokenizer = args.tokenizer_model
     if tokenizer is not None and not _is_hub_name(tokenizer) and not Path(tokenizer).exists():
-        raise ValueError(
+        raise UsageError(
             f"--tokenizer-model {tokenizer} does not exist: pass the file or folder of the "
             "tokenizer that the corpus was made with."
         )
@@ -117,7 +118,7 @@ def check_data_vocabulary(args: Namespace) -> None:
     """Looks for token ids without a row in the embedding, in a sample of every corpus.
 
     Raises:
-        ValueError: naming the file, the id and the remedy.
+        UsageError: naming the file, the id and the remedy.
     """
     for prefix in data_path_prefixes(args):
         check_vocabulary(prefix, args.padded_vocab_size)
@@ -127,7 +128,7 @@ def data_path_prefixes(args: Namespace) -> list[str]:
     """Every corpus that the command line names, in order.
 
     Raises:
-        ValueError: weights or files of arguments that cannot be read, or that cannot be blended.
+        UsageError: weights or files of arguments that cannot be read, or that cannot be blended.
     """
     return [prefix for blend in _blends(args) if blend is not None for prefix in blend[0]]
 
@@ -149,7 +150,7 @@ def _blends(args: Namespace) -> list[Blend | None]:
             for name, value in arguments.items()
             if value is not None
         ]
-        raise ValueError(
+        raise UsageError(
             f"{' and '.join(named)} cannot be read ({type(error).__name__}: {error}): pass a path, "
             "paths, or a number in front of each path, by one of these arguments; a file of "
             "--per-split-data-args-path is a JSON object with train, valid and test."
@@ -160,7 +161,7 @@ def _blends(args: Namespace) -> list[Blend | None]:
         check_numbers(blend_words, weights is not None)
         numbers = [path for path in paths if weights is None and is_number(path)]
         if numbers:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {' '.join(paths)}: {numbers[0]} stands where a path should. Put one "
                 "number in front of each path, or in front of none."
             )
@@ -190,7 +191,7 @@ def _with_weights(blend: Blend | None) -> Blend | None:
         return blend
     for prefix in blend[0]:
         if is_object_storage_path(prefix):
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {prefix} has no weight, and corpora in object storage are not "
                 "counted: put a number in front of each path."
             )
@@ -213,7 +214,7 @@ def dataset_config_from_args(
     """The dataset configuration of a parsed command line.
 
     Raises:
-        ValueError: the data does not go together with superposition.
+        UsageError: the data does not go together with superposition.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if schedule.config.enabled:

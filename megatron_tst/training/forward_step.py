@@ -14,6 +14,7 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.batch import get_batch, packed_documents
 from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
@@ -104,7 +105,7 @@ class ForwardStep:
     def _refuse_a_reset_that_nobody_does(self) -> None:
         reset = self.schedule.config.reset_at_switch
         if self.schedule.config.enabled and reset != "none" and not calls_back():
-            raise ValueError(
+            raise UsageError(
                 f"--tst-reset-at-switch is {reset}, and this script does nothing at the switch: "
                 "call run_after_each_step of megatron_tst.training.step_hook with a function that "
                 "calls switch_phase, or use none."

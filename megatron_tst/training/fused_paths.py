@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 from megatron.training import print_rank_0
 
+from megatron_tst.common.errors import UsageError
+
 _TRANSFORMER_ENGINE = "transformer_engine"
 _APEX = "apex"
 # The extension of apex that adds a weight gradient to the main gradients as it is computed.
@@ -21,7 +23,7 @@ def report_fused_paths(args: argparse.Namespace) -> None:
         args: validated command line of a run on GPUs.
 
     Raises:
-        ValueError: an argument needs a library that is missing.
+        UsageError: an argument needs a library that is missing.
     """
     libraries = (_TRANSFORMER_ENGINE, _APEX, _ACCUMULATION)
     installed = {name for name in libraries if find_spec(name) is not None}
@@ -38,17 +40,17 @@ def refuse_missing_kernels(args: argparse.Namespace, installed: Collection[str])
         installed: names of the modules that can be imported.
 
     Raises:
-        ValueError: naming the argument, the library and the remedy.
+        UsageError: naming the argument, the library and the remedy.
     """
     if args.transformer_impl == "transformer_engine" and _TRANSFORMER_ENGINE not in installed:
-        raise ValueError(
+        raise UsageError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not "
             "installed: run in NVIDIA's PyTorch container, pip install 'megatron-tst[te]', or use "
             "--transformer-impl local, which is slower and has no FP8."
         )
     # Megatron's output layer is its own module, with Transformer Engine too.
     if args.gradient_accumulation_fusion and _ACCUMULATION not in installed:
-        raise ValueError(
+        raise UsageError(
             "Gradient accumulation fusion, which is on by default, needs apex with its CUDA "
             f"extensions ({_ACCUMULATION}), which is not installed: run in NVIDIA's PyTorch "
             "container, install apex, or add --no-gradient-accumulation-fusion."
@@ -61,7 +63,7 @@ def _refuse_optimizer_of_torch(args: argparse.Namespace, installed: Collection[s
         return
     # Megatron 0.19 asserts a count of steps at every load, which torch's Adam has only afterwards.
     if _TRANSFORMER_ENGINE not in installed and _APEX not in installed:
-        raise ValueError(
+        raise UsageError(
             f"--use-distributed-optimizer with --save {args.save} needs Transformer Engine or "
             "apex, neither of which is installed: Megatron saves the state of torch's Adam and "
             "cannot load it again. Run in NVIDIA's PyTorch container, or remove "

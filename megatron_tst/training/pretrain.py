@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -28,6 +26,7 @@ from megatron.training.argument_utils import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst import cpu
+from megatron_tst.common.errors import UsageError, print_error
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -51,8 +50,6 @@ from megatron_tst.training.schedule_state import keep_learning_rate_schedule
 from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
 from megatron_tst.training.switch import switch_phase
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-
 
 def main(after_step: Callable[[TrainingStep], None] | None = None) -> int:
     """Runs the training that the command line describes.
@@ -69,10 +66,12 @@ def main(after_step: Callable[[TrainingStep], None] | None = None) -> int:
     # torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
         # Once steps were done the input was good: what goes wrong then needs its traceback.
-        is_input = isinstance(error, ValueError) and _raised_by_this_package(error)
-        if not is_input or _steps_were_done():
+        if not isinstance(error, UsageError) or _steps_were_done():
             return report_failure(error)
-        _print_error(error)
+        # Before the process group exists every rank meets the same error, and one line is enough;
+        # afterwards it may be the error of one rank.
+        if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
+            print_error(error)
         return 2
     return 0
 
@@ -84,7 +83,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         after_step: called after each optimizer step, once the step is reported.
 
     Raises:
-        ValueError: bad input, before any training.
+        UsageError: bad input, before any training.
     """
     _rendezvous_alone()
     with _refusing_in_one_line():
@@ -206,26 +205,26 @@ def _print_platform() -> None:
 
 @contextmanager
 def _refusing_in_one_line() -> Iterator[None]:
-    """Makes one ValueError of what Megatron and its libraries raise over a bad command line."""
+    """Makes one UsageError of what Megatron and its libraries raise over a bad command line."""
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
-        if _raised_by_this_package(error):
-            raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(
-            f"Megatron cannot run this command line: {str(error) or frame.line} "
-            f"({type(error).__name__} in {frame.filename}:{frame.lineno})"
-        ) from error
+        if _was_in_megatron(error):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"Megatron cannot run this command line: {str(error) or frame.line} "
+                f"({type(error).__name__} in {frame.filename}:{frame.lineno})"
+            ) from error
+        if isinstance(error, OSError):
+            raise UsageError(str(error)) from error
+        raise
 
 
-def _print_error(error: BaseException) -> None:
-    # Before the process group exists every rank meets the same error, and one line is enough;
-    # afterwards it may be the error of one rank.
-    if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-
-
-def _raised_by_this_package(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(_PACKAGE)
+def _was_in_megatron(error: BaseException) -> bool:
+    """Whether Megatron, and not this package, called what failed."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    known = [package for package in packages if package in ("megatron", "megatron_tst")]
+    return known[-1] == "megatron"

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.checkpoint.torch_dist_index import INDEX_FILE, is_of_newer_torch, newer_torch
 from megatron_tst.common.atomic_files import write_file
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.files import fingerprint
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -68,7 +69,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         The steps that are done: 0 for a new run.
 
     Raises:
-        ValueError: naming the setting, both values and the remedy.
+        UsageError: naming the setting, both values and the remedy.
     """
     folder = checkpoint_to_load(args)
     if folder is None or args.finetune:
@@ -76,7 +77,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     steps_done = 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
         if schedule.config.enabled and not args.skip_train:
-            raise ValueError(
+            raise UsageError(
                 f"--load {args.load}: {folder.name} is not a torch_dist checkpoint, so its "
                 "superposition settings cannot be read: pass --finetune for a new run from its "
                 "weights."
@@ -132,7 +133,7 @@ def _refuse_other_settings(
         before = known.default if known else _BEFORE.get(name, current[name])
         if (was := saved.get(name, before)) != current[name]:
             flag = known.flag if known else _FLAGS[name]
-            raise ValueError(
+            raise UsageError(
                 f"--load {args.load} was trained with {flag} {was}, and this command "
                 f"has {current[name]}: resume with the settings that it started with "
                 f"(--tst-bag-size {saved['bag_size']}, switch at step "
@@ -146,14 +147,14 @@ def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
     if args.no_load_optim or args.skip_train:
         return
     if getattr(saved, "no_save_optim", False):
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load} was saved with --no-save-optim, so that it holds no state of the "
             "optimizer: pass --no-load-optim, with which the learning rate schedule goes on and "
             "the moments start at 0."
         )
     was_16_bit, is_16_bit = (bool(each.bf16 or each.fp16) for each in (saved, args))
     if was_16_bit != is_16_bit and not args.use_distributed_optimizer:
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load} was saved {'with' if was_16_bit else 'without'} --bf16 or --fp16, "
             f"and this command is {'with' if is_16_bit else 'without'}: the state of the optimizer "
             "has main weights for 16-bit models only. Keep the setting, or pass --no-load-optim."
@@ -178,7 +179,7 @@ def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
         was, now = getattr(saved, name, 1), getattr(args, name)
         if was != now:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
+            raise UsageError(
                 f"--load {args.load} was saved with {flag} {was}, and this command has {now}: the "
                 f"state of the optimizer does not fit, {reason}. Keep the setting, or pass "
                 "--no-load-optim, with which the moments start at 0 and the learning rate "
@@ -194,7 +195,7 @@ def _refuse_no_moments(args: Namespace, saved: Any, folder: Path) -> None:
         return
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
     if not any("exp_avg" in name for name in stored):
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load}: {folder.name} holds no state of the optimizer, because with "
             "--fp16 no step had been done when it was saved (the loss scale was still falling), "
             "and Megatron cannot load that. Its weights are those that the run began with: start "
@@ -242,7 +243,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
         name, source = _read_tracker(tracker), str(tracker)
     elif args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None:
         # Megatron builds the model first, and then exits with 0 (pull request 6321).
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load} holds no checkpoint, and --exit-on-missing-checkpoint is given: "
             "pass a --load that does, or start a new run without --exit-on-missing-checkpoint."
         )
@@ -251,7 +252,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     folder = Path(args.load) / name
     if not folder.is_dir():
         found = sorted(path.name for path in Path(args.load).glob("iter_*"))
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load}: {source} names the checkpoint {name}, which is not there "
             f"(found: {', '.join(found) or 'none'}). Pass --ckpt-step with a checkpoint that is, "
             "or another --load."
@@ -264,7 +265,7 @@ def _read_tracker(tracker: Path) -> str:
     if latest == RELEASE:
         return latest
     if not latest.isdecimal():
-        raise ValueError(
+        raise UsageError(
             f"{tracker} holds {latest[:40]!r} instead of the step of the last checkpoint: write "
             "the number of a complete iter_* folder into it, or pass --ckpt-step."
         )
@@ -320,17 +321,17 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
         found = path.stat().st_size if path.is_file() else None
         if found is None or found < size:
             problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise ValueError(f"{name} {problem}")
+            raise UsageError(f"{name} {problem}")
 
 
-def _damaged(folder: Path, error: BaseException) -> ValueError:
+def _damaged(folder: Path, error: BaseException) -> UsageError:
     index = folder / INDEX_FILE
     if is_of_newer_torch(index):
-        return ValueError(f"--load {folder.parent}: {newer_torch(index)}.")
+        return UsageError(f"--load {folder.parent}: {newer_torch(index)}.")
     # Written last: a folder without it is half-written.
     whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
     others = sorted(path.name for path in whole - {folder})
-    return ValueError(
+    return UsageError(
         f"{folder} is damaged ({one_line(error)}): pass --ckpt-step with another checkpoint of its "
         f"folder ({', '.join(others) or 'there is none'})."
     )

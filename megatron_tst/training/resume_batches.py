@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -28,7 +29,7 @@ def refuse_other_past(
         steps_done: steps of the checkpoint.
 
     Raises:
-        ValueError: naming the arguments to pass instead.
+        UsageError: naming the arguments to pass instead.
     """
     samples_read = saved.consumed_train_samples
     assumed = schedule.batch_sizes.samples_at(steps_done)
@@ -40,7 +41,7 @@ def refuse_other_past(
         remedy = f"pass {_flags_of(whole, schedule, saved)} instead"
     else:
         remedy = "write the batch sizes from its first step on as --step-batch-size-schedule"
-    raise ValueError(
+    raise UsageError(
         f"--load {args.load} had read {samples_read} samples in {steps_done} steps, and with "
         f"{_given(args)} it would have been {assumed}: {remedy}, or start a new run from its "
         "weights with --finetune."
@@ -58,7 +59,7 @@ def refuse_other_switch(
         saved_settings: ``tst_settings`` in the checkpoint.
 
     Raises:
-        ValueError: naming the ``--tst-steps`` to pass, where one keeps the switch.
+        UsageError: naming the ``--tst-steps`` to pass, where one keeps the switch.
     """
     switch = saved_settings["switch_sample"]
     if schedule.switch_sample == switch:
@@ -68,7 +69,7 @@ def refuse_other_switch(
         remedy = _no_step_at(switch, schedule.sequence_length)
     else:
         remedy = f"pass --tst-steps {step}"
-    raise ValueError(
+    raise UsageError(
         f"--load {args.load} was trained with the switch at sample {switch} (step "
         f"{saved_settings['switch_step']}), and this command has it at sample "
         f"{schedule.switch_sample} (step {schedule.switch_step}): {remedy}, or start a new run "

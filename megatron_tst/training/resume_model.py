@@ -10,6 +10,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
+
 _MODEL = (
     "num_layers",
     "hidden_size",
@@ -38,7 +40,7 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
         saved: Megatron's arguments in the checkpoint.
 
     Raises:
-        ValueError: naming the argument, both values and the remedy.
+        UsageError: naming the argument, both values and the remedy.
     """
     # Megatron loads a GPT model into a hybrid one, whose layers are counted otherwise.
     if bool(getattr(saved, "hybrid_layer_pattern", None)) == bool(args.hybrid_layer_pattern):
@@ -57,7 +59,7 @@ def _refuse(
     for name in names:
         now = getattr(args, name)
         if (was := getattr(saved, name, now)) != now:
-            raise ValueError(
+            raise UsageError(
                 f"--load {args.load} was saved with --{name.replace('_', '-')} {was}, and this "
                 f"command has {now}: {reason}. Keep the setting, or pass {way_out}."
             )

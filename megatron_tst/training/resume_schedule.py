@@ -10,6 +10,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
@@ -33,7 +34,7 @@ def refuse_other_learning_rate(
         saved: Megatron's arguments in the checkpoint.
 
     Raises:
-        ValueError: naming the arguments, both values, and what to pass instead.
+        UsageError: naming the arguments, both values, and what to pass instead.
     """
     _refuse_other_groups(args, saved)
     if args.override_opt_param_scheduler:
@@ -57,7 +58,7 @@ def refuse_other_learning_rate(
         remedy += f", which {_USE_CHECKPOINT} does not take from the checkpoint"
     else:
         remedy += f", or {_OVERRIDE} to go on with the values of this command"
-    raise ValueError(
+    raise UsageError(
         f"--load {args.load} was trained with {'' if in_steps else 'the equivalent of '}"
         f"{_written(other, was)}, and this command has {_written(other, now)}, which changes the "
         f"learning rate, the weight decay or their schedule: pass {remedy}."
@@ -78,7 +79,7 @@ def _refuse_other_groups(args: Namespace, saved: Any) -> None:
         return
     had, has = (getattr(each, "decoupled_lr", None) for each in (saved, args))
     if (had is None) != (has is None):
-        raise ValueError(
+        raise UsageError(
             f"--load {args.load} was trained with {_written(['--decoupled-lr'], _values(saved))}, "
             f"and this command has {_written(['--decoupled-lr'], _values(args))}: the state of the "
             "optimizer is grouped by learning rates. Keep the setting, or pass --no-load-optim."
@@ -88,7 +89,7 @@ def _refuse_other_groups(args: Namespace, saved: Any) -> None:
     for name in ("lr", "min_lr"):
         was, now = getattr(saved, name, None), getattr(args, name)
         if was != now and args.override_opt_param_scheduler:
-            raise ValueError(
+            raise UsageError(
                 f"--load {args.load} was trained with --{name.replace('_', '-')} {was}, and this "
                 f"command has {now}: with --use-mup the state of the optimizer is grouped by "
                 "learning rates. Keep the value, or pass --no-load-optim."

@@ -10,6 +10,7 @@ from megatron_tst.checkpoint.findings import Fault
 from megatron_tst.checkpoint.sampled_masters import sample_masters
 from megatron_tst.checkpoint.saved_state import read_saved_state
 from megatron_tst.checkpoint.verification import verify_checkpoint
+from megatron_tst.common.errors import UsageError
 
 # Of a tensor. What was saved at a wrong place is nearly all wrong.
 _WRONG_SHARE = 0.01
@@ -24,7 +25,7 @@ def refuse_wrong_state(args: Namespace, folder: Path, saved: Namespace) -> None:
         saved: Megatron's arguments in it.
 
     Raises:
-        ValueError: naming what is wrong and the remedy.
+        UsageError: naming what is wrong and the remedy.
     """
     faults = _faults(args, folder, saved)
     if args.no_load_optim:
@@ -40,7 +41,7 @@ def refuse_wrong_state(args: Namespace, folder: Path, saved: Namespace) -> None:
         )
     else:
         remedy = "pass --ckpt-step with an older checkpoint, or copy it again"
-    raise ValueError(
+    raise UsageError(
         f"--load {args.load}: {folder.name} has faults, such as {worst.where} ({worst.text}, "
         f"{worst.share:.0%} of what was looked at): {remedy}. tools/verify_checkpoint.py "
         f"--checkpoint {folder} shows all of them and can rebuild the masters; "

@@ -16,6 +16,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.common.atomic_files import replacing_folder
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
@@ -56,12 +57,12 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
         cache: folder to make, for ``--data-cache-path`` of the run that goes on.
 
     Raises:
-        ValueError: not a checkpoint of a run with superposition, nothing left to read, corpora
+        UsageError: not a checkpoint of a run with superposition, nothing left to read, corpora
             that have moved, or data that plain Megatron would read in another way.
     """
     folder = find_checkpoint(checkpoint)
     if cache.exists():
-        raise ValueError(f"--data-cache-path {cache} exists: choose a folder that does not.")
+        raise UsageError(f"--data-cache-path {cache} exists: choose a folder that does not.")
     common = TorchDistCheckpoint(folder).read_common()
     args = common["args"]
     refuse_other_checkpoints(args, folder)
@@ -72,7 +73,7 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
     counts = get_train_valid_test_num_samples()
     samples_read = int(args.consumed_train_samples)
     if samples_read >= counts[0]:
-        raise ValueError(f"{folder} is the end of its run: there is no text left that it planned.")
+        raise UsageError(f"{folder} is the end of its run: there is no text left that it planned.")
     write_cache(ours, counts, samples_read, cache)
     return StockData(
         folder, int(common["iteration"]), schedule.switch_step, samples_read, counts[0], cache
@@ -87,14 +88,14 @@ def refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
         folder: of that checkpoint.
 
     Raises:
-        ValueError: no superposition, or a blend without weights.
+        UsageError: no superposition, or a blend without weights.
     """
     if getattr(args, "tst_settings", {}).get("bag_size", 1) == 1:
-        raise ValueError(f"{folder} was made without superposition: plain Megatron reads on.")
+        raise UsageError(f"{folder} was made without superposition: plain Megatron reads on.")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     for paths, weights in filter(None, [blend, *(blend_per_split or [])]):
         if len(paths) > 1 and weights is None:
-            raise ValueError(
+            raise UsageError(
                 f"--data-path {' '.join(paths)} has no weights, without which plain Megatron "
                 "blends in another way: the text cannot be continued there."
             )

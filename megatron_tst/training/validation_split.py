@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.validation import FixedValidationDataset
 from megatron_tst.settings.validation_arguments import refuse_short_sets
 
@@ -52,7 +53,7 @@ def validation_split(built: Any, args: Namespace, is_reader: bool) -> Any:
         What takes the place of ``built``: None if nothing is evaluated, or on other ranks.
 
     Raises:
-        ValueError: nothing is there to validate on, or less than an evaluation reads.
+        UsageError: nothing is there to validate on, or less than an evaluation reads.
     """
     per_evaluation = samples_per_evaluation(args)
     if per_evaluation is not None:
@@ -68,7 +69,7 @@ def validation_split(built: Any, args: Namespace, is_reader: bool) -> Any:
         wanted, remedy = f"--eval-iters is {args.eval_iters}", "use --eval-iters 0"
         if per_evaluation is None:
             wanted, remedy = "--full-validation is set", "remove the flag and use --eval-iters 0"
-        raise ValueError(
+        raise UsageError(
             f"{wanted} and there is no text for validation: give it a share with --split, a corpus "
             f"with --valid-data-path, or {remedy}."
         )

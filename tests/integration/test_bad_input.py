@@ -504,6 +504,16 @@ def test_a_launch_ends_with_one_line(
     assert only_error(started.text).startswith("error: --tst-bag-size is 0: use 1 to turn")
 
 
+def test_a_fault_of_the_program_keeps_its_traceback(
+    launcher: Launcher, small_run: SmallRun
+) -> None:
+    started = launcher.start(small_run.argv, small_run.log, main="tests.internal_error:main")
+    assert launcher.wait(started) == [1]
+    assert "Traceback" in started.text
+    last = started.text.splitlines()[-1]
+    assert last == "error: rank 0, before any step: ValueError: need at least one array to stack"
+
+
 # Found by argparse, by Megatron's validation, or when all arguments are known.
 LAUNCHES: list[tuple[dict[str, Any], str]] = [
     ({"tst_variant": "both"}, r"--tst-variant: invalid choice: 'both' \(choose from .*output-only"),

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_tst.common.errors import UsageError
+
 Implementation = Literal["auto", "torch", "triton"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +43,7 @@ def uses_triton(implementation: Implementation, tensor: Tensor) -> bool:
     if implementation == "auto":
         return tensor.is_cuda and tensor.dtype in _DTYPES and available(tensor.device)
     if implementation == "triton" and not available(tensor.device):
-        raise ValueError(
+        raise UsageError(
             f"implementation is 'triton', and tensors are on {tensor.device.type}: Triton kernels "
             "need a GPU and Triton installed. Use 'auto' or 'torch'."
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.common.atomic_files import replacing
+from megatron_tst.common.errors import UsageError
 
 SWITCH = "MEGATRON_TST_CPU_KERNELS"
 """Environment variable: ``torch`` keeps to torch's operators."""
@@ -261,7 +262,7 @@ def describe_kernels() -> str:
 def _choose() -> tuple[Kernels | None, str]:
     asked_for = os.environ.get(SWITCH, "compiled")
     if asked_for not in ("compiled", "torch"):
-        raise ValueError(f"{SWITCH} is {asked_for!r}: set it to compiled or torch, or unset it.")
+        raise UsageError(f"{SWITCH} is {asked_for!r}: set it to compiled or torch, or unset it.")
     if asked_for == "torch":
         return None, f"torch ({SWITCH}=torch)"
     if torch.get_num_threads() > 1:

@@ -1,0 +1,57 @@
+"""Tells what the user has to mend from what is wrong with the program."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(ValueError):
+    """Input that cannot be used: its message names the flag or file, the value and the remedy."""
+
+
+def command[**A](main: Callable[A, int]) -> Callable[A, int]:
+    """Ends a command with one line and exit code 2 where its input cannot be used.
+
+    That is a :class:`UsageError`, or a file that cannot be read or written. Every other error is
+    one of the program and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: A.args, **kwargs: A.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except (UsageError, OSError) as error:
+            print_error(error)
+            return 2
+
+    return guarded
+
+
+def print_error(error: BaseException) -> None:
+    """Prints an error in one line on standard error."""
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file of JSON.
+
+    Args:
+        path: the file.
+        remedy: what to do where it holds something else.
+
+    Raises:
+        UsageError: it does.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON ({error}): {remedy}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is no JSON object: {remedy}.")
+    return content

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import pytest
+
+from megatron_tst.common.errors import UsageError, command, read_json_object
+
+_TOOL = """
+import sys
+import numpy as np
+from megatron_tst.common.errors import UsageError, command
+
+@command
+def main() -> int:
+    {body}
+    return 0
+
+sys.exit(main())
+"""
+
+
+def _run(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _TOOL.format(body=body)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (r"raise UsageError('--a is 1:\n use 2.')", "error: --a is 1:  use 2.\n"),
+        ("open('/missing')", "error: [Errno 2] No such file or directory: '/missing'\n"),
+    ],
+)
+def test_bad_input_ends_a_command_with_one_line(body, line):
+    done = _run(body)
+    assert (done.returncode, done.stderr) == (2, line)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    done = _run("np.stack([])")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("ValueError: need at least one array to stack\n")
+
+
+def test_a_command_passes_its_arguments_and_its_code_on():
+    @command
+    def main(code: int, more: int = 0) -> int:
+        """What it does."""
+        return code + more
+
+    assert main(1, more=3) == 4
+    assert main.__doc__ == "What it does."
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"[" * 100_000])
+def test_what_is_no_json_object_is_named_with_the_remedy(tmp_path, content):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"file\.json is no JSON.*: repair it\.$"):
+        read_json_object(path, "repair it")
