@@ -30,10 +30,11 @@ support-matrix: setup ## Run the tests of parallel layouts and write docs/suppor
 	  tests/integration/test_bad_input.py --junitxml=runs/support-matrix.xml
 	$(PY) -m tests.support_matrix runs/support-matrix.xml
 
-check: setup ## Lint (Python, shell, Dockerfile), check the format and the types
+check: setup ## Lint (Python, shell, Dockerfile), check the format, the types and who imports whom
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
+	.venv/bin/lint-imports
 	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh findings/*.sh .ci/run
 	.venv/bin/hadolint Dockerfile
 
@@ -62,5 +63,5 @@ $(STUDY_TEXT).json: | setup
 	  --byte-level --shuffle-seed 0 --max-bytes 60000000 --output-prefix $(STUDY_TEXT)
 
 clean: ## Remove .venv, caches and build products (runs/ stays)
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

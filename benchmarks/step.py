@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.common.atomic_files import write_json
-from megatron_tst.cpu.bf16 import describe_bf16
-from megatron_tst.cpu.precision import faster_precision
+from megatron_tst.common.bf16 import describe_bf16
+from megatron_tst.common.precision import faster_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_ROUNDS = 5

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.cpu.bf16 import describe_bf16
+from megatron_tst.common.bf16 import describe_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 5

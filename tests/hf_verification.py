@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.measuring import peak_bytes
 from benchmarks.synthetic_checkpoint import write_checkpoint
+from megatron_tst import cpu
 from megatron_tst.checkpoint import hf_verify
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
@@ -76,6 +77,7 @@ def main() -> int:
     """Writes what it found into a JSON file."""
     checkpoints, tokenizer, results = (Path(argument) for argument in sys.argv[1:])
     work = results.parent
+    cpu.activate()
     found: dict[str, Any] = {"differences": {}}
     for variant in VERIFIED:
         output = work / variant

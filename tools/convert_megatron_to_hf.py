@@ -88,8 +88,10 @@ def _verify(checkpoint: Path, output: Path, tolerance: float) -> int:
     # Here, because the imports take seconds.
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_tst import cpu
     from megatron_tst.checkpoint.hf_verify import largest_logit_difference
 
+    cpu.activate()
     disable_progress_bar()
     # It recommends another model class for every model that is built.
     logging.getLogger("megatron").setLevel(logging.ERROR)

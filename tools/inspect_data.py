@@ -18,12 +18,13 @@ from tokenizers import Tokenizer
 
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.errors import UsageError, command, read_json_object
+from megatron_tst.corpus.lengths import LengthDistribution, length_distribution
 from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.settings.config import SETTINGS
 
 if TYPE_CHECKING:
-    from megatron_tst.corpus.inspection import LengthDistribution, PhaseOneSample
+    from megatron_tst.corpus.inspection import PhaseOneSample
 
 _SHOWN_DOCUMENTS = 5
 _SHOWN_TOKENS = 64
@@ -86,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def show_corpus(args: argparse.Namespace, console: Console) -> None:
     """Prints all that was asked for, and writes the picture."""
-    from megatron_tst.corpus.inspection import length_distribution, open_corpus
+    from megatron_tst.corpus.inspection import open_corpus
     from megatron_tst.data.files import check_vocabulary
 
     _check_combination(args)

@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_tst.common.errors import command
+from megatron_tst.common.precision import describe_precision, faster_precision
 from megatron_tst.common.progress import TaskProgress
-from megatron_tst.cpu.precision import describe_precision, faster_precision
 from megatron_tst.study.execution import Execution
 from megatron_tst.study.pace import Plan
 from megatron_tst.study.quickstart import SUBWORDS, Settings, TimeLimit, train_in_time
@@ -197,8 +197,10 @@ def generate_sample(folder: Path, console: Console) -> str:
 
 def verify_export(arm: Execution, folder: Path, console: Console) -> None:
     """Compares the logits of an exported model with those of Megatron's."""
+    from megatron_tst import cpu
     from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE, largest_logit_difference
 
+    cpu.activate()
     # It recommends another model class for every model that is built.
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from types import FrameType
 from rich.console import Console
 
 from megatron_tst.common.errors import UsageError, command
-from megatron_tst.cpu.precision import describe_precision
+from megatron_tst.common.precision import describe_precision
 from megatron_tst.report.describing import Status
 from megatron_tst.report.results import read_result
 from megatron_tst.report.results_table import write_results

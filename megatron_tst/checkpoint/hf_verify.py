@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tst import cpu
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 
@@ -84,8 +83,8 @@ def largest_logit_difference(checkpoint: Path, exported: Path) -> float:
     """Runs both models on random tokens, on the CPU in fp32.
 
     Holds both models in memory, 8 bytes a parameter. Uses the default process group, of one process
-    and on gloo, for as long as it takes. Where there is a GPU, hide it from the process first
-    (``CUDA_VISIBLE_DEVICES=``).
+    and on gloo, for as long as it takes. The process must have hidden its GPUs
+    (``CUDA_VISIBLE_DEVICES=``) and called ``megatron_tst.cpu.activate``.
 
     Args:
         checkpoint: folder of an iteration, or a folder of ``--save``, as it was exported.
@@ -115,7 +114,6 @@ def largest_logit_difference(checkpoint: Path, exported: Path) -> float:
 
 def _megatron_logits(source: TorchDistCheckpoint, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits [b, l, V] of Megatron's model of local modules, its weights rounded to ``dtype``."""
-    cpu.activate()
     with _single_process():
         model = _build(source.read_common()["args"])
         _fill(model, source, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tst.checkpoint.findings import CHECKS, FILES, Fault, Verification
-from megatron_tst.report.text_table import Table
+from megatron_tst.common.text_table import Table
 
 _MOST_FAULTS = 20
 

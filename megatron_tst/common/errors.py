@@ -51,7 +51,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON ({error}): {remedy}.") from error
+        raise UsageError(f"{path} is not JSON ({error}): {remedy}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} is no JSON object: {remedy}.")
     return content

@@ -3,8 +3,8 @@
 Megatron addresses its device as ``torch.cuda``. Where no GPU is visible, :func:`activate` gives
 that name a CPU meaning, supplies the modules that upstream has only for GPUs, and picks argument
 defaults that work on a CPU. Where a GPU is visible it does nothing. The rest of the project knows
-it by the entry points that call :func:`activate`, and by the question whether bf16 is worth while
-on this CPU (``bf16``, ``precision``), which needs no torch.
+it by the entry points that call :func:`activate`, and by what that says in
+:mod:`megatron_tst.common.platform`.
 """
 
 from megatron_tst.cpu.platform import activate, describe, is_active

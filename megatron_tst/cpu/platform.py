@@ -7,6 +7,10 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_tst.common.bf16 import bf16_products, describe_bf16
+from megatron_tst.common.platform import Platform, platform, run_on
+from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
+
 TESTED_MEGATRON_VERSIONS = ("0.19.2",)
 """Megatron-Core releases whose symbols the platform has been run against."""
 
@@ -20,12 +24,10 @@ _ALLOCATOR_SETTINGS = (
 # NVIDIA, NVIDIA under WSL, AMD.
 _GPU_DRIVER_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
-_active = False
-
 
 def is_active() -> bool:
     """Whether :func:`activate` switched the platform on in this process."""
-    return _active
+    return not platform().has_gpu
 
 
 def activate() -> bool:
@@ -39,8 +41,7 @@ def activate() -> bool:
             Megatron-Core is not a release that the platform was run against, or lacks a symbol
             that the platform replaces; the message names it.
     """
-    global _active
-    if _active:
+    if is_active():
         return True
     import torch
 
@@ -66,15 +67,12 @@ def activate() -> bool:
     from megatron_tst.cpu import megatron_modules
 
     megatron_modules.install()
-    _active = True
+    run_on(Platform(False, refuse_gpu_arguments, set_cpu_defaults, describe))
     return True
 
 
 def describe() -> dict[str, str]:
-    """How the platform computes in this process, for people and records; empty where it is off."""
-    if not _active:
-        return {}
-    from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
+    """How the platform computes in this process, for people and records."""
     from megatron_tst.cpu.widened import is_available
     from megatron_tst.ops.native import describe_kernels
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tst.cpu.bf16 import bf16_products
+from megatron_tst.common.bf16 import bf16_products
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot", "addbmm", "addr")
 _ATTENTION = (

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_tst.common.bf16 import bf16_products, describe_bf16
 from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.corpus.huggingface_tokenizer import load_huggingface_tokenizer
-from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_HELP = "default: as stored, or float32 for bfloat16 on a CPU that has no bf16"

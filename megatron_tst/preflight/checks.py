@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.common.platform import GPUS
 from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.preflight import engine, misfits, model_checks, rank_simulation
 from megatron_tst.preflight.corpus_check import check_text, resolve_vocabulary
@@ -154,7 +155,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
 
 
 def _check_before_validation(report: Report, args: argparse.Namespace) -> None:
-    report.findings.extend(map(error, argument_errors(args, has_gpu=True)))
+    report.findings.extend(map(error, argument_errors(args, GPUS)))
     if args.yaml_cfg is None and not (args.train_iters or args.train_samples):
         report.findings.append(error("--train-iters is not given: pass the steps of the run."))
     report.findings.extend(misfits.misfits(args))

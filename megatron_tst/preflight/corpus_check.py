@@ -15,9 +15,9 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
 from megatron_tst.data.files import check_indexed_dataset
+from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
 from megatron_tst.preflight.findings import Finding, error, note
 from megatron_tst.settings.schedule import SuperpositionSchedule
-from megatron_tst.training.datasets import data_path_prefixes, data_weights
 
 _LLAMA_3_IDS = 128_256
 

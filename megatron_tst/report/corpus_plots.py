@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
@@ -12,12 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, ScalarFormatter
 from numpy.typing import NDArray
 
+from megatron_tst.corpus.lengths import LengthDistribution
 from megatron_tst.corpus.mutual_information import DecayFit, Measurement
 from megatron_tst.report.curve_plots import COLOURS, legend
 from megatron_tst.report.drawing import FOREGROUND, STYLE
-
-if TYPE_CHECKING:
-    from megatron_tst.corpus.inspection import LengthDistribution
 
 _BINS = 60
 

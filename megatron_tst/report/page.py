@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from megatron_tst.common.text_table import Table
 from megatron_tst.report.drawing import Plot
-from megatron_tst.report.text_table import Table
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #59636e; --page: #ffffff; --line: #d1d9e0;

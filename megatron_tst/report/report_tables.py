@@ -8,6 +8,7 @@ from statistics import fmean
 
 import numpy as np
 
+from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH, TIMES, duration, quantity
 from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
@@ -17,7 +18,6 @@ from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import estimate
-from megatron_tst.report.text_table import Table
 from megatron_tst.report.units import amount, gap_text, loss_text, ratio_text, signed
 
 _SIDE_BY_SIDE = 4

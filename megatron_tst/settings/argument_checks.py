@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.cpu.arguments import refuse_gpu_arguments
+from megatron_tst.common.platform import Platform
 from megatron_tst.settings.arguments import (
     refuse_no_epochs,
     superposition_config_from_args,
@@ -21,12 +21,12 @@ from megatron_tst.settings.unheeded import unheeded_arguments
 from megatron_tst.settings.validation_arguments import validation_errors
 
 
-def argument_errors(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
+def argument_errors(args: argparse.Namespace, platform: Platform) -> Iterator[str]:
     """Checks a parsed command line by itself; files are not looked at.
 
     Args:
         args: parsed, not validated.
-        has_gpu: whether the run is one on GPUs.
+        platform: that the run is for.
 
     Returns:
         Messages, each naming the argument, its value and the remedy.
@@ -41,10 +41,10 @@ def argument_errors(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
     yield from _error(_refuse_long_warmup, args)
     yield from conflicts(args)
     yield from validation_errors(args)
-    yield from unheeded_arguments(args, has_gpu)
-    if not has_gpu:
-        yield from _error(refuse_gpu_arguments, args)
-    elif args.dataloader_inter_document_masking and args.transformer_impl == "local":
+    yield from unheeded_arguments(args, platform.has_gpu)
+    yield from _error(platform.refuse_arguments, args)
+    is_local_on_gpu = platform.has_gpu and args.transformer_impl == "local"
+    if is_local_on_gpu and args.dataloader_inter_document_masking:
         yield (
             "--dataloader-inter-document-masking does not work with --transformer-impl local on a "
             "GPU, whose attention takes no packed sequences: use transformer_engine."

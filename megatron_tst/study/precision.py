@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tst.common.errors import UsageError, read_json_object
-from megatron_tst.cpu.precision import Precision, describe_precision, faster_precision
+from megatron_tst.common.precision import Precision, describe_precision, faster_precision
 from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.execution import gpus_of_this_machine
 from megatron_tst.study.study_folder import STUDY_FILE

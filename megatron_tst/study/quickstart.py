@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from megatron_tst.common.precision import Precision
 from megatron_tst.common.progress import TaskProgress
-from megatron_tst.cpu.precision import Precision
 from megatron_tst.study.execution import Execution, Slot, cores_of_this_process
 from megatron_tst.study.pace import Plan, choose_steps, measure_pace
 from megatron_tst.study.run_folder import RunFolder

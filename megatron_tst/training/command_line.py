@@ -7,9 +7,8 @@ from typing import Any
 
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
-from megatron_tst import cpu
 from megatron_tst.common.errors import UsageError
-from megatron_tst.cpu.arguments import set_cpu_defaults
+from megatron_tst.common.platform import platform
 from megatron_tst.settings.argument_checks import argument_errors
 from megatron_tst.settings.arguments import (
     add_superposition_arguments,
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     # By itself Megatron repeats a step with a NaN, saves, and exits without an error; and it checks
     # no NaN in the first step after a start, whose weights a later checkpoint would then hold.
     parser.set_defaults(rerun_mode="disabled")
-    return set_cpu_defaults(parser) if cpu.is_active() else parser
+    return platform().set_defaults(parser)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -78,7 +77,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the argument or file, its value and the remedy.
     """
-    for message in argument_errors(args, has_gpu=not cpu.is_active()):
+    for message in argument_errors(args, platform()):
         raise UsageError(message)
     check_data_files(args)
 

@@ -25,8 +25,8 @@ from megatron.training.argument_utils import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tst import cpu
 from megatron_tst.common.errors import UsageError, print_error
+from megatron_tst.common.platform import platform
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -88,7 +88,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     _rendezvous_alone()
     with _refusing_in_one_line():
         args, schedule = parse_command_line()
-        if not cpu.is_active():
+        if platform().has_gpu:
             report_fused_paths(args)
         is_hybrid = args.hybrid_layer_pattern is not None
         model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
@@ -154,7 +154,7 @@ class _StepEnd:
         if self._is_first_step:
             self._is_first_step = False
             parameters = count_parameters(step.model)
-            write_run_description(args, self.schedule, parameters, cpu.describe())
+            write_run_description(args, self.schedule, parameters, platform().describe())
         fill_moments(step.optimizer)
         self.reporter.report(step.iteration, args)
         is_switch = self.schedule.begins_phase(step.iteration)
@@ -197,9 +197,9 @@ def _print_settings(schedule: SuperpositionSchedule) -> None:
 
 
 def _print_platform() -> None:
-    if cpu.is_active():
+    if not platform().has_gpu:
         print_rank_0("> CPU platform:")
-    for name, value in cpu.describe().items():
+    for name, value in platform().describe().items():
         print_rank_0(f"    {name:.<24} {value}")
 
 

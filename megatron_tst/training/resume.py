@@ -21,9 +21,9 @@ from megatron_tst.checkpoint.torch_dist_index import INDEX_FILE, is_of_newer_tor
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.files import fingerprint
+from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.schedule import SuperpositionSchedule
-from megatron_tst.training.datasets import data_path_prefixes, data_weights
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
 from megatron_tst.training.resume_model import refuse_other_model

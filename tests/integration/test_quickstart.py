@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_tst.common.precision import faster_precision
 from megatron_tst.common.progress import INTERVAL_VARIABLE
-from megatron_tst.cpu.precision import faster_precision
 from megatron_tst.study import pace
 from megatron_tst.study.quickstart import Settings, TimeLimit, train_in_time
 from tests.zygote import ROOT

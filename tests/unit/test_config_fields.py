@@ -10,7 +10,8 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_tst.cpu.arguments import _WITHOUT_GPU
+from megatron_tst.common.platform import Platform
+from megatron_tst.cpu.arguments import _WITHOUT_GPU, refuse_gpu_arguments
 from megatron_tst.settings.argument_checks import argument_errors
 from megatron_tst.settings.conflicts import _CONFLICTS
 from megatron_tst.training.command_line import add_arguments
@@ -44,13 +45,14 @@ def test_fields_of_a_layer_are_compared_with_plain_modules() -> None:
 
 
 def test_refused_fields_have_a_refusal(parser: argparse.ArgumentParser) -> None:
-    without_gpu = {name for name, _, _ in _WITHOUT_GPU}
+    without_gpu = Platform(has_gpu=False, refuse_arguments=refuse_gpu_arguments)
+    refused = {name for name, _, _ in _WITHOUT_GPU}
     conflicts = {conflict.flag.removeprefix("--").replace("-", "_") for conflict in _CONFLICTS}
-    for name in sorted(set(JUDGED["refused"]) - without_gpu - conflicts):
+    for name in sorted(set(JUDGED["refused"]) - refused - conflicts):
         action = next(action for action in parser._actions if action.dest == name)
         value = [] if action.nargs == 0 else ["/tmp/refused"]
         args = parser.parse_args([action.option_strings[0], *value])
-        errors = list(argument_errors(args, has_gpu=False))
+        errors = list(argument_errors(args, without_gpu))
         assert any(action.option_strings[0] in text for text in errors), name
 
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_tst.cpu import bf16, widened
+from megatron_tst.common import bf16
+from megatron_tst.cpu import widened
 from tests import widened_checks
 from tests.zygote import Launcher
 

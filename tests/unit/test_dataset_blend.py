@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst.data.blend import check_blend, samples_by_corpus
-from megatron_tst.training.datasets import data_path_prefixes
+from megatron_tst.data.named_corpora import data_path_prefixes
 from tests.corpus import write_corpus
 from tests.datasets import (
     TRAIN,

@@ -58,5 +58,5 @@ def test_a_command_passes_its_arguments_and_its_code_on():
 def test_what_is_no_json_object_is_named_with_the_remedy(tmp_path, content):
     path = tmp_path / "file.json"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"file\.json is no JSON.*: repair it\.$"):
+    with pytest.raises(UsageError, match=r"file\.json is (no|not) JSON.*: repair it\.$"):
         read_json_object(path, "repair it")

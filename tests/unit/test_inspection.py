@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tst.corpus import inspection
+from megatron_tst.corpus import lengths as corpus_lengths
 from megatron_tst.corpus.inspection import (
     PhaseOne,
-    length_distribution,
     open_corpus,
     read_phase_1,
 )
+from megatron_tst.corpus.lengths import length_distribution
 from megatron_tst.corpus.tokenizer import byte_tokenizer
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.settings.config import DocumentBoundary
@@ -35,8 +35,8 @@ def prefix(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("counted_lengths", [1, 40, 1 << 20])
 def test_length_distribution(monkeypatch: pytest.MonkeyPatch, counted_lengths: int) -> None:
     # Chunks, and documents above the length up to which lengths are counted.
-    monkeypatch.setattr(inspection, "_CHUNK", 7)
-    monkeypatch.setattr(inspection, "_COUNTED_LENGTHS", counted_lengths)
+    monkeypatch.setattr(corpus_lengths, "_CHUNK", 7)
+    monkeypatch.setattr(corpus_lengths, "_COUNTED_LENGTHS", counted_lengths)
     lengths = np.random.default_rng(0).geometric(0.03, 1000).astype(np.int32) - 1
     found = length_distribution(lengths)
     assert found.documents == 1000

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tst.cpu import bf16
-from megatron_tst.cpu.precision import describe_precision, faster_precision
+from megatron_tst.common import bf16
+from megatron_tst.common.precision import describe_precision, faster_precision
 from megatron_tst.evaluation.folder import check_model_folder, load_model
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.precision import resolve_precision

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_tst.cpu.bf16 import bf16_products, describe_bf16
+from megatron_tst.common.bf16 import bf16_products, describe_bf16
 
 Precision = Literal["bf16", "fp32"]
 

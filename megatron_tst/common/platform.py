@@ -1,0 +1,41 @@
+"""What training asks of the machine it runs on; whoever makes another one fit says it here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of machine; the default is Megatron's own, with GPUs.
+
+    Attributes:
+        has_gpu: whether it is that one.
+        refuse_arguments: raises a :class:`~megatron_tst.common.errors.UsageError` for parsed
+            arguments that it cannot serve.
+        set_defaults: gives Megatron's parser the defaults that work on it, and returns it.
+        describe: how it computes in this process, for people and records.
+    """
+
+    has_gpu: bool = True
+    refuse_arguments: Callable[[argparse.Namespace], None] = lambda args: None
+    set_defaults: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] = lambda it: it
+    describe: Callable[[], dict[str, str]] = dict
+
+
+GPUS = Platform()
+
+_platform = GPUS
+
+
+def platform() -> Platform:
+    """The one that this process runs on."""
+    return _platform
+
+
+def run_on(other: Platform) -> None:
+    """Makes this process run on another one."""
+    global _platform
+    _platform = other
