@@ -77,29 +77,41 @@ def _compile_dataset_helpers() -> None:
 
 def install() -> None:
     """Installs the replacements."""
+    # First: Megatron binds these when it is imported.
+    _install_optimizer()
+    _install_layers()
+    _install_experts()
+    _install_hybrid_stack()
+    from megatron_tst.cpu import cross_entropy, gradients
+    from megatron_tst.cpu.async_save import start_writer
+
+    # The name by which models call it.
+    loss = "vocab_parallel_cross_entropy"
+    _wrap("megatron.core.tensor_parallel", loss, cross_entropy.in_chunks)
+    _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)
+    ddp = "megatron.core.distributed.distributed_data_parallel"
+    make_hook = "DistributedDataParallel._make_backward_post_hook"
+    _wrap(ddp, make_hook, gradients.add_in_blocks)
+    _replace("megatron.training.initialize", "init_persistent_async_worker", start_writer)
+
+
+def _install_optimizer() -> None:
     from megatron_tst.cpu import optimizer
 
-    # Megatron takes these from torch where neither Transformer Engine nor apex is installed, and
-    # binds them when it is imported, which the next import does.
+    # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
     _replace("torch.optim", "Adam", optimizer.FusedAdam)
     _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
-
-    from megatron_tst.cpu import (
-        cross_entropy,
-        experts,
-        fused_layer,
-        gradients,
-        norm,
-        rotary,
-        swiglu,
-    )
-
     # Their state is that of apex.
     _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
     _replace("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True)
     _replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", optimizer.l2_norm)
     _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
     _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
+
+
+def _install_layers() -> None:
+    from megatron_tst.cpu import fused_layer, norm, rotary
+
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
     layer = "megatron.core.transformer.transformer_layer"
@@ -108,25 +120,24 @@ def install() -> None:
     _wrap("megatron.training.models.gpt", "_te_or_local_layer_spec", _with_l2_norm)
     checkpoint = "CheckpointWithoutOutput.__init__"
     _wrap("megatron.core.tensor_parallel.random", checkpoint, _without_fp8)
+    rotation = "megatron.core.models.common.embeddings.rope_utils"
+    _wrap(rotation, "_apply_rotary_pos_emb_bshd", rotary.in_fewer_passes)
+
+
+def _install_experts() -> None:
+    from megatron_tst.cpu import experts, swiglu
+
     mlp = "megatron.core.transformer.mlp"
     shared_experts = "megatron.core.transformer.moe.shared_experts"
     _wrap(mlp, "MLP.forward", experts.pad_rows)
     _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
     _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
-    rotation = "megatron.core.models.common.embeddings.rope_utils"
-    _wrap(rotation, "_apply_rotary_pos_emb_bshd", rotary.in_fewer_passes)
-    # The name by which models call it.
-    loss = "vocab_parallel_cross_entropy"
-    _wrap("megatron.core.tensor_parallel", loss, cross_entropy.in_chunks)
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
-    _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)
 
-    ddp = "megatron.core.distributed.distributed_data_parallel"
-    make_hook = "DistributedDataParallel._make_backward_post_hook"
-    _wrap(ddp, make_hook, gradients.add_in_blocks)
 
+def _install_hybrid_stack() -> None:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_tst.cpu.hybrid_spec import HYBRID_STACK_SPEC
@@ -134,7 +145,3 @@ def install() -> None:
     hybrid = "megatron.training.models.hybrid"
     _replace(hybrid, "default_hybrid_stack_spec", HYBRID_STACK_SPEC)
     _replace("megatron.core.models.hybrid.hybrid_block", "TENorm", WrappedTorchNorm)
-
-    from megatron_tst.cpu.async_save import start_writer
-
-    _replace("megatron.training.initialize", "init_persistent_async_worker", start_writer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.curve_plots import draw_training, draw_validation
-from megatron_tst.report.drawing import Plot, render
+from megatron_tst.report.drawing import Canvas, Plot, render
 from megatron_tst.report.families import Group
 from megatron_tst.report.gap_plots import (
     draw_gaps,
@@ -17,10 +19,21 @@ from megatron_tst.report.gap_plots import (
     draw_over_bag_sizes,
     draw_over_step_ratios,
 )
+from megatron_tst.report.pairs import Pair
 from megatron_tst.report.sweep import largest_sweep
 
 _DRAWN_SETTINGS = 3
 _DRAWN_GROUPS = 6
+
+
+class _Sketch(NamedTuple):
+    """What :func:`~megatron_tst.report.drawing.render` takes."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[Canvas], None]
+    height: float = 3.9
 
 
 def render_plots(study: Study, prefix: str = "") -> list[Plot]:
@@ -33,19 +46,8 @@ def render_plots(study: Study, prefix: str = "") -> list[Plot]:
     best = study.best
     if best is None:
         return []
-    plots = [*_gap_plots(study, best, prefix), *_curve_plots(study, best, prefix)]
-    offsets = best.pairs[0].tst.offset_losses
-    if offsets.size:
-        label = best.tst.label
-        plots.append(
-            render(
-                f"{prefix}offset-loss",
-                "Loss by position in the bag",
-                f"Phase 1 of {label}: training loss of the i-th token of the predicted bag.",
-                partial(draw_offsets, losses=offsets),
-            )
-        )
-    return plots
+    sketches = (*_gaps(study, best), *_curves(study, best), *_offsets(best))
+    return [render(*sketch._replace(name=f"{prefix}{sketch.name}")) for sketch in sketches]
 
 
 def drawn_groups(study: Study, best: Matchup) -> list[Group]:
@@ -56,7 +58,7 @@ def drawn_groups(study: Study, best: Matchup) -> list[Group]:
     return [*groups, *diverged][:_DRAWN_GROUPS]
 
 
-def _curve_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
+def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
     groups = drawn_groups(study, best)
     pair = best.pairs[0]
     band = "" if len(best.pairs) == 1 else " Bands are 95% intervals over seeds."
@@ -67,110 +69,98 @@ def _curve_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
         else ""
     )
     validation = partial(draw_validation, groups=groups, matchup=best)
-    plots = [
-        render(
-            f"{prefix}equal-flops",
-            "Equal FLOPs",
-            "Validation loss against equivalent tokens, to which FLOPs are proportional."
-            f"{diamonds}{band}{dotted}",
-            partial(validation, budget="equivalent tokens"),
-        )
-    ]
+    yield _Sketch(
+        "equal-flops",
+        "Equal FLOPs",
+        "Validation loss against equivalent tokens, to which FLOPs are proportional."
+        f"{diamonds}{band}{dotted}",
+        partial(validation, budget="equivalent tokens"),
+    )
     if pair.tst.steps[-1] > pair.tst.switch_step:
-        plots.append(
-            render(
-                f"{prefix}end-of-run",
-                "Equal FLOPs, end of the run",
-                f"The same curves over the second half of phase 2.{band}",
-                partial(validation, budget="equivalent tokens", second_half=True),
-            )
+        yield _Sketch(
+            "end-of-run",
+            "Equal FLOPs, end of the run",
+            f"The same curves over the second half of phase 2.{band}",
+            partial(validation, budget="equivalent tokens", second_half=True),
         )
-    plots.append(
-        render(
-            f"{prefix}equal-data",
-            "Equal data",
-            f"Validation loss against tokens of text read.{band}",
-            partial(validation, budget="data tokens"),
-        )
+    yield _Sketch(
+        "equal-data",
+        "Equal data",
+        f"Validation loss against tokens of text read.{band}",
+        partial(validation, budget="data tokens"),
     )
     if best.times_are_comparable:
-        plots.append(
-            render(
-                f"{prefix}training-time",
-                "Training time",
-                f"Validation loss against seconds in training steps, without evaluation.{band}",
-                partial(validation, budget="seconds"),
-            )
+        yield _Sketch(
+            "training-time",
+            "Training time",
+            f"Validation loss against seconds in training steps, without evaluation.{band}",
+            partial(validation, budget="seconds"),
         )
+    yield from _training_curves(groups, pair)
+
+
+def _training_curves(groups: list[Group], pair: Pair) -> Iterator[_Sketch]:
     if all(run.training_steps.size for run in (pair.baseline, pair.tst)):
-        plots.append(
-            render(
-                f"{prefix}training-loss",
-                "Training loss",
-                wording.jump_explanation(pair),
-                partial(draw_training, groups=groups),
-            )
+        draw = partial(draw_training, groups=groups)
+        yield _Sketch("training-loss", "Training loss", wording.jump_explanation(pair), draw)
+
+
+def _offsets(best: Matchup) -> Iterator[_Sketch]:
+    losses = best.pairs[0].tst.offset_losses
+    if losses.size:
+        yield _Sketch(
+            "offset-loss",
+            "Loss by position in the bag",
+            f"Phase 1 of {best.tst.label}: training loss of the i-th token of the predicted bag.",
+            partial(draw_offsets, losses=losses),
         )
-    return plots
 
 
-def _gap_plots(study: Study, best: Matchup, prefix: str) -> list[Plot]:
-    plots = []
+def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
     if len(study.ranked) > 1 or len(best.pairs) > 1:
-        plots.append(
-            render(
-                f"{prefix}gaps",
-                "Gap to the baseline at equal FLOPs",
-                "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
-                "(beyond the frame where it is far wider than the seeds), each seed a stroke.",
-                partial(draw_gaps, matchups=study.ranked),
-                height=1.2 + 0.32 * len(study.ranked),
-            )
+        yield _Sketch(
+            "gaps",
+            "Gap to the baseline at equal FLOPs",
+            "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
+            "(beyond the frame where it is far wider than the seeds), each seed a stroke.",
+            partial(draw_gaps, matchups=study.ranked),
+            height=1.2 + 0.32 * len(study.ranked),
         )
-    plots += _sweep_plots(study, prefix)
+    yield from _sweep(study)
     with_lengths = [m for m in study.ranked if m.speed_up_off_ends() is not None]
     if with_lengths:
         first = best if best in with_lengths else with_lengths[0]
         others = [m for m in with_lengths if m.baselines == first.baselines and m is not first]
-        plots.append(
-            render(
-                f"{prefix}equal-loss",
-                "Equal loss, off finished runs",
-                wording.off_ends(first),
-                partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
-            )
+        yield _Sketch(
+            "equal-loss",
+            "Equal loss, off finished runs",
+            wording.off_ends(first),
+            partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
         )
-    return plots
 
 
-def _sweep_plots(study: Study, prefix: str) -> list[Plot]:
+def _sweep(study: Study) -> Iterator[_Sketch]:
     sweep = largest_sweep(study.matchups)
     if sweep is None:
-        return []
-    plots = []
+        return
     if len(sweep.bag_sizes) > 1 and len(sweep.step_ratios) > 1:
-        plots.append(
-            render(
-                f"{prefix}heat-map",
-                "Gap over bag size and step ratio",
-                "Nats a token, with half of the 95% interval. A heavy frame: the interval leaves "
-                "out zero. Hatched: no run.",
-                partial(draw_heat_map, sweep=sweep),
-                height=1.2 + 0.62 * len(sweep.step_ratios),
-            )
+        yield _Sketch(
+            "heat-map",
+            "Gap over bag size and step ratio",
+            "Nats a token, with half of the 95% interval. A heavy frame: the interval leaves "
+            "out zero. Hatched: no run.",
+            partial(draw_heat_map, sweep=sweep),
+            height=1.2 + 0.62 * len(sweep.step_ratios),
         )
     for lines, name, title, draw in (
         (sweep.over_bag_sizes(), "over-bag-size", "bag size", draw_over_bag_sizes),
         (sweep.over_step_ratios(), "over-step-ratio", "step ratio", draw_over_step_ratios),
     ):
         if lines:
-            plots.append(
-                render(
-                    f"{prefix}{name}",
-                    f"Gap over {title}",
-                    "The U-curve of the loss, upside down: the gap to the baseline, with 95% "
-                    "intervals over seeds.",
-                    partial(draw, sweep=sweep),
-                )
+            yield _Sketch(
+                name,
+                f"Gap over {title}",
+                "The U-curve of the loss, upside down: the gap to the baseline, with 95% "
+                "intervals over seeds.",
+                partial(draw, sweep=sweep),
             )
-    return plots
