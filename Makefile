@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-te test test-fast durations support-matrix check format quickstart study results clean
+.PHONY: help setup setup-te test test-fast durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,10 +58,13 @@ results: setup ## Draw the figures and write the tables of docs/results.md anew,
 	  --figures runs/results --tables docs/results/proxy.md
 	for figure in docs/images/results/*.png; do cp runs/results/$${figure##*/} $$figure; done
 
+docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
+	$(PY) -m mkdocs build --quiet
+
 $(STUDY_TEXT).json: | setup
 	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \
 	  --byte-level --shuffle-seed 0 --max-bytes 60000000 --output-prefix $(STUDY_TEXT)
 
 clean: ## Remove .venv, caches and build products (runs/ stays)
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,15 @@ def test_every_page_is_linked_from_the_overview() -> None:
 
 def test_the_front_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text().split()) < 900
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        check=True,
+    )
+    assert "MultiHotCrossEntropyLoss" in (tmp_path / "api.html").read_text()
+    # A link that leads out of docs/ in the repository and stays within the site.
+    assert 'href="repository/findings/' in (tmp_path / "host-faults.html").read_text()
