@@ -3,7 +3,7 @@
 Pass any set of runs: folders of this project's runs, folders that hold many of them, tables of
 results (.csv, .parquet), TensorBoard folders of stock Megatron-LM. Runs that differ in their seed
 alone are averaged; each superposition setting is compared with the baseline of the same settings;
-runs of other models, texts, tokenizers or validation sets get sections of their own.
+runs of other models, corpora, tokenizers or validation sets get sections of their own.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         known = SETTINGS[name]
         flag = f"--{name.replace('_', '-')}"
         bags(flag, choices=known.choices, help=f"{known.flag} (default: {known.default})")
-    bags("--split", help="--split (default: all text is for training)")
+    bags("--split", help="--split (default: all documents are for training)")
     bags("--seed", type=int, help="--seed (default: 1234)")
     bags(
         "--phase-1-samples",

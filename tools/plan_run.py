@@ -53,8 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--gpu-hours", metavar="H")
     add("--currency", metavar="AMOUNT", help="money, with --price-per-gpu-hour")
     add("--price-per-gpu-hour", metavar="P", help="also shows the cost of a budget in hours")
-    add = parser.add_argument_group("text and batch").add_argument
-    add("--tokens", metavar="N", help="of text there are, such as 300B")
+    add = parser.add_argument_group("data and batch").add_argument
+    add("--tokens", metavar="N", help="in the corpora, each counted once, such as 300B")
     add("--max-epochs", metavar="E", default="1", help="how often it may be read (default: 1)")
     add("--global-batch-size", metavar="B", help="sequences a step (default: as published)")
     add("--seq-length", metavar="L", help="latent positions a sequence (default: 4096)")
@@ -84,7 +84,9 @@ def read_request(args: argparse.Namespace) -> Request:
         price_per_gpu_hour=price,
     )
     if args.tokens is None:
-        raise UsageError("--tokens is missing: pass how much text there is, such as --tokens 300B.")
+        raise UsageError(
+            "--tokens is missing: pass how many tokens there are, such as --tokens 300B."
+        )
     ratio = _optional_number("--tst-step-ratio", args.tst_step_ratio, below=1.0)
     return Request(
         size=size,
@@ -228,6 +230,7 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     console.print(plan_table(plan))
+    console.print("\nLosses are interpolated in the published tables.")
     notes = outside_notes(plan)
     if notes:
         console.print("\n* extrapolated, no published result to check it against:")

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if written.step < written.switch_step:
         print(
             f"warning: phase 1 was to last {written.switch_step} steps and ends after "
-            f"{written.step}; the rest of its text is read in plain samples first.",
+            f"{written.step}; the rest of its tokens is read in plain samples first.",
             file=sys.stderr,
         )
     return 0

@@ -248,7 +248,7 @@ def fit_decay(
             f"the mutual information does not fall with the distance as a power law "
             f"({values[0]:.4f} nats at {distances[0]}, {values[-1]:.4f} at {distances[-1]}, "
             f"standard error of the difference {noise:.4f}): "
-            "use --tst-target-weighting uniform, or more text."
+            "use --tst-target-weighting uniform, or a larger corpus."
         )
     residuals = values - law(distances)
     return DecayFit(

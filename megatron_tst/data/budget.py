@@ -69,7 +69,7 @@ class TrainText:
 
 @dataclass(frozen=True)
 class CorpusBudget:
-    """What a run reads of one corpus, in tokens of text.
+    """What a run reads of one corpus, in tokens.
 
     Attributes:
         path: of the corpus, without ``.bin`` or ``.idx``.
@@ -155,7 +155,7 @@ def refuse_repetition(
     raise UsageError(
         f"--tst-max-epochs is {max_epochs:g} and this run reads {worst.path} {raised:g} times: "
         f"{worst.needed:,} tokens ({worst.phase_1:,} in phase 1) of {worst.available:,}. "
-        f"{' '.join(_ways_out(schedule, fits))} Or use more text, or --tst-max-epochs {raised:g}."
+        f"{' '.join(_ways_out(schedule, fits))} Or use more data, or --tst-max-epochs {raised:g}."
     )
 
 
@@ -164,7 +164,7 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     as_steps = config.resolved(steps)
     without_bags = replace(as_steps, variant="output-only")
     if not fits(without_bags):
-        return ["Even without bags its text would not suffice: shorten the run."]
+        return ["Even without bags its tokens would not suffice: shorten the run."]
     if not config.superposes_input:
         return []
     sizes = [s for s in range(2, config.bag_size) if fits(replace(as_steps, bag_size=s))]
@@ -175,7 +175,7 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     if longest:
         found.append(f"{'or' if found else 'What fits:'} {_phase_length(schedule, longest)}")
     fitting = " ".join(found) + "." if found else "No bag size and no length of phase 1 fits."
-    return [fitting, "--tst-variant output-only reads no more text than a run without phase 1."]
+    return [fitting, "--tst-variant output-only reads no more tokens than a run without phase 1."]
 
 
 def _phase_length(schedule: SuperpositionSchedule, steps: int) -> str:

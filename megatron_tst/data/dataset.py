@@ -213,8 +213,9 @@ class SuperpositionGPTDataset(GPTDataset):
         # Upstream counts epochs until there is enough text, which never happens without any.
         if not tokens:
             raise UsageError(
-                f"--data-path {self.dataset_path}: its {self.index_split.name} split holds no "
-                f"text. Give it a larger share than --split {self.config.split} does, or none (0)."
+                f"--data-path {self.dataset_path}: its {self.index_split.name} split holds "
+                f"no tokens. Give it a larger share than --split {self.config.split} does, or none "
+                "(0)."
             )
         return tokens
 

@@ -23,7 +23,7 @@ _UNSUPPORTED = (
         "--hybrid-context-parallel",
         "it packs sequences of different lengths",
     ),
-    ("mock", "--mock-data", "there is no text to read in bags"),
+    ("mock", "--mock-data", "there are no tokens to read in bags"),
 )
 
 
@@ -74,8 +74,8 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
             )
         if not self.add_extra_token_to_sequence:
             raise UsageError(
-                "add_extra_token_to_sequence is False: samples of phase 2 would not have the text "
-                f"that --tst-bag-size {bag_size} plans with. Leave it True."
+                "add_extra_token_to_sequence is False: samples of phase 2 would not have the "
+                f"tokens that --tst-bag-size {bag_size} plans with. Leave it True."
             )
         paths, weights = self.train_blend
         if len(paths) > 1 and weights is None:

@@ -132,12 +132,12 @@ def _parse_header(index_path: Path, header: bytes) -> tuple[int, int, int]:
     if code not in [dtype.value for dtype in DType]:
         raise UsageError(f"{index_path} has the unknown token type {code}. {_REMEDY}")
     if sequences == 0 or documents == 0:
-        raise UsageError(f"{index_path} describes no text. {_REMEDY}")
+        raise UsageError(f"{index_path} holds no tokens. {_REMEDY}")
     if sequences > _MAX_SEQUENCES:
         # Its numbers of documents are int32 and wrap around without an error.
         raise UsageError(
             f"{index_path} has {sequences} sequences, and Megatron reads at most {_MAX_SEQUENCES} "
-            "of a corpus: make several corpora of the text, and name them all with --data-path."
+            "of a corpus: make several corpora of it, and name them all with --data-path."
         )
     return DType.size(code), sequences, documents
 

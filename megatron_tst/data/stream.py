@@ -251,7 +251,7 @@ class TokenStream:
             raise UsageError(
                 f"--data-path {corpus}: its train split holds {tokens} tokens, and one sample of "
                 f"phase 1 needs {positions + look_ahead} ({positions} and {look_ahead} of "
-                "look-ahead). Use more text, a larger first share in --split, or a smaller "
+                "look-ahead). Use more data, a larger first share in --split, or a smaller "
                 "--tst-bag-size or --seq-length."
             )
         end = layout.end(num_samples)

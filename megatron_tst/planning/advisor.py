@@ -88,8 +88,8 @@ class _Planner:
         steps = math.floor(self.request.readable_tokens / self.request.batch_tokens)
         if steps < MINIMUM_STEPS:
             raise UsageError(
-                f"--tokens {self.request.tokens:.4g} is text for {steps} steps of "
-                f"{self.request.batch_tokens} tokens: get text for at least {MINIMUM_STEPS} steps, "
+                f"--tokens {self.request.tokens:.4g} lasts for {steps} steps of "
+                f"{self.request.batch_tokens} tokens: get data for at least {MINIMUM_STEPS} steps, "
                 "raise --max-epochs, or lower --global-batch-size."
             )
         return steps
@@ -107,10 +107,10 @@ class _Planner:
         if tst.loss.value >= baseline.loss.value:
             recommended, reason = baseline, "the setting asked for is not expected to gain"
         else:
-            recommended, reason = tst, "superposition turns the text left over into a lower loss"
+            recommended, reason = tst, "superposition turns the tokens left over into a lower loss"
         return self._plan(
             "compute-bound",
-            f"the budget trains on {1 / text_share:.0%} of the text once: {reason}",
+            f"the budget trains on {1 / text_share:.0%} of the tokens once: {reason}",
             recommended,
             self._alternatives(fitting, tst),
             tst,
@@ -120,7 +120,7 @@ class _Planner:
         best, steps = self._wanted, min(self.budget_steps, self.text_steps)
         if text_share < mildest:
             reason = (
-                f"the text, read once, is {text_share:.2f} times what a baseline of this budget "
+                f"the tokens, read once, are {text_share:.2f} times what a baseline of this budget "
                 f"reads, and the mildest recommended setting reads {mildest:.2f} times as much: at "
                 "equal data the baseline wins, so bags are not recommended"
             )
@@ -128,7 +128,7 @@ class _Planner:
             least = min(setting.text_factor for setting in self.candidates)
             readable = self.request.readable_tokens / self.arms.tokens(self.budget_steps)
             reason = (
-                f"the setting asked for reads at least {least:.2f} times the text of a baseline, "
+                f"the setting asked for reads at least {least:.2f} times the tokens of a baseline, "
                 f"and there is {readable:.2f} times as much, with the epochs allowed: lower s or r"
             )
         # The text suffices for this run, so that the comparison could be made.
@@ -140,7 +140,12 @@ class _Planner:
             "data-bound",
             reason,
             self.arms.baseline(steps),
-            (("superposed output only: reads no extra text", self.arms.output_only(best, steps)),),
+            (
+                (
+                    "superposed output only: reads no extra tokens",
+                    self.arms.output_only(best, steps),
+                ),
+            ),
             self.arms.superposed(best, tst_steps),
         )
 
@@ -231,4 +236,4 @@ class _Planner:
         if not close:
             return ()
         least = min(close, key=lambda arm: arm.data_tokens)
-        return ((f"less text, a loss within {SCATTER} of the best", least),)
+        return ((f"fewer tokens, a loss within {SCATTER} of the best", least),)

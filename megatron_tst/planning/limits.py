@@ -34,23 +34,23 @@ def _about_text(plan: Plan) -> Iterator[str]:
     request, arm = plan.request, plan.recommended
     if arm.epochs > 1:
         yield (
-            f"The text is read {arm.epochs:.2f} times; published runs read new text only, and the "
-            "loss counts repeats as new text."
+            f"The tokens are read {arm.epochs:.2f} times; published runs read new tokens only, and "
+            "the loss counts repeats as new tokens."
         )
     if arm.epochs > _HARMLESS_EPOCHS:
         yield (
-            f"Beyond {_HARMLESS_EPOCHS} epochs repeats are worth ever less than new text "
+            f"Beyond {_HARMLESS_EPOCHS} epochs repeats are worth ever less than new tokens "
             "(arXiv 2305.16264)."
         )
     if plan.limit == "data-bound" and arm.gpu_hours < 0.99 * request.gpu_hours:
         yield (
-            f"The text ends before the budget: {request.gpu_hours - arm.gpu_hours:,.0f} GPU-hours "
-            "are left over. Get more text, raise --max-epochs, or train a larger model."
+            f"The tokens end before the budget: {request.gpu_hours - arm.gpu_hours:,.0f} GPU-hours "
+            "are left over. Get more data, raise --max-epochs, or train a larger model."
         )
     tst, wanted = plan.tst, plan.with_ample_text
     if plan.limit == "compute-bound" and wanted.data_tokens > request.readable_tokens:
         yield (
-            f"The text limits s and r: with {quantity(wanted.data_tokens)} tokens, "
+            f"The tokens limit s and r: with {quantity(wanted.data_tokens)} tokens, "
             f"{describe(wanted)} would reach {wanted.loss.value:.3f} instead of "
             f"{tst.loss.value:.3f}."
         )
@@ -71,8 +71,8 @@ def _about_setting(plan: Plan) -> Iterator[str]:
     factor = plan.tst.data_tokens / plan.tst.equivalent_tokens
     if factor > _LARGEST_PUBLISHED_TEXT_FACTOR:
         yield (
-            f"s * r is large: the run reads {factor:.1f} times the text of a baseline; the most of "
-            f"a published final run is {_LARGEST_PUBLISHED_TEXT_FACTOR} times."
+            f"s * r is large: the run reads {factor:.1f} times the tokens of a baseline; the most "
+            f"of a published final run is {_LARGEST_PUBLISHED_TEXT_FACTOR} times."
         )
 
 

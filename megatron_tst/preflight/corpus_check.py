@@ -80,14 +80,14 @@ def check_text(
     try:
         prefixes = data_path_prefixes(args)
         if not prefixes:
-            return [], [note("no --data-path: the text was not counted.")]
+            return [], [note("no --data-path: the tokens were not counted.")]
         absent = [prefix for prefix in prefixes if not Path(f"{prefix}.idx").exists()]
         if absent:
-            return [], [note(f"{absent[0]} is not on this machine: the text was not counted.")]
+            return [], [note(f"{absent[0]} is not on this machine: the tokens were not counted.")]
         for prefix in prefixes:
             check_indexed_dataset(prefix)
         if args.data_path is None:
-            return [], [note("corpora by split: the text was not counted.")]
+            return [], [note("corpora by split: the tokens were not counted.")]
         return _budget(args, schedule, prefixes), []
     except UsageError as problem:
         return [], [error(str(problem))]

@@ -44,12 +44,12 @@ def summary_lines(report: Report) -> list[str]:
         in_phase_1 = schedule.data_tokens(schedule.switch_step)
         lines += [
             f"phase 1      steps 0 to {schedule.switch_step - 1:,}, "
-            f"s = {schedule.config.bag_size}: {quantity(in_phase_1)} tokens of text",
+            f"s = {schedule.config.bag_size}: {quantity(in_phase_1)} tokens",
             f"phase 2      steps {schedule.switch_step:,} to {steps - 1:,}: "
             f"{quantity(schedule.data_tokens(steps) - in_phase_1)}",
         ]
     lines.append(
-        f"text         {quantity(schedule.data_tokens(steps))} tokens in {steps:,} steps "
+        f"data         {quantity(schedule.data_tokens(steps))} tokens in {steps:,} steps "
         f"({quantity(schedule.equivalent_tokens(steps))} equivalent)"
     )
     lines += [

@@ -155,7 +155,7 @@ def _sizes(runs: Sequence[RunResult]) -> list[float]:
 def _family_name(runs: Sequence[RunResult]) -> str:
     sizes = _sizes(runs)
     model = f"{quantity(sizes[0])} parameters" if sizes else "A model of unrecorded size"
-    return f"{model} on {runs[0].data.get('data_path', 'text that is not recorded')}"
+    return f"{model} on {runs[0].data.get('data_path', 'a corpus that is not recorded')}"
 
 
 def _groups(runs: Iterable[RunResult]) -> list[Group]:

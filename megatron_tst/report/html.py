@@ -17,7 +17,7 @@ from megatron_tst.report.results import RunResult
 TITLE = "Token superposition against baseline"
 _SHOWN_COMMANDS = 4
 _CURVES_NOTE = (
-    "Read off linearly interpolated validation curves where they first come down to the target. A "
+    "Read from linearly interpolated validation curves where they first come down to the target. A "
     "curve read before the end of its run has not had its learning-rate decay: the arm that is "
     "read early would have got there sooner in a run planned for that length. Finished baselines "
     "of several lengths have no such flaw; their final losses are interpolated over the logarithm "
@@ -77,7 +77,7 @@ def report_html(
         names = [study.name for study in studies]
         parts.append(
             page.note(
-                "Losses of different models, texts, tokenizers or validation sets cannot be "
+                "Losses of different models, corpora, tokenizers or validation sets cannot be "
                 "compared; the runs are of these kinds, with a section each:"
             )
         )

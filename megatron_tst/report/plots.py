@@ -86,7 +86,7 @@ def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
     yield _Sketch(
         "equal-data",
         "Equal data",
-        f"Validation loss against tokens of text read.{band}",
+        f"Validation loss against data tokens.{band}",
         partial(validation, budget="data tokens"),
     )
     if best.times_are_comparable:
@@ -133,7 +133,7 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
         others = [m for m in with_lengths if m.baselines == first.baselines and m is not first]
         yield _Sketch(
             "equal-loss",
-            "Equal loss, off finished runs",
+            "Equal loss, from finished runs",
             wording.off_ends(first),
             partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
         )

@@ -44,7 +44,7 @@ class RunResult:
         steps: optimizer steps completed at each validation, ascending, [n].
         validation_loss: next-token loss, nats a token, [n].
         equivalent_tokens: latent positions processed until each validation, [n].
-        data_tokens: tokens of text read until each validation, [n].
+        data_tokens: tokens read until each validation, [n].
         seconds: time in training steps until each validation, [n]; NaN where it is not known.
         training_steps: [m].
         training_loss: nats a token, [m]; near the switch as logged, elsewhere means over

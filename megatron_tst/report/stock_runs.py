@@ -1,7 +1,7 @@
 """Reads runs that are not this project's: TensorBoard folders of stock Megatron-LM.
 
 Megatron writes its arguments to TensorBoard as texts, one a tag, so that a folder says which model,
-text and batch it was; what it does not say is stated by whoever compares.
+data and batch it was; what it does not say is stated by whoever compares.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _off_curve(matchup: Matchup) -> str:
     time = matchup.speed_up_off_curve("seconds") if matchup.times_are_comparable else None
     by_time = "" if time is None else f" and {ratio_text(time)} by training time"
     return (
-        "Read off one curve, to the final loss of the arm that ended higher, TST was "
+        "Read from one curve, to the final loss of the arm that ended higher, TST was "
         f"{ratio_text(flops)} as fast as the baseline by FLOPs{by_time}; the arm that ended lower "
         "is read before its learning rate has decayed."
     )
@@ -128,7 +128,7 @@ def off_ends(matchup: Matchup) -> str:
     found = matchup.speed_up_off_ends()
     if found is None:
         return ""
-    start = f"Read off finished runs of {found.lengths} lengths, "
+    start = f"Read from finished runs of {found.lengths} lengths, "
     if found.estimate is not None:
         return (
             f"{start}a baseline must train {ratio_text(found.estimate)} as many steps to end at "
@@ -151,7 +151,7 @@ def _equal_data(matchup: Matchup) -> list[str]:
     if finished is None:
         return [curve]
     return [
-        f"Against a finished baseline that read as much text, {_claim(finished)}: "
+        f"Against a finished baseline that read as many tokens, {_claim(finished)}: "
         f"a gap of {signed(finished.mean)} nats{_over_seeds(finished)}."
     ]
 
@@ -251,8 +251,8 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
         yield "The arms were trained on different machines: times cannot be compared."
     if any(not run.data for run in runs):
         yield (
-            "Which text, tokenizer and validation set the runs had is not recorded: that they are "
-            "the same was not checked."
+            "Which corpus, tokenizer and validation set the runs had is not recorded: that they "
+            "are the same was not checked."
         )
 
 
@@ -271,6 +271,6 @@ def jump_explanation(pair: Pair) -> str:
         seen = f"in phase 1 it scores {s} tokens at once"
     return (
         f"The training loss of TST jumps at step {pair.tst.switch_step} because it is another "
-        f"quantity before: {seen}, afterwards the next token. "
+        f"loss before: {seen}, afterwards the next token. "
         "The validation loss is the next-token loss throughout."
     )

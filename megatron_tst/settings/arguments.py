@@ -20,7 +20,7 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
     group.add_argument(
         "--tst-max-epochs",
         type=float,
-        help="How many times a run may read the text of a corpus; default 1 with superposition, "
+        help="How many times a run may read a corpus; default 1 with superposition, "
         "unlimited without.",
     )
     group.add_argument(

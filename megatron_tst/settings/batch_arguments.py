@@ -59,7 +59,7 @@ def refuse_bad_batch_sizes(args: argparse.Namespace) -> None:
     if args.train_iters:
         raise UsageError(
             f"--train-iters {args.train_iters} does not work with --step-batch-size-schedule: "
-            "Megatron computes the text and the learning rate from a constant batch size. Pass "
+            "Megatron computes the tokens and the learning rate from a constant batch size. Pass "
             f"--train-samples {batch_sizes.samples_at(args.train_iters)}, which are as many steps, "
             "and --lr-warmup-samples and the like."
         )

@@ -73,13 +73,13 @@ def refuse_validation_data(
         )
     if weights is not None:
         raise UsageError(
-            f"--full-validation reads each set once, and the text for validation is a weighted "
-            f"blend of {listed}: pass the sets without weights as --valid-data-path, and the text "
+            "--full-validation reads each set once, and the validation data is a weighted "
+            f"blend of {listed}: pass the sets without weights as --valid-data-path, and the data "
             "to train on, with its weights, as --train-data-path."
         )
     if has_test:
         raise UsageError(
-            "--multiple-validation-sets does not work with text for a test, over which Megatron "
+            "--multiple-validation-sets does not work with test data, over which Megatron "
             "would fail after the last step: remove --test-data-path, or let the third number of "
             "--split be 0."
         )

@@ -56,7 +56,7 @@ def check_data_budget(
     shares = weights or [text.tokens or 1 for text in texts]
     budgets = data_budget(schedule, texts, shares)
     args.tst_data_budget = [_as_dict(budget) for budget in budgets]
-    print_rank_0("> data budget, in tokens of text:")
+    print_rank_0("> data budget, in tokens:")
     for budget in budgets:
         print_rank_0(f"    {_line(budget)}")
     max_epochs = args.tst_max_epochs

@@ -1,4 +1,4 @@
-"""What a run reports besides upstream's metrics: phase, text read and speed."""
+"""What a run reports besides upstream's metrics: phase, data tokens and speed."""
 
 from __future__ import annotations
 

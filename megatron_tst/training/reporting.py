@@ -70,7 +70,7 @@ _SETTINGS = (
 
 
 class ProgressReporter:
-    """Logs phase, text read, speed and loss by offset on the steps that Megatron logs.
+    """Logs phase, data tokens, speed and loss by offset on the steps that Megatron logs.
 
     Args:
         schedule: phases of the run.

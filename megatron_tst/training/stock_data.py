@@ -73,7 +73,9 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
     counts = get_train_valid_test_num_samples()
     samples_read = int(args.consumed_train_samples)
     if samples_read >= counts[0]:
-        raise UsageError(f"{folder} is the end of its run: there is no text left that it planned.")
+        raise UsageError(
+            f"{folder} is the end of its run: there are no tokens left that it planned."
+        )
     write_cache(ours, counts, samples_read, cache)
     return StockData(
         folder, int(common["iteration"]), schedule.switch_step, samples_read, counts[0], cache
@@ -97,7 +99,7 @@ def refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
         if len(paths) > 1 and weights is None:
             raise UsageError(
                 f"--data-path {' '.join(paths)} has no weights, without which plain Megatron "
-                "blends in another way: the text cannot be continued there."
+                "blends in another way: the data cannot be continued there."
             )
 
 

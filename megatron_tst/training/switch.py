@@ -22,7 +22,7 @@ def switch_phase(step: TrainingStep, superposition: SuperpositionConfig) -> None
     """
     print_rank_0(
         f"> switching to next-token prediction after {step.iteration} steps "
-        "(the training loss is another quantity from here on)"
+        "(the training loss is another loss from here on)"
     )
     if superposition.reset_at_switch == "embeddings":
         reinitialize_embeddings(step.model, step.optimizer)

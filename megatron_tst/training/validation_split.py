@@ -70,7 +70,7 @@ def validation_split(built: Any, args: Namespace, is_reader: bool) -> Any:
         if per_evaluation is None:
             wanted, remedy = "--full-validation is set", "remove the flag and use --eval-iters 0"
         raise UsageError(
-            f"{wanted} and there is no text for validation: give it a share with --split, a corpus "
+            f"{wanted} and there is no data for validation: give it a share with --split, a corpus "
             f"with --valid-data-path, or {remedy}."
         )
     if per_evaluation is None:

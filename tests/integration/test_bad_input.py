@@ -469,7 +469,7 @@ def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) ->
     assert_messages(check(runs), ["iter_0000002 is damaged .* pass --ckpt-step"] * 2)
 
 
-TOO_SHORT = "--data-path .* 20 tokens, and one sample of phase 1 needs 132 .* Use more text"
+TOO_SHORT = "--data-path .* 20 tokens, and one sample of phase 1 needs 132 .* Use more data"
 
 
 @pytest.fixture
@@ -524,13 +524,13 @@ LAUNCHES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 60}, r"text\.bin: document 0 holds token"),
     (
         {"split": "99.999,0.001,0"},
-        "^error: --data-path .*its valid split holds no text. .*--split 99.999,0.001,0",
+        "^error: --data-path .*its valid split holds no tokens. .*--split 99.999,0.001,0",
     ),
-    ({"split": "100,0,0"}, "^error: --eval-iters is 2 and there is no text .* --eval-iters 0"),
+    ({"split": "100,0,0"}, "^error: --eval-iters is 2 and there is no data .* --eval-iters 0"),
     (
         {"train_iters": 2_000, "tst_steps": 800},
         r"^error: --tst-max-epochs is 1 and this run reads .*text \d\.\d+ times: .* What fits: "
-        r"--tst-bag-size 2 or --tst-steps \d+\. --tst-variant output-only .* use more text",
+        r"--tst-bag-size 2 or --tst-steps \d+\. --tst-variant output-only .* use more data",
     ),
     (
         {"lr_warmup_iters": 12},

@@ -121,7 +121,7 @@ def test_a_table_becomes_a_page_and_figures(table: Path, tmp_path: Path, capsys:
     told = capsys.readouterr().out
     assert "4 TST settings at equal FLOPs: 4 won." in told
     # s=2 gains 0.1 of the 0.2 nats that twice the length gains: 2 ** 0.5, less the seeds' offsets.
-    assert "Read off finished runs of 2 lengths, a baseline must train 1.41" in told
+    assert "Read from finished runs of 2 lengths, a baseline must train 1.41" in told
     names = {path.stem for path in figures.iterdir()}
     assert {"gaps", "heat-map", "over-bag-size", "over-step-ratio", "equal-loss"} <= names
     page = output.read_text()

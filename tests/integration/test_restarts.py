@@ -182,7 +182,7 @@ def test_what_cannot_be_evaluated_or_resumed_is_refused(
             plain.with_(
                 load=None, full_validation=True, multiple_validation_sets=True, split="80,10,10"
             ),
-            "does not work with text for a test",
+            "does not work with test data",
         ),
     ]
     for run, expected in late:

@@ -125,7 +125,7 @@ def test_the_settings_that_fit_are_the_largest(
             replace(plan.config, steps=longest + more),
         ):
             assert fits(replace(plan, config=config), prefix) == (more == 0)
-    assert "--tst-variant output-only reads no more text" in message
+    assert "--tst-variant output-only reads no more tokens" in message
     allowed = number_after("or --tst-max-epochs", message)
     refuse_repetition(plan, [TrainText(str(prefix))], [1.0], allowed)
 
@@ -141,7 +141,7 @@ def test_a_ratio_is_answered_with_a_ratio_that_fits(prefix: Path) -> None:
 
 
 def test_text_that_is_too_short_for_any_run(prefix: Path) -> None:
-    assert "Even without bags its text would not suffice" in refusal(schedule(60), prefix)
+    assert "Even without bags its tokens would not suffice" in refusal(schedule(60), prefix)
     message = refusal(schedule(60, variant="output-only"), prefix)
     assert "Even without bags" in message
 

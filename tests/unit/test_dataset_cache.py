@@ -113,7 +113,7 @@ def test_only_the_builder_reads_all_lengths(tmp_path: Path) -> None:
 def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text", [12, 0, 0])
     config = make_config(tmp_path / "text", split="34,33,33")
-    with pytest.raises(ValueError, match=r"text: its valid split holds no text\..* --split 34,33"):
+    with pytest.raises(ValueError, match=r"its valid split holds no tokens\..* --split 34,33"):
         build(config, (2, 1, 1))
 
 

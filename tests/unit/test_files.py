@@ -69,7 +69,7 @@ def test_a_whole_corpus_passes(prefix: Path) -> None:
         (overwrite("<B", 17, 9), r"text\.idx has the unknown token type 9"),
         # uint16 in place of int32: the lengths describe half of the bytes
         (overwrite("<B", 17, 8), r"text\.bin has 80 bytes and its index .* describes 56"),
-        (overwrite("<Q", 18, 0), r"text\.idx describes no text"),
+        (overwrite("<Q", 18, 0), r"text\.idx holds no tokens"),
         (overwrite("<Q", 18, 2**31 + 1), r"text\.idx has 2147483649 sequences.* several corpora"),
         (overwrite("<i", 42, -12), r"text\.idx: document 2 has -12 tokens.* 2147483647.* split"),
         (overwrite("<Q", 94, 2), r"text\.idx does not end its last document at sequence 3"),

@@ -260,7 +260,7 @@ def test_a_given_setting_that_does_not_gain() -> None:
 
 def test_offers_less_text_only_where_settings_were_compared() -> None:
     (name, arm), *_ = make_plan(request("270M", 170)).alternatives
-    assert "less text" in name
+    assert "fewer tokens" in name
     assert arm.data_tokens < make_plan(request("270M", 170)).recommended.data_tokens
     assert make_plan(request("3B", 247)).alternatives == ()
 
@@ -279,9 +279,9 @@ def warned(plan: Plan) -> str:
         ({"gpu_hours": 10}, "A short run"),
         ({"gpu_hours": 8}, "Phase 2 has"),
         ({"gpu_hours": 2}, "equivalent tokens a parameter"),
-        ({"tokens": 60e9}, "The text limits s and r"),
-        ({"tokens": 60e9, "max_epochs": 2.0}, "The text is read"),
-        ({"tokens": 10e9}, "The text ends before the budget: 26 GPU-hours"),
+        ({"tokens": 60e9}, "The tokens limit s and r"),
+        ({"tokens": 60e9, "max_epochs": 2.0}, "The tokens are read"),
+        ({"tokens": 10e9}, "The tokens end before the budget: 26 GPU-hours"),
         ({"tokens": 5e9, "max_epochs": 8.0}, "Beyond 4 epochs"),
         ({"global_batch_size": 64}, "A step has 262 k tokens"),
         ({"size": ModelSize("1B", 10**9, 10**9)}, "tune it for 1B"),
@@ -384,7 +384,7 @@ def test_published_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"--currency": "5"}, ("--gpu-hours 247 and --currency 5",)),
         ({"--gpu-hours": None, "--currency": "5"}, ("--currency 5", "--price-per-gpu-hour")),
         ({"--tokens": "lots"}, ("--tokens is 'lots'", "such as")),
-        ({"--tokens": "1M"}, ("--tokens 1e+06", "get text")),
+        ({"--tokens": "1M"}, ("--tokens 1e+06", "get data")),
         ({"--tokens": None}, ("--tokens is missing",)),
         ({"--max-epochs": "0.5"}, ("--max-epochs is '0.5'", "at least 1")),
         ({"--tst-bag-size": "1"}, ("--tst-bag-size is 1", "leave it out")),
