@@ -206,7 +206,7 @@ def _tokenizer_settings(folder: Path, loaded: HuggingFaceTokenizer) -> dict[str,
     padding is not in ``config.json``, where transformers would give its row no gradient.
     """
     path = folder / CONFIG_FILE
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json_object(path, "copy the folder again") if path.is_file() else {}
     if loaded.is_plain:
         settings["tokenizer_class"] = PLAIN_CLASS
     # By default there is one more, which causal language models do not take.

@@ -97,7 +97,7 @@ def class_warning(path: Path) -> str | None:
         return None
     try:
         return load_huggingface_tokenizer(folder, f"--tokenizer {folder}").note or None
-    except ValueError as error:
+    except UsageError as error:
         return str(error)
 
 
