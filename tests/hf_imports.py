@@ -23,8 +23,8 @@ from megatron_tst import cpu
 from megatron_tst.checkpoint.hf_import import import_from_huggingface
 from megatron_tst.checkpoint.hf_mapping import KeyLayout, weight_slices
 from megatron_tst.checkpoint.hf_shapes import ModelShape
+from megatron_tst.commands import convert_hf_to_megatron
 from tests.llama_checkpoints import build_model, logits_of
-from tools import convert_hf_to_megatron
 
 LARGE = ModelShape(
     layers=32,

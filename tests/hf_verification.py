@@ -24,8 +24,8 @@ from megatron_tst import cpu
 from megatron_tst.checkpoint import hf_verify
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from megatron_tst.commands import convert_megatron_to_hf
 from tests.llama_checkpoints import VOCABULARY
-from tools import convert_megatron_to_hf
 
 VERIFIED = (
     "mha-tied",

@@ -1,70 +1,8 @@
-"""Converts a Hugging Face model (Llama, Qwen3, Qwen3-MoE) to a Megatron checkpoint (torch_dist)."""
+"""``tst convert from-hf`` as a file: see megatron_tst/commands/convert_hf_to_megatron.py."""
 
-from __future__ import annotations
-
-import argparse
-import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
-from rich.console import Console
-
-from megatron_tst.checkpoint.hf_export import DtypeName
-from megatron_tst.checkpoint.hf_import import ImportResult, import_from_huggingface
-from megatron_tst.common.errors import command
-from megatron_tst.common.progress import TaskProgress
-
-
-@command
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for input that is no use."""
-    options = _parser().parse_args(arguments)
-    with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
-        result = import_from_huggingface(
-            options.model,
-            options.output,
-            dtype=options.dtype,
-            vocabulary_multiple=options.pad_vocab_to_multiple_of,
-            overwrite=options.overwrite,
-            on_progress=display.counting("Importing", "parts"),
-        )
-    _print(result, options.model, options.output)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder with config.json and safetensors")
-    add("--output", type=Path, required=True, help="folder to write, for --load")
-    add("--dtype", choices=get_args(DtypeName), help="of the weights (default: as in --model)")
-    add(
-        "--pad-vocab-to-multiple-of",
-        type=int,
-        default=1,
-        metavar="N",
-        help="add rows of zeros to the embedding and the output layer: a multiple of "
-        "--tensor-model-parallel-size, and best of 128 times it (default: 1, no rows)",
-    )
-    add("--overwrite", action="store_true", help="replace an earlier import")
-    add("--progress", action="store_true", help="draw a bar, not lines, without a terminal too")
-    return parser
-
-
-def _print(result: ImportResult, model: Path, output: Path) -> None:
-    shape = result.shape
-    print(
-        f"# {model}: {shape.architecture}, {result.parameters:,} parameters, vocabulary "
-        f"{shape.vocabulary:,} in {shape.padded_vocabulary:,} rows"
-    )
-    print("# Training starts at step 0 from these weights:")
-    print("MODEL_ARGS=(")
-    for argument in (*result.arguments, ("--load", str(output))):
-        print(f"    {shlex.join(argument)}")
-    print(")")
-
+from megatron_tst.commands.convert_hf_to_megatron import main
 
 if __name__ == "__main__":
     sys.exit(main())

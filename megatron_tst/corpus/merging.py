@@ -1,13 +1,8 @@
-"""Joins corpora into one, in the given order.
-
-Usage: ``python -m megatron_tst.corpus.merging --output-prefix data/corpus data/part-0 ...``.
-"""
+"""Joins corpora into one, in the given order."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_tst.common.atomic_files import move
-from megatron_tst.common.errors import UsageError, command, read_json_object
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, IndexHeader
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -150,20 +145,3 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
     for summary in summaries:  # Parts of datatrove search no folders.
         unread.update(summary.get("unread_files", {}))
     return summaries[0] | sums | {"unread_files": dict(unread)}
-
-
-@command
-def main() -> int:
-    """Returns the exit code: 0, or 2 for parts that cannot be merged."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("parts", type=Path, nargs="+", help="prefixes, in order")
-    parser.add_argument("--output-prefix", type=Path, required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
-    options = parser.parse_args()
-    documents = merge_corpora(options.parts, options.output_prefix, options.overwrite)
-    print(f"{with_suffix(options.output_prefix, '.bin')}: {documents:,} documents")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,6 +20,7 @@ _LAUNCHERS = {
     "mpirun": "*pretrain*",
     "python": "*pretrain*.py|*.pretrain",
     "python3": "*pretrain*.py|*.pretrain",
+    "tst": "pretrain",
 }
 # Stands for a launcher in front of PATH: records a training command, runs anything else.
 _RECORDER = """#!/bin/sh
@@ -41,7 +42,7 @@ def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
     """The arguments of a training run.
 
     A file that ends in ``.sh`` or begins with ``#!`` is run with ``DRY_RUN=1``, with stand-ins for
-    torchrun, srun, mpirun and python in front of ``PATH`` that record a command with a program
+    torchrun, srun, mpirun, python and tst in front of ``PATH`` that record a command with a program
     named pretrain and do not run it. A script that prints its command under ``DRY_RUN`` is read
     from its last line. Any other file is read as arguments, quoted as in a shell, with comments.
 

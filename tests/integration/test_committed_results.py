@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_tst.commands.compare_runs import main
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
-from tools.compare_runs import main
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results/proxy.csv"

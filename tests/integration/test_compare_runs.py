@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_tst.commands.compare_runs import main
 from megatron_tst.report.results_table import read_results, write_results
 from tests.unit.run_folders import (
     BASELINE,
@@ -20,7 +21,6 @@ from tests.unit.run_folders import (
     tst_loss,
 )
 from tests.unit.synthetic_runs import line, synthetic_run
-from tools.compare_runs import main
 
 Capture = pytest.CaptureFixture[str]
 

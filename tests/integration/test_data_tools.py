@@ -15,10 +15,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megatron_tst.commands import fit_target_weights, inspect_data
 from megatron_tst.corpus.tokenizer import byte_tokenizer
 from megatron_tst.settings.config import SuperpositionConfig
 from tests.corpus import write_documents
-from tools import fit_target_weights, inspect_data
 
 pytestmark = pytest.mark.slow
 

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.commands.convert_megatron_to_hf import main
 from megatron_tst.common.progress import INTERVAL_VARIABLE
 from tests.bpe_tokenizers import TEXTS, save_bpe
 from tests.hf_verification import LARGE
@@ -37,7 +38,6 @@ from tests.llama_checkpoints import (
 )
 from tests.runs import SmallRun
 from tests.zygote import Launcher
-from tools.convert_megatron_to_hf import main
 
 ARCHITECTURES = {
     **dict.fromkeys([*VARIANTS, *PARALLEL_VARIANTS], "LlamaForCausalLM"),

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from examples.plain_torch.train import train
 from megatron_tst import BagDataset, BatchSizes, SuperpositionConfig, SuperpositionSchedule
+from megatron_tst.commands import convert_hf_to_megatron
 from tests.runs import SmallRun
 from tests.tiny_llama import save_tiny_llama
 from tests.zygote import Launcher
-from tools import convert_hf_to_megatron
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_tst.commands.compare_runs import main
 from megatron_tst.report.results_table import write_results
 from tests.unit.synthetic_runs import line, synthetic_run
-from tools.compare_runs import main
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")

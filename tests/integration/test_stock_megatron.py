@@ -55,7 +55,7 @@ def write_cache(launcher: Launcher, run: SmallRun, step: int, cache: Path) -> st
     """What the tool says."""
     checkpoint = run.folder / "checkpoints" / f"iter_{step:07d}"
     argv = ["--checkpoint", str(checkpoint), "--data-cache-path", str(cache)]
-    main = "tools.write_stock_data_cache:main"
+    main = "megatron_tst.commands.write_stock_data_cache:main"
     return launcher.run(argv, cache.with_suffix(".txt"), main=main).text
 
 
@@ -145,7 +145,7 @@ def test_checkpoints_that_the_tool_refuses(
     ]
     for number, (checkpoint, cache, message) in enumerate(cases):
         argv = ["--checkpoint", str(checkpoint), "--data-cache-path", str(cache)]
-        log, main = tmp_path / f"{number}.txt", "tools.write_stock_data_cache:main"
+        log, main = tmp_path / f"{number}.txt", "megatron_tst.commands.write_stock_data_cache:main"
         started = launcher.start(argv, log, main=main)
         assert launcher.wait(started) == [2], started.text
         assert message in started.text.splitlines()[-1]

@@ -20,10 +20,10 @@ from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
 from megatron_tst.checkpoint.torch_dist_writer import PlannedChunk, write_checkpoint
 from megatron_tst.checkpoint.verification import verify_checkpoint
+from megatron_tst.commands import verify_checkpoint as tool
 from tests.runs import Check, SmallRun, assert_faultless
 from tests.unmended_host import MAIN
 from tests.zygote import Launcher
-from tools import verify_checkpoint as tool
 
 pytestmark = pytest.mark.slow
 

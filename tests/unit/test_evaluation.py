@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_tst.commands import evaluate as evaluate_tool
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
 from tests.tiny_llama import CPU, log_probabilities, save_tiny_llama
-from tools import evaluate as evaluate_tool
 
 WORDS = ["red", "green", "dark blue", "yellow", "grey", "a bright white", "pink"]
 MANY, SOME, FEW = 24, 12, 8

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+from megatron_tst.commands import generate as generate_tool
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
 from megatron_tst.evaluation.generation import generate
 from tests.tiny_llama import CPU, save_tiny_llama
-from tools import generate as generate_tool
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tst.commands.plan_run import main
 from megatron_tst.planning.accounting import Cluster, ModelSize, parse_tokens
 from megatron_tst.planning.advisor import Plan, make_plan
 from megatron_tst.planning.arms import Arm, Request
@@ -32,7 +33,6 @@ from megatron_tst.planning.published import (
     published_runs,
 )
 from megatron_tst.planning.wording import launch_flags, plan_as_json
-from tools.plan_run import main
 
 MODELS = st.sampled_from(list(PUBLISHED_MODELS))
 SIZES = st.one_of(
@@ -436,7 +436,7 @@ def test_token_counts(text: str, value: float) -> None:
 
 def test_planning_needs_neither_torch_nor_megatron() -> None:
     code = (
-        "import sys, tools.plan_run;"
+        "import sys, megatron_tst.commands.plan_run;"
         "sys.exit(any(m.split('.')[0] in ('torch', 'megatron') for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

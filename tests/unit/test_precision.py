@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tst.commands.run_study import main
 from megatron_tst.common import bf16
 from megatron_tst.common.precision import describe_precision, faster_precision
 from megatron_tst.evaluation.folder import check_model_folder, load_model
@@ -16,7 +17,6 @@ from megatron_tst.study.precision import resolve_precision
 from megatron_tst.study.study_folder import executions, open_study
 from tests.studies import study_content, write_study
 from tests.tiny_llama import CPU, save_tiny_llama
-from tools.run_study import main
 
 MACHINES = pytest.mark.parametrize(("isa", "precision"), [("AVX2", "fp32"), ("ALL", "bf16")])
 

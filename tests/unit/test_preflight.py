@@ -347,12 +347,20 @@ def test_phase_2_of_whole_logits_needs_most(checked: Checked) -> None:
     assert phases["phase 1"]["inputs"] > phases["phase 2"]["inputs"]
 
 
-def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launch",
+    [
+        "torchrun --nproc-per-node 8 pretrain_gpt.py",
+        "torchrun --nproc-per-node 8 --no-python tst pretrain",
+        "tst pretrain",
+    ],
+)
+def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path, launch: str) -> None:
     script = tmp_path / "pretrain_llama.sh"
     script.write_text(
         "#!/bin/bash\nSTEPS=$(python3 -c 'print(5 * 2)')\n"
         'ARGS=(--train-iters "$STEPS" --data-path "a b")\n'
-        'torchrun --nproc-per-node 8 pretrain_gpt.py "${ARGS[@]}" "$@"\n'
+        f'{launch} "${{ARGS[@]}}" "$@"\n'
     )
     found = read_launch(script, ["--seed", "3"])
     assert found == ["--train-iters", "10", "--data-path", "a b", "--seed", "3"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tst.commands.run_study import main
 from megatron_tst.study.config import read_study
 from megatron_tst.study.execution import Execution, Slot, slots_of_this_machine
 from megatron_tst.study.run_folder import LogReader, RunFolder
@@ -16,7 +17,6 @@ from megatron_tst.study.settings import RunSettings
 from megatron_tst.study.slurm import parse_slurm_options
 from megatron_tst.study.study_folder import open_study
 from tests.studies import study_content, write_study
-from tools.run_study import main
 
 CORPUS = Path("corpus")
 
