@@ -1,4 +1,4 @@
-"""What all tests share: costs, no deadlines, and tests marked ``gpu`` need a CUDA device."""
+"""What all tests share: costs, skips, no deadlines, and that ``gpu`` means a CUDA device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import skips
 from tests.costs import (  # noqa: F401
     pytest_collection_finish,
     pytest_collection_modifyitems,
@@ -22,6 +23,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Time is not what these tests are about, and other work shares the cores.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(skips)
 
 
 def _has_cuda_device() -> bool:

@@ -39,7 +39,7 @@ def why_unavailable() -> str | None:
         [*_UNSHARE, "sh", "-c", links], env=_ENVIRONMENT, capture_output=True, text=True
     )
     if probe.returncode:
-        return f"needs root with CAP_SYS_ADMIN and CAP_NET_ADMIN: {probe.stderr.strip()}"
+        return f"root with CAP_SYS_ADMIN and CAP_NET_ADMIN: {probe.stderr.strip()}"
     return None
 
 

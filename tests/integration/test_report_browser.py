@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright import sync_api
 
 from megatron_tst.commands.compare_runs import main
 from megatron_tst.report.results_table import write_results
 from tests.unit.synthetic_runs import line, synthetic_run
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs an installed Chromium")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: scripts/install_system_packages.sh"
+)
 
 WINDOWS = [(360, 740), (1000, 800), (1920, 1080)]
 

@@ -44,7 +44,7 @@ def two_nodes() -> Iterator[Cluster]:
     """Of each test its own: what a failed test leaves running ends with it."""
     reason = why_unavailable()
     if reason:
-        pytest.skip(reason)
+        pytest.skip(f"needs network namespaces: {reason}")
     with cluster(2) as made:
         yield made
 

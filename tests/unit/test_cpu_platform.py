@@ -285,7 +285,7 @@ def start_script(folder: Path, **variables: str) -> tuple[dict[str, object], lis
     return report, starts.read_text().split()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_process_restarts_once_under_allocator_settings(tmp_path: Path) -> None:
     report, starts = start_script(tmp_path)
     assert len(starts) == 2

@@ -549,7 +549,7 @@ def test_the_cache_is_used_the_second_time(
     assert sorted(library.parent.iterdir()) == sorted(set(libraries.values()))
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="instructions of x86")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs an x86 processor")
 @DTYPES
 def test_fewer_instructions_make_another_library_of_the_same_results(
     compiled: Kernels, libraries: dict[str, Path], dtype: torch.dtype

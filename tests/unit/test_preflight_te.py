@@ -15,7 +15,8 @@ from tests.preflight_checked import MODELS, VARIANTS, Checked
 
 pytestmark = [
     pytest.mark.skipif(
-        not (ENGINE_FOLDER.is_dir() or find_spec("transformer_engine")), reason="make setup-te"
+        not (ENGINE_FOLDER.is_dir() or find_spec("transformer_engine")),
+        reason="needs Transformer Engine: make setup-te",
     ),
     pytest.mark.slow,
 ]

@@ -59,8 +59,6 @@ def test_a_run_may_end_before_its_time_was_logged(tmp_path: Path) -> None:
 def test_the_table_gives_back_what_was_written(
     results: list[RunResult], tmp_path: Path, suffix: str
 ) -> None:
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     nothing = np.zeros(0)
     silent = replace(
         results[0],
