@@ -30,13 +30,14 @@ support-matrix: setup ## Run the tests of parallel layouts and write docs/suppor
 	  tests/integration/test_bad_input.py --junitxml=runs/support-matrix.xml
 	$(PY) -m tests.support_matrix runs/support-matrix.xml
 
-check: setup ## Lint (Python, shell, Dockerfile), check the format, the types and who imports whom
+check: setup ## Lint, check the format, the types, who imports whom and the age of generated pages
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh findings/*.sh .ci/run
 	.venv/bin/hadolint Dockerfile
+	$(PY) -m tests.support_matrix --check
 
 format: setup ## Format the code and sort the imports
 	$(PY) -m ruff check --select I --fix

@@ -3,11 +3,14 @@
     python -m pytest tests/integration --junitxml=results.xml
     python -m tests.support_matrix results.xml
 
-``make support-matrix`` does both. Tests record what they cover as properties.
+``make support-matrix`` does both. Tests record what they cover as properties. The page ends with a
+digest of the sources that it speaks of, and ``--check``, which runs no test, compares that.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import os
 import platform
 import subprocess
@@ -18,9 +21,21 @@ from pathlib import Path
 
 from megatron_tst.common.atomic_files import write_file
 from tests.integration.layouts import LAYOUTS, MODELS, UNTESTED
-from tests.integration.test_layouts import CASES, Case
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "support-matrix.md"
+# The definitions that say what is compared, resumed and refused, and whole files.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "megatron_tst/settings/conflicts.py": (
+        *("_OTHER_BATCHES", "_DOCUMENT_BOUNDARIES", "_DOCUMENT_MASKING", "_PLAIN_PARAMETERS"),
+        *("_CONFLICTS", "_described"),
+    ),
+    "tests/integration/layouts.py": (),
+    "tests/integration/test_layouts.py": ("SWITCH", "TOLERANCES", "_FEW", "Case", "_cases"),
+    "tests/integration/test_resharding.py": ("SWITCH", "STOPS", "ROUTES"),
+    "tests/integration/test_bad_input.py": ("CONFLICTS",),
+    "tests/support_matrix.py": (),
+}
 MEASURES = ("loss", "gradient norm", "gradients", "weights")
 Properties = dict[str, str]
 
@@ -48,7 +63,9 @@ norm of the difference.
 
 
 def main() -> None:
-    """Writes the page from the JUnit files named on the command line."""
+    """Writes the page from the JUnit files named on the command line, or checks its age."""
+    if sys.argv[1:] == ["--check"]:
+        return _check()
     cases = [properties for name in sys.argv[1:] for properties in _read(Path(name))]
     if not cases:
         raise SystemExit("no test results: pass the --junitxml files of a run without failures")
@@ -68,6 +85,9 @@ def _read(path: Path) -> Iterator[Properties]:
 
 def _is_dropped(found: Properties) -> bool:
     """Whether the tests have no such case any more."""
+    # Not above: it takes seconds, and a check needs none of it.
+    from tests.integration.test_layouts import CASES, Case
+
     if found["kind"] != "deviation":
         return False
     return Case(*(found[name] for name in ("model", "layout", "dtype", "recipe"))) not in CASES
@@ -86,6 +106,42 @@ def _page(cases: list[Properties]) -> Iterator[str]:
     yield from _refusal_table([case for case in cases if case.get("kind") == "refused"])
     yield "\n## Untested\n"
     yield from (f"- {what}" for what in UNTESTED)
+    yield f"\n{_digest_line()}"
+
+
+def _check() -> None:
+    if not TARGET.read_text().endswith(f"\n{_digest_line()}\n"):
+        raise SystemExit(
+            f"docs/{TARGET.name} is older than what it speaks of ({', '.join(SOURCES)}): "
+            "run `make support-matrix`."
+        )
+
+
+def _digest_line() -> str:
+    parts = (part for file, names in SOURCES.items() for part in _parts(ROOT / file, names))
+    return f"<!-- Digest of the sources: {hashlib.sha256(repr([*parts]).encode()).hexdigest()} -->"
+
+
+def _parts(file: Path, names: tuple[str, ...]) -> Iterator[str]:
+    """The text of a file, or of its top-level definitions of these names."""
+    text = file.read_text()
+    if not names:
+        yield text
+        return
+    found = {
+        name: ast.get_source_segment(text, node) or ""
+        for node in ast.parse(text).body
+        for name in _defined(node)
+    }
+    yield from (found[name] for name in names)
+
+
+def _defined(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
 
 
 def _origin() -> str:

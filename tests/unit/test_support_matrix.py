@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from megatron_tst.settings.conflicts import _CONFLICTS
+from tests import support_matrix
 from tests.integration.layouts import LAYOUTS, UNTESTED
 from tests.integration.test_layouts import CASES
 from tests.integration.test_resharding import CASES as RESUMES
-from tests.support_matrix import TARGET
+from tests.support_matrix import SOURCES, TARGET
 
 PAGE = TARGET.read_text()
 
@@ -41,3 +45,24 @@ def test_every_refusal_is_listed() -> None:
 
 def test_every_gap_is_listed() -> None:
     assert all(f"- {gap}" in PAGE for gap in UNTESTED)
+
+
+def test_a_page_older_than_its_sources_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in SOURCES:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(support_matrix.ROOT / file, tmp_path / file)
+    monkeypatch.setattr(support_matrix, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["support_matrix", "--check"])
+    refusals = tmp_path / "tests/integration/test_bad_input.py"
+    refusals.write_text(refusals.read_text() + "\n\ndef test_other() -> None: ...\n")
+    support_matrix.main()
+    for file in SOURCES:
+        text = (tmp_path / file).read_text()
+        for old, new in (("--sft", "--fim"), ("TP 2", "TP 3"), ("1e-6", "1e-5"), ("## ", "### ")):
+            text = text.replace(old, new)
+        (tmp_path / file).write_text(text)
+        with pytest.raises(SystemExit, match="older than what it speaks of"):
+            support_matrix.main()
+        shutil.copy(Path(__file__).parents[2] / file, tmp_path / file)
