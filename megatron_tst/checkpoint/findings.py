@@ -97,7 +97,7 @@ class Verification:
             return (
                 "Only the state of the optimizer was found wrong: use an older one that passes, or "
                 "resume with --no-load-optim, which makes the masters from the weights and starts "
-                "the moments at zero; tools/verify_checkpoint.py --rebuild-masters writes a "
+                "the moments at zero; tst verify --rebuild-masters writes a "
                 "checkpoint with such a state, which plain Megatron continues too."
             )
         return (

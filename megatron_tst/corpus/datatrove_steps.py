@@ -132,7 +132,7 @@ class WriteMegatronPart(PipelineStep):
             return None
 
     def _summary(self, tokenizer: CorpusTokenizer, counts: Counts, tokens: int) -> dict[str, Any]:
-        """What ``tools/preprocess_data.py`` writes beside a corpus."""
+        """What ``tst preprocess`` writes beside a corpus."""
         return {
             **vars(counts),
             "tokens": tokens,

@@ -60,7 +60,7 @@ class PhaseOne:
             an epoch or more, the first of which does not depend on it.
 
     Raises:
-        UsageError: naming the flag of tools/inspect_data.py, its value and the remedy.
+        UsageError: naming the flag of tst inspect, its value and the remedy.
     """
 
     sequence_length: int

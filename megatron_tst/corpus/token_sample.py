@@ -158,5 +158,5 @@ def _check_ids(tokens: NDArray[np.int32]) -> None:
         if not 0 <= token < 1 << ID_BITS:
             raise UsageError(
                 f"the corpus holds {token}, which is no token id (0 to {(1 << ID_BITS) - 1}): "
-                "tokenize it again with tools/preprocess_data.py."
+                "tokenize it again with tst preprocess."
             )

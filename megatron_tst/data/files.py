@@ -30,7 +30,7 @@ _VERSION = 1
 _MAX_SEQUENCES = 1 << 31
 _COUNTS_OFFSET = len(_INDEX_HEADER) + struct.calcsize("<QB")
 _HEADER_BYTES = _COUNTS_OFFSET + struct.calcsize("<QQ")
-_REMEDY = "Copy the file again, or run tools/preprocess_data.py again."
+_REMEDY = "Copy the file again, or run tst preprocess again."
 
 
 def check_indexed_dataset(path_prefix: str) -> None:
@@ -115,7 +115,7 @@ def _negative_length(index_path: str, document: int, length: int) -> UsageError:
     return UsageError(
         f"{index_path}: document {document} has {length} tokens. The file is damaged, or the "
         f"document has more than the {2**31 - 1} tokens that the format can hold and overflowed. "
-        "Copy the file again, or split the document and run tools/preprocess_data.py again."
+        "Copy the file again, or split the document and run tst preprocess again."
     )
 
 
@@ -197,7 +197,7 @@ def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:
     """Checks that the corpora of a blend hold ids of one tokenizer.
 
     Compares the token types of the .idx files, which follow the size of the vocabulary, and the
-    fingerprints that ``tools/preprocess_data.py`` leaves beside the corpora that it makes.
+    fingerprints that ``tst preprocess`` leaves beside the corpora that it makes.
 
     Args:
         path_prefixes: paths without ``.bin`` or ``.idx``; the files have passed
@@ -214,7 +214,7 @@ def check_same_tokenizer(path_prefixes: Sequence[str]) -> None:
             if value != first_value:
                 raise UsageError(
                     f"--data-path {prefix} was made with the {what} {value}, and {first_prefix} "
-                    f"with {first_value}: run tools/preprocess_data.py with one tokenizer for all."
+                    f"with {first_value}: run tst preprocess with one tokenizer for all."
                 )
 
 

@@ -171,7 +171,7 @@ def _read_json(path: Path, named: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(
             f"{named} has no {path.name}: pass a Hugging Face folder "
-            "(tools/convert_megatron_to_hf.py makes one of a checkpoint)."
+            "(tst convert to-hf makes one of a checkpoint)."
         ) from error
 
 

@@ -47,7 +47,7 @@ def read_results(path: Path, flag: str = "--compare") -> Results:
         or results.get("format") != FORMAT
         or not all(isinstance(results.get(part), dict) for part in ("model", "settings", "tasks"))
     ):
-        raise UsageError(f"{flag} {path} is no result of tools/evaluate.py of this version.")
+        raise UsageError(f"{flag} {path} is no result of tst evaluate of this version.")
     return results
 
 

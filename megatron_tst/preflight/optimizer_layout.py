@@ -30,7 +30,7 @@ def misplaced_note(args: argparse.Namespace, stages: Sequence[Stage]) -> list[Fi
             "megatron-core 0.19.2 without the mend of this package, as in its first versions and "
             f"in Megatron's own scripts, saves with this layout {share:.0%} of the master weights "
             "and moments in wrong places (--dist-ckpt-optim-fully-reshardable): check earlier "
-            "checkpoints with tools/verify_checkpoint.py (docs/troubleshooting.md)."
+            "checkpoints with tst verify (docs/troubleshooting.md)."
         )
     ]
 

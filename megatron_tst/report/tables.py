@@ -36,7 +36,7 @@ def read_table(path: Path, required: Sequence[str], text_columns: Collection[str
     if missing:
         raise UsageError(
             f"{path} has no column {', '.join(missing)}: it is no table of results; pass one that "
-            "tools/compare_runs.py --results wrote."
+            "tst compare --results wrote."
         )
     return rows
 

@@ -31,10 +31,10 @@ _OWN_FLAGS = {
     "eval-micro-batch-size": "validation.batch_size",
     "eval-global-batch-size": "validation.batch_size",
     "save-interval": "checkpoints",
-    "save": "--output of tools/run_study.py",
-    "load": "--output of tools/run_study.py",
-    "tensorboard-dir": "--output of tools/run_study.py",
-    "data-cache-path": "--output of tools/run_study.py",
+    "save": "--output of tst study",
+    "load": "--output of tst study",
+    "tensorboard-dir": "--output of tst study",
+    "data-cache-path": "--output of tst study",
 }
 
 

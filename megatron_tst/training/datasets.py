@@ -90,7 +90,7 @@ def check_data_files(args: Namespace) -> None:
     if not prefixes and args.tst_bag_size > 1:
         raise UsageError(
             "--data-path is missing: pass the path of a corpus, without .bin or .idx "
-            "(tools/preprocess_data.py makes one)."
+            "(tst preprocess makes one)."
         )
     for prefix in prefixes:
         check_indexed_dataset(prefix)

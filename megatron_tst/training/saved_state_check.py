@@ -43,7 +43,7 @@ def refuse_wrong_state(args: Namespace, folder: Path, saved: Namespace) -> None:
         remedy = "pass --ckpt-step with an older checkpoint, or copy it again"
     raise UsageError(
         f"--load {args.load}: {folder.name} has faults, such as {worst.where} ({worst.text}, "
-        f"{worst.share:.0%} of what was looked at): {remedy}. tools/verify_checkpoint.py "
+        f"{worst.share:.0%} of what was looked at): {remedy}. tst verify "
         f"--checkpoint {folder} shows all of them and can rebuild the masters; "
         "--tst-verify-checkpoint off loads it as it is."
     )

@@ -124,7 +124,7 @@ def test_other_weights_and_foreign_corpora_are_refused(
             other_weights,
             r"--data-path with the weights \[\[75\.0, 25\.0\]\], .* \[\[50\.0, 50\.0\]\]",
         ),
-        (other_type, "the token type uint16, and .* with int32: run tools/preprocess_data.py"),
-        (other_tokenizer, "the tokenizer b{16}, and .* with a{16}: run tools/preprocess_data.py"),
+        (other_type, "the token type uint16, and .* with int32: run tst preprocess"),
+        (other_tokenizer, "the tokenizer b{16}, and .* with a{16}: run tst preprocess"),
     ):
         assert re.search(expected, message or ""), message

@@ -130,7 +130,7 @@ def test_a_resume_of_them_is_refused(saved: Callable[[str], SmallRun], check: Ch
         assert message is not None
         assert f"{STEPS:07d} has faults, such as " in message
         assert "the masters are those of other weights, " in message
-        assert "or --no-load-optim. tools/verify_checkpoint.py" in message
+        assert "or --no-load-optim. tst verify" in message
     assert taken == [None, None]
 
 

@@ -30,12 +30,13 @@ class Installed:
     environment: Path
     folder: Path
 
-    def run(self, program: str, *arguments: object) -> str:
+    def run(self, command: str, *arguments: object) -> str:
         """What a program of the environment prints."""
+        program, *words = command.split()
         hidden = ("PYTHONPATH", "VIRTUAL_ENV")
         variables = {name: value for name, value in os.environ.items() if name not in hidden}
         done = subprocess.run(
-            [self.environment / "bin" / program, *map(str, arguments)],
+            [self.environment / "bin" / program, *words, *map(str, arguments)],
             cwd=self.folder,
             env={**variables, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -58,15 +59,22 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     )
     for name in SOURCES:
         shutil.copy(ROOT / name, sources)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    build = ["wheel", sources, "--no-deps", "--no-build-isolation", "--wheel-dir", base]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build: list[str | Path] = [
+        "wheel",
+        sources,
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        base,
+    ]
     subprocess.run([*pip, *build], check=True)
     (wheel,) = base.glob("*.whl")
     environment = base / "environment"
     venv.create(environment)
     _lend_dependencies(environment)
     python = environment / "bin" / "python"
-    install = ["--python", python, "install", "--no-deps", "--no-index", wheel]
+    install: list[str | Path] = ["--python", python, "install", "--no-deps", "--no-index", wheel]
     subprocess.run([*pip, *install], check=True)
     (base / "elsewhere").mkdir()
     return Installed(wheel, environment, base / "elsewhere")
@@ -93,24 +101,24 @@ def test_wheel_has_every_file_of_the_package(installed: Installed) -> None:
 
 
 def test_commands_work_without_the_repository(installed: Installed) -> None:
-    imported = installed.run("python", "-c", "import megatron_tst; print(megatron_tst.__file__)")
+    imported = installed.run("python -c", "import megatron_tst; print(megatron_tst.__file__)")
     assert imported.startswith(str(installed.environment))
-    assert "\n  preprocess " in installed.run("tst", "--help")
-    plan = "plan --model 270M --tokens 42B --gpu-hours 100"
-    assert "\nFlags for python -m megatron_tst.pretrain:\n" in installed.run("tst", *plan.split())
+    assert "\n  preprocess " in installed.run("tst --help")
+    planned = installed.run("tst plan --model 270M --tokens 42B --gpu-hours 100")
+    assert "\nFlags for python -m megatron_tst.pretrain:\n" in planned
 
     text = installed.folder / "text.txt"
     text.write_text("It is raining cats and dogs. " * 100)
-    made = installed.run(
-        *("tst", "preprocess", "--input", text, "--byte-level", "--output-prefix", "text")
-    )
+    made = installed.run("tst preprocess --byte-level --output-prefix text --input", text)
     assert made.startswith("text.bin: 1 documents, 2,901 tokens (uint16)")
-    shown = installed.run(*("tst", "inspect", "text", "--bag-size", "4", "--sequence-length", "8"))
+    shown = installed.run("tst inspect text --bag-size 4 --sequence-length 8")
     assert "'It is raining" in shown
     assert "sample 0 of phase 1: full, bags of 4" in shown
 
     run = SmallRun(installed.folder / "text", installed.folder / "run").with_(
         tst_bag_size=2, tst_step_ratio=0.5, train_iters=4, split="1,0,0", eval_iters=0
     )
-    trained = installed.run("tst", "pretrain", *run.argv)
+    launch = "python -m torch.distributed.run --standalone --nproc-per-node 2 --no-python"
+    tst = installed.environment / "bin" / "tst"
+    trained = installed.run(launch, tst, "pretrain", *run.argv)
     assert "iteration        4/       4" in trained
