@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.corpus.documents import BadDocumentError, Counts, checked_size
+from megatron_tst.corpus.documents import BadDocumentError, checked_size
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import Encoder, EncoderSettings
 from megatron_tst.corpus.huggingface_tokenizer import class_warning
@@ -28,6 +29,7 @@ from megatron_tst.corpus.indexed_writer import (
     token_dtype,
 )
 from megatron_tst.corpus.merging import merge_corpora, publish
+from megatron_tst.corpus.selection import Counts
 from megatron_tst.corpus.tokenizer import CorpusTokenizer, load_tokenizer, turn_end_hint
 
 _SUMMARY_OF_TOKENIZER = ("vocab_size", "eod_token", "eod_id")
@@ -88,9 +90,8 @@ class WriteMegatronPart(PipelineStep):
             logger.warning(warning)
         dtype = token_dtype(tokenizer.vocab_size)
         choice = choose_encoder("auto", tokenizer, [])
-        encoder = Encoder(
-            EncoderSettings.of(tokenizer, dtype, self.append_eod, is_fast=choice.is_fast)
-        )
+        settings = EncoderSettings(tokenizer.definition, dtype, tokenizer.eod_id, self.append_eod)
+        encoder = Encoder(replace(settings, is_fast=choice.is_fast))
         prefix = part_prefix(self.folder, rank)
         prefix.parent.mkdir(parents=True, exist_ok=True)
         counts = Counts()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple, cast
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.corpus.readers import RawBatch, RawDocument, read_batches
+from megatron_tst.corpus.readers import RawContent, RawDocument, read_batches, take_apart
 from megatron_tst.corpus.sources import Source
 
 try:
@@ -18,7 +19,7 @@ except ImportError:  # optional, only faster
     orjson = None  # type: ignore[assignment]
 
 _SAMPLED_SOURCES = 4
-_SAMPLED_BYTES = 1 << 16
+_SAMPLED_CHARACTERS = 1 << 16
 
 # Of integers Python refuses those of thousands of digits, also where nobody asks for them.
 _JSON = json.JSONDecoder(parse_int=float)
@@ -103,155 +104,81 @@ def _text_of_line(line: str, json_key: str) -> str:
     return cast(str, value[json_key])
 
 
-class Outcome(NamedTuple):
-    """What became of a document.
+class LeftOut(NamedTuple):
+    """A document that a corpus does not take.
 
     Attributes:
-        text_bytes: size of its text in UTF-8.
-        tokens: number of its tokens; 0 leaves it out as empty.
-        problem: why it cannot be used, or None.
+        rank: documents of its batch in front of it that have tokens.
+        document: without its content.
+        problem: why it cannot be used, or None for an empty one.
+        is_fatal: no limit allows it.
     """
 
-    text_bytes: int
-    tokens: int
-    problem: str | None = None
+    rank: int
+    document: RawDocument
+    problem: str | None
+    is_fatal: bool = False
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When to stop reading, and when to give up. None: no limit.
+class Outcomes:
+    """What became of the documents of a batch.
 
     Attributes:
-        max_documents: stop after this many documents.
-        max_bytes: stop before the document that would exceed this much text (UTF-8 bytes).
-        max_bad_documents: malformed documents to leave out before giving up.
-        max_empty_documents: empty documents to leave out before giving up.
+        tokens: of each document that has some.
+        text_bytes: size of its text in UTF-8.
+        left_out: all other documents.
+        lines: of a block of lines, blank ones included.
     """
 
-    max_documents: int | None = None
-    max_bytes: int | None = None
-    max_bad_documents: int = 0
-    max_empty_documents: int | None = None
+    tokens: list[int]
+    text_bytes: list[int]
+    left_out: list[LeftOut]
+    lines: int
 
+    @classmethod
+    def of(cls, content: RawContent, json_key: str, encode: Callable[[str], int]) -> Outcomes:
+        """Takes a batch apart.
 
-@dataclass
-class Counts:
-    """Documents met so far.
-
-    Attributes:
-        documents: taken into the corpus.
-        text_bytes: their size in UTF-8.
-        empty_documents: without text or tokens, left out.
-        bad_documents: malformed, left out under ``max_bad_documents``.
-        skipped_files: files of a searched folder that hold no UTF-8 text, left out.
-    """
-
-    documents: int = 0
-    text_bytes: int = 0
-    empty_documents: int = 0
-    bad_documents: int = 0
-    skipped_files: int = 0
-
-
-@dataclass
-class Selection:
-    """Takes documents in their order until a limit is reached.
-
-    Attributes:
-        limits: when to stop.
-        counts: documents met so far.
-        left_out: file, line and reason of each document left out; emptied by the reader of it.
-        finished: a limit is reached, and nothing more is taken.
-    """
-
-    limits: Limits
-    counts: Counts = field(default_factory=Counts)
-    left_out: list[str] = field(default_factory=list)
-    finished: bool = False
-
-    def take(self, document: RawDocument, outcome: Outcome) -> bool:
-        """Counts the next document; False if it is left out.
+        Args:
+            content: of the batch.
+            json_key: member of a JSON line that holds the text.
+            encode: is given each text and returns its tokens; a ``UsageError`` ends the run.
 
         Raises:
-            UsageError: one too many is bad or empty; names file and line.
+            UsageError: the file cannot be read.
         """
-        counts, limits = self.counts, self.limits
-        if self.finished:
-            return False
-        if outcome.problem is not None or outcome.tokens == 0:
-            self._leave_out(document, outcome.problem)
-            return False
-        text_bytes = counts.text_bytes + outcome.text_bytes
-        if limits.max_bytes is not None and text_bytes > limits.max_bytes:
-            self.finished = True
-            return False
-        counts.documents += 1
-        counts.text_bytes = text_bytes
-        self.finished = counts.documents == limits.max_documents
-        return True
-
-    def take_batch(self, batch: RawBatch, outcomes: list[Outcome]) -> list[int]:
-        """Counts the documents of a batch; the number of tokens of each that is taken.
-
-        Raises:
-            UsageError: one too many is bad or empty; names file and line.
-        """
-        counts, limits = self.counts, self.limits
-        documents = counts.documents + len(outcomes)
-        text_bytes = counts.text_bytes + sum(outcome.text_bytes for outcome in outcomes)
-        takes_all = (
-            not self.finished
-            and (limits.max_documents is None or documents < limits.max_documents)
-            and (limits.max_bytes is None or text_bytes <= limits.max_bytes)
-            and all(outcome.tokens for outcome in outcomes)
-        )
-        if takes_all:
-            # Which file and line each comes from does not matter here, and takes time to say.
-            counts.documents, counts.text_bytes = documents, text_bytes
-            return [outcome.tokens for outcome in outcomes]
-        pairs = zip(batch.documents, outcomes, strict=True)
-        return [outcome.tokens for document, outcome in pairs if self.take(document, outcome)]
-
-    def _leave_out(self, document: RawDocument, problem: str | None) -> None:
-        self.left_out.append(f"{document.where}: {problem or 'empty'}")
-        counts, limits = self.counts, self.limits
-        if problem is None:
-            counts.empty_documents += 1
-            limit, kind, count = limits.max_empty_documents, "empty", counts.empty_documents
-        # Searched folders hold binary files too.
-        elif document.source.from_folder and document.source.kind == "text":
-            counts.skipped_files += 1
-            return
-        else:
-            counts.bad_documents += 1
-            limit, kind, count = limits.max_bad_documents, "bad", counts.bad_documents
-        if limit is not None and count > limit:
-            raise UsageError(
-                f"{document.where} has {problem or 'no text'}: repair it, or raise "
-                f"--max-{kind}-documents (now {limit}) to leave such documents out."
-            )
-
-
-def read_texts(
-    batches: Iterable[RawBatch], json_key: str, selection: Selection
-) -> Iterator[tuple[str, RawBatch]]:
-    """Texts of the documents that ``selection`` takes, and the batch that each comes from.
-
-    Raises:
-        UsageError: one too many is bad or empty; names file and line.
-    """
-    for batch in batches:
-        for document in batch.documents:
-            text = ""
+        documents, lines = take_apart(content)
+        outcomes = cls([], [], [], lines)
+        for document in documents:
+            problem, is_fatal, tokens = None, False, 0
             try:
                 text, size = decode(document, json_key)
-                outcome = Outcome(size, tokens=len(text))
+                tokens = encode(text)
             except BadDocumentError as error:
-                outcome = Outcome(0, 0, str(error))
-            if selection.take(document, outcome):
-                yield text, batch
-            if selection.finished:
-                return
+                problem = str(error)
+            except UsageError as error:
+                problem, is_fatal = str(error), True
+            if tokens:
+                outcomes.tokens.append(tokens)
+                outcomes.text_bytes.append(size)
+            else:
+                named = document._replace(content=None)
+                left_out = LeftOut(len(outcomes.tokens), named, problem, is_fatal)
+                outcomes.left_out.append(left_out)
+        return outcomes
+
+
+def texts_of(content: RawContent, json_key: str) -> tuple[list[str], Outcomes]:
+    """The texts of a batch that are not empty; their tokens are counted in characters."""
+    texts: list[str] = []
+
+    def keep(text: str) -> int:
+        texts.append(text)
+        return len(text)
+
+    outcomes = Outcomes.of(content, json_key, keep)
+    return [text for text in texts if text], outcomes
 
 
 def sample_texts(sources: list[Source], json_key: str) -> list[str]:
@@ -259,19 +186,12 @@ def sample_texts(sources: list[Source], json_key: str) -> list[str]:
 
     What cannot be read is passed over; the run meets it in its turn.
     """
-    texts: list[str] = []
+    sample: list[str] = []
     for source in sources[:: max(1, len(sources) // _SAMPLED_SOURCES)]:
-        size = 0
-        try:
-            for batch in read_batches([source], json_key):
-                for document in batch.documents:
-                    with suppress(BadDocumentError):
-                        text, _ = decode(document, json_key)
-                        texts.append(text[: _SAMPLED_BYTES - size])
-                        size += len(texts[-1])
-                    if size == _SAMPLED_BYTES:
-                        break
-                break
-        except UsageError:
-            continue
-    return texts
+        left = _SAMPLED_CHARACTERS
+        with suppress(UsageError):
+            for batch in islice(read_batches([source], json_key), 1):
+                for text in texts_of(batch.content, json_key)[0]:
+                    sample.append(text[:left])
+                    left -= len(sample[-1])
+    return sample

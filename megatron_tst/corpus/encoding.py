@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,11 @@ from tokenizers import Tokenizer
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.control_tokens import ControlTokens
-from megatron_tst.corpus.documents import BadDocumentError, Outcome, decode
+from megatron_tst.corpus.documents import Outcomes
 from megatron_tst.corpus.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
 from megatron_tst.corpus.indexed_writer import check_document_tokens
-from megatron_tst.corpus.readers import RawBatch, RawContent, documents_of
-from megatron_tst.corpus.tokenizer import CorpusTokenizer, library_tokenizer
+from megatron_tst.corpus.readers import Position, RawBatch, RawContent
+from megatron_tst.corpus.tokenizer import library_tokenizer
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces cut at line ends: a token being made takes 200 bytes."""
@@ -35,17 +36,9 @@ MAX_FAILURES = 10
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Result of a batch.
-
-    Attributes:
-        ids: [tokens] of all its documents, one after the other.
-        outcomes: of each document, in order.
-    """
-
-    ids: npt.NDArray[np.integer]
-    outcomes: list[Outcome]
+Ids = npt.NDArray[np.integer]
+EncodedBatch = tuple[Ids, Outcomes]
+"""[tokens] ids of all documents of a batch, one after the other, and what became of them."""
 
 
 @dataclass(frozen=True)
@@ -54,38 +47,24 @@ class EncoderSettings:
 
     Attributes:
         definition: content of ``tokenizer.json``.
-        appended: ids to end each document with.
         dtype: type of the ids in the corpus.
-        json_key: member of a JSON line that holds the text.
         eod_id: end-of-document id, which no text may hold; None if none is known.
+        append_eod: end each document with it.
+        json_key: member of a JSON line that holds the text.
         is_fast: encode by the fast route, which has been proven to give the library's ids.
     """
 
     definition: str
-    appended: tuple[int, ...]
     dtype: np.dtype[Any]
-    json_key: str = "text"
     eod_id: int | None = None
+    append_eod: bool = False
+    json_key: str = "text"
     is_fast: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: CorpusTokenizer,
-        dtype: np.dtype[Any],
-        append_eod: bool,
-        json_key: str = "text",
-        is_fast: bool = False,
-    ) -> EncoderSettings:
-        """Settings for a corpus whose documents end with the tokenizer's end-of-document id."""
-        appended = (tokenizer.eod_id,) if append_eod else ()
-        eod_id = tokenizer.eod_id
-        return cls(tokenizer.definition, appended, dtype, json_key, eod_id, is_fast)
 
 
 def encode_in_order(
     batches: Iterable[RawBatch], settings: EncoderSettings, workers: int
-) -> Generator[tuple[RawBatch, EncodedBatch], None, None]:
+) -> Generator[tuple[RawBatch, Ids, Outcomes], None, None]:
     """Decodes and encodes documents in parallel; the results do not depend on ``workers``.
 
     Only a few batches for each worker are in memory at a time.
@@ -100,12 +79,12 @@ def encode_in_order(
         Each batch with its result, in order.
 
     Raises:
-        UsageError: the tokenizer cannot encode a document, it is too long, or a file cannot be
-            read; raised after what lies before has been handed out.
+        UsageError: a file cannot be read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
     if workers == 1 and settings.is_fast:
-        yield from _encode_here(batches, settings)
+        encoder = Encoder(settings)
+        yield from ((batch, *_encode_batch(batch.content, encoder)) for batch in batches)
         return
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
     pool = ProcessPoolExecutor(
@@ -114,26 +93,13 @@ def encode_in_order(
         initializer=_start_worker,
         initargs=(settings,),
     )
-    pending: deque[tuple[RawBatch, Future[EncodedBatch]]] = deque()
-    unreadable: UsageError | None = None
-    reading = iter(batches)
+    handed_out = _hand_out(batches, pool)
     try:
-        while True:
-            # Reading is ahead of writing: an error there must not hide a limit that is met before.
-            try:
-                batch = next(reading, None)
-            except UsageError as error:
-                batch, unreadable = None, error
-            if batch is None:
-                break
-            pending.append((batch, pool.submit(_encode_in_worker, batch.content)))
-            if len(pending) == workers * IN_FLIGHT_BATCHES_PER_WORKER:
-                batch, result = pending.popleft()
-                yield batch, result.result()
-        for batch, result in pending:
-            yield batch, result.result()
-        if unreadable is not None:
-            raise unreadable
+        pending = deque(islice(handed_out, workers * IN_FLIGHT_BATCHES_PER_WORKER))
+        while pending:
+            batch, result = pending.popleft()
+            yield batch, *result.result()
+            pending.extend(islice(handed_out, 1))
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a tokenizing process died, most likely for lack of memory: lower --workers "
@@ -143,12 +109,17 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _encode_here(
-    batches: Iterable[RawBatch], settings: EncoderSettings
-) -> Iterator[tuple[RawBatch, EncodedBatch]]:
-    encoder = Encoder(settings)
-    for batch in batches:
-        yield batch, _encode_batch(batch.content, encoder, settings.json_key)
+def _hand_out(
+    batches: Iterable[RawBatch], pool: ProcessPoolExecutor
+) -> Iterator[tuple[RawBatch, Future[EncodedBatch]]]:
+    try:
+        for batch in batches:
+            yield batch, pool.submit(_encode_batch, batch.content)
+    # Reading is ahead of writing: an error here must not hide a limit that is met before.
+    except UsageError as error:
+        failed: Future[EncodedBatch] = Future()
+        failed.set_exception(error)
+        yield RawBatch([], Position(), 0), failed
 
 
 class Encoder:
@@ -160,12 +131,14 @@ class Encoder:
         if settings.is_fast:
             self._fast = fast_encoder(self._tokenizer, settings.dtype)
         self._failures = 0
-        self._appended = np.array(settings.appended, dtype=settings.dtype)
+        appended = [settings.eod_id] if settings.append_eod else []
+        self._appended = np.array(appended, dtype=settings.dtype)
         self._controls = ControlTokens(settings.definition, settings.eod_id)
         self._without_controls: Tokenizer | None = None
         self.dtype = settings.dtype
+        self.json_key = settings.json_key
 
-    def encode(self, text: str) -> npt.NDArray[np.integer]:
+    def encode(self, text: str) -> Ids:
         """Ids of a document, empty if it has no tokens.
 
         Raises:
@@ -180,7 +153,7 @@ class Encoder:
             return np.empty(0, self.dtype)
         return np.concatenate([*ids, self._appended])
 
-    def _encode_as_text(self, text: str) -> npt.NDArray[np.integer]:
+    def _encode_as_text(self, text: str) -> Ids:
         if self._without_controls is None:
             self._without_controls = library_tokenizer(self._controls.unspellable())
         ids = self._encode_by_library(self._without_controls, text)
@@ -192,12 +165,12 @@ class Encoder:
             )
         return ids
 
-    def _encode_piece(self, text: str) -> npt.NDArray[np.integer]:
+    def _encode_piece(self, text: str) -> Ids:
         if (ids := self._encode_fast(text)) is not None:
             return ids
         return self._encode_by_library(self._tokenizer, text)
 
-    def _encode_by_library(self, tokenizer: Tokenizer, text: str) -> npt.NDArray[np.integer]:
+    def _encode_by_library(self, tokenizer: Tokenizer, text: str) -> Ids:
         try:
             (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=self.dtype)
@@ -213,7 +186,7 @@ class Encoder:
                 "use a byte-level tokenizer or one with an unknown token."
             ) from error
 
-    def _encode_fast(self, text: str) -> npt.NDArray[np.integer] | None:
+    def _encode_fast(self, text: str) -> Ids | None:
         """Ids by the fast route; None where there is none, or where it fails."""
         if self._fast is None:
             return None
@@ -243,17 +216,15 @@ def split_long(text: str) -> Iterator[str]:
 
 
 _encoder: Encoder
-_json_key: str
 
 
 def _start_worker(settings: EncoderSettings) -> None:
-    global _encoder, _json_key
+    global _encoder
     # The processes are the parallelism, and the parent alone answers an interrupt.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(settings)
-    _json_key = settings.json_key
 
 
 def _exit_with_parent() -> None:
@@ -264,24 +235,17 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(content: RawContent) -> EncodedBatch:
-    return _encode_batch(content, _encoder, _json_key)
+def _encode_batch(content: RawContent, encoder: Encoder | None = None) -> EncodedBatch:
+    encoder = encoder or _encoder
+    encoded = [np.empty(0, encoder.dtype)]
 
-
-def _encode_batch(content: RawContent, encoder: Encoder, json_key: str) -> EncodedBatch:
-    encoded: list[npt.NDArray[np.integer]] = []
-    outcomes: list[Outcome] = []
-    for document in documents_of(content):
+    def encode(text: str) -> int:
         try:
-            text, size = decode(document, json_key)
-        except BadDocumentError as error:
-            outcomes.append(Outcome(0, 0, str(error)))
-            continue
-        try:
-            ids = encoder.encode(text)
+            encoded.append(encoder.encode(text))
         except UsageError as error:
-            raise UsageError(f"{document.where}: {error}") from error
-        check_document_tokens(document.where, ids.size)
-        encoded.append(ids)
-        outcomes.append(Outcome(size, ids.size))
-    return EncodedBatch(np.concatenate([np.empty(0, encoder.dtype), *encoded]), outcomes)
+            raise UsageError(f": {error}") from error
+        check_document_tokens("", encoded[-1].size)
+        return encoded[-1].size
+
+    outcomes = Outcomes.of(content, encoder.json_key, encode)
+    return np.concatenate(encoded), outcomes

@@ -8,13 +8,12 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from megatron_tst.common.atomic_files import flush, write_json
 from megatron_tst.common.errors import UsageError, read_json_object
-from megatron_tst.corpus.documents import Counts
 from megatron_tst.corpus.readers import Position
+from megatron_tst.corpus.selection import Counts
 from megatron_tst.corpus.sources import Source
 
 _SETTINGS_FILE = "settings.json"
@@ -88,12 +87,7 @@ class PartialRun:
     def __enter__(self) -> PartialRun:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is not None and not (self.folder / _PROGRESS_FILE).exists():
             shutil.rmtree(self.folder)
         self._lock.close()
@@ -148,15 +142,8 @@ class LeftOutLog:
         self._file = path.open("ab")
         self._file.truncate(size)
 
-    def __enter__(self) -> LeftOutLog:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def add(self, lines: list[str]) -> None:

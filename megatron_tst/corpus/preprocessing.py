@@ -16,7 +16,7 @@ import tokenizers
 
 from megatron_tst.common.atomic_files import move
 from megatron_tst.common.errors import UsageError
-from megatron_tst.corpus.documents import Selection, read_texts, sample_texts
+from megatron_tst.corpus.documents import sample_texts
 from megatron_tst.corpus.encoder_choice import choose_encoder
 from megatron_tst.corpus.encoding import EncoderSettings, encode_in_order
 from megatron_tst.corpus.fast_encoder import gigatoken_version
@@ -25,6 +25,7 @@ from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.corpus.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
 from megatron_tst.corpus.preprocessing_config import PreprocessConfig
 from megatron_tst.corpus.readers import read_batches
+from megatron_tst.corpus.selection import Selection, read_texts
 from megatron_tst.corpus.sources import Source, find_sources
 from megatron_tst.corpus.tokenizer import (
     CONFIG_FILE,
@@ -233,44 +234,34 @@ def _write_corpus(
     choice = choose_encoder(config.encoder, tokenizer, sample_texts(sources, config.json_key))
     if choice.reason is not None:
         _logger.warning("encoding with the tokenizers library alone: %s.", choice.reason)
-    settings = EncoderSettings.of(
-        tokenizer, dtype, config.append_eod, config.json_key, choice.is_fast
-    )
+    told = (tokenizer.eod_id, config.append_eod, config.json_key, choice.is_fast)
+    settings = EncoderSettings(tokenizer.definition, dtype, *told)
     batches = read_batches(sources, config.json_key, before.position)
     encoded = encode_in_order(batches, settings, config.workers)
-    selection = Selection(config.limits, before.counts)
+    selection = Selection(config.limits, before.counts, before.position)
     paths = (partial.folder / "bin", partial.folder / "idx")
     start = saved = monotonic()
     total = _total_bytes(sources)
     with (
         IndexedDatasetWriter(*paths, dtype, before.counts.documents, before.tokens) as writer,
-        LeftOutLog(partial.folder / "left-out", before.left_out_bytes) as log,
+        closing(LeftOutLog(partial.folder / "left-out", before.left_out_bytes)) as log,
         # Closing stops the worker processes at once when writing fails or is interrupted.
         closing(encoded),
     ):
-        for batch, result in encoded:
-            lengths = selection.take_batch(batch, result.outcomes)
-            writer.add_documents(result.ids[: sum(lengths)], lengths)
+        for batch, ids, outcomes in encoded:
+            lengths = outcomes.tokens[: selection.take_batch(batch, outcomes)]
+            writer.add_documents(ids[: sum(lengths)], lengths)
             log.add(selection.left_out)
             now = monotonic()
-            report(
-                PreprocessProgress(
-                    "tokenize",
-                    batch.file_bytes,
-                    total,
-                    writer.documents,
-                    writer.tokens,
-                    now - start,
-                    before.tokens,
-                )
-            )
+            done = (writer.documents, writer.tokens, now - start, before.tokens)
+            report(PreprocessProgress("tokenize", batch.file_bytes, total, *done))
             if selection.finished:
                 break
             if now - saved >= CHECKPOINT_SECONDS:
                 saved = now
                 writer.flush_to_disk()
                 size = log.flush_to_disk()
-                partial.save(RunProgress(batch.end, selection.counts, writer.tokens, size))
+                partial.save(RunProgress(selection.position, selection.counts, writer.tokens, size))
         _refuse_nothing(config, selection)
     return _result(config, tokenizer, selection, writer.tokens, choice.packages)
 

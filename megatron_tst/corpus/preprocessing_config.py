@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.corpus.documents import Limits
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.selection import Limits
 
 
 @dataclass(frozen=True)

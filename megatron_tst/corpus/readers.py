@@ -1,15 +1,15 @@
 """Documents as they lie in files: text, source code, JSON lines and Parquet, compressed or not.
 
-Everything here runs in one process and in a fixed order, so that the documents of a corpus and
-their order depend on the files and the settings alone. What a document says is looked at later, by
-``documents.py`` in worker processes: reading alone has to keep pace with all of them.
+One process says in a fixed order what is read, so that the documents of a corpus and their order
+depend on the files and the settings alone. It has to keep pace with all worker processes: they read
+lines of files that are not compressed, and look at what documents say (``documents.py``).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import BinaryIO, NamedTuple
 
 from megatron_tst.common.errors import UsageError
@@ -26,7 +26,8 @@ class RawDocument(NamedTuple):
 
     Attributes:
         source: the file.
-        number: line or row, counted from 1; 0 for a file that is one document.
+        number: row of the file or line of its ``LineBlock``, counted from 1; 0 for a file that is
+            one document.
         content: the line, the UTF-8 text of the row (None for a null), or the file.
     """
 
@@ -45,7 +46,8 @@ class Position(NamedTuple):
 
     Attributes:
         source: number of the file.
-        records: lines or rows of it that lie before.
+        records: lines or rows of it that lie before. Lines are counted where they are taken apart,
+            so that ``read_batches`` leaves 0 here.
         offset: its decompressed bytes that lie before, if it has lines.
     """
 
@@ -56,26 +58,18 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class LineBlock:
-    """Lines of a file as they lie in it: taking them apart is left to the worker processes.
+    """Lines of a file: taking them apart is left to the worker processes.
 
     Attributes:
         source: the file.
-        lines_before: lines of the file in front of these.
-        content: whole lines; the last one of a file may lack its end.
+        offset: its decompressed bytes in front of these lines.
+        content: the lines, or how many bytes of an uncompressed file they are; the last line of a
+            file may lack its end.
     """
 
     source: Source
-    lines_before: int
-    content: bytes
-
-    def documents(self) -> list[RawDocument]:
-        """Each line that is not blank."""
-        lines = enumerate(self.content.split(b"\n"), start=self.lines_before + 1)
-        return [
-            RawDocument(self.source, number, line)
-            for number, line in lines
-            if line and not line.isspace()
-        ]
+    offset: int
+    content: bytes | int
 
 
 RawContent = list[RawDocument] | LineBlock
@@ -95,15 +89,33 @@ class RawBatch:
     end: Position
     file_bytes: int
 
-    @property
-    def documents(self) -> list[RawDocument]:
-        """The documents, made anew from lines at each call."""
-        return documents_of(self.content)
 
+def take_apart(content: RawContent) -> tuple[list[RawDocument], int]:
+    """The documents of a batch, blank lines left out, and how many lines it has with those.
 
-def documents_of(content: RawContent) -> list[RawDocument]:
-    """The documents of a batch."""
-    return content.documents() if isinstance(content, LineBlock) else content
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    if isinstance(content, list):
+        return content, 0
+    source, block = content.source, content.content
+    if isinstance(block, int):
+        try:
+            with source.path.open("rb") as file:
+                file.seek(content.offset)
+                read = file.read(block)
+            if len(read) < block:
+                raise EOFError("it has become shorter")
+        except READ_ERRORS as error:
+            raise unreadable(source.path, error) from error
+        block = read
+    lines = block.split(b"\n")
+    documents = [
+        RawDocument(source, number, line)
+        for number, line in enumerate(lines, start=1)
+        if line and not line.isspace()
+    ]
+    return documents, len(lines) - (not lines[-1])
 
 
 def read_batches(
@@ -165,24 +177,31 @@ _Record = tuple[RawDocument | LineBlock, Position, int]
 
 
 def _lines(source: Source, column: str, start: Position) -> Iterator[_Record]:
-    number, offset = start.records, start.offset
+    offset = start.offset
     with open_content(source.path) as (file, content):
-        if content is file:
-            file.seek(offset)
-        else:
-            # Cheap beside tokenizing: nothing is kept or looked at.
-            for _ in islice(content, start.records):
-                pass
-        for block in _line_blocks(content):
-            lines = LineBlock(source, number, block)
-            number += block.count(b"\n") + (not block.endswith(b"\n"))
-            offset += len(block)
-            if not block.isspace():
-                yield lines, Position(start.source, number, offset), file.tell()
+        blocks = _plain_blocks(file, offset) if content is file else _line_blocks(content, offset)
+        for block in blocks:
+            lines = LineBlock(source, offset, block)
+            offset += block if isinstance(block, int) else len(block)
+            yield lines, Position(start.source, 0, offset), file.tell()
 
 
-def _line_blocks(content: BinaryIO) -> Iterator[bytes]:
+def _plain_blocks(file: BinaryIO, offset: int) -> Iterator[int]:
+    """Sizes of blocks of whole lines, of which only the ends are looked at."""
+    size = file.seek(0, os.SEEK_END)
+    while offset < size:
+        file.seek(offset + BATCH_BYTES - 1)
+        while (piece := file.readline(BATCH_BYTES)) and not piece.endswith(b"\n"):
+            pass
+        end = file.seek(min(file.tell(), size))
+        yield end - offset
+        offset = end
+
+
+def _line_blocks(content: BinaryIO, offset: int) -> Iterator[bytes]:
     """Whole lines in blocks of about ``BATCH_BYTES``; an error comes behind what lies before."""
+    while offset and (piece := content.read(min(offset, BATCH_BYTES))):
+        offset -= len(piece)
     pieces: list[bytes] = []
     size = 0
     failure: Exception | None = None

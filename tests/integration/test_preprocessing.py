@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 SCRIPT = """
 import resource, sys
 from pathlib import Path
-from megatron_tst.data import preprocessing
+from megatron_tst.corpus import preprocessing
 
 if __name__ == "__main__":
     preprocessing.CHECKPOINT_SECONDS = 0.1
@@ -69,15 +69,20 @@ def finish(script: Path, *arguments: object) -> str:
     return output
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, script: Path) -> None:
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(
+    tmp_path: Path, script: Path, is_packed: bool
+) -> None:
     texts = [f"{i} größe\n" * 2000 for i in range(2000)]
     corpus = write_lines(tmp_path / "a.jsonl", texts)
-    packed = tmp_path / "a.jsonl.gz"
-    packed.write_bytes(gzip.compress(corpus.read_bytes(), 1))
+    if is_packed:
+        packed = gzip.compress(corpus.read_bytes(), 1)
+        corpus = corpus.with_suffix(".jsonl.gz")
+        corpus.write_bytes(packed)
     progress = tmp_path / "out.partial" / "progress.json"
     state = ""
     for workers in (1, 2):
-        process = start(script, packed, tmp_path / "out", workers)
+        process = start(script, corpus, tmp_path / "out", workers)
         while not progress.exists() or progress.read_text() == state:
             assert process.poll() is None
             sleep(0.01)
@@ -88,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, script:
         assert list(tmp_path.glob("out.*")) == [tmp_path / "out.partial"]
         state = progress.read_text()
         assert json.loads(state)["tokens"] > 0
-    finish(script, packed, tmp_path / "out", 1)
+    finish(script, corpus, tmp_path / "out", 1)
     assert not (tmp_path / "out.partial").exists()
     expected = "".join(f"{text}\0" for text in texts).encode()
     written = np.fromfile(tmp_path / "out.bin", np.uint16)

@@ -105,7 +105,7 @@ MAKERS = {
 
 def encoder_of(tokenizer: Tokenizer) -> Encoder:
     definition = tokenizer.to_str()
-    return Encoder(EncoderSettings(definition, (0,), UINT16, eod_id=0))
+    return Encoder(EncoderSettings(definition, UINT16, eod_id=0, append_eod=True))
 
 
 def library_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -177,7 +177,7 @@ def test_the_guard_costs_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokenizers whose control tokens cannot be spelled are never asked a second time."""
     monkeypatch.setattr(ControlTokens, "unspellable", lambda self: pytest.fail("asked"))
     for made in (byte_tokenizer(), train_byte_level_bpe(["<|endoftext|> größe"] * 50, 300)):
-        settings = EncoderSettings.of(made, UINT16, append_eod=False)
+        settings = EncoderSettings(made.definition, UINT16, made.eod_id)
         text = "<|endoftext|> größe <|endoftext|>"
         ids = Encoder(replace(settings)).encode(text).tolist()
         assert made.eod_id not in ids

@@ -110,21 +110,46 @@ def test_documents_come_back_from_the_dataset(
     assert len(list(prefix.parent.iterdir())) == 5  # also .bin, .idx, .json, -tokenizer
 
 
+def write_untidy_lines(path: Path, texts: list[str]) -> list[str]:
+    """Lines as they come from elsewhere; returns what is to be said of those left out."""
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+    lines[3] += b"\r"
+    # In front of a long line, behind it and on both sides of it: blocks end in many places.
+    lines[50] = json.dumps({"text": "long line " * 1000}).encode()
+    bad = {0: b"", 7: b'{"text": ""}', 8: b"\r", 20: b"no JSON", 49: b" ", 51: b'{"text": "\xff"}'}
+    bad |= {98: b'{"text": ""}', 99: b"[1]", 100: b"\t"}
+    for number, line in bad.items():
+        lines.insert(number, line)
+    # The last line lacks its end.
+    path.write_bytes(b"\n".join(lines))
+    said = {7: "empty", 20: "malformed", 51: "invalid", 98: "empty", 99: "a"}
+    return [f"{path}:{number + 1}: {word}" for number, word in said.items()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", TOKENIZERS)
 def test_output_does_not_depend_on_workers_or_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any]
 ) -> None:
-    corpus = write_json_lines(tmp_path / "a.jsonl", make_texts(100))
+    corpus = tmp_path / "a.jsonl"
+    left_out = write_untidy_lines(corpus, texts := make_texts(100))
     written = set()
-    for workers, batch in [(1, 1 << 18), (1, 2000), (2, 2000), (3, 2000)]:
+    for workers, batch in [(1, 1 << 18), (1, 2000), (2, 2000), (3, 1)]:
         monkeypatch.setattr(readers, "BATCH_BYTES", batch)
         prefix = tmp_path / f"{workers}-{batch}"
-        result = preprocess(config(corpus, prefix, workers=workers, **choice))
+        options = choice | {"workers": workers, "max_bad_documents": 3}
+        result = preprocess(config(corpus, prefix, **options))
         files = [prefix.with_suffix(".bin"), prefix.with_suffix(".idx")]
+        files.append(prefix.with_suffix(".left-out.log"))
         files.append(Path(result.tokenizer, "tokenizer.json"))
         written.add(b"".join(file.read_bytes() for file in files))
+        said = files[2].read_text().splitlines()
+        assert [" ".join(line.split(" ")[:2]).rstrip(",") for line in said] == left_out
+        counts = (result.documents, result.empty_documents, result.bad_documents)
+        assert counts == (len(texts), 2, 3)
     assert len(written) == 1
+    with pytest.raises(ValueError, match=r"a\.jsonl:52 has invalid UTF-8 .*\(now 1\)"):
+        preprocess(config(corpus, tmp_path / "out", **options | {"max_bad_documents": 1}))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -161,7 +186,7 @@ def test_byte_tokenizer_has_exactly_the_bytes() -> None:
     assert set(range(1, 256)) - set(text.encode()) == {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
-BYTES = encoding.EncoderSettings(byte_tokenizer().definition, (), np.dtype(np.uint16))
+BYTES = encoding.EncoderSettings(byte_tokenizer().definition, np.dtype(np.uint16))
 BYTE_ENCODER = encoding.Encoder(BYTES)
 BYTE_TOKENIZER = Tokenizer.from_str(byte_tokenizer().definition)
 
@@ -214,7 +239,7 @@ def test_inference_settings_of_a_tokenizer_do_not_change_documents(tmp_path: Pat
 def test_long_documents_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 10)
     text = "a\nbcd\nefghijklmnopqrstuvwxyz\n\nä"
-    encoder = encoding.Encoder(replace(BYTES, appended=(0,)))
+    encoder = encoding.Encoder(replace(BYTES, eod_id=0, append_eod=True))
     assert bytes(encoder.encode(text).tolist()) == text.encode() + b"\0"
     pieces = list(encoding.split_long(text))
     assert pieces == ["a\nbcd\n", "efghijklmn", "opqrstuvwx", "yz\n\nä"]
@@ -235,9 +260,8 @@ def test_a_document_too_long_for_the_format_is_refused(
 
     monkeypatch.setattr(indexed_writer, "_MAX_DOCUMENT_TOKENS", 5)
     corpus = write_json_lines(tmp_path / "a.jsonl", ["12345", "123456"])
-    (batch,) = readers.read_batches(find_sources((corpus,), (".jsonl",)))
     with pytest.raises(ValueError, match=r"a\.jsonl:2 has 6 tokens, .* at most 5: split it"):
-        encoding._encode_batch(batch.content, encoding.Encoder(BYTES), "text")
+        preprocess(config(corpus, tmp_path / "out", append_eod=False))
 
 
 def test_progress_ends_at_the_totals(tmp_path: Path) -> None:
@@ -322,11 +346,14 @@ def test_a_hint_is_given_unless_the_end_is_chosen(
         assert ["documents end with" in message for message in caplog.messages] == [True]
 
 
-def test_text_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_text_outside_the_vocabulary_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BATCH_BYTES", 1)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
     folder = save_tokenizer(tmp_path / "t", words, eos_token="b")
     corpus = write_json_lines(tmp_path / "a.jsonl", ["a", "unseen words"])
-    with pytest.raises(ValueError, match=r"--tokenizer cannot encode .*'unseen words'"):
+    with pytest.raises(ValueError, match=r"jsonl:2: --tokenizer cannot encode .*'unseen words'"):
         preprocess(config(corpus, tmp_path / "out", tokenizer=folder))
     assert sorted(tmp_path.iterdir()) == [corpus, folder]
 

@@ -102,7 +102,7 @@ def choose(tokenizer: Tokenizer, *sample: str) -> EncoderChoice:
 
 
 def settings(tokenizer: Tokenizer, **others: Any) -> EncoderSettings:
-    return EncoderSettings(tokenizer.to_str(), (), UINT16, **{"is_fast": True} | others)
+    return EncoderSettings(tokenizer.to_str(), UINT16, **{"is_fast": True} | others)
 
 
 TOKENIZERS = {

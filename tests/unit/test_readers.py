@@ -14,9 +14,9 @@ import pytest
 import zstandard
 
 from megatron_tst.corpus import readers
-from megatron_tst.corpus.documents import Counts, Limits, Selection, read_texts
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
-from megatron_tst.corpus.readers import Position, read_batches
+from megatron_tst.corpus.readers import Position, read_batches, take_apart
+from megatron_tst.corpus.selection import Counts, Limits, Selection, read_texts
 from megatron_tst.corpus.sources import find_sources
 
 TEXTS = ["first\nline\r\n", "  zweite: äöü €  ", "третий 🎉", "\ttab\n\n"]
@@ -144,12 +144,15 @@ def test_reading_goes_on_behind_any_batch(tmp_path: Path, monkeypatch: pytest.Mo
     sources = find_sources([tmp_path], DEFAULT_EXTENSIONS)
     monkeypatch.setattr(readers, "BATCH_BYTES", 1)
     batches = list(read_batches(sources))
-    assert [len(batch.documents) for batch in batches] == [1] * 21
-    assert [batch.documents[0].number for batch in batches[:4]] == [1, 3, 5, 6]
-    assert [batch.documents[0].number for batch in batches[12:]] == [*range(1, 9), 0]
+    documents = [take_apart(batch.content)[0] for batch in batches]
+    assert [len(some) for some in documents] == [1, 0, 1, 0, 1, 1] * 3 + [1] * 9
+    assert [some[0].number for some in documents[18:]] == [*range(1, 9), 0]
     for number, batch in enumerate(batches):
         assert list(read_batches(sources, start=batch.end)) == batches[number + 1 :]
     assert list(read_batches(sources, start=Position())) == batches
+    lines.write_text("")
+    with pytest.raises(ValueError, match=r"1\.jsonl cannot be read \(it has become shorter\)"):
+        take_apart(batches[0].content)
 
 
 def test_limits_stop_before_they_are_exceeded(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pytest
 import zstandard
 
 from megatron_tst.corpus import file_kinds, sources
-from megatron_tst.corpus.documents import Limits, Selection, read_texts
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.corpus.readers import read_batches
+from megatron_tst.corpus.selection import Limits, Selection, read_texts
 from megatron_tst.corpus.sources import described, find_sources
 
 TEXTS = ["one", "two", "three"]
