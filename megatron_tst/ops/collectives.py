@@ -7,7 +7,7 @@ the current CUDA device.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ from torch.distributed import ProcessGroup
 def group_size(group: ProcessGroup | None) -> int:
     """Number of ranks that share the vocabulary; 1 without a group."""
     return 1 if group is None else group.size()
+
+
+def group_name(group: ProcessGroup | None) -> str | None:
+    """What an operator of ``torch.compile`` takes in place of a group."""
+    return None if group is None else group.group_name
+
+
+def group_of(name: str | None) -> ProcessGroup | None:
+    """The group of that name."""
+    if name is None:
+        return None
+    c10d: Any = torch.distributed.distributed_c10d
+    return cast(ProcessGroup, c10d._resolve_process_group(name))
 
 
 def vocabulary_start(shard_size: int, group: ProcessGroup | None) -> int:

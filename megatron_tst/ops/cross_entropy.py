@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_tst.ops.collectives import group_name
 from megatron_tst.ops.kernels.launch import Implementation, uses_triton
 from megatron_tst.ops.native_cross_entropy import NativeMultiHotCrossEntropy, uses_native
-from megatron_tst.ops.targets import IGNORE_INDEX, validate_targets
+from megatron_tst.ops.targets import (
+    IGNORE_INDEX,
+    TargetWeights,
+    as_ids,
+    as_weights,
+    validate_targets,
+)
 from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
 from megatron_tst.ops.triton_cross_entropy import TritonMultiHotCrossEntropy
 
@@ -16,7 +23,7 @@ from megatron_tst.ops.triton_cross_entropy import TritonMultiHotCrossEntropy
 def multi_hot_cross_entropy(
     logits: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
     reuse_logits: bool = False,
@@ -44,13 +51,13 @@ def multi_hot_cross_entropy(
     Args:
         logits: [..., v], this rank's contiguous vocabulary shard; padded rows take part in the
             softmax, as in the host. Layouts whose leading dimensions cannot be merged are copied.
-        target_bags: [..., s] int64 global token ids, the same on every rank of the group.
-        target_weights: [s], not negative; ``None`` means uniform.
+        target_bags: [..., s] integers, global token ids, the same on every rank of the group.
+        target_weights: [s] numbers or a tensor, not negative; ``None`` means uniform.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
         reuse_logits: the backward may overwrite the logits with their gradient, which then takes no
             memory of its own. For logits that nobody reads after this loss, such as those of an
-            output layer; the graph can be used once.
+            output layer; the graph can be used once. ``torch.compile`` does not reuse them.
         implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
             the kernels of ``megatron_tst.ops.native`` on a CPU with one shard and one thread, where
             they can be compiled.
@@ -59,8 +66,8 @@ def multi_hot_cross_entropy(
         [...] loss a position, float32 (float64 for float64 logits), the same on every rank.
 
     Raises:
-        ValueError: shapes do not fit, or (checked on the CPU only, as it would stall a GPU) a
-            target lies outside the vocabulary.
+        ValueError: shapes do not fit, ids are no integers, or (checked on the CPU only, as it would
+            stall a GPU) a target lies outside the vocabulary or a weight is none.
 
     Source: arXiv 2605.06546, multi-hot cross-entropy.
     """
@@ -80,7 +87,7 @@ def multi_hot_cross_entropy(
 def multi_hot_cross_entropy_by_offset(
     logits: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
     reuse_logits: bool = False,
@@ -110,32 +117,39 @@ def multi_hot_cross_entropy_by_offset(
 def _multi_hot_cross_entropy(
     logits: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None,
+    target_weights: TargetWeights | None,
     tp_group: ProcessGroup | None,
     ignore_index: int,
     reuse_logits: bool,
     implementation: Implementation,
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
-    function = _function_for(implementation, logits, tp_group)
-    loss, offset_losses = function.apply(
-        logits.reshape(-1, logits.shape[-1]),
-        target_bags.reshape(-1, target_bags.shape[-1]),
-        target_weights,
-        tp_group,
-        ignore_index,
-        reuse_logits,
-        by_offset,
-    )
+    weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
+    validate_targets(logits.shape, target_bags, weights, tp_group, ignore_index)
+    rows = logits.reshape(-1, logits.shape[-1])
+    targets = target_bags.reshape(-1, target_bags.shape[-1])
+    offset_losses: Tensor | None
+    if torch.compiler.is_compiling():
+        from megatron_tst.ops.compiled import multi_hot_loss
+
+        name = group_name(tp_group)
+        loss, offset_losses = multi_hot_loss(
+            rows, targets, weights, name, ignore_index, implementation, by_offset
+        )[:2]
+        offset_losses = offset_losses if by_offset else None
+    else:
+        loss, offset_losses = function_for(implementation, logits, tp_group).apply(
+            rows, targets, weights, tp_group, ignore_index, reuse_logits, by_offset
+        )
     if offset_losses is not None:
         offset_losses = offset_losses.view(target_bags.shape)
     return loss.view(logits.shape[:-1]), offset_losses
 
 
-def _function_for(
+def function_for(
     implementation: Implementation, logits: Tensor, tp_group: ProcessGroup | None
 ) -> type[torch.autograd.Function]:
+    """What computes the loss of these logits."""
     if uses_triton(implementation, logits):
         return TritonMultiHotCrossEntropy
     if uses_native(implementation, logits, tp_group):

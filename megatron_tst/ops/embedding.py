@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from megatron_tst.ops.collectives import (
 )
 from megatron_tst.ops.kernels.launch import Implementation, uses_triton
 from megatron_tst.ops.native_embedding import NativeBagMean, uses_native
+from megatron_tst.ops.targets import as_ids
 from megatron_tst.ops.torch_embedding import BagMean, SparseBagMean
 
 
@@ -43,7 +44,7 @@ def bag_embedding(
 
     Args:
         weight_shard: [v, h], this rank's contiguous vocabulary rows.
-        token_bags: [b, l, s] int64 global token ids, the same on every rank of the group.
+        token_bags: [b, l, s] integers, global token ids, the same on every rank of the group.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         sequence_parallel: return this rank's slice of the latent positions.
         ignore_index: negative id of places that hold no token; the mean is that of the others, and
@@ -56,36 +57,47 @@ def bag_embedding(
         [l / tp, b, h], local to the rank.
 
     Raises:
-        ValueError: wrong shapes, l not divisible by the group size under sequence parallelism,
-            or (checked on the CPU only, as it would stall a GPU) an id outside the vocabulary.
+        ValueError: wrong shapes, ids that are no integers, l not divisible by the group size under
+            sequence parallelism, or (checked on the CPU only, as it would stall a GPU) an id
+            outside the vocabulary.
 
     Source: arXiv 2605.06546, input superposition; ``VocabParallelEmbedding`` in
     ``megatron/core/tensor_parallel/layers.py`` for the parallel layout.
     """
-    is_absent = None if ignore_index is None else token_bags == ignore_index
-    _validate(weight_shard, token_bags, is_absent, tp_group, sequence_parallel)
-    local_ids, outside = _to_local_ids(token_bags, is_absent, weight_shard.shape[0], tp_group)
+    token_bags = as_ids("token_bags", token_bags)
+    _validate(token_bags, tp_group, sequence_parallel, ignore_index)
+    rows, ranks = weight_shard.shape[0], group_size(tp_group)
+    shard = Shard(rows, ranks, vocabulary_start(rows, tp_group), ignore_index)
     if token_bags.shape[-1] == 1:
-        partial = _single_token_embedding(weight_shard, local_ids, outside)
+        partial = _single_token_embedding(weight_shard, token_bags, shard)
+    elif torch.compiler.is_compiling():
+        from megatron_tst.ops.compiled import bag_mean
+
+        partial = bag_mean(weight_shard, token_bags, [*shard[:3]], ignore_index, implementation)
     else:
-        sizes = None if is_absent is None else (~is_absent).sum(-1, keepdim=True).clamp_(min=1)
-        partial = _bag_mean(weight_shard, local_ids, outside, sizes, implementation)
+        places = shard.places_of(token_bags)
+        function = function_for(implementation, weight_shard, token_bags, places[2])
+        partial = function.apply(weight_shard, *places)
     if sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
     return reduce_from_tensor_parallel(partial, tp_group)
 
 
 def _validate(
-    weight_shard: Tensor,
     token_bags: Tensor,
-    is_absent: Tensor | None,
     tp_group: ProcessGroup | None,
     sequence_parallel: bool,
+    ignore_index: int | None,
 ) -> None:
     if token_bags.dim() != 3 or token_bags.shape[-1] == 0:
         raise ValueError(
             f"token_bags has shape {tuple(token_bags.shape)}: pass [b, l, s] with s >= 1; "
             "plain [b, l] tokens belong to the host's embedding."
+        )
+    if ignore_index is not None and ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index is {ignore_index}, which is a token of the vocabulary: pass a negative "
+            "one, or None where every place holds a token."
         )
     tp_size = group_size(tp_group)
     if sequence_parallel and token_bags.shape[1] % tp_size:
@@ -93,54 +105,85 @@ def _validate(
             f"latent length {token_bags.shape[1]} is not divisible by the tensor-parallel size "
             f"{tp_size}: sequence parallelism needs equal slices; change --seq-length."
         )
-    if token_bags.device.type == "cpu" and token_bags.numel():
-        vocabulary_size = weight_shard.shape[0] * tp_size
+
+
+class Shard(NamedTuple):
+    """The rows of the vocabulary that are here.
+
+    Attributes:
+        rows: how many (v).
+        ranks: that have as many each.
+        first: id of the first.
+        ignore_index: id of places that hold no token; None where all hold one.
+    """
+
+    rows: int
+    ranks: int
+    first: int
+    ignore_index: int | None
+
+    def places_of(self, token_bags: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Row of each token, where there is none, and tokens of each bag.
+
+        Args:
+            token_bags: [b, l, s].
+
+        Returns:
+            [b, l, s] int64; [b, l, s] bool, None where all have a row; [b, l, 1], None where all
+            bags are full.
+
+        Raises:
+            ValueError: an id outside the vocabulary; checked on the CPU only, and not while
+                ``torch.compile`` traces.
+        """
+        is_absent = None if self.ignore_index is None else token_bags == self.ignore_index
+        if token_bags.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check(token_bags, is_absent)
+        if self.ranks == 1 and is_absent is None:
+            return token_bags, None, None
+        # An id that holds no token is negative, so it is outside of all shards.
+        shifted = token_bags - self.first
+        outside = (shifted < 0) | (shifted >= self.rows)
+        sizes = None if is_absent is None else (~is_absent).sum(-1, keepdim=True).clamp_(min=1)
+        # These tokens add zeros somewhere; spread over the shard they make no hot row, which would
+        # serialise the gradient kernel.
+        return shifted.remainder_(self.rows), outside, sizes
+
+    def _check(self, token_bags: Tensor, is_absent: Tensor | None) -> None:
+        if token_bags.numel() == 0:
+            return
         present = token_bags if is_absent is None else token_bags.masked_fill(is_absent, 0)
         lowest, highest = (int(bound) for bound in present.aminmax())
-        if lowest < 0 or highest >= vocabulary_size:
-            raise UsageError(
-                f"token_bags holds ids from {lowest} to {highest}, outside the padded vocabulary "
-                f"of {vocabulary_size}: the data and the model use different tokenizers."
-            )
+        if lowest >= 0 and highest < self.rows * self.ranks:
+            return
+        remedy = (
+            f"pass ignore_index={lowest}, and not {self.ignore_index}, if it stands for no token."
+            if lowest < 0
+            else "the data and the model use different tokenizers."
+        )
+        raise UsageError(
+            f"token_bags holds ids from {lowest} to {highest}, outside the padded vocabulary of "
+            f"{self.rows * self.ranks}: {remedy}"
+        )
 
 
-def _to_local_ids(
-    token_ids: Tensor, is_absent: Tensor | None, shard_size: int, tp_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor | None]:
-    """Row of each token in this rank's shard, and which places have none."""
-    if group_size(tp_group) == 1 and is_absent is None:
-        return token_ids, None
-    # An id that holds no token is negative, so it is outside of the first shard; of the others too.
-    shifted = token_ids - vocabulary_start(shard_size, tp_group)
-    outside = (shifted < 0) | (shifted >= shard_size)
-    # These tokens add zeros somewhere; spread over the shard they make no hot row, which would
-    # serialise the gradient kernel.
-    return shifted.remainder_(shard_size), outside
-
-
-def _single_token_embedding(weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
-    rows = F.embedding(bags.squeeze(-1), weight)
+def _single_token_embedding(weight: Tensor, bags: Tensor, shard: Shard) -> Tensor:
+    ids, outside, _ = shard.places_of(bags)
+    rows = F.embedding(ids.squeeze(-1), weight)
     return rows if outside is None else rows.masked_fill(outside, 0)
 
 
-def _bag_mean(
-    weight: Tensor,
-    bags: Tensor,
-    outside: Tensor | None,
-    sizes: Tensor | None,
-    implementation: Implementation,
-) -> Tensor:
-    """Mean over the bag of this rank's rows: [v, h], [b, l, s] -> [b, l, h]; no collective."""
-    mean: Tensor
-    if uses_triton(implementation, weight):
-        mean = _FusedBagMean.apply(weight, bags, outside, sizes)
-    elif uses_native(implementation, weight):
-        mean = NativeBagMean.apply(weight, bags, outside, sizes)
-    elif weight.device.type == "cpu" and sizes is None and bags.shape[-1].bit_count() == 1:
-        mean = SparseBagMean.apply(weight, bags, outside)
-    else:
-        mean = BagMean.apply(weight, bags, outside, sizes)
-    return mean
+def function_for(
+    implementation: Implementation, tensor: Tensor, bags: Tensor, sizes: Tensor | None
+) -> type[torch.autograd.Function]:
+    """What averages rows of this tensor over bags, or has a gradient as this tensor."""
+    if uses_triton(implementation, tensor):
+        return _FusedBagMean
+    if uses_native(implementation, tensor):
+        return NativeBagMean
+    if tensor.device.type == "cpu" and sizes is None and bags.shape[-1].bit_count() == 1:
+        return SparseBagMean
+    return BagMean
 
 
 class _FusedBagMean(torch.autograd.Function):
@@ -152,12 +195,9 @@ class _FusedBagMean(torch.autograd.Function):
     ) -> Tensor:
         from megatron_tst.ops.kernels.bag_embedding import bag_mean
 
-        rows = bags.reshape(-1, bags.shape[-1])
-        absent = None if outside is None else outside.reshape(rows.shape)
-        divisors = None if sizes is None else sizes.flatten().float()
-        ctx.save_for_backward(rows, absent, divisors)
+        ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
-        result = bag_mean(weight, rows, absent, divisors)
+        result = bag_mean(weight, *_by_bag(bags, outside, sizes))
         return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
@@ -165,6 +205,15 @@ class _FusedBagMean(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         from megatron_tst.ops.kernels.bag_embedding import bag_mean_backward
 
-        rows, absent, divisors = ctx.saved_tensors
+        operands = _by_bag(*ctx.saved_tensors)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
-        return bag_mean_backward(grad, rows, absent, divisors, ctx.shard_size), None, None, None
+        return bag_mean_backward(grad, *operands, ctx.shard_size), None, None, None
+
+
+def _by_bag(
+    bags: Tensor, outside: Tensor | None, sizes: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows and whether there are none, [n, s], and tokens of each bag, [n]."""
+    rows = bags.reshape(-1, bags.shape[-1])
+    absent = None if outside is None else outside.reshape(rows.shape)
+    return rows, absent, None if sizes is None else sizes.flatten().float()

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron_tst.ops.collectives import (
     all_gather_from_sequence_parallel,
     all_reduce_sum_,
+    group_name,
     group_size,
     join_shards,
     reduce_scatter_to_sequence_parallel,
@@ -20,6 +21,9 @@ from megatron_tst.ops.collectives import (
 from megatron_tst.ops.kernels.launch import Implementation, uses_triton
 from megatron_tst.ops.targets import (
     IGNORE_INDEX,
+    TargetWeights,
+    as_ids,
+    as_weights,
     bag_coefficients,
     to_local_targets,
     validate_targets,
@@ -35,7 +39,7 @@ def linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
     sequence_parallel: bool = False,
@@ -49,7 +53,8 @@ def linear_multi_hot_cross_entropy(
     in place, and multiplies it with the hidden states and with the weight. So the output layer
     costs four matrix products instead of three, and memory for one block of logits.
 
-    Logits have the dtype of ``hidden``, as the host's, and statistics are float32 (float64 for
+    Logits have the dtype of ``hidden``, as the host's; under autocast that of autocast, as
+    ``torch.nn.functional.linear`` makes them. Statistics are float32 (float64 for
     float64). The weight's gradient of a block is one matrix product over all positions, as the
     host's; that of the hidden states adds the products of the blocks up in float32.
 
@@ -61,13 +66,14 @@ def linear_multi_hot_cross_entropy(
         hidden: [..., h], the same on every rank of the group; under sequence parallelism
             [l / tp, b, h], this rank's positions.
         weight: [v, h], this rank's contiguous vocabulary rows.
-        target_bags: [..., s] int64 global token ids for all positions, the same on every rank.
-        target_weights: [s], not negative; ``None`` means uniform.
+        target_bags: [..., s] integers, global token ids for all positions, the same on every rank.
+        target_weights: [s] numbers or a tensor, not negative; ``None`` means uniform.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
         sequence_parallel: the hidden states are split along dimension 0.
         accumulate_into_main_grad: add the weight's gradient to ``weight.main_grad``, as the host
-            does under ``--gradient-accumulation-fusion``. ``weight.grad`` gets a placeholder.
+            does under ``--gradient-accumulation-fusion``. ``weight.grad`` gets a placeholder. Not
+            under ``torch.compile`` nor for a weight that autocast casts.
         implementation: of what happens to the logits of a block: ``torch``, ``triton``, or
             ``auto``, which takes Triton on CUDA, where it is installed.
 
@@ -87,7 +93,7 @@ def linear_multi_hot_cross_entropy(
         target_bags,
         target_weights,
         ignore_index,
-        _Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
+        Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
         implementation,
         by_offset=False,
     )
@@ -98,7 +104,7 @@ def linear_multi_hot_cross_entropy_by_offset(
     hidden: Tensor,
     weight: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
     sequence_parallel: bool = False,
@@ -116,7 +122,7 @@ def linear_multi_hot_cross_entropy_by_offset(
         target_bags,
         target_weights,
         ignore_index,
-        _Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
+        Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
         implementation,
         by_offset=True,
     )
@@ -124,7 +130,7 @@ def linear_multi_hot_cross_entropy_by_offset(
     return loss, by_offset
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where the operands lie, and where the weight's gradient goes."""
 
     tp_group: ProcessGroup | None
@@ -149,16 +155,26 @@ def _linear_multi_hot_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None,
+    target_weights: TargetWeights | None,
     ignore_index: int,
-    layout: _Layout,
+    layout: Layout,
     implementation: Implementation,
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
+    given = weight
+    hidden, weight = _autocast(hidden), _autocast(weight)
     if hidden.shape[-1] != weight.shape[-1] or hidden.dtype != weight.dtype:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} {hidden.dtype} does not fit weight "
-            f"{tuple(weight.shape)} {weight.dtype}: pass [..., h] and [v, h] of one dtype."
+            f"{tuple(weight.shape)} {weight.dtype}: pass [..., h] and [v, h] of one dtype, or call "
+            "it under torch.autocast."
+        )
+    is_compiling = torch.compiler.is_compiling()
+    if layout.accumulates_into_main_grad and (is_compiling or weight is not given):
+        raise ValueError(
+            "accumulate_into_main_grad is True, and there is no main_grad under torch.compile nor "
+            "of a weight that autocast casts: pass False."
         )
     positions = list(target_bags.shape[:-1])
     shards = group_size(layout.tp_group) if layout.sequence_parallel else 1
@@ -167,16 +183,33 @@ def _linear_multi_hot_cross_entropy(
             f"hidden {tuple(hidden.shape)} does not fit target_bags {tuple(target_bags.shape)}: "
             f"pass [..., h] and [..., s] of the same positions ({shards} slices of dimension 0)."
         )
-    logits_shape = [*positions, len(weight)]
-    validate_targets(logits_shape, target_bags, target_weights, layout.tp_group, ignore_index)
+    logits_shape = [*positions, weight.shape[0]]
+    validate_targets(logits_shape, target_bags, weights, layout.tp_group, ignore_index)
+    if is_compiling:
+        from megatron_tst.ops.compiled import linear_multi_hot_loss
+
+        name, is_split = group_name(layout.tp_group), layout.sequence_parallel
+        loss, offset_losses = linear_multi_hot_loss(
+            hidden, weight, target_bags, weights, name, is_split, ignore_index, implementation,
+            by_offset,
+        )[:2]  # fmt: skip
+        return loss, offset_losses if by_offset else None
     fused = uses_triton(implementation, hidden)
-    result: tuple[Tensor, Tensor | None] = _LinearMultiHotCrossEntropy.apply(
-        hidden, weight, target_bags, target_weights, ignore_index, layout, fused, by_offset
+    result: tuple[Tensor, Tensor | None] = LinearMultiHotCrossEntropy.apply(
+        hidden, weight, target_bags, weights, ignore_index, layout, fused, by_offset
     )
     return result
 
 
-class _LinearMultiHotCrossEntropy(torch.autograd.Function):
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix product under autocast takes it."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+class LinearMultiHotCrossEntropy(torch.autograd.Function):
     """[..., h], [v, h], [..., s] -> [...]."""
 
     @staticmethod
@@ -187,10 +220,11 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         target_bags: Tensor,
         target_weights: Tensor | None,
         ignore_index: int,
-        layout: _Layout,
+        layout: Layout,
         fused: bool,
         by_offset: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        """Returns the losses [...] and, if asked for, those of each target, [..., s]."""
         # 1. Share of each target, zero on the ranks that do not hold it.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         targets = target_bags.reshape(-1, target_bags.shape[-1])
@@ -232,8 +266,9 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the hidden states and of the weight."""
         hidden, weight, columns, coefficients, live, log_sum_exp = ctx.saved_tensors
-        layout: _Layout = ctx.layout
+        layout: Layout = ctx.layout
         states = layout.gather(hidden)
         scale = grad_output.reshape(-1).masked_fill(~live, 0)
         grad_states = torch.zeros_like(states, dtype=log_sum_exp.dtype)

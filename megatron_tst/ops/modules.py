@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.ops.embedding import bag_embedding
-from megatron_tst.ops.targets import IGNORE_INDEX
+from megatron_tst.ops.targets import (
+    IGNORE_INDEX,
+    TargetWeights,
+    as_ids,
+    as_weights,
+    validate_target_values,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -81,22 +86,18 @@ class MultiHotCrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        target_weights: Sequence[float] | Tensor | None = None,
+        target_weights: TargetWeights | None = None,
         ignore_index: int = IGNORE_INDEX,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {reduction!r}: choose one of mean, sum, none.")
-        weights = None
-        if target_weights is not None:
-            weights = torch.as_tensor(target_weights, dtype=torch.float32)
-            if weights.dim() != 1 or not bool((weights >= 0).all()):
-                raise ValueError(
-                    f"target_weights is {target_weights!r}: pass a number of at least 0 an offset."
-                )
+        weights = as_weights(target_weights)
         # Not a part of the checkpoint: it follows from the settings.
-        self.register_buffer("weights", weights, persistent=False)
+        self.register_buffer(
+            "weights", None if weights is None else weights.float(), persistent=False
+        )
         self.ignore_index = ignore_index
         self.reduction = reduction
 
@@ -111,10 +112,10 @@ class MultiHotCrossEntropyLoss(nn.Module):
             A number, or [...] without reduction; float32 (float64 for float64 logits).
 
         Raises:
-            ValueError: shapes do not fit, or targets are no integers.
+            ValueError: shapes do not fit, targets are no integers, or one of them (on the CPU)
+                neither is in the vocabulary nor the ``ignore_index``.
         """
-        if targets.is_floating_point():
-            raise ValueError(f"targets has dtype {targets.dtype}: pass token ids.")
+        targets = as_ids("targets", targets)
         if targets.dim() == logits.dim() - 1:
             losses = self._of_single_targets(logits, targets)
             counts = targets != self.ignore_index
@@ -129,6 +130,8 @@ class MultiHotCrossEntropyLoss(nn.Module):
         return total if self.reduction == "sum" else total / counts.sum().clamp(min=1)
 
     def _of_single_targets(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            validate_target_values(targets, logits.shape[-1], self.ignore_index)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(
             wide.flatten(0, -2),

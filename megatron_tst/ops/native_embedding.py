@@ -26,19 +26,26 @@ class NativeBagMean(torch.autograd.Function):
         ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
     ) -> Tensor:
         """As ``BagMean``: [v, h], [b, l, s] -> [b, l, h]."""
-        tokens = bags if outside is None else bags.masked_fill(outside, -1)
-        tokens = tokens.reshape(-1, bags.shape[-1]).contiguous()
-        divisors = None if sizes is None else sizes.flatten().float()
-        ctx.save_for_backward(tokens, divisors)
+        ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
-        result = compiled_kernels().bag_mean(weight.contiguous(), tokens, divisors)
+        operands = _tokens_and_divisors(bags, outside, sizes)
+        result = compiled_kernels().bag_mean(weight.contiguous(), *operands)
         return result.view(*bags.shape[:-1], weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """[b, l, h] -> [v, h]."""
-        tokens, divisors = ctx.saved_tensors
+        operands = _tokens_and_divisors(*ctx.saved_tensors)
         grad = grad_output.reshape(-1, grad_output.shape[-1]).contiguous()
-        result = compiled_kernels().bag_mean_gradient(grad, tokens, divisors, ctx.shard_size)
+        result = compiled_kernels().bag_mean_gradient(grad, *operands, ctx.shard_size)
         return result, None, None, None
+
+
+def _tokens_and_divisors(
+    bags: Tensor, outside: Tensor | None, sizes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows [n, s], -1 for none, and tokens of each bag, [n] or None."""
+    tokens = bags if outside is None else bags.masked_fill(outside, -1)
+    divisors = None if sizes is None else sizes.flatten().float()
+    return tokens.reshape(-1, bags.shape[-1]).contiguous(), divisors

@@ -22,6 +22,9 @@ from megatron_tst.ops.collectives import (
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.ops.targets import (
     IGNORE_INDEX,
+    TargetWeights,
+    as_ids,
+    as_weights,
     bag_coefficients,
     to_local_targets,
     validate_targets,
@@ -33,7 +36,7 @@ def superposition_loss(
     logits: Tensor,
     target_bags: Tensor,
     objective: str = "mce",
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
@@ -41,9 +44,10 @@ def superposition_loss(
 
     Args:
         logits: [..., v], this rank's vocabulary shard; never modified.
-        target_bags: [..., s] int64 global token ids.
+        target_bags: [..., s] integers, global token ids.
         objective: a key of :data:`LOSSES`.
-        target_weights: [s] or ``None``; ``bce`` and ``hinge`` take none, their targets are a set.
+        target_weights: [s] numbers or a tensor, or ``None``; ``bce`` and ``hinge`` take none, their
+            targets are a set.
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
 
@@ -70,7 +74,7 @@ def superposition_loss(
 def summed_probability_loss(
     logits: Tensor,
     target_bags: Tensor,
-    target_weights: Tensor | None = None,
+    target_weights: TargetWeights | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
@@ -82,9 +86,10 @@ def summed_probability_loss(
     Two all-reduces: one number a position, then 1 + s. Arguments, result, dtypes and errors are
     those of :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
-    validate_targets(logits.shape, target_bags, target_weights, tp_group, ignore_index)
+    weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
+    validate_targets(logits.shape, target_bags, weights, tp_group, ignore_index)
     wide = _widen(logits)
-    coefficients, live = bag_coefficients(target_bags, target_weights, ignore_index, wide.dtype)
+    coefficients, live = bag_coefficients(target_bags, weights, ignore_index, wide.dtype)
     maximum = all_reduce_max_(wide.detach().amax(-1, keepdim=True), tp_group)
     partial_sum = (wide - maximum).exp().sum(-1, keepdim=True)
     own_targets = _own_target_logits(wide - maximum, target_bags, coefficients > 0, tp_group)
@@ -110,6 +115,7 @@ def multi_label_bce(
     number a position. Arguments, result, dtypes and errors are those of
     :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
+    target_bags = as_ids("target_bags", target_bags)
     validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)
     wide = _widen(logits)
@@ -135,6 +141,7 @@ def multi_label_hinge(
     number a position, and one of s in the backward. Arguments, result, dtypes and errors are those
     of :func:`~megatron_tst.ops.cross_entropy.multi_hot_cross_entropy`.
     """
+    target_bags = as_ids("target_bags", target_bags)
     validate_targets(logits.shape, target_bags, None, tp_group, ignore_index)
     targets, distinct = _distinct_targets(target_bags, ignore_index)
     wide = _widen(logits)

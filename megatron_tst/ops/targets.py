@@ -1,4 +1,8 @@
-"""Targets of bags: what they may be, their shares in the loss, and where a shard has them."""
+"""Targets of bags: what they may be, their shares in the loss, and where a shard has them.
+
+What depends on values is checked on the CPU only, as it would stall a GPU, and not while
+``torch.compile`` traces: the operators of ``megatron_tst.ops.compiled`` check it where they run.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,49 @@ from megatron_tst.ops.collectives import group_size, vocabulary_start
 
 IGNORE_INDEX = -100
 """Target that does not count."""
+
+
+TargetWeights = Sequence[float] | Tensor
+"""Weights of the targets of a bag by offset, [s]: finite, at least 0."""
+
+
+def as_weights(target_weights: TargetWeights | None) -> Tensor | None:
+    """The weights as a tensor.
+
+    Raises:
+        ValueError: they are no finite numbers of at least 0, one an offset.
+    """
+    if target_weights is None:
+        return None
+    if isinstance(target_weights, Tensor):
+        weights = target_weights
+    else:
+        try:
+            weights = torch.as_tensor(target_weights, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise _bad_weights(target_weights) from error
+    if torch.compiler.is_compiling() or weights.device.type != "cpu":
+        return weights
+    if weights.dim() != 1 or not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise _bad_weights(target_weights)
+    return weights
+
+
+def _bad_weights(weights: object) -> ValueError:
+    return ValueError(
+        f"target_weights is {weights!r}: pass one weight an offset, finite and at least 0."
+    )
+
+
+def as_ids(name: str, ids: Tensor) -> Tensor:
+    """Token ids as int64.
+
+    Raises:
+        ValueError: they are of no integer type.
+    """
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name} has dtype {ids.dtype}: pass token ids, which are integers.")
+    return ids.long()
 
 
 def validate_targets(
@@ -38,18 +85,35 @@ def validate_targets(
             f"target_weights {tuple(target_weights.shape)} do not fit bags of "
             f"{target_bags.shape[-1]} targets: pass one weight an offset, [s]."
         )
-    if target_bags.device.type != "cpu" or target_bags.numel() == 0:
+    if not torch.compiler.is_compiling():
+        validate_target_values(target_bags, vocabulary_size, ignore_index)
+
+
+def validate_target_values(targets: Tensor, vocabulary_size: int, ignore_index: int) -> None:
+    """Refuse targets outside the vocabulary, on the CPU.
+
+    Raises:
+        ValueError: naming the target, and the vocabulary size or the ignore index.
+    """
+    if targets.device.type != "cpu" or targets.numel() == 0:
         return
-    lowest, highest = (int(bound) for bound in target_bags.aminmax())
-    if lowest < 0 or highest >= vocabulary_size:
-        foreign = (target_bags < 0) | (target_bags >= vocabulary_size)
-        foreign &= target_bags != ignore_index
-        if bool(foreign.any()):
-            raise UsageError(
-                f"target {int(target_bags[foreign][0])} lies outside the padded vocabulary of "
-                f"{vocabulary_size} and is not the ignore index {ignore_index}: the data and the "
-                "model use different tokenizers, or the logits are not this rank's shard."
-            )
+    lowest, highest = (int(bound) for bound in targets.aminmax())
+    if lowest >= 0 and highest < vocabulary_size:
+        return
+    foreign = ((targets < 0) | (targets >= vocabulary_size)) & (targets != ignore_index)
+    if not bool(foreign.any()):
+        return
+    target = int(targets[foreign][0])
+    remedy = (
+        f"pass ignore_index={target} if it stands for no target."
+        if target < 0
+        else "the data and the model use different tokenizers, or the logits are not this rank's "
+        "shard."
+    )
+    raise UsageError(
+        f"target {target} lies outside the padded vocabulary of {vocabulary_size} and is not the "
+        f"ignore_index, {ignore_index}: {remedy}"
+    )
 
 
 def bag_coefficients(

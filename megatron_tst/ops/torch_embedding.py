@@ -24,9 +24,11 @@ class SparseBagMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: None
+    ) -> Tensor:
         """[v, h], [b, l, s] rows of the shard and whether they are another's -> [b, l, h]."""
-        ctx.save_for_backward(bags, outside)
+        ctx.save_for_backward(bags, outside, sizes)
         ctx.shard_size = weight.shape[0]
         tokens, bag_size = bags.flatten(), bags.shape[-1]
         if outside is None:
@@ -40,15 +42,15 @@ class SparseBagMean(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """[b, l, h] -> [v, h]."""
-        bags, outside = ctx.saved_tensors
+        bags, outside, _ = ctx.saved_tensors
         bag_size = bags.shape[-1]
         outside = None if outside is None else outside.reshape(-1, bag_size)
         tokens, bag_of_token = _sorted_tokens(bags.reshape(-1, bag_size), outside)
         bounds = _bounds(torch.bincount(tokens, minlength=ctx.shard_size))
         grad = grad_output.flatten(0, -2)
-        return _scaled_sums(grad, bounds, bag_of_token, 1 / bag_size), None, None
+        return _scaled_sums(grad, bounds, bag_of_token, 1 / bag_size), None, None, None
 
 
 class BagMean(torch.autograd.Function):

@@ -110,7 +110,7 @@ def test_a_sparse_product_has_the_bits_of_a_sum(dtype: torch.dtype, without: str
     elif outside is not None:
         outside[1, 2] = True
     results = [
-        SparseBagMean.apply(weight, bags, outside),
+        SparseBagMean.apply(weight, bags, outside, None),
         BagMean.apply(weight, bags, outside, None),
     ]
     assert torch.equal(*results)
@@ -257,3 +257,30 @@ def test_id_outside_the_vocabulary_is_refused(foreign: int, bag_size: int) -> No
 def test_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"token_bags has shape .*\[b, l, s\]"):
         bag_embedding(torch.zeros(5, 2), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_an_ignore_index_that_was_not_given_is_named() -> None:
+    weight, bags, _ = case(4, torch.float32)
+    bags[0, 0, 0] = -100
+    for given in (None, -1):
+        with pytest.raises(ValueError, match=f"pass ignore_index=-100, and not {given}"):
+            bag_embedding(weight, bags, ignore_index=given)
+    with pytest.raises(ValueError, match=r"ignore_index is 7.*negative"):
+        bag_embedding(weight, bags, ignore_index=7)
+
+
+def test_ids_may_be_any_integers_but_nothing_else() -> None:
+    weight, bags, _ = case(4, torch.float32)
+    assert torch.equal(bag_embedding(weight, bags.to(torch.uint8)), bag_embedding(weight, bags))
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=f"token_bags has dtype {dtype}"):
+            bag_embedding(weight, bags.to(dtype))
+
+
+@pytest.mark.parametrize("bag_size", [1, 3, 4])
+def test_autocast_leaves_the_embedding_its_dtype(bag_size: int) -> None:
+    """As it does torch's."""
+    weight, bags, _ = case(bag_size, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = bag_embedding(weight, bags)
+    assert torch.equal(found, bag_embedding(weight, bags))

@@ -197,3 +197,33 @@ def test_what_does_not_fit_is_refused() -> None:
     targets[0, 0, 0] = VOCABULARY
     with pytest.raises(ValueError, match=rf"target {VOCABULARY} lies outside .* {VOCABULARY}"):
         linear_multi_hot_cross_entropy(hidden, weight, targets)
+
+
+@pytest.mark.parametrize("states", [torch.bfloat16, torch.float32])
+def test_autocast_casts_as_it_does_for_a_linear_layer(states: torch.dtype) -> None:
+    hidden, weight, targets, grad = case(torch.float32)
+    hidden = hidden.detach().to(states).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_multi_hot_cross_entropy(hidden, weight, targets)
+        logits = torch.nn.functional.linear(hidden, weight)
+        dense = multi_hot_cross_entropy(logits, targets)
+    assert logits.dtype == torch.bfloat16
+    # Both from the same bf16 logits, in float32.
+    torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-5)
+    for of_linear, of_dense in zip(
+        torch.autograd.grad(loss, (hidden, weight), grad),
+        torch.autograd.grad(dense, (hidden, weight), grad),
+        strict=True,
+    ):
+        assert of_linear.dtype == of_dense.dtype
+        # The products of bf16 gradients are rounded in other places.
+        torch.testing.assert_close(of_linear, of_dense, rtol=2.0**-5, atol=2.0**-6)
+
+
+def test_autocast_leaves_no_main_grad_to_add_to() -> None:
+    hidden, weight, targets, _ = case(torch.float32)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match="accumulate_into_main_grad is True"),
+    ):
+        linear_multi_hot_cross_entropy(hidden, weight, targets, accumulate_into_main_grad=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_tst.ops import native_cross_entropy
 from megatron_tst.ops.cross_entropy import (
-    _function_for,
+    function_for,
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
 )
@@ -108,7 +108,7 @@ def test_auto_takes_the_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes_keep_to_torch(dtype: torch.dtype) -> None:
     logits, targets, _ = case(dtype)
-    assert _function_for("auto", logits, None) is TorchMultiHotCrossEntropy
+    assert function_for("auto", logits, None) is TorchMultiHotCrossEntropy
     auto = multi_hot_cross_entropy(logits, targets, ignore_index=IGNORED)
     named = multi_hot_cross_entropy(logits, targets, ignore_index=IGNORED, implementation="torch")
     assert torch.equal(auto, named)
@@ -116,14 +116,14 @@ def test_other_dtypes_keep_to_torch(dtype: torch.dtype) -> None:
 
 def test_several_shards_keep_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(1, 4)
-    assert _function_for("auto", logits, None) is NativeMultiHotCrossEntropy
+    assert function_for("auto", logits, None) is NativeMultiHotCrossEntropy
     monkeypatch.setattr(native_cross_entropy, "group_size", lambda group: 2)
-    assert _function_for("auto", logits, None) is TorchMultiHotCrossEntropy
+    assert function_for("auto", logits, None) is TorchMultiHotCrossEntropy
 
 
 def test_without_kernels_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_cross_entropy, "kernels", lambda: None)
-    assert _function_for("auto", torch.zeros(1, 4), None) is TorchMultiHotCrossEntropy
+    assert function_for("auto", torch.zeros(1, 4), None) is TorchMultiHotCrossEntropy
 
 
 @DTYPES
