@@ -14,7 +14,7 @@ COPY megatron_tst/__init__.py megatron_tst/
 RUN pip list --format freeze > /opt/container.txt \
     && python scripts/container.py constraints /opt/container.txt constraints.txt \
         > /opt/constraints.txt \
-    && pip install --no-cache-dir --constraint /opt/constraints.txt '.[data,eval,fast]' \
+    && pip install --no-cache-dir --constraint /opt/constraints.txt '.[megatron,data,eval,fast]' \
     && pip uninstall --yes megatron-tst
 
 COPY . .

@@ -49,7 +49,14 @@ __all__ = [*_MODULE_OF, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    try:
+        return getattr(import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+        from megatron_tst.common.requirements import MEGATRON_IS_MISSING
+
+        raise ImportError(f"{__name__}.{name}: {MEGATRON_IS_MISSING}") from error
 
 
 def __dir__() -> list[str]:

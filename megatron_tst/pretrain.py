@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import sys
 
+from megatron_tst.common.requirements import MEGATRON_IS_MISSING, has_megatron
+
 
 def main() -> int:
     """Runs on the GPUs where there are any, else on the CPU platform; returns the exit code."""
+    if not has_megatron():
+        print(f"error: {MEGATRON_IS_MISSING}", file=sys.stderr)
+        return 2
     from megatron_tst import cpu
     from megatron_tst.cpu.platform import restart_with_allocator_settings
 
