@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-te test test-fast durations support-matrix check format quickstart study results docs clean
+.PHONY: help setup setup-te setup-torchtitan test test-fast durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -14,6 +14,9 @@ setup: ## Create or refresh .venv (at once when it is up to date)
 
 setup-te: setup ## Build Transformer Engine into .venv, for the preflight's real modules (no GPU needed)
 	@scripts/setup_te.sh
+
+setup-torchtitan: setup ## Install torchtitan beside .venv, for the test of examples/torchtitan
+	@scripts/setup_torchtitan.sh
 
 test: setup ## Run all tests; narrow them with ARGS="-k name"
 	$(PYTEST) $(ARGS)
