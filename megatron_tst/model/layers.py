@@ -80,7 +80,12 @@ class LeftToTheLoss(nn.Module):
 
 
 def superpose_embedding(embedding: nn.Module, superposition: SuperpositionConfig) -> None:
-    """Lets an embedding read bags, in place; parameters and its own forward stay."""
+    """Lets an embedding read bags, in place; parameters and its own forward stay.
+
+    Raises:
+        UsageError: its rows are not whole outside of its forward.
+    """
+    _refuse_weight_shards(embedding)
     layer: Any = _mix_in(embedding, Bag)
     if superposition.aligns_documents:
         layer.ignore_index = IGNORE_INDEX
@@ -92,14 +97,25 @@ def leave_product_to_the_loss(output_layer: nn.Module) -> None:
     """Lets an output layer leave its product to the loss, in place.
 
     Raises:
-        UsageError: the layer has a forward of its own, which the loss would not compute.
+        UsageError: the layer has a forward of its own, as those of Transformer Engine, which the
+            loss would not compute, or its rows are not whole outside of it.
     """
+    _refuse_weight_shards(output_layer)
     if has_own_forward(output_layer, ColumnParallelLinear):
         raise UsageError(
             f"--tst-loss-impl linear computes the product of the output layer by itself, and "
             f"{type(output_layer).__name__} has a forward of its own: use --tst-loss-impl auto."
         )
     _mix_in(output_layer, LeftToTheLoss)
+
+
+def _refuse_weight_shards(layer: nn.Module) -> None:
+    shards = getattr(layer, "gtp_remat_size", 1)
+    if shards > 1:
+        raise UsageError(
+            f"--tensor-parallel-num-weight-shards cuts the rows of {type(layer).__name__} into "
+            f"{shards} more shards, which only its own forward gathers: remove it."
+        )
 
 
 def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:

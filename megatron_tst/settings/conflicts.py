@@ -135,6 +135,8 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield from _with_gated_delta_net(args, "--experimental-attention-variant gated_delta_net")
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
+    if is_superposed or args.tst_loss_impl == "linear":
+        yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":
         yield from _with_linear_loss(args)
     if is_superposed and args.tst_reset_at_switch == "embeddings":
@@ -199,9 +201,28 @@ def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
             yield f"{flag} does not work with {setting}: {reason}. Remove one of them."
 
 
+def _with_weight_shards(args: argparse.Namespace) -> Iterator[str]:
+    shards, ranks = args.tensor_parallel_num_weight_shards, args.tensor_model_parallel_size
+    if shards is not None and shards > ranks:
+        setting = (
+            f"--tst-bag-size {args.tst_bag_size}"
+            if args.tst_bag_size > 1
+            else "--tst-loss-impl linear"
+        )
+        yield (
+            f"--tensor-parallel-num-weight-shards {shards} with --tensor-model-parallel-size "
+            f"{ranks} does not work with {setting}: the rows of embedding and output layer are "
+            "gathered inside of Megatron's layers only. Remove it."
+        )
+
+
 def _with_linear_loss(args: argparse.Namespace) -> Iterator[str]:
     objective = args.tst_objective
     refused = {
+        "--fp8-output-proj": (
+            args.fp8_output_proj,
+            "Transformer Engine computes the output layer (--tst-loss-impl auto works)",
+        ),
         f"--tst-objective {objective}": (objective != "mce", "it needs the logits as a whole"),
         "--overlap-moe-expert-parallel-comm": (
             args.overlap_moe_expert_parallel_comm,

@@ -205,6 +205,10 @@ LINEAR_LOSS: list[tuple[dict[str, Any], str]] = [
         "--tst-loss-impl linear does not work with --overlap-moe-expert-parallel-comm",
     ),
     (
+        {"fp8_output_proj": True},
+        "--tst-loss-impl linear does not work with --fp8-output-proj",
+    ),
+    (
         {"defer_embedding_wgrad_compute": True},
         "--tst-loss-impl linear does not work with --defer-embedding-wgrad-compute",
     ),
