@@ -446,3 +446,40 @@ def test_an_embedding_with_its_own_forward_keeps_it(
         for part in parts:
             torch.testing.assert_close(part, expected, **SAME)
     torch.testing.assert_close(torch.cat([g for _, g in results]), weight.grad, **SAME)
+
+
+# --- under torch.compile --------------------------------------------------------------------------
+
+
+def compiled_on_ranks() -> list[tuple[str, list[Tensor], list[Tensor]]]:
+    """Of each function on this rank: values and gradients without a compiler and with one."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    weight, bags, _ = embedding_case(3, torch.float32)
+    hidden, head, targets, weights, _ = linear_case(3)
+    logits = shard(hidden @ head.t(), -1)
+    states, rows = hidden.requires_grad_(), shard(head, 0)
+    calls: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "embedding": (lambda w: bag_embedding(w, bags, group), (shard(weight, 0),)),
+        "split embedding": (lambda w: bag_embedding(w, bags, group, True), (shard(weight, 0),)),
+        "loss": (lambda z: multi_hot_cross_entropy(z, targets, weights, group), (logits,)),
+        "linear loss": (
+            lambda h, w: linear_multi_hot_cross_entropy(h, w, targets, weights, group),
+            (states, rows),
+        ),
+    }
+    found = []
+    for name, (function, operands) in calls.items():
+        results = []
+        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            value = call(*operands)
+            up = torch.linspace(0.5, 1.5, value.numel()).view_as(value)
+            results.append([value.detach(), *torch.autograd.grad(value, operands, up)])
+        found.append((name, *results))
+    return found
+
+
+def test_compiled_functions_are_the_same_on_several_ranks() -> None:
+    for of_rank in run_distributed(2, compiled_on_ranks):
+        for name, eager, compiled in of_rank:
+            assert all(torch.equal(*pair) for pair in zip(eager, compiled, strict=True)), name
