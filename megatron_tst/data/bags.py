@@ -45,12 +45,16 @@ class BagFolder:
             may share the memory of the text.
         """
         is_padding = self._is(text, self.pad)
+        has_padding = bool(is_padding.any())
         # Copies only where something is masked, which is rare.
-        tokens = text.masked_fill(is_padding, 0) if is_padding.any() else text
+        tokens = text.masked_fill(is_padding, 0) if has_padding else text
         tokens = tokens[: len(text) - self.phase.look_ahead]
         if self.phase.reads_bags:
             tokens = tokens.view(self.sequence_length, -1)
         following, is_padding = text[1:], is_padding[1:]
+        if not (has_padding or self.phase.aligns_documents or self.eod_mask_loss):
+            labels, loss_mask = self._fold(following), torch.ones(self.sequence_length)
+            return {"tokens": tokens, "labels": labels.contiguous(), "loss_mask": loss_mask}
         if self.phase.aligns_documents:
             ignored = self._fold(is_padding) | self._crosses_documents(
                 tokens, following, document_lengths
