@@ -191,7 +191,9 @@ def visible(rows: int, keys: int, first: int, heads: int) -> Tensor:
 
 @DTYPES
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(("first", "positions"), [(0, 1), (0, 5), (0, 13), (8, 5), (128, 37)])
+@pytest.mark.parametrize(
+    ("first", "positions"), [(0, 1), (0, 5), (0, 13), (8, 5), (0, 64), (128, 37)]
+)
 @pytest.mark.parametrize("magnitude", [1.0, 80.0, 1e4])
 def test_causal_softmax(
     compiled: Kernels,

@@ -10,6 +10,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -36,9 +41,63 @@ inline void store(bfloat16 *p, float value) {
   p->bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// Within 2 units in the last place; 0 below -87, constant above 88. Branchless, to be vectorised.
+// Values of a row that are computed before they are rounded together; whole vectors of any CPU.
+constexpr int64_t kPart = 32;
+
+inline int64_t whole_parts(int64_t n) { return (n + kPart - 1) / kPart * kPart; }
+
+#ifdef __AVX512BF16__
+// The CPU rounds itself, and takes denormals for 0.
+inline void store_part(bfloat16 *out, const float *part) {
+  const auto rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(part + 16), _mm512_loadu_ps(part));
+  std::memcpy(static_cast<void *>(out), &rounded, sizeof rounded);
+}
+constexpr bool kRoundsItself = true;
+#else
+inline void store_part(bfloat16 *, const float *) {}
+constexpr bool kRoundsItself = false;
+#endif
+
+// Stores both values that compute(i, &one, &other) gives, for i < n.
+template <typename T, typename F>
+inline void store_rows(T *one, T *other, int64_t n, F compute) {
+  int64_t done = 0;
+  if constexpr (kRoundsItself && std::is_same_v<T, bfloat16>)
+    for (; done + kPart <= n; done += kPart) {
+      alignas(64) float ones[kPart], others[kPart];
+#pragma omp simd
+      for (int64_t i = 0; i < kPart; ++i) compute(done + i, ones + i, others + i);
+      store_part(one + done, ones);
+      store_part(other + done, others);
+    }
+#pragma omp simd
+  for (int64_t i = done; i < n; ++i) {
+    float value, second;
+    compute(i, &value, &second);
+    store(one + i, value);
+    store(other + i, second);
+  }
+}
+
+// Stores value(i) for i < n.
+template <typename T, typename F>
+inline void store_row(T *out, int64_t n, F value) {
+  int64_t done = 0;
+  if constexpr (kRoundsItself && std::is_same_v<T, bfloat16>)
+    for (; done + kPart <= n; done += kPart) {
+      alignas(64) float part[kPart];
+#pragma omp simd
+      for (int64_t i = 0; i < kPart; ++i) part[i] = value(done + i);
+      store_part(out + done, part);
+    }
+#pragma omp simd
+  for (int64_t i = done; i < n; ++i) store(out + i, value(i));
+}
+
+// Within 2 units in the last place; 0 below -87.7, constant above 88. Branchless, to be vectorised.
 inline float exponential(float x) {
-  const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float bounded = x > 88.0f ? 88.0f : x;
+  const float clamped = bounded < -88.0f ? -88.0f : bounded;  // whose power of two becomes 0
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
   const float power = shifted - 12582912.0f;
   float rest = clamped - power * 0.693359375f;
@@ -50,10 +109,13 @@ inline float exponential(float x) {
   series = series * rest + 1.6666665459e-1f;
   series = series * rest + 5.0000001201e-1f;
   series = series * rest * rest + rest + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(power) + 127) << 23;
+  // The integer is in the last bits of ``shifted``; the exponent of a float is 127 more.
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127u << 23);
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return x < -87.0f ? 0.0f : series * scale;
+  return series * scale;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -68,8 +130,7 @@ void rms_norm(const T *x, const T *weight, T *y, float *inverse, int64_t rows, i
     for (int64_t i = 0; i < h; ++i) sum += load(x + i) * load(x + i);
     const float scale = 1.0f / std::sqrt(sum / static_cast<float>(h) + eps);
     inverse[row] = scale;
-#pragma omp simd
-    for (int64_t i = 0; i < h; ++i) store(y + i, load(x + i) * scale * load(weight + i));
+    store_row(y, h, [=](int64_t i) { return load(x + i) * scale * load(weight + i); });
   }
 }
 
@@ -90,19 +151,14 @@ void rms_norm_gradient(const T *grad, const T *x, const T *weight, const float *
       along += product * load(weight + i);
     }
     along /= static_cast<float>(h);
+    const auto own = [=](int64_t i) {
+      return (load(grad + i) * load(weight + i) - load(x + i) * scale * along) * scale;
+    };
     if (residual) {
-#pragma omp simd
-      for (int64_t i = 0; i < h; ++i) {
-        const float own = load(grad + i) * load(weight + i) - load(x + i) * scale * along;
-        store(grad_x + i, load(residual + i) + own * scale);
-      }
+      store_row(grad_x, h, [=](int64_t i) { return load(residual + i) + own(i); });
       residual += h;
     } else {
-#pragma omp simd
-      for (int64_t i = 0; i < h; ++i) {
-        const float own = load(grad + i) * load(weight + i) - load(x + i) * scale * along;
-        store(grad_x + i, own * scale);
-      }
+      store_row(grad_x, h, own);
     }
     if (row % 128 == 127 || row == rows - 1)
 #pragma omp simd
@@ -115,23 +171,25 @@ void rms_norm_gradient(const T *grad, const T *x, const T *weight, const float *
 template <typename T>
 void rotate(const T *in, const T *cosine, const T *sine, T *out, int64_t d) {
   const int64_t half = d / 2;
-#pragma omp simd
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = load(in + i), second = load(in + half + i);
-    store(out + i, first * load(cosine + i) - second * load(sine + i));
-    store(out + half + i, second * load(cosine + half + i) + first * load(sine + half + i));
-  }
+  const T *second = in + half;
+  store_row(out, half, [=](int64_t i) {
+    return load(in + i) * load(cosine + i) - load(second + i) * load(sine + i);
+  });
+  store_row(out + half, half, [=](int64_t i) {
+    return load(second + i) * load(cosine + half + i) + load(in + i) * load(sine + half + i);
+  });
 }
 
 template <typename T>
 void rotate_back(const T *in, const T *cosine, const T *sine, T *out, int64_t d) {
   const int64_t half = d / 2;
-#pragma omp simd
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = load(in + i), second = load(in + half + i);
-    store(out + i, first * load(cosine + i) + second * load(sine + half + i));
-    store(out + half + i, second * load(cosine + half + i) - first * load(sine + i));
-  }
+  const T *second = in + half;
+  store_row(out, half, [=](int64_t i) {
+    return load(in + i) * load(cosine + i) + load(second + i) * load(sine + half + i);
+  });
+  store_row(out + half, half, [=](int64_t i) {
+    return load(second + i) * load(cosine + half + i) - load(in + i) * load(sine + i);
+  });
 }
 
 template <typename T>
@@ -166,47 +224,50 @@ void join_head_gradients(const T *query, const T *key, const T *value, const T *
 }
 
 // In place: scores [n, rows, keys] to probabilities. Row i belongs to position first + i / r, which
-// sees the keys up to its own.
+// sees the keys up to its own. Rows are computed in whole parts, as what is left of a loop over
+// vectors is slow; keys that are not seen have scores of minus infinity in scratch [whole parts].
 template <typename T>
 void causal_softmax(T *scores, int64_t n, int64_t rows, int64_t keys, int64_t first, int64_t r,
                     float scale, float *scratch) {
   for (int64_t item = 0; item < n; ++item)
     for (int64_t row = 0; row < rows; ++row, scores += keys) {
-      const int64_t seen = first + row / r + 1;
-      float highest = load(scores);
+      const int64_t seen = first + row / r + 1, padded = whole_parts(seen);
+      const int64_t stored = padded < keys ? padded : keys;
+#pragma omp simd
+      for (int64_t i = 0; i < stored; ++i) scratch[i] = load(scores + i);
+      for (int64_t i = seen; i < padded; ++i) scratch[i] = -std::numeric_limits<float>::infinity();
+      float highest = scratch[0];
 #pragma omp simd reduction(max : highest)
-      for (int64_t i = 0; i < seen; ++i) {
-        const float score = load(scores + i);
-        highest = score > highest ? score : highest;
-      }
+      for (int64_t i = 0; i < padded; ++i) highest = scratch[i] > highest ? scratch[i] : highest;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < seen; ++i) {
-        const float e = exponential((load(scores + i) - highest) * scale);
+      for (int64_t i = 0; i < padded; ++i) {
+        const float e = exponential((scratch[i] - highest) * scale);
         scratch[i] = e;
         sum += e;
       }
       const float inverse = 1.0f / sum;
-#pragma omp simd
-      for (int64_t i = 0; i < seen; ++i) store(scores + i, scratch[i] * inverse);
-      std::memset(static_cast<void *>(scores + seen), 0, (keys - seen) * sizeof(T));
+      store_row(scores, stored, [=](int64_t i) { return scratch[i] * inverse; });
+      std::memset(static_cast<void *>(scores + stored), 0, (keys - stored) * sizeof(T));
     }
 }
 
-// In place: gradients of probabilities [n, rows, keys] to those of scores before the scale.
+// In place: gradients of probabilities [n, rows, keys] to those of scores before the scale. Keys that
+// are not seen have probabilities of 0.
 template <typename T>
 void causal_softmax_gradient(const T *probabilities, T *grad, int64_t n, int64_t rows, int64_t keys,
                              int64_t first, int64_t r, float scale) {
   for (int64_t item = 0; item < n; ++item)
     for (int64_t row = 0; row < rows; ++row, probabilities += keys, grad += keys) {
-      const int64_t seen = first + row / r + 1;
+      const int64_t seen = first + row / r + 1, padded = whole_parts(seen);
+      const int64_t stored = padded < keys ? padded : keys;
+      std::memset(static_cast<void *>(grad + seen), 0, (keys - seen) * sizeof(T));
       float along = 0;
 #pragma omp simd reduction(+ : along)
-      for (int64_t i = 0; i < seen; ++i) along += load(probabilities + i) * load(grad + i);
-#pragma omp simd
-      for (int64_t i = 0; i < seen; ++i)
-        store(grad + i, (load(grad + i) - along) * load(probabilities + i) * scale);
-      std::memset(static_cast<void *>(grad + seen), 0, (keys - seen) * sizeof(T));
+      for (int64_t i = 0; i < stored; ++i) along += load(probabilities + i) * load(grad + i);
+      store_row(grad, stored, [=](int64_t i) {
+        return (load(grad + i) - along) * load(probabilities + i) * scale;
+      });
     }
 }
 
@@ -214,24 +275,22 @@ void causal_softmax_gradient(const T *probabilities, T *grad, int64_t n, int64_t
 template <typename T>
 void swiglu(const T *gate_and_up, T *out, int64_t rows, int64_t f) {
   for (int64_t row = 0; row < rows; ++row, gate_and_up += 2 * f, out += f) {
-#pragma omp simd
-    for (int64_t i = 0; i < f; ++i) {
+    store_row(out, f, [=](int64_t i) {
       const float gate = load(gate_and_up + i);
-      store(out + i, gate * sigmoid(gate) * load(gate_and_up + f + i));
-    }
+      return gate * sigmoid(gate) * load(gate_and_up + f + i);
+    });
   }
 }
 
 template <typename T>
 void swiglu_gradient(const T *grad, const T *gate_and_up, T *out, int64_t rows, int64_t f) {
   for (int64_t row = 0; row < rows; ++row, grad += f, gate_and_up += 2 * f, out += 2 * f) {
-#pragma omp simd
-    for (int64_t i = 0; i < f; ++i) {
+    store_rows(out, out + f, f, [=](int64_t i, float *of_gate, float *of_up) {
       const float gate = load(gate_and_up + i), up = load(gate_and_up + f + i), g = load(grad + i);
       const float s = sigmoid(gate);
-      store(out + i, g * up * s * (1.0f + gate * (1.0f - s)));
-      store(out + f + i, g * gate * s);
-    }
+      *of_gate = g * up * s * (1.0f + gate * (1.0f - s));
+      *of_up = g * gate * s;
+    });
   }
 }
 
@@ -280,8 +339,7 @@ void multi_hot_gradient(const T *logits, const int64_t *columns, const float *co
         if (columns[other] == columns[i]) value -= coefficients[other];
       scratch[i] = value * factor;
     }
-#pragma omp simd
-    for (int64_t i = 0; i < v; ++i) store(out + i, exponential(load(logits + i) - shift) * factor);
+    store_row(out, v, [=](int64_t i) { return exponential(load(logits + i) - shift) * factor; });
     for (int64_t i = 0; i < s; ++i)
       if (coefficients[i] != 0) store(out + columns[i], scratch[i]);
   }
@@ -301,8 +359,7 @@ void bag_mean(const T *table, const int64_t *tokens, const float *divisors, T *o
       for (int64_t i = 0; i < h; ++i) scratch[i] += load(row + i);
     }
     const float divisor = divisors ? divisors[bag] : static_cast<float>(s);
-#pragma omp simd
-    for (int64_t i = 0; i < h; ++i) store(out + i, scratch[i] / divisor);
+    store_row(out, h, [=](int64_t i) { return scratch[i] / divisor; });
   }
 }
 
@@ -335,8 +392,7 @@ void bag_mean_gradient(const T *grad, const int64_t *tokens, const float *diviso
 #pragma omp simd
       for (int64_t i = 0; i < h; ++i) scratch[i] += load(share + i) / divisor;
     }
-#pragma omp simd
-    for (int64_t i = 0; i < h; ++i) store(out + i, scratch[i]);
+    store_row(out, h, [=](int64_t i) { return scratch[i]; });
   }
 }
 

@@ -32,6 +32,8 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Rows are computed in parts of so many values.
+_PART = 32
 _C_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
 
 
@@ -124,7 +126,7 @@ class Kernels:
         Returns:
             The probabilities of ``scale * scores``; 0 for keys behind a position.
         """
-        scratch = torch.empty(scores.shape[-1])
+        scratch = torch.empty(scores.shape[-1] + _PART)
         shape = (*scores.shape, first, heads)
         self._call("causal_softmax", scores, *shape, float(scale), scratch)
         return scores
