@@ -223,7 +223,10 @@ def _is_listened_to(module: nn.Module) -> bool:
     """
     return bool(
         module._forward_hooks
-        or len(_gathering_hooks(module)) < len(module._forward_pre_hooks)
+        or (
+            module._forward_pre_hooks
+            and len(_gathering_hooks(module)) < len(module._forward_pre_hooks)
+        )
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
@@ -245,13 +248,23 @@ def _once(
     layer: Any, name: str, make: Callable[[Any], _Half | None], *parts: nn.Module
 ) -> _Half | None:
     """What ``make`` says of a layer, asked once, and again where one of its modules is replaced."""
-    modules = tuple(module for part in parts for module in part.modules())
-    asked: tuple[tuple[nn.Module, ...], _Half | None] | None = layer.__dict__.get(name)
+    modules: list[nn.Module] = []
+    for part in parts:
+        _collect(part, modules)
+    asked: tuple[list[nn.Module], _Half | None] | None = layer.__dict__.get(name)
     if asked is None or asked[0] != modules:
         asked = modules, make(layer) if kernels() is not None else None
         # Not a submodule, although it holds some.
         layer.__dict__[name] = asked
     return asked[1]
+
+
+def _collect(module: nn.Module, found: list[nn.Module]) -> None:
+    """A module and all below it; ``modules()`` takes three times as long, for their names."""
+    found.append(module)
+    for child in module._modules.values():
+        if child is not None:
+            _collect(child, found)
 
 
 def _attention_half(layer: Any) -> _Half | None:

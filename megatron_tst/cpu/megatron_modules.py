@@ -92,6 +92,8 @@ def install() -> None:
     ddp = "megatron.core.distributed.distributed_data_parallel"
     make_hook = "DistributedDataParallel._make_backward_post_hook"
     _wrap(ddp, make_hook, gradients.add_in_blocks)
+    finalize = "megatron.core.distributed.finalize_model_grads"
+    _wrap(finalize, "reset_model_temporary_tensors", gradients.for_experts)
     _replace("megatron.training.initialize", "init_persistent_async_worker", start_writer)
 
 

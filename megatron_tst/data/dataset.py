@@ -141,7 +141,7 @@ class SuperpositionGPTDataset(GPTDataset):
         return item
 
     def _unmasked_item(self, text: Tensor) -> dict[str, Tensor]:
-        """Upstream's sample of a text [l + 1] without padding, in a third of upstream's time."""
+        """Upstream's sample of a text [l + 1] without padding, whose memory it shares."""
         item = {
             "tokens": text[:-1],
             "labels": text[1:],

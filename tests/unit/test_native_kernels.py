@@ -310,6 +310,29 @@ def test_swiglu(compiled: Kernels, dtype: torch.dtype, width: int, magnitude: fl
     assert_near(compiled.swiglu_gradient(grad, both), exact_grad, scale * grad_up.repeat(1, 1, 2))
 
 
+@DTYPES
+@pytest.mark.parametrize("size", [*HIDDEN_SIZES, 1000])
+def test_add_widened(compiled: Kernels, dtype: torch.dtype, size: int) -> None:
+    """To the bits of torch, whose sum of both dtypes is in float32."""
+    total, addend = draw(size), draw(size, dtype=dtype, seed=1)
+    expected = total + addend
+    compiled.add_widened_(total, addend)
+    assert torch.equal(total, expected)
+
+
+@pytest.mark.parametrize("size", [5, 64, 100])
+def test_rounding_to_bf16(compiled: Kernels, size: int) -> None:
+    """To the nearest, halves to even, by vectors of the CPU and one by one."""
+    # Means of two rows: halves between neighbours, and what is no number.
+    values = torch.tensor([1.0, 1 + 2**-7, 1 + 2**-6, 1 + 3 * 2**-7, -1.0, torch.nan, torch.inf])
+    for one in values:
+        for other in values:
+            table = torch.stack((one, other)).unsqueeze(-1).repeat(1, size).bfloat16()
+            found = compiled.bag_mean(table, torch.tensor([[0, 1]]), None)
+            exact = (table.float().sum(0, keepdim=True) / 2).bfloat16()
+            torch.testing.assert_close(found, exact, rtol=0, atol=0, equal_nan=True)
+
+
 # Loss.
 
 

@@ -396,6 +396,12 @@ void bag_mean_gradient(const T *grad, const int64_t *tokens, const float *diviso
   }
 }
 
+template <typename T>
+void add_widened(const T *addend, float *total, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) total[i] += load(addend + i);
+}
+
 }  // namespace
 
 #define FOR_BOTH_DTYPES(name, arguments, call)                                        \
@@ -468,3 +474,6 @@ FOR_BOTH_DTYPES(bag_mean, BAG_MEAN, bag_mean(table, tokens, divisors, out, scrat
    int64_t *places, int64_t *starts, int64_t n, int64_t s, int64_t v, int64_t h)
 FOR_BOTH_DTYPES(bag_mean_gradient, BAG_MEAN_GRADIENT,
                 bag_mean_gradient(grad, tokens, divisors, out, scratch, places, starts, n, s, v, h))
+
+#define ADD_WIDENED(T) (const T *addend, float *total, int64_t n)
+FOR_BOTH_DTYPES(add_widened, ADD_WIDENED, add_widened(addend, total, n))

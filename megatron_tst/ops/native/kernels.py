@@ -225,6 +225,10 @@ class Kernels:
         self._call("bag_mean_gradient", grad, tokens, divisors, out, *rooms, *shape)
         return out
 
+    def add_widened_(self, total: Tensor, addend: Tensor) -> None:
+        """In place: float32 ``total`` plus ``addend``, of as many elements."""
+        self._call("add_widened", addend, total, total.numel())
+
     def _call(self, name: str, first: Tensor, *others: Tensor | int | float | None) -> None:
         operands = (first, *others)
         function = self._functions.get((name, first.dtype))
