@@ -47,6 +47,7 @@ def main() -> int:
     LIMIT_FILES_AFTER: the step after which no file can grow beyond FILE_BYTES.
     STARTED_SECONDS_AGO: how long the job has been running.
     RECORD_READS: where each rank appends what it reads of the train split.
+    RECORD_BATCHES: where one rank of each replica appends the micro-batches that it trains on.
     """
     from megatron.training import set_startup_timestamps
 
@@ -56,6 +57,8 @@ def main() -> int:
         set_startup_timestamps(program_start=time.time() - float(ago))
     if folder := os.environ.get("RECORD_READS"):
         _record_reads(Path(folder))
+    if folder := os.environ.get("RECORD_BATCHES"):
+        _record_batches(Path(folder))
     if step := os.environ.get("STOP_IN_SAVE"):
         _stop_in_save(int(step))
 
@@ -102,6 +105,28 @@ def _record_reads(folder: Path) -> None:
         return item
 
     SuperpositionGPTDataset.__getitem__ = recorded  # type: ignore[method-assign]
+
+
+def _record_batches(folder: Path) -> None:
+    from megatron.core import mpu
+
+    from megatron_tst.training import forward_step
+
+    folder.mkdir(parents=True, exist_ok=True)
+    module: Any = forward_step
+    read = module.get_batch
+
+    def recorded(iterator: Any, args: Any, phase: Any, vp_stage: Any = None) -> Any:
+        batch = read(iterator, args, phase, vp_stage)
+        is_first = mpu.get_tensor_model_parallel_rank() == 0 and mpu.is_pipeline_first_stage()
+        if phase is not None and is_first:
+            rank, tokens = mpu.get_data_parallel_rank(), batch["tokens"]
+            rows = tokens.reshape(len(tokens), -1).tolist()
+            with (folder / f"rank{rank}").open("a") as file:
+                file.write(json.dumps([args.curr_iteration + 1, rank, rows]) + "\n")
+        return batch
+
+    module.get_batch = recorded
 
 
 def wait_until(condition: Callable[[], bool], run: Run, seconds: float = 100) -> None:

@@ -111,6 +111,12 @@ class SampleLayout:
         phase = self.phases[index]
         return phase.first_sample - (self.begins[index] - position) // self.tokens(phase)
 
+    def samples_in(self, begin: int, end: int) -> range:
+        """The samples with text in the positions from ``begin`` up to ``end``, excluded."""
+        if begin >= end:
+            return range(0)
+        return range(self.first_sample_from(begin + 1) - 1, self.first_sample_from(end))
+
     def text_order(self) -> list[dict[str, Any]]:
         """All that the order of the text depends on, as plain values."""
         return [phase.text_order() for phase in self.phases]

@@ -200,9 +200,15 @@ def write_run_description(
         "machine": _machine(),
         "cpu_platform": dict(cpu_platform),
         "command": " ".join(sys.argv),
+        # All of them: tools/trace_data.py builds the datasets of the run from them.
+        "arguments": {name: value for name, value in vars(args).items() if _is_plain(value)},
     }
     target = Path(args.tensorboard_dir) / "tst_run.json"
     write_json(target, description, default=str)
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, list, dict))
 
 
 def _commit() -> str | None:

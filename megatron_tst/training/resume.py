@@ -211,24 +211,25 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
         "switch_sample": schedule.switch_sample,
         "sequence_length": schedule.sequence_length,
     }
-    # A corpus may move, so its size and content stand for it.
-    files = _local_data_files(args)
     data = {
         "seed": args.seed,
         "split": args.split,
         "data_weights": data_weights(args),
         "eod_mask_loss": args.eod_mask_loss,
         "inter_document_masking": args.dataloader_inter_document_masking,
+    }
+    return {**method, **phases, **data, **corpus_identity(args)}
+
+
+def corpus_identity(args: Namespace) -> dict[str, object]:
+    """What stands for the corpora of a run, which may move: their size and content."""
+    prefixes = data_path_prefixes(args)
+    found = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
+    files = [file for file in found if os.path.isfile(file)]
+    return {
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
         "corpus_fingerprint": fingerprint(files),
     }
-    return {**method, **phases, **data}
-
-
-def _local_data_files(args: Namespace) -> list[str]:
-    prefixes = data_path_prefixes(args)
-    files = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
-    return [file for file in files if os.path.isfile(file)]
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
