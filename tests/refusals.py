@@ -12,6 +12,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.training.command_line import add_arguments, check_arguments
+from megatron_tst.training.exclusions import leave_out_documents
 from megatron_tst.training.resume import check_resume
 
 
@@ -30,7 +31,9 @@ def main() -> int:
 def _message(args: argparse.Namespace) -> str | None:
     try:
         check_arguments(args)
-        check_resume(args, superposition_schedule_from_args(args))
+        schedule = superposition_schedule_from_args(args)
+        steps_done = check_resume(args, schedule)
+        leave_out_documents(args, schedule.batch_sizes.samples_at(steps_done))
     except UsageError as error:
         return str(error)
     return None

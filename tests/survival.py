@@ -97,8 +97,7 @@ def _record_reads(folder: Path) -> None:
     def recorded(self: Any, index: int | None) -> Any:
         item = read(self, index)
         if self.is_superposed and index is not None:
-            sample = self._sample(index)
-            begin, _ = self.layout.span(sample)
+            begin, _ = self.span(index)
             entry = {"index": int(index), "begin": begin, "tokens": item["tokens"].numel()}
             with (folder / f"rank{os.environ['RANK']}").open("a") as file:
                 file.write(json.dumps(entry) + "\n")

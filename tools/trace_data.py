@@ -101,18 +101,6 @@ def _steps(text: str) -> range:
     return range(first, last + 1)
 
 
-def _document(text: str, corpora: list[str]) -> tuple[str, int]:
-    name, _, index = text.rpartition(":")
-    named = [path for path in corpora if name == path] or [
-        path for path in corpora if name in ("", Path(path).name)
-    ]
-    if len(named) != 1 or not index.isdecimal():
-        raise ValueError(
-            f"--document {text!r}: write CORPUS:INDEX with one of {', '.join(corpora)}."
-        )
-    return named[0], int(index)
-
-
 def _spikes(run: TracedRun, path: Path, count: int, say: Callable[[str], None]) -> list[int]:
     """Their steps, and the step before each: its update may have done the damage."""
     from megatron_tst.report.events import read_scalars
@@ -136,13 +124,18 @@ def _spikes(run: TracedRun, path: Path, count: int, say: Callable[[str], None]) 
 
 
 def _trace(options: argparse.Namespace) -> None:
+    from megatron_tst.data.blend import find_corpus
     from megatron_tst.training.traced_run import open_run
 
     with open_run(options.run, options.data_path) as run:
         printer = Printer(run, options)
         if options.document is not None:
             for document in options.document:
-                printer.show(run.data.document(*_document(document, run.data.corpora)))
+                try:
+                    corpus, index = find_corpus(document, run.data.corpora)
+                except ValueError as error:
+                    raise ValueError(f"--document {error}") from error
+                printer.show(run.data.document(run.data.corpora[corpus], index))
             return
         if options.spikes is None:
             steps: Iterable[int] = _steps(options.steps)

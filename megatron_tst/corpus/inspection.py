@@ -215,7 +215,7 @@ def _read(dataset: SuperpositionGPTDataset, place: int) -> PhaseOneSample:
     # Single labels carry their mask beside them, bags of labels inside.
     targets = item["labels"].reshape(length, -1)
     targets = targets.masked_fill(item["loss_mask"].reshape(length, 1) == 0, IGNORE_INDEX)
-    begin, end = dataset.layout.span(int(dataset.stream.samples[place]))
+    begin, end = dataset.span(place)
     _, documents, _ = dataset.stream.read(dataset.dataset, begin, end)
     return PhaseOneSample(
         item["tokens"].reshape(length, -1).numpy(), targets.numpy(), documents.tolist(), begin

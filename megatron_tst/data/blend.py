@@ -67,6 +67,24 @@ def is_number(text: str) -> bool:
     return True
 
 
+def find_corpus(text: str, paths: Sequence[str]) -> tuple[int, int]:
+    """Reads CORPUS:INDEX, a document of a blend; CORPUS is a path, its last part, or empty.
+
+    Returns:
+        The place of the corpus among ``paths``, and the index of the document.
+
+    Raises:
+        ValueError: another form, or no corpus or several of this name.
+    """
+    name, _, index = text.rpartition(":")
+    named = [i for i, path in enumerate(paths) if name == path] or [
+        i for i, path in enumerate(paths) if name in ("", os.path.basename(path))
+    ]
+    if len(named) != 1 or not index.isdecimal():
+        raise ValueError(f"{text!r}: write CORPUS:INDEX with one of {', '.join(paths)}.")
+    return named[0], int(index)
+
+
 def samples_by_corpus(weights: Sequence[float], samples: int) -> list[int]:
     """What the first ``samples`` of a blend take from each corpus.
 

@@ -6,8 +6,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import fill_up
@@ -29,12 +32,18 @@ class TrainText:
         path_prefix: path without ``.bin`` or ``.idx``; its files have passed
             ``check_indexed_dataset``.
         documents_share: share of its documents in the train split, from 0 to 1.
+        left_out: [n] documents that are no part of it.
 
     Attributes:
         tokens: of the train split, found without reading the lengths of documents.
     """
 
-    def __init__(self, path_prefix: str, documents_share: float = 1.0) -> None:
+    def __init__(
+        self,
+        path_prefix: str,
+        documents_share: float = 1.0,
+        left_out: NDArray[Any] | None = None,
+    ) -> None:
         self.path_prefix = path_prefix
         self._corpus = IndexedDataset(path_prefix)
         index = self._corpus.index
@@ -47,7 +56,9 @@ class TrainText:
             end += int(index.sequence_lengths[last]) * index.dtype_size
         else:
             end = int(index.sequence_pointers[self._documents])
-        self.tokens: int = end // index.dtype_size
+        absent = np.unique([] if left_out is None else left_out).astype(np.int64)
+        self._left_out = index.sequence_lengths[absent[absent < self._documents]]
+        self.tokens: int = end // index.dtype_size - int(self._left_out.sum(dtype=np.int64))
         self._positions = {1: self.tokens}
 
     def positions(self, multiple: int) -> int:
@@ -64,7 +75,7 @@ class TrainText:
         total = 0
         for begin in range(0, len(lengths), _CHUNK):
             total += int(fill_up(lengths[begin : begin + _CHUNK], multiple).sum())
-        return total
+        return total - int(fill_up(self._left_out, multiple).sum())
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from torch import Tensor
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
+from megatron_tst.data.exclusion import Exclusion, StreamBuilder, build_without
 from megatron_tst.data.files import check_document_lengths, check_indexed_dataset, fingerprint
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
@@ -63,6 +64,7 @@ class SuperpositionGPTDataset(GPTDataset):
     """
 
     config: SuperpositionGPTDatasetConfig
+    indices: Any
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
@@ -113,11 +115,11 @@ class SuperpositionGPTDataset(GPTDataset):
         """
         if not self.is_superposed:
             return self._plain_item(idx)
-        sample = self._sample(idx)
-        phase = self.layout.phase_of(sample)
+        # By its place: a document left out in phase 1 lets it read samples from behind it.
+        phase = self.layout.phase_of(idx or 0)
         if not self.layout.phases[phase].is_superposed:
             return self._plain_item(idx)
-        text, _, lengths = self.stream.read(self.dataset, *self.layout.span(sample))
+        text, _, lengths = self.stream.read(self.dataset, *self.span(idx))
         item = self._bags(phase, torch.from_numpy(text), lengths)
         if idx is None:
             item["loss_mask"].zero_()
@@ -153,8 +155,10 @@ class SuperpositionGPTDataset(GPTDataset):
             item["attention_mask"] = self.cached_attention_mask
         return item
 
-    def _sample(self, idx: int | None) -> int:
-        return int(self.stream.samples[idx or 0])
+    def span(self, idx: int | None) -> tuple[int, int]:
+        """Where the text of a sample lies in the stream, look-ahead included."""
+        place = idx or 0
+        return self.layout.span(int(self.stream.samples[place]), self.layout.phase_of(place))
 
     def _query_document_sample_shuffle_indices(
         self, idx: int
@@ -162,7 +166,7 @@ class SuperpositionGPTDataset(GPTDataset):
         """Text of a sample with its look-ahead: what upstream's code makes a plain sample from."""
         if not self.is_superposed:
             return super()._query_document_sample_shuffle_indices(idx)
-        return self.stream.read(self.dataset, *self.layout.span(self._sample(idx)))
+        return self.stream.read(self.dataset, *self.span(idx))
 
     def _bags(self, phase: int, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
         """A sample of bags from its text with look-ahead, [s * l + s] or [l + s] int64."""
@@ -206,6 +210,10 @@ class SuperpositionGPTDataset(GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[Any, Any, Any]:
         """Upstream's hook that builds or finds the cache."""
         self._identify()
+        # What is left out from the start is no part of the split.
+        absent = [each.documents for each in self._exclusions if not each.first_place]
+        if absent and self.indices is not None:
+            self.indices = self.indices[~np.isin(self.indices, np.concatenate(absent))]
         if not self.is_superposed:
             return super()._build_document_sample_shuffle_indices()
         if not self.num_samples:
@@ -244,6 +252,11 @@ class SuperpositionGPTDataset(GPTDataset):
             self.unique_identifiers["index_fingerprint"] = fingerprint([index_path])
         if self.is_superposed:
             self.unique_identifiers["sample_layout"] = self.layout.text_order()
+        if self._exclusions:
+            self.unique_identifiers["left_out"] = [
+                [exclusion.first_place, exclusion.documents.tolist()]
+                for exclusion in self._exclusions
+            ]
         # A run that only evaluates finds the cache of the one that trained.
         self.unique_identifiers["split_matrix"] = self.config.whole_split_matrix
         self.unique_description = json.dumps(
@@ -252,6 +265,12 @@ class SuperpositionGPTDataset(GPTDataset):
         self.unique_description_hash = hashlib.md5(
             self.unique_description.encode(), usedforsecurity=False
         ).hexdigest()
+
+    @cached_property
+    def _exclusions(self) -> list[Exclusion]:
+        if self.index_split is not Split.train:
+            return []
+        return self.config.exclusions_of(str(self.dataset_path))
 
     @property
     def _cache_prefix(self) -> Path:
@@ -270,12 +289,15 @@ class SuperpositionGPTDataset(GPTDataset):
             )
         assert self.num_samples is not None
         check_document_lengths(str(self.dataset_path), self.dataset.sequence_lengths)
-        stream = TokenStream.build(
-            self.layout,
+        builder = StreamBuilder(
             self.indices,
             self.dataset.sequence_lengths,
-            self.num_samples,
             self.config.random_seed,
             str(self.dataset_path),
         )
+        later = [exclusion for exclusion in self._exclusions if exclusion.first_place]
+        if later:
+            stream = build_without(builder, self.layout, self.num_samples, later)
+        else:
+            stream = builder.build(self.layout, self.num_samples)
         stream.save(self._cache_prefix)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
+from megatron_tst.data.exclusion import Exclusion
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Phase
 
@@ -34,6 +37,8 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
     Attributes:
         superposition: settings of phase 1.
         phases: of the run, from ``SuperpositionSchedule``.
+        left_out: documents that are left out of the train split: the sample of the run from which
+            on, and pairs of a corpus, by its place in the blend, and a document.
         reads_train_split: whether the train split is built; without it a run only evaluates, on
             whatever text.
 
@@ -43,6 +48,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
 
     superposition: SuperpositionConfig = field(default_factory=SuperpositionConfig)
     phases: tuple[Phase, ...] = (Phase(0, 0),)
+    left_out: Sequence[tuple[int, Sequence[tuple[int, int]]]] = ()
     reads_train_split: bool = True
     whole_split_matrix: Any = field(init=False, default=None)
     """Upstream's matrix of splits before the train split was left out of it."""
@@ -96,6 +102,20 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
         if len(self.train_blend[0]) == 1:
             return self.phases
         return tuple(phase.from_sample(first[path]) for phase, first in self._first_samples)
+
+    def exclusions_of(self, path: str) -> list[Exclusion]:
+        """The documents of a corpus that are left out, from which of its samples on."""
+        paths, weights = self.train_blend
+        found = []
+        for first_sample, pairs in self.left_out:
+            number, first_place = paths.index(path), first_sample
+            if len(paths) > 1 and first_sample:
+                assert weights is not None
+                first_place = samples_by_corpus(weights, first_sample)[number]
+            documents = [document for corpus, document in pairs if corpus == number]
+            if documents:
+                found.append(Exclusion(first_place, np.array(sorted(documents))))
+        return found
 
     @cached_property
     def _first_samples(self) -> list[tuple[Phase, dict[str, int]]]:

@@ -61,22 +61,25 @@ def stock_indices(
     Raises:
         UsageError: bags that keep to their document are left, which hold padding.
     """
-    unread = stream.samples[samples_read:].astype(np.int64)
+    samples = stream.samples.astype(np.int64)
     length, switch_sample = layout.sequence_length, layout.phases[-1].first_sample
-    left_over = _left_of_bags(unread[unread < switch_sample], layout)
+    left_over = _left_of_bags(samples, layout, samples_read)
     np.random.RandomState([seed, 0, _LEFT_OF_PHASE_1]).shuffle(left_over)
-    plain = unread[unread >= switch_sample] - switch_sample
-    begins = np.concatenate([left_over, layout.begins[-1] + plain * length])[: len(unread)]
+    plain = samples[max(switch_sample, samples_read) :] - switch_sample
+    begins = np.concatenate([left_over, layout.begins[-1] + plain * length])
+    begins = begins[: len(samples) - samples_read]
     return _indices(stream, begins, begins + length, samples_read)
 
 
-def _left_of_bags(samples: NDArray[np.int64], layout: SampleLayout) -> NDArray[np.int64]:
+def _left_of_bags(
+    samples: NDArray[np.int64], layout: SampleLayout, samples_read: int
+) -> NDArray[np.int64]:
     """Where the plain samples begin that samples of bags are made of."""
     begins = [np.zeros(0, dtype=np.int64)]
     bounds = [phase.first_sample for phase in layout.phases]
     for index, (first, end) in enumerate(pairwise(bounds)):
         phase = layout.phases[index]
-        unread = samples[(samples >= first) & (samples < end)] - first
+        unread = samples[max(first, samples_read) : end] - first
         if len(unread) and phase.document_multiple > 1:
             raise UsageError(
                 f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "

@@ -92,9 +92,14 @@ class SampleLayout:
         ]
         return (0, *accumulate(lengths))
 
-    def span(self, sample: int) -> tuple[int, int]:
-        """First position of a sample, and the position behind its look-ahead."""
-        index = self.phase_of(sample)
+    def span(self, sample: int, index: int | None = None) -> tuple[int, int]:
+        """First position of a sample, and the position behind its look-ahead.
+
+        Args:
+            sample: which.
+            index: of the phase in whose length it is read; None for the one it belongs to.
+        """
+        index = self.phase_of(sample) if index is None else index
         phase = self.phases[index]
         begin = self.begins[index] + (sample - phase.first_sample) * self.tokens(phase)
         return begin, begin + self.tokens(phase) + phase.look_ahead
@@ -111,11 +116,20 @@ class SampleLayout:
         phase = self.phases[index]
         return phase.first_sample - (self.begins[index] - position) // self.tokens(phase)
 
-    def samples_in(self, begin: int, end: int) -> range:
-        """The samples with text in the positions from ``begin`` up to ``end``, excluded."""
+    def samples_in(self, begin: int, end: int, index: int) -> range:
+        """Samples with text or look-ahead in the positions from ``begin`` up to ``end``, excluded.
+
+        Args:
+            begin: first position.
+            end: position behind the last.
+            index: of their phase, which is taken to go on for ever.
+        """
+        phase, start = self.phases[index], self.begins[index]
+        length, first = self.tokens(phase), phase.first_sample
         if begin >= end:
             return range(0)
-        return range(self.first_sample_from(begin + 1) - 1, self.first_sample_from(end))
+        before = max((begin - phase.look_ahead - start) // length, 0)
+        return range(first + before, first + max(-((start - end) // length), 0))
 
     def text_order(self) -> list[dict[str, Any]]:
         """All that the order of the text depends on, as plain values."""
@@ -292,6 +306,23 @@ class TokenStream:
             for name, path in cls.paths(prefix).items()
         }
         return cls(**arrays)
+
+    def samples_with(
+        self, documents: NDArray[Any], layout: SampleLayout, index: int
+    ) -> NDArray[np.int64]:
+        """The samples of a phase that hold tokens of documents, in text or look-ahead.
+
+        Args:
+            documents: [n] indices in the corpus.
+            layout: where the samples lie.
+            index: of the phase, which is taken to go on for ever.
+        """
+        found = [
+            np.asarray(layout.samples_in(begin, end, index), dtype=np.int64)
+            for place in np.flatnonzero(np.isin(self.documents, documents))
+            for begin, end in [self.starts[place : place + 2].tolist()]
+        ]
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
 
     def read(
         self, source: TokenSource, begin: int, end: int

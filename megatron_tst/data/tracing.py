@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tst.data.dataset import SuperpositionGPTDataset
+from megatron_tst.data.stream import SampleLayout, TokenStream
 from megatron_tst.settings.phases import Phase
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
@@ -180,19 +182,20 @@ class _Reader:
 def _places_of(dataset: SuperpositionGPTDataset, document: int) -> NDArray[Any]:
     """Places of a dataset whose samples may read a document."""
     if dataset.is_superposed:
-        order, stream = dataset.stream.samples, dataset.stream
-        samples = [
-            sample
-            for occurrence in np.flatnonzero(stream.documents == document).tolist()
-            for sample in dataset.layout.samples_in(
-                int(stream.starts[occurrence]), int(stream.starts[occurrence + 1])
-            )
-        ]
-    else:
-        order, starts = dataset.shuffle_index, dataset.sample_index[:, 0]
-        samples = []
-        for occurrence in np.flatnonzero(dataset.document_index == document).tolist():
-            # A sample ends in the document in which the next one begins.
-            first = int(starts.searchsorted(occurrence, side="left")) - 1
-            samples += range(max(first, 0), int(starts.searchsorted(occurrence, side="right")))
-    return np.flatnonzero(np.isin(order, np.array(samples, dtype=np.int64)))
+        return _places_in_stream(dataset.stream, dataset.layout, document)
+    starts = dataset.sample_index[:, 0]
+    samples: list[int] = []
+    for occurrence in np.flatnonzero(dataset.document_index == document).tolist():
+        # A sample ends in the document in which the next one begins.
+        first = int(starts.searchsorted(occurrence, side="left")) - 1
+        samples += range(max(first, 0), int(starts.searchsorted(occurrence, side="right")))
+    return np.flatnonzero(np.isin(dataset.shuffle_index, np.array(samples, dtype=np.int64)))
+
+
+def _places_in_stream(stream: TokenStream, layout: SampleLayout, document: int) -> NDArray[Any]:
+    bounds = [*(phase.first_sample for phase in layout.phases), len(stream.samples)]
+    found = []
+    for index, (first, end) in enumerate(pairwise(bounds)):
+        samples = stream.samples_with(np.array([document]), layout, index)
+        found.append(first + np.flatnonzero(np.isin(stream.samples[first:end], samples)))
+    return np.concatenate(found)

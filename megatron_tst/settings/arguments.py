@@ -24,6 +24,14 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         "unlimited without.",
     )
     group.add_argument(
+        "--tst-exclude-documents",
+        metavar="FILE",
+        help="Documents that the train split is to leave out, a line CORPUS:INDEX each as "
+        "tools/trace_data.py prints them; at a resume from there on.",
+    )
+    # What a checkpoint and the list leave out, from which sample on.
+    parser.set_defaults(tst_left_out=[])
+    group.add_argument(
         "--tst-verify-checkpoint",
         choices=get_args(CheckpointVerification),
         default="sample",

@@ -18,6 +18,7 @@ from megatron_tst.settings.batch_arguments import batch_sizes_from_args, refuse_
 from megatron_tst.settings.conflicts import refuse_conflicting_arguments
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import check_data_files, check_data_vocabulary
+from megatron_tst.training.exclusions import leave_out_documents
 from megatron_tst.training.finished import evaluate_only
 from megatron_tst.training.resume import check_resume, record_settings
 
@@ -43,6 +44,8 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     check_data_vocabulary(args)
     record_settings(args, schedule)
     steps_done = check_resume(args, schedule)
+    if not args.skip_train:
+        leave_out_documents(args, schedule.batch_sizes.samples_at(steps_done))
     refuse_unusable_batch_sizes(args, steps_done)
     if steps_done >= schedule.total_steps and not args.skip_train:
         evaluate_only(args, steps_done, schedule.total_steps)

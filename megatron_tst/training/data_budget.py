@@ -6,9 +6,11 @@ from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
+from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
@@ -51,7 +53,7 @@ def check_data_budget(
         print_rank_0(f"> data budget: not counted, as {remote[0]} is in object storage")
         return schedule
     _, share = bounds
-    texts = [TrainText(path, share) for path in paths]
+    texts = [TrainText(path, share, _absent(config, path)) for path in paths]
     # Without weights upstream reads from each as much as it holds.
     shares = weights or [text.tokens or 1 for text in texts]
     budgets = data_budget(schedule, texts, shares)
@@ -67,6 +69,12 @@ def check_data_budget(
     text = sum(budget.phase_1 for budget in budgets)
     places = text + sum(budget.phase_1_padding for budget in budgets)
     return replace(schedule, text_share=text / places) if places > text else schedule
+
+
+def _absent(config: SuperpositionGPTDatasetConfig, path: str) -> NDArray[Any]:
+    """The documents that are no part of a corpus from the start."""
+    left_out = [each.documents for each in config.exclusions_of(path) if not each.first_place]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *left_out])
 
 
 def _as_dict(budget: CorpusBudget) -> dict[str, Any]:

@@ -182,5 +182,6 @@ def dataset_config_from_args(
         inter_document_masking=args.dataloader_inter_document_masking,
         superposition=schedule.config,
         phases=schedule.phases,
+        left_out=getattr(args, "tst_left_out", []),
         reads_train_split=not args.skip_train,
     )

@@ -93,6 +93,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     saved = getattr(saved_args, "tst_settings", None) or {"bag_size": 1}
     current = _settings(args, schedule)
     args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
+    args.tst_left_out = getattr(saved_args, "tst_left_out", [])
     is_superposed = not saved["bag_size"] == current["bag_size"] == 1
     if is_superposed:
         _refuse_other_settings(args, saved, current)

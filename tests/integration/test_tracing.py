@@ -16,7 +16,8 @@ from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.tracing import DataTrace, Passage, TracedSample
 from megatron_tst.training.traced_run import open_run
 from tests.corpus import write_corpus
-from tests.runs import SmallRun
+from tests.integration.test_bad_input import assert_messages
+from tests.runs import Check, SmallRun
 from tests.survival import MAIN
 from tests.zygote import Launcher
 from tools import trace_data
@@ -198,3 +199,80 @@ def test_what_cannot_be_traced(
     for message, arguments in cases.items():
         assert trace_data.main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_documents_are_left_out_from_a_resume_on(
+    launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
+) -> None:
+    """Twice, in phase 1 and in phase 2; and what was read before stays what it was."""
+    if "tst-bag-size" not in run.overrides:
+        pytest.skip("a baseline goes on with all documents")
+    planned = all_samples(trace)
+    resumed, listed = run.with_(tmp_path / "run"), tmp_path / "list.txt"
+    expected, absent = planned, set[str]()
+    # The steps that are kept, and those after which the next start ends.
+    for done, stop in ((3, 6), (6, TOTAL)):
+        source = run.folder if done == 3 else resumed.folder
+        new = {f"{p.corpus}:{p.document}" for p in expected[-1].passages}
+        new |= {f"other:{p.document}" for p in expected[-2].passages if "other" in p.corpus}
+        listed.write_text("# bad\n" + "\n".join(sorted(new)) + "\n")
+        absent |= {name.rsplit("/")[-1] for name in new}
+        start = resumed.with_(
+            load=source / "checkpoints",
+            ckpt_step=done,
+            exit_interval=stop,
+            tst_exclude_documents=listed,
+        )
+        environment = {"RECORD_BATCHES": str(resumed.folder / f"batches-{stop}")}
+        launcher.run(start.argv, resumed.log, main=MAIN, environment=environment)
+        with open_run(resumed.folder) as opened:
+            found = all_samples(opened.data)
+        assert [s for s in found if s.step <= done] == [s for s in expected if s.step <= done]
+        later = [p for s in found if s.step > done for p in s.passages]
+        assert not absent & {f"{Path(p.corpus).name}:{p.document}" for p in later}
+        assert [(s.step, s.place) for s in found] == [(s.step, s.place) for s in planned]
+        expected = found
+    batches = {key: rows for key, rows in trained_on(resumed).items() if rows}
+    rows_of = defaultdict(list)
+    for sample in expected:
+        if sample.step > 3:
+            rows_of[sample.step, 0].append(text_of(sample))
+    assert dict(rows_of) == batches
+    assert resumed.scalars()["tst/data tokens"][TOTAL] == run.scalars()["tst/data tokens"][TOTAL]
+
+
+def test_a_run_goes_on_without_the_list(
+    launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
+) -> None:
+    """A new run without some documents; its checkpoint knows them."""
+    passages = {p for sample in all_samples(trace) for p in sample.passages}
+    listed = tmp_path / "list.txt"
+    document = next(p.document for p in passages if p.corpus.endswith("other"))
+    listed.write_text(f"other:{document}  tokens 0 to 4  'first words'\n")
+    first = run.with_(tmp_path / "run", exit_interval=3)
+    launcher.run(first.with_(tst_exclude_documents=listed).argv, first.log)
+    launcher.run(first.with_(exit_interval=None).argv, first.log)
+    assert "> 1 documents are left out from sample 0 on" in first.log.read_text()
+    with open_run(first.folder) as opened:
+        corpus = opened.data.corpora[1]
+        assert opened.data.document(corpus, document) == []
+
+
+def test_lists_that_are_refused(check: Check, run: SmallRun, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    contents = {
+        "other:20": r"list.txt, line 1: \S*other has documents 0 to 19, and no 20\.",
+        "\nothers:2": r"list.txt, line 2: 'others:2': write CORPUS:INDEX with one of ",
+        "text:1": "leaves 1 documents out of a run of --tst-bag-size 1 that has begun",
+    }
+    runs: list[SmallRun] = []
+    expected: list[str | None] = []
+    for number, (content, message) in enumerate(contents.items()):
+        path = listed.with_stem(f"{number}-list")
+        path.write_text(content)
+        runs.append(run.with_(tst_exclude_documents=path, ckpt_step=3))
+        expected.append(message)
+    if "tst-bag-size" in run.overrides:
+        expected[-1] = None
+    runs.append(run.with_(tst_exclude_documents=tmp_path / "none", ckpt_step=3))
+    assert_messages(check(runs), [*expected, "none cannot be read .*: pass a text file"])

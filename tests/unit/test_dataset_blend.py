@@ -63,7 +63,7 @@ def spans_read(blend: Any, places: range) -> dict[int, list[tuple[int, int]]]:
     for place in places:
         index, local = int(blend.dataset_index[place]), int(blend.dataset_sample_index[place])
         dataset = blend.datasets[index]
-        begin, _ = dataset.layout.span(dataset._sample(local))
+        begin, _ = dataset.span(local)
         found[index].append((begin, blend[place]["tokens"].numel()))
     return found
 
