@@ -11,8 +11,6 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.data.blend import find_corpus
 
-_FLAG = "--tst-exclude-documents"
-
 
 def leave_out_documents(args: Namespace, samples_read: int) -> None:
     """Adds the documents of ``--tst-exclude-documents`` to those that the checkpoint leaves out.
@@ -31,9 +29,9 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
         new = [pair for pair in _read_list(args) if pair not in before]
         if new and samples_read and args.tst_bag_size == 1:
             raise ValueError(
-                f"{_FLAG} {args.tst_exclude_documents} leaves {len(new)} documents out of a run of "
-                "--tst-bag-size 1 that has begun, whose order is Megatron's and depends on all "
-                "documents: start it again from its first step, or a new run from its weights with "
+                f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
+                "out of a run of --tst-bag-size 1 that has begun, whose order is "
+                "Megatron's and depends on all documents: start it again from its first step, or a new run from its weights with "
                 "--finetune."
             )
         if new:
@@ -48,7 +46,9 @@ def _read_list(args: Namespace) -> list[tuple[int, int]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{_FLAG} {path} cannot be read ({error}): pass a text file.") from error
+        raise ValueError(
+            f"--tst-exclude-documents {path} cannot be read ({error}): pass a text file."
+        ) from error
     blend, per_split = get_blend_and_blend_per_split(args)
     corpora: list[str] = (blend or (per_split or [None])[0] or ([], None))[0]
     counts = [len(IndexedDataset(corpus)) for corpus in corpora]
@@ -61,11 +61,11 @@ def _read_list(args: Namespace) -> list[tuple[int, int]]:
         try:
             corpus, document = find_corpus(entry, corpora)
         except ValueError as error:
-            raise ValueError(f"{_FLAG} {path}, line {number}: {error}") from error
+            raise ValueError(f"--tst-exclude-documents {path}, line {number}: {error}") from error
         if document >= counts[corpus]:
             raise ValueError(
-                f"{_FLAG} {path}, line {number}: {corpora[corpus]} has documents 0 to "
-                f"{counts[corpus] - 1}, and no {document}."
+                f"--tst-exclude-documents {path}, line {number}: {corpora[corpus]} has documents "
+                f"0 to {counts[corpus] - 1}, and no {document}."
             )
         found.add((corpus, document))
     return sorted(found)

@@ -245,6 +245,8 @@ def test_a_run_goes_on_without_the_list(
     launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
 ) -> None:
     """A new run without some documents; its checkpoint knows them."""
+    if "tst-document-boundary" in run.overrides:
+        pytest.skip("as bags that cross documents")
     passages = {p for sample in all_samples(trace) for p in sample.passages}
     listed = tmp_path / "list.txt"
     document = next(p.document for p in passages if p.corpus.endswith("other"))
