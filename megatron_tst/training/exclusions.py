@@ -30,9 +30,9 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
         if new and samples_read and args.tst_bag_size == 1:
             raise ValueError(
                 f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
-                "out of a run of --tst-bag-size 1 that has begun, whose order is "
-                "Megatron's and depends on all documents: start it again from its first step, or a new run from its weights with "
-                "--finetune."
+                "out of a run of --tst-bag-size 1 that has begun, whose order is Megatron's and "
+                "depends on all documents: start it again from its first step, or a new run from "
+                "its weights with --finetune."
             )
         if new:
             args.tst_left_out = [*args.tst_left_out, [samples_read, [list(pair) for pair in new]]]
