@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tst.common.errors import UsageError, command
+
 if TYPE_CHECKING:
     from megatron_tst.data.tracing import TracedSample
     from megatron_tst.training.traced_run import TracedRun
@@ -58,7 +60,7 @@ class Printer:
         self._micro_batch_size = options.micro_batch_size or run.args.micro_batch_size
         self._ranks = options.data_parallel_size or run.args.data_parallel_size
         if options.rank is not None and not 0 <= options.rank < self._ranks:
-            raise ValueError(
+            raise UsageError(
                 f"--rank {options.rank} is not among the {self._ranks} data-parallel ranks: pass "
                 "--data-parallel-size for another layout."
             )
@@ -97,7 +99,7 @@ def _steps(text: str) -> range:
     match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
     first, last = (int(part or match[1]) for part in match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
-        raise ValueError(f"--steps {text!r}: write A:B with 1 <= A <= B, such as 120:121.")
+        raise UsageError(f"--steps {text!r}: write A:B with 1 <= A <= B, such as 120:121.")
     return range(first, last + 1)
 
 
@@ -110,7 +112,7 @@ def _spikes(run: TracedRun, path: Path, count: int, say: Callable[[str], None]) 
 
     description = run_file(path)
     if description is None:
-        raise ValueError(
+        raise UsageError(
             f"--spikes needs a TensorBoard log, and --run {path} has none: use --steps."
         )
     losses = read_scalars(description.parent).get(TRAINING_LOSS, NOT_LOGGED)
@@ -133,8 +135,8 @@ def _trace(options: argparse.Namespace) -> None:
             for document in options.document:
                 try:
                     corpus, index = find_corpus(document, run.data.corpora)
-                except ValueError as error:
-                    raise ValueError(f"--document {error}") from error
+                except UsageError as error:
+                    raise UsageError(f"--document {error}") from error
                 printer.show(run.data.document(run.data.corpora[corpus], index))
             return
         if options.spikes is None:
@@ -148,6 +150,7 @@ def _trace(options: argparse.Namespace) -> None:
             printer.show(run.data.step(step))
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     options = parse_arguments(arguments)
@@ -158,11 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_tst import cpu
 
     cpu.activate()
-    try:
-        _trace(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _trace(options)
     return 0
 
 

@@ -74,14 +74,14 @@ def find_corpus(text: str, paths: Sequence[str]) -> tuple[int, int]:
         The place of the corpus among ``paths``, and the index of the document.
 
     Raises:
-        ValueError: another form, or no corpus or several of this name.
+        UsageError: another form, or no corpus or several of this name.
     """
     name, _, index = text.rpartition(":")
     named = [i for i, path in enumerate(paths) if name == path] or [
         i for i, path in enumerate(paths) if name in ("", os.path.basename(path))
     ]
     if len(named) != 1 or not index.isdecimal():
-        raise ValueError(f"{text!r}: write CORPUS:INDEX with one of {', '.join(paths)}.")
+        raise UsageError(f"{text!r}: write CORPUS:INDEX with one of {', '.join(paths)}.")
     return named[0], int(index)
 
 

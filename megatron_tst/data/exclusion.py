@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import SampleLayout, TokenStream
 
 
@@ -71,7 +72,7 @@ def build_without(
         exclusions: in the order of their resumes.
 
     Raises:
-        ValueError: the run would read its text once more than without them.
+        UsageError: the run would read its text once more than without them.
     """
     planned = builder.build(layout, num_samples)
     switch = layout.phases[-1].first_sample
@@ -96,7 +97,7 @@ def build_without(
             break
         margin += wanted - len(rest)
     if len(stream.documents) > len(planned.documents):
-        raise ValueError(
+        raise UsageError(
             f"--tst-exclude-documents leaves too little text of {builder.corpus}: the run would "
             "read it once more than planned. Shorten the run, or leave fewer documents out."
         )

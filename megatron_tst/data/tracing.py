@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.stream import SampleLayout, TokenStream
 from megatron_tst.settings.phases import Phase
@@ -90,10 +91,10 @@ class DataTrace:
         The order does not depend on the parallel layout, nor on where the run was resumed.
 
         Raises:
-            ValueError: the run has no such step.
+            UsageError: the run has no such step.
         """
         if not 1 <= step <= self.schedule.total_steps:
-            raise ValueError(
+            raise UsageError(
                 f"step {step} is not in the run, which has steps 1 to {self.schedule.total_steps}."
             )
         first, end = (self.schedule.batch_sizes.samples_at(s) for s in (step - 1, step))
@@ -108,12 +109,12 @@ class DataTrace:
             document: its index in the corpus.
 
         Raises:
-            ValueError: the corpus has no such document.
+            UsageError: the corpus has no such document.
         """
         number = self.corpora.index(corpus)
         documents = len(self._readers[number].sequence_lengths)
         if not 0 <= document < documents:
-            raise ValueError(
+            raise UsageError(
                 f"document {document} is not in {corpus}, which has documents 0 to {documents - 1}."
             )
         places = _places_of(self._corpora[number], document)

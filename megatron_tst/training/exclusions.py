@@ -9,6 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import find_corpus
 
 
@@ -21,14 +22,14 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
         samples_read: of the checkpoint.
 
     Raises:
-        ValueError: a list that cannot be read or names what is not there, or a resume of a run
+        UsageError: a list that cannot be read or names what is not there, or a resume of a run
             whose order cannot be kept.
     """
     if args.tst_exclude_documents is not None:
         before = {tuple(pair) for _, pairs in args.tst_left_out for pair in pairs}
         new = [pair for pair in _read_list(args) if pair not in before]
         if new and samples_read and args.tst_bag_size == 1:
-            raise ValueError(
+            raise UsageError(
                 f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
                 "out of a run of --tst-bag-size 1 that has begun, whose order is Megatron's and "
                 "depends on all documents: start it again from its first step, or a new run from "
@@ -46,7 +47,7 @@ def _read_list(args: Namespace) -> list[tuple[int, int]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"--tst-exclude-documents {path} cannot be read ({error}): pass a text file."
         ) from error
     blend, per_split = get_blend_and_blend_per_split(args)
@@ -60,10 +61,10 @@ def _read_list(args: Namespace) -> list[tuple[int, int]]:
             continue
         try:
             corpus, document = find_corpus(entry, corpora)
-        except ValueError as error:
-            raise ValueError(f"--tst-exclude-documents {path}, line {number}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"--tst-exclude-documents {path}, line {number}: {error}") from error
         if document >= counts[corpus]:
-            raise ValueError(
+            raise UsageError(
                 f"--tst-exclude-documents {path}, line {number}: {corpora[corpus]} has documents "
                 f"0 to {counts[corpus] - 1}, and no {document}."
             )

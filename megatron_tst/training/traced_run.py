@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from argparse import Namespace
@@ -16,6 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
+from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.tracing import DataTrace
@@ -59,7 +59,7 @@ def open_run(path: Path, data_path: list[str] | None = None) -> Iterator[TracedR
         data_path: ``--data-path`` or ``--train-data-path`` of corpora that have moved.
 
     Raises:
-        ValueError: no description of a run, other corpora than it had, or an order that this
+        UsageError: no description of a run, other corpora than it had, or an order that this
             project does not know.
     """
     source, args, steps_done = _read_arguments(path)
@@ -100,22 +100,19 @@ def _read_arguments(path: Path) -> tuple[Path, Namespace, int]:
     if description is None:
         try:
             folder = find_checkpoint(path)
-        except ValueError as error:
-            raise ValueError(
+        except UsageError as error:
+            raise UsageError(
                 f"--run {path} has no {RUN_FILE}, nor a checkpoint ({error}): pass the folder of "
                 "--tensorboard-dir or --save, or the one that holds tensorboard/."
             ) from error
         common = TorchDistCheckpoint(folder).read_common()
         args: Namespace = common["args"]
         if not hasattr(args, "tst_settings"):
-            raise ValueError(f"{folder} was not trained by python -m megatron_tst.pretrain.")
+            raise UsageError(f"{folder} was not trained by python -m megatron_tst.pretrain.")
         return folder, args, common["iteration"]
-    try:
-        arguments = json.loads(description.read_text(encoding="utf-8")).get("arguments")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{description} is damaged ({error}): pass a checkpoint.") from error
+    arguments = read_json_object(description, "pass a checkpoint").get("arguments")
     if arguments is None:
-        raise ValueError(
+        raise UsageError(
             f"{description} was written by an earlier version, without the arguments of the run: "
             "pass a folder with its checkpoints."
         )
@@ -126,12 +123,12 @@ def _read_arguments(path: Path) -> tuple[Path, Namespace, int]:
 def _schedule_of(source: Path, args: Namespace, steps_done: int) -> SuperpositionSchedule:
     for name in _OTHER_ORDERS:
         if getattr(args, name, None):
-            raise ValueError(
+            raise UsageError(
                 f"{source}: a run with --{name.replace('_', '-')} cannot be traced, because its "
                 "samples do not follow each other."
             )
     if args.dataloader_type != "single":
-        raise ValueError(
+        raise UsageError(
             f"{source}: a run with --dataloader-type {args.dataloader_type} cannot be traced, "
             "because its samples are shuffled again while they are read."
         )
@@ -139,14 +136,14 @@ def _schedule_of(source: Path, args: Namespace, steps_done: int) -> Superpositio
     saved = args.tst_settings
     other = [name for name, value in corpus_identity(args).items() if saved.get(name) != value]
     if other:
-        raise ValueError(
+        raise UsageError(
             f"{source}: the corpora of --data-path are not those of the run ({', '.join(other)}): "
             "pass the right ones with --data-path."
         )
     # Megatron lets a baseline go on with another batch size, and does not write that down.
     samples = schedule.batch_sizes.samples_at(steps_done)
     if args.consumed_train_samples != samples:
-        raise ValueError(
+        raise UsageError(
             f"{source}: {args.consumed_train_samples} samples were read in {steps_done} steps, and "
             f"its batch size makes that {samples}: it was another one before, which is not known. "
             "Trace a checkpoint from before the change."
