@@ -1,7 +1,7 @@
 """Runs plain Megatron in processes that cannot import this project.
 
 ``python stock_alone.py cases.json`` in a folder with copies of tests/stock_gpt.py and of the CPU
-platform with its kernels, then called ``cpu_for_megatron`` and ``native_for_megatron``. A case has
+platform with its kernels, then called ``cpu_for_megatron`` and so on. A case has
 the arguments of a run and its log. Each runs in a fork: the imports, which are most of the time,
 are paid once.
 """
@@ -21,6 +21,9 @@ from typing import Any
 
 _PROJECT = "megatron_tst"
 
+# What the CPU platform consists of.
+_ROOMS = ("cpu", "common", "ops/native")
+
 
 class _NotThisProject(MetaPathFinder):
     """Ends every attempt to import the project, by Megatron or by an unpickled checkpoint."""
@@ -33,13 +36,17 @@ class _NotThisProject(MetaPathFinder):
 def copy_to(folder: Path) -> Path:
     """Copies what a plain run needs, under other names; returns the script to run."""
     tests = Path(__file__).parent
-    for name in ("cpu", "native"):
-        shutil.copytree(tests.parent / _PROJECT / name, folder / f"{name}_for_megatron")
+    rooms = {f"{_PROJECT}.{room.replace('/', '.')}": room for room in _ROOMS}
+    names = {module: f"{Path(room).name}_for_megatron" for module, room in rooms.items()}
+    for module, room in rooms.items():
+        shutil.copytree(tests.parent / _PROJECT / room, folder / names[module])
     for name in ("stock_gpt.py", "stock_alone.py"):
         shutil.copyfile(tests / name, folder / name)
     for path in [*folder.glob("*_for_megatron/*.py"), folder / "stock_gpt.py"]:
-        text = path.read_text().replace(f"{_PROJECT}.cpu", "cpu_for_megatron")
-        path.write_text(text.replace(f"{_PROJECT}.native", "native_for_megatron"))
+        text = path.read_text()
+        for module, name in names.items():
+            text = text.replace(module, name)
+        path.write_text(text)
     return folder / "stock_alone.py"
 
 
