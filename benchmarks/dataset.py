@@ -34,6 +34,7 @@ from megatron_tst import SuperpositionConfig
 from megatron_tst.corpus.indexed_writer import IndexHeader
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
+from megatron_tst.settings.phases import lay_out
 
 POSITIONS = 4096
 BAG_SIZE = 16
@@ -164,9 +165,9 @@ def superposed_config(prefix: Path, tokens: int) -> SuperpositionGPTDatasetConfi
     return SuperpositionGPTDatasetConfig(
         **settings(prefix, "superposed"),
         sequence_length=POSITIONS,
-        # The dataset takes the switch as a sample; the number of steps plays no part.
+        # The dataset goes by its phases; the number of steps plays no part.
         superposition=SuperpositionConfig(bag_size=BAG_SIZE, steps=1),
-        switch_sample=int(steps_of_phase_1),
+        phases=lay_out([(BAG_SIZE, int(steps_of_phase_1))]),
     )
 
 
@@ -189,9 +190,15 @@ def settings(prefix: Path, cache: str) -> dict[str, Any]:
     }
 
 
+def switch_of(config: GPTDatasetConfig) -> int:
+    """The first sample without bags."""
+    is_superposed = isinstance(config, SuperpositionGPTDatasetConfig)
+    return config.phases[-1].first_sample if is_superposed else 0
+
+
 def samples_of(config: GPTDatasetConfig, tokens: int) -> int:
     """Samples of one epoch, of both phases."""
-    switch = getattr(config, "switch_sample", 0)
+    switch = switch_of(config)
     in_phase_1 = switch * BAG_SIZE * config.sequence_length
     return int(switch + (tokens - in_phase_1 - BAG_SIZE) // config.sequence_length)
 
@@ -251,8 +258,8 @@ def compare_access(folder: Path, megabytes: int, rounds: int, accesses: int) -> 
     print("\n| tokens | dataset | median, us | 99th percentile, us | ours / Megatron (quartiles) |")
     print("|---|---|---|---|---|")
     for length, places in (
-        (BAG_SIZE * POSITIONS, range(config.switch_sample)),
-        (POSITIONS, range(config.switch_sample, samples)),
+        (BAG_SIZE * POSITIONS, range(switch_of(config))),
+        (POSITIONS, range(switch_of(config), samples)),
     ):
         plain = plain_config(prefix, length)
         theirs = open_again(plain, samples_of(plain, tokens))

@@ -33,6 +33,7 @@ from megatron_tst.corpus.huggingface_tokenizer import (
     load_huggingface_tokenizer,
 )
 from megatron_tst.corpus.tokenizer import CONFIG_FILE
+from megatron_tst.settings.phases import phase_at, phase_name, recorded_phases
 
 DtypeName = Literal["float32", "bfloat16"]
 _TOKENIZER_FILES = (
@@ -226,12 +227,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _warnings(args: Namespace, iteration: int, shape: ModelShape) -> list[str]:
     warnings = []
-    switch_step = getattr(args, "tst_switch_step", 0)
-    if switch_step and iteration <= switch_step:
+    phases = recorded_phases(getattr(args, "tst_settings", None))
+    last = max(iteration - 1, 0)
+    if (phase := phase_at(phases, last)).is_superposed:
         warnings.append(
-            f"The checkpoint is from step {iteration}, in phase 1 (the switch is at step "
-            f"{switch_step}): the model has seen nothing but bags of {args.tst_bag_size} tokens, "
-            "and its outputs are mixtures of a bag, not predictions of the next token."
+            f"The checkpoint is from step {iteration}, in {phase_name(phases, last)} (the switch "
+            f"is at step {phases[-1].first_step}): the model has seen nothing but bags of "
+            f"{phase.bag_size} tokens, and its outputs are mixtures of a bag, not predictions of "
+            "the next token."
         )
     unused = shape.padded_vocabulary - shape.vocabulary
     padding_unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size

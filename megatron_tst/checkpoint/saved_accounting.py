@@ -9,6 +9,12 @@ from typing import Any
 
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
+from megatron_tst.settings.phases import (
+    is_superposed,
+    phase_name,
+    recorded_phases,
+    switches_name,
+)
 
 _RELEASE = "release"
 
@@ -57,7 +63,7 @@ def check_accounting(name: str, common: Mapping[str, Any]) -> Accounting:
         return result
     _check_optimizer_steps(result, common, step, args)
     settings = getattr(args, "tst_settings", None) or {}
-    if settings.get("bag_size", 1) > 1:
+    if is_superposed(settings):
         _check_superposition(result, args, settings, step)
     else:
         _look_at_samples(result, args, step)
@@ -103,30 +109,31 @@ def _check_superposition(
     try:
         schedule = superposition_schedule_from_args(args)
         samples = args.consumed_train_samples
-        switch_step, switch_sample = settings["switch_step"], settings["switch_sample"]
+        phases = recorded_phases(settings)
     except (AttributeError, KeyError, ValueError) as error:
         result.notes.append(f"its --tst-* values cannot be compared ({error})")
         return
-    phase = "phase 1" if step < switch_step else "phase 2"
+    sizes = " and ".join(str(phase.bag_size) for phase in phases[:-1])
     result.summary = (
-        f"step {step} of {schedule.total_steps}, {phase}, switch at step {switch_step}, bags of "
-        f"{settings['bag_size']}, {samples:,} samples, {schedule.data_tokens(step):,} data tokens"
+        f"step {step} of {schedule.total_steps}, {phase_name(phases, step)}, "
+        f"{switches_name(phases)}, bags of {sizes}, {samples:,} samples, "
+        f"{schedule.data_tokens(step):,} data tokens"
     )
     expected = schedule.batch_sizes.samples_at(step)
     result.require(
         samples == expected or bool(getattr(args, "decrease_batch_size_if_needed", False)),
         f"{samples} samples were read in {step} steps, and its batch sizes make that {expected}",
     )
-    result.require(
-        schedule.switch_step == switch_step == args.tst_switch_step,
-        f"its switch is recorded at step {switch_step} (and {args.tst_switch_step}), and its "
-        f"--tst-* values put it at step {schedule.switch_step}",
-    )
-    result.require(
-        schedule.switch_sample == switch_sample,
-        f"its switch is recorded at sample {switch_sample}, and its --tst-* values put it at "
-        f"sample {schedule.switch_sample}",
-    )
+    for unit in ("step", "sample"):
+        was, now = (
+            " and ".join(str(getattr(phase, f"first_{unit}")) for phase in one[1:])
+            for one in (phases, schedule.phases)
+        )
+        result.require(
+            was == now,
+            f"its switch is recorded at {unit} {was}, and its --tst-* values put it at {unit} "
+            f"{now}",
+        )
 
 
 def _look_at_samples(result: Accounting, args: Namespace, step: int) -> None:

@@ -32,7 +32,7 @@ _SHOWN_TOKENS = 64
 _FIRST_POSITIONS, _LAST_POSITIONS = 6, 2
 _BAR_WIDTH = 30
 _PIPED_WIDTH = 160
-_PHASE_ONE_SETTINGS = ("variant", "document_boundary", "split", "seed")
+_ORDER = {name: known for name, known in SETTINGS.items() if known.orders_text}
 
 
 class TextDecoder:
@@ -69,13 +69,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     bags = parser.add_argument_group(
         "bags of phase 1, with the values given to training"
     ).add_argument
-    bags("--bag-size", type=int, metavar="S", help="--tst-bag-size")
+    for name, known in _ORDER.items():
+        is_needed = name == "bag_size"
+        bags(
+            _flag(name),
+            type=known.kind,
+            choices=tuple(known.choices) or None,
+            metavar="S" if is_needed else None,
+            help=known.flag if is_needed else f"{known.flag} (default: {known.default})",
+        )
     bags("--sequence-length", type=int, metavar="L", help="--seq-length")
     bags("--sample", type=int, nargs="+", metavar="I", help="samples, counted from 0 (default: 0)")
-    for name in ("variant", "document_boundary"):
-        known = SETTINGS[name]
-        flag = f"--{name.replace('_', '-')}"
-        bags(flag, choices=known.choices, help=f"{known.flag} (default: {known.default})")
     bags("--split", help="--split (default: all documents are for training)")
     bags("--seed", type=int, help="--seed (default: 1234)")
     bags(
@@ -113,12 +117,15 @@ def show_corpus(args: argparse.Namespace, console: Console) -> None:
         _show_bags(args, folder, decode, console)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _check_combination(args: argparse.Namespace) -> None:
-    names = (*_PHASE_ONE_SETTINGS, "sequence_length", "sample", "phase_1_samples")
-    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    given = [flag for flag, value in flags.items() if value is not None]
+    others = ("split", "seed", "sequence_length", "sample", "phase_1_samples")
+    given = list(_given(args, (*_ORDER, *others)))
     if args.bag_size is None and given:
-        raise UsageError(f"{given[0]} goes with --bag-size, which is missing: add it.")
+        raise UsageError(f"{_flag(given[0])} goes with --bag-size, which is missing: add it.")
     if args.bag_size is not None and args.sequence_length is None:
         raise UsageError(
             f"--bag-size {args.bag_size} goes with --sequence-length, which is missing: "
@@ -224,17 +231,16 @@ def _show_bags(
 ) -> None:
     from megatron_tst.corpus.inspection import PhaseOne, read_phase_1
 
-    given = {
-        name: value for name in _PHASE_ONE_SETTINGS if (value := getattr(args, name)) is not None
-    }
-    settings = PhaseOne(args.sequence_length, args.bag_size, samples=args.phase_1_samples, **given)
+    given = {name: known.default for name, known in _ORDER.items()} | _given(args, _ORDER)
+    order = _given(args, ("split", "seed"))
+    settings = PhaseOne(args.sequence_length, given, samples=args.phase_1_samples, **order)
+    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
     places = args.sample or [0]
     for place, sample in zip(
         places, read_phase_1(str(args.prefix), settings, places, folder), strict=True
     ):
         console.print(
-            f"\nsample {place} of phase 1: {settings.variant}, bags of {settings.bag_size}, "
-            f"documents {settings.document_boundary}, sequence length {settings.sequence_length}, "
+            f"\nsample {place} of phase 1: {said}, sequence length {settings.sequence_length}, "
             f"seed {settings.seed}, split {settings.split}",
             style="bold",
         )
@@ -244,6 +250,10 @@ def _show_bags(
             f"begins at token {sample.begin:,} of the stream; documents {documents}{more}"
         )
         console.print(_bags(sample, decode))
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def _bags(sample: PhaseOneSample, decode: TextDecoder) -> Table:

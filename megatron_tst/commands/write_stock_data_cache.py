@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_tst import cpu
 
     cpu.activate()
+    from megatron_tst.settings.phases import bags_name
     from megatron_tst.training.stock_data import write_stock_data
 
     written = write_stock_data(options.checkpoint, options.data_cache_path)
@@ -36,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"  --load {written.checkpoint.parent} --ckpt-step {written.step} "
         f"--data-cache-path {written.cache}"
     )
-    if written.step < written.switch_step:
+    schedule = written.schedule
+    if schedule.phase_at(written.step).is_superposed:
         print(
-            f"warning: phase 1 was to last {written.switch_step} steps and ends after "
-            f"{written.step}; the rest of its tokens is read in plain samples first.",
+            f"warning: {bags_name(schedule.phases)} was to last {schedule.switch_step} steps and "
+            f"ends after {written.step}; the rest of its tokens is read in plain samples first.",
             file=sys.stderr,
         )
     return 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.files import check_indexed_dataset
 from megatron_tst.data.stream import fill_up
 from megatron_tst.settings.batch_sizes import BatchSizes
-from megatron_tst.settings.config import DocumentBoundary, SuperpositionConfig
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Bags, bags_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
-# Stands for a phase 1 of unknown length. The order of an epoch that lies in phase 1 as a whole does
-# not depend on where phase 1 ends.
+# Stands for bags of unknown number. The order of an epoch that lies in a phase as a whole does not
+# depend on where the phase ends.
 _ENDLESS = 1 << 60
 
 
@@ -47,34 +49,34 @@ def open_corpus(path_prefix: str) -> IndexedDataset:
 
 @dataclass(frozen=True)
 class PhaseOne:
-    """All that the order of the samples of phase 1 depends on, as the flags of training give it.
+    """All that the order of the samples with bags depends on, as the flags of training give it.
 
     Attributes:
         sequence_length: ``--seq-length``.
-        bag_size: ``--tst-bag-size``.
-        variant: ``--tst-variant``.
-        document_boundary: ``--tst-document-boundary``.
+        superposition: settings of :class:`megatron_tst.SuperpositionConfig`, by name: those that
+            order the text.
         split: ``--split``; "1,0,0" for a corpus of ``--train-data-path``.
         seed: ``--seed``.
-        samples: samples of phase 1, its steps times the global batch size; None for a phase 1 of
-            an epoch or more, the first of which does not depend on it.
+        samples: samples with bags, their steps times the global batch size; None for an epoch or
+            more, the first of which does not depend on it.
+        bags: bag size and samples of each phase with bags, where there are several.
 
     Raises:
         UsageError: naming the flag of tst inspect, its value and the remedy.
     """
 
     sequence_length: int
-    bag_size: int
-    variant: str = "full"
-    document_boundary: DocumentBoundary = "cross"
+    superposition: Mapping[str, Any]
     split: str = "1,0,0"
     seed: int = 1234
     samples: int | None = None
+    bags: Bags = ()
 
     def __post_init__(self) -> None:
+        values = {**vars(self), **self.superposition}
         at_least = {"sequence_length": 1, "bag_size": 2, "seed": 0, "samples": 1}
         for name, minimum in at_least.items():
-            value = getattr(self, name)
+            value = values[name]
             if value is not None and value < minimum:
                 flag = "--phase-1-samples" if name == "samples" else f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is {value}: use {minimum} or more.")
@@ -85,6 +87,16 @@ class PhaseOne:
                 f"--split {self.split!r} gives training no share: pass it as to training, "
                 "for example 98,1,1."
             )
+
+    @cached_property
+    def schedule(self) -> SuperpositionSchedule:
+        """Of a run whose steps read a sample each."""
+        samples = self.samples or _ENDLESS
+        config = SuperpositionConfig(**self.superposition, steps=samples)
+        sizes = BatchSizes.constant(1)
+        return SuperpositionSchedule(
+            config, samples + 1, sizes, self.sequence_length, bags=self.bags
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class PhaseOneSample:
 def read_phase_1(
     path_prefix: str, settings: PhaseOne, places: Sequence[int], tokenizer: Path | None = None
 ) -> list[PhaseOneSample]:
-    """Reads samples of phase 1 through the dataset of training.
+    """Reads samples with bags through the dataset of training.
 
     The order of the text is worked out for the whole train split, as training does, and kept in a
     temporary folder meanwhile (12 bytes a document, and 4 a sample).
@@ -136,17 +148,6 @@ def read_phase_1(
 def _dataset_config(
     path_prefix: str, settings: PhaseOne, tokenizer: Path | None, cache: str
 ) -> SuperpositionGPTDatasetConfig:
-    # A step reads one sample.
-    samples = settings.samples or _ENDLESS
-    superposition = SuperpositionConfig(
-        bag_size=settings.bag_size,
-        steps=samples,
-        variant=settings.variant,
-        document_boundary=settings.document_boundary,
-    )
-    schedule = SuperpositionSchedule(
-        superposition, samples + 1, BatchSizes.constant(1), settings.sequence_length
-    )
     config = SuperpositionGPTDatasetConfig(
         random_seed=settings.seed,
         sequence_length=settings.sequence_length,
@@ -158,8 +159,8 @@ def _dataset_config(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
-        superposition=superposition,
-        phases=schedule.phases,
+        superposition=settings.schedule.config,
+        phases=settings.schedule.phases,
     )
     assert config.split_matrix is not None
     config.split_matrix[1:] = [None, None]
@@ -203,7 +204,8 @@ def _refuse_beyond(
     samples = settings.samples or max(per_epoch, 1)
     wrong = [place for place in places if not 0 <= place < samples]
     if wrong:
-        unit = "phase 1" if settings.samples else "an epoch of phase 1"
+        unit = bags_name(config.phases)
+        unit = unit if settings.samples else f"an epoch of {unit}"
         raise UsageError(
             f"--sample {wrong[0]} does not exist: {unit} has {samples} samples, counted from 0."
         )

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.stream import fill_up
 from megatron_tst.settings.config import SuperpositionConfig
-from megatron_tst.settings.phases import Phase
+from megatron_tst.settings.phases import Phase, bags_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.variants import OUTPUT_ONLY
 
 _CHUNK = 1 << 24
 # Of an epoch: rounding to whole tokens is no repetition.
@@ -85,9 +86,9 @@ class CorpusBudget:
     Attributes:
         path: of the corpus, without ``.bin`` or ``.idx``.
         available: tokens of its train split.
-        phase_1: tokens read in phase 1; without the padding of aligned bags.
-        phase_1_padding: places of bags in phase 1 that hold no token.
-        phase_2: tokens read in phase 2, or in the whole of a run without superposition.
+        phase_1: tokens read in bags; without the padding of aligned ones.
+        phase_1_padding: places of bags that hold no token.
+        phase_2: tokens read one by one, as all are in a run without superposition.
     """
 
     path: str
@@ -98,7 +99,7 @@ class CorpusBudget:
 
     @property
     def needed(self) -> int:
-        """Tokens read in both phases."""
+        """Tokens read in all phases."""
         return self.phase_1 + self.phase_2
 
     @property
@@ -112,8 +113,8 @@ def data_budget(
 ) -> list[CorpusBudget]:
     """What a run needs of each corpus: its weight in each phase, to within two samples.
 
-    Of aligned bags it knows the padding of the whole corpus, and of the part that phase 1 reads
-    only that it is about as much.
+    Of aligned bags it knows the padding of the whole corpus, and of the part that is read only
+    that it is about as much.
 
     Args:
         schedule: phases of the run.
@@ -165,7 +166,8 @@ def refuse_repetition(
     raised = math.ceil(worst.epochs * 100) / 100
     raise UsageError(
         f"--tst-max-epochs is {max_epochs:g} and this run reads {worst.path} {raised:g} times: "
-        f"{worst.needed:,} tokens ({worst.phase_1:,} in phase 1) of {worst.available:,}. "
+        f"{worst.needed:,} tokens ({worst.phase_1:,} in {bags_name(schedule.phases)}) of "
+        f"{worst.available:,}. "
         f"{' '.join(_ways_out(schedule, fits))} Or use more data, or --tst-max-epochs {raised:g}."
     )
 
@@ -173,11 +175,16 @@ def refuse_repetition(
 def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     config, steps = schedule.config, schedule.switch_step
     as_steps = config.resolved(steps)
-    without_bags = replace(as_steps, variant="output-only")
+    without_bags = replace(as_steps, variant=OUTPUT_ONLY.name)
     if not fits(without_bags):
         return ["Even without bags its tokens would not suffice: shorten the run."]
     if not config.superposes_input:
         return []
+    output_only = (
+        f"--tst-variant {OUTPUT_ONLY.name} reads no more tokens than a run without phase 1."
+    )
+    if schedule.bags:
+        return [output_only]
     sizes = [s for s in range(2, config.bag_size) if fits(replace(as_steps, bag_size=s))]
     longest = bisect_right(
         range(1, steps), 0, key=lambda count: not fits(replace(as_steps, steps=count))
@@ -186,7 +193,7 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     if longest:
         found.append(f"{'or' if found else 'What fits:'} {_phase_length(schedule, longest)}")
     fitting = " ".join(found) + "." if found else "No bag size and no length of phase 1 fits."
-    return [fitting, "--tst-variant output-only reads no more tokens than a run without phase 1."]
+    return [fitting, output_only]
 
 
 def _phase_length(schedule: SuperpositionSchedule, steps: int) -> str:

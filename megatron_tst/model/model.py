@@ -76,7 +76,7 @@ class SuperpositionModel(LanguageModule):
         return loss.transpose(0, 1).contiguous()
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        weights = self._target_weights(logits.device)
+        weights = self._target_weights(targets)
         if self.superposition.objective != "mce":
             if self.offset_loss_meter is not None:
                 losses = per_target_cross_entropy(logits, targets, self.tp_group)
@@ -99,7 +99,7 @@ class SuperpositionModel(LanguageModule):
         layer = self.output_layer
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else layer.weight
-        weights = self._target_weights(hidden.device) if targets.shape[-1] > 1 else None
+        weights = self._target_weights(targets) if targets.shape[-1] > 1 else None
         settings: dict[str, Any] = {
             "tp_group": self.tp_group,
             "sequence_parallel": layer.sequence_parallel,
@@ -113,12 +113,16 @@ class SuperpositionModel(LanguageModule):
         self.offset_loss_meter.add(by_offset, targets)
         return loss
 
-    def _target_weights(self, device: torch.device) -> Tensor | None:
+    def _target_weights(self, targets: Tensor) -> Tensor | None:
         if self.superposition.target_weighting == "uniform":
             return None
+        device, bag_size = targets.device, targets.shape[-1]
         # A plain attribute: a buffer would be cast to bf16 with the model.
-        if self._weights is None or self._weights.device != device:
-            weights = self.superposition.target_weights()
+        if self._weights is None or (self._weights.device, len(self._weights)) != (
+            device,
+            bag_size,
+        ):
+            weights = self.superposition.target_weights(bag_size)
             self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
         return self._weights
 

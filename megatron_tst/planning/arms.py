@@ -11,6 +11,7 @@ from megatron_tst.planning.loss_estimate import Estimate, LossModel, loss_model
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.variants import FULL, OUTPUT_ONLY
 
 ROUNDING = 1e-9
 """Relative; a budget that buys a published number of steps must not lose one of them."""
@@ -20,7 +21,10 @@ _LONGEST = 1000
 
 
 class Setting(NamedTuple):
-    """A bag size and the share of the steps in phase 1."""
+    """A bag size and the share of the steps in phase 1.
+
+    What is published, and so what is planned, has two phases: bags of one size, then tokens.
+    """
 
     bag_size: int
     step_ratio: float
@@ -96,6 +100,11 @@ class Arm:
         return self.schedule.total_steps
 
     @property
+    def phase_steps(self) -> tuple[int, int]:
+        """Steps of phase 1, none in a baseline, and of phase 2."""
+        return self.schedule.switch_step, self.steps - self.schedule.switch_step
+
+    @property
     def equivalent_tokens(self) -> int:
         """Latent positions of the whole run."""
         return self.schedule.equivalent_tokens(self.steps)
@@ -130,7 +139,11 @@ class Arms:
         return self._arm(SuperpositionConfig(), steps, self.losses.baseline(self.tokens(steps)))
 
     def superposed(
-        self, setting: Setting, steps: int, variant: str = "full", loss: Estimate | None = None
+        self,
+        setting: Setting,
+        steps: int,
+        variant: str = FULL.name,
+        loss: Estimate | None = None,
     ) -> Arm:
         """A run with superposition; its loss is estimated unless given."""
         config = SuperpositionConfig(
@@ -152,7 +165,7 @@ class Arms:
             high=max(full.high, none.high),
             outside=("no loss of output-only superposition is published: anywhere in the range",),
         )
-        return self.superposed(setting, steps, "output-only", estimate)
+        return self.superposed(setting, steps, OUTPUT_ONLY.name, estimate)
 
     def comparisons(self, tst: Arm) -> tuple[Comparison, ...]:
         """The run with superposition against baselines of equal FLOPs, loss and data."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_tst.common.units import quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
+from megatron_tst.settings.config import SETTINGS
 
 SHORTEST_PUBLISHED_STEPS = 20_000
 FEWEST_TOKENS_A_PARAMETER = 12.5
@@ -83,7 +84,7 @@ def _about_length(plan: Plan) -> Iterator[str]:
             f"A short run: {arm.steps} steps, and the shortest published one has "
             f"{SHORTEST_PUBLISHED_STEPS}. In short runs superposition can lose."
         )
-    recovery = arm.steps - arm.schedule.switch_step
+    _, recovery = arm.phase_steps
     if arm.schedule.config.superposes_output and recovery < _RECOVERY_STEPS:
         yield (f"Phase 2 has {recovery} steps; recovering from the switch takes a few thousand.")
     visited = size.matmul_parameters if size.is_mixture_of_experts else size.parameters
@@ -114,5 +115,5 @@ def describe(arm: Arm) -> str:
     config = arm.schedule.config
     if not config.enabled:
         return "baseline"
-    variant = "" if config.variant == "full" else f"{config.variant}, "
-    return f"{variant}s={config.bag_size}, r={config.step_ratio:g}"
+    variant = SETTINGS["variant"].named(config.variant)
+    return ", ".join(filter(None, (variant, f"s={config.bag_size}", f"r={config.step_ratio:g}")))

@@ -12,6 +12,7 @@ from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
 from megatron_tst.planning.limits import SHORTEST_PUBLISHED_STEPS, describe, warnings
 from megatron_tst.planning.loss_estimate import Estimate
+from megatron_tst.settings.config import SETTINGS
 
 FORMAT = "megatron-tst plan 1"
 
@@ -67,11 +68,14 @@ def superposition_flags(arm: Arm) -> str:
     config = arm.schedule.config
     if not config.enabled:
         return "--tst-bag-size 1"
-    variant = "" if config.variant == "full" else f" --tst-variant {config.variant}"
-    # A little above, so that the program's own count is not refused for its last digit.
-    epochs = f" --tst-max-epochs {arm.epochs * 1.001:.3f}" if arm.epochs > 1 else ""
-    steps = f"--tst-steps {arm.schedule.switch_step}"
-    return f"--tst-bag-size {config.bag_size} {steps}{variant}{epochs}"
+    flags = [f"--tst-bag-size {config.bag_size} --tst-steps {arm.phase_steps[0]}"]
+    variant = SETTINGS["variant"]
+    if variant.named(config.variant):
+        flags.append(f"{variant.flag} {config.variant}")
+    if arm.epochs > 1:
+        # A little above, so that the program's own count is not refused for its last digit.
+        flags.append(f"--tst-max-epochs {arm.epochs * 1.001:.3f}")
+    return " ".join(flags)
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -113,14 +117,14 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 def arm_as_json(arm: Arm) -> dict[str, Any]:
     """A run as plain values; the loss with its range and what it is extrapolated from."""
-    config, schedule = arm.schedule.config, arm.schedule
+    config = arm.schedule.config
     return {
         "variant": config.variant if config.enabled else "baseline",
         "bag_size": config.bag_size,
         "step_ratio": config.step_ratio or 0.0,
         "steps": arm.steps,
-        "phase_1_steps": schedule.switch_step,
-        "phase_2_steps": arm.steps - schedule.switch_step,
+        "phase_1_steps": arm.phase_steps[0],
+        "phase_2_steps": arm.phase_steps[1],
         "equivalent_tokens": arm.equivalent_tokens,
         "data_tokens": arm.data_tokens,
         "epochs": arm.epochs,
@@ -146,9 +150,8 @@ def _arms(plan: Plan) -> list[Arm]:
 def _cells(arm: Arm | None) -> list[str]:
     if arm is None:
         return ["not within reach", *[""] * (len(_COLUMNS) - 3)]
-    switch = arm.schedule.switch_step
     return [
-        f"{switch} + {arm.steps - switch}" if switch else str(arm.steps),
+        " + ".join(str(steps) for steps in arm.phase_steps if steps),
         quantity(arm.equivalent_tokens),
         quantity(arm.data_tokens),
         f"{arm.epochs:.2f}" + ("" if arm.fits_text else " (too many)"),

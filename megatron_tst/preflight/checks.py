@@ -60,7 +60,7 @@ class StageReport:
         rank: as which it was built.
         pipeline_rank: its stage.
         parameters: what it holds.
-        memory: by phase, "phase 1" and "phase 2", or "training" without superposition.
+        memory: by phase, "phase 1" and so on, or "training" without superposition.
     """
 
     rank: int
@@ -252,12 +252,11 @@ def _stage_report(
     schedule = report.schedule
     assert schedule is not None
     parameters = rank_parameters(args, stage)
-    steps = {"phase 1": 0, "phase 2": schedule.switch_step}
-    if not schedule.config.enabled:
-        steps = {"training": 0}
     memory = {
-        phase: phase_memory(args, stage, parameters, schedule, step)
-        for phase, step in steps.items()
+        f"phase {number}" if schedule.config.enabled else "training": phase_memory(
+            args, stage, parameters, phase, schedule.batch_sizes.size_at(phase.first_step)
+        )
+        for number, phase in enumerate(schedule.phases, start=1)
     }
     return StageReport(stage.rank, stage.pipeline_rank, parameters, memory)
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tst.preflight.activations import fp8_bytes, layer_bytes, micro_batches_in_flight
 from megatron_tst.preflight.rank_simulation import Stage, gradient_buffers
-from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.phases import Phase
 
 GIB = 1 << 30
 ALLOWANCE_BYTES = 6 * GIB
@@ -176,20 +176,19 @@ def phase_memory(
     args: argparse.Namespace,
     stage: Stage,
     parameters: RankParameters,
-    schedule: SuperpositionSchedule,
-    step: int,
+    phase: Phase,
+    batch: int,
 ) -> Memory:
-    """Memory of a rank in the phase of a step.
+    """Memory of a rank in a phase.
 
     Args:
         args: validated command line.
         stage: what the rank holds.
         parameters: of the rank.
-        schedule: phases of the run.
-        step: zero-based.
+        phase: of the run.
+        batch: sequences a step.
     """
     positions = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    batch = schedule.batch_sizes.size_at(step)
     count = max(batch // (args.micro_batch_size * args.data_parallel_size), 1)
     in_flight = micro_batches_in_flight(args, stage.pipeline_rank, count)
     is_first = stage.pipeline_rank == 0
@@ -200,8 +199,8 @@ def phase_memory(
         optimizer=optimizer_bytes(args, parameters),
         activations=positions * in_flight * _layers_bytes(args, stage)
         + _working_bytes(args, positions),
-        logits=_logit_bytes(args, positions, schedule, step) if is_last else 0.0,
-        inputs=_input_bytes(args, positions, schedule, step) if is_first else 0.0,
+        logits=_logit_bytes(args, positions, phase) if is_last else 0.0,
+        inputs=_input_bytes(args, positions, phase) if is_first else 0.0,
     )
 
 
@@ -228,13 +227,11 @@ def _working_bytes(args: argparse.Namespace, positions: int) -> float:
     return 2 * positions * sum(layer_bytes(whole, is_moe, is_fp8=False).values())
 
 
-def _logit_bytes(
-    args: argparse.Namespace, positions: int, schedule: SuperpositionSchedule, step: int
-) -> float:
+def _logit_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:
     logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
     if args.tst_loss_impl == "linear":
         return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
-    if schedule.phase_at(step).predicts_bags:
+    if phase.predicts_bags:
         # The gradient takes the place of the logits; torch's version keeps fp32 beside them.
         return (2 + 4 if args.tst_loss_impl == "torch" else 2) * logits
     is_engine = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
@@ -242,12 +239,10 @@ def _logit_bytes(
     return (2 if is_engine else 2 + 4) * logits
 
 
-def _input_bytes(
-    args: argparse.Namespace, positions: int, schedule: SuperpositionSchedule, step: int
-) -> float:
+def _input_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:
     """Token and label ids as int64, and the embedding with its fp32 sum."""
-    bag = schedule.bag_size_at(step)
-    return positions * (2 * 8 * bag + (2 + (4 if bag > 1 else 0)) * args.hidden_size)
+    embedding = (2 + 4 if phase.is_superposed else 2) * args.hidden_size
+    return positions * (2 * 8 * phase.bag_size + embedding)
 
 
 def checkpoint_bytes(args: argparse.Namespace, total_parameters: int) -> float:

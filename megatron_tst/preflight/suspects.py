@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.preflight.findings import Finding, note, warning
+from megatron_tst.settings.phases import bags_name, plain_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _PUBLISHED_RATIOS = (0.2, 0.4)
@@ -231,8 +232,9 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
     low, high = _PUBLISHED_RATIOS
     if not low <= ratio <= high:
         yield warning(
-            f"phase 1 takes {ratio:.3g} of the steps (--tst-step-ratio): published best is {low} "
-            f"to {high}; below there is little gain, above 0.5 no full recovery."
+            f"{bags_name(schedule.phases)} takes {ratio:.3g} of the steps (--tst-step-ratio): "
+            f"published best is {low} to {high}; below there is little gain, above 0.5 no full "
+            "recovery."
         )
     if schedule.config.bag_size > _LARGEST_PUBLISHED_BAG:
         yield warning(
@@ -243,12 +245,13 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
     if decay and schedule.switch_step > schedule.total_steps - decay:
         yield warning(
             f"the switch at step {schedule.switch_step} comes after the decay of the learning rate "
-            f"has begun at {schedule.total_steps - decay} (--lr-wsd-decay-iters {decay}): phase 2 "
-            "never has the full rate. Lower --tst-step-ratio."
+            f"has begun at {schedule.total_steps - decay} (--lr-wsd-decay-iters {decay}): "
+            f"{plain_name(schedule.phases)} never has the full rate. Lower --tst-step-ratio."
         )
-    if args.lr_warmup_iters and schedule.switch_step < args.lr_warmup_iters:
+    first_switch = schedule.phases[1].first_step
+    if args.lr_warmup_iters and first_switch < args.lr_warmup_iters:
         yield warning(
-            f"the switch at step {schedule.switch_step} comes before the end of the warm-up "
+            f"the switch at step {first_switch} comes before the end of the warm-up "
             f"(--lr-warmup-iters {args.lr_warmup_iters}): raise --tst-step-ratio."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from megatron_tst.common.units import quantity
 from megatron_tst.preflight.checks import Report
 from megatron_tst.preflight.memory import ALLOWANCE_BYTES, GIB
+from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _MEMORY_LINES = {
     "weights": "weights",
@@ -41,13 +43,7 @@ def summary_lines(report: Report) -> list[str]:
         f"{report.flops_per_step / args.world_size:.3g} a GPU",
     ]
     if schedule.config.enabled:
-        in_phase_1 = schedule.data_tokens(schedule.switch_step)
-        lines += [
-            f"phase 1      steps 0 to {schedule.switch_step - 1:,}, "
-            f"s = {schedule.config.bag_size}: {quantity(in_phase_1)} tokens",
-            f"phase 2      steps {schedule.switch_step:,} to {steps - 1:,}: "
-            f"{quantity(schedule.data_tokens(steps) - in_phase_1)}",
-        ]
+        lines += _phase_lines(schedule)
     lines.append(
         f"data         {quantity(schedule.data_tokens(steps))} tokens in {steps:,} steps "
         f"({quantity(schedule.equivalent_tokens(steps))} equivalent)"
@@ -58,6 +54,14 @@ def summary_lines(report: Report) -> list[str]:
     ]
     lines.append(f"checkpoint   {_checkpoints(report)}")
     return lines
+
+
+def _phase_lines(schedule: SuperpositionSchedule) -> Iterator[str]:
+    ends = [phase.first_step for phase in schedule.phases[1:]] + [schedule.total_steps]
+    for number, (phase, end) in enumerate(zip(schedule.phases, ends, strict=True), start=1):
+        text = quantity(schedule.data_tokens(end) - schedule.data_tokens(phase.first_step))
+        read = f", s = {phase.bag_size}: {text} tokens" if phase.is_superposed else f": {text}"
+        yield f"phase {number}      steps {phase.first_step:,} to {end - 1:,}{read}"
 
 
 def _ranks(report: Report) -> str:
@@ -98,9 +102,8 @@ def _checkpoints(report: Report) -> str:
     if not (args.save and args.save_interval):
         return size
     count = -(-schedule.total_steps // args.save_interval)
-    # That of the switch comes besides.
-    is_extra = schedule.config.enabled and schedule.switch_step % args.save_interval
-    count += 1 if is_extra else 0
+    # Those of the switches come besides.
+    count += sum(phase.first_step % args.save_interval != 0 for phase in schedule.phases)
     whole = f"{count * report.checkpoint_bytes / 1e12:.3g} TB"
     return f"{size}; {count:,} of them, if none is deleted, {whole}"
 
@@ -146,6 +149,7 @@ def report_as_json(report: Report, gpu_bytes: float) -> dict[str, Any]:
         return found
     steps, switch = schedule.total_steps, schedule.switch_step
     return found | {
+        "phases": [phase.record() for phase in schedule.phases],
         "world_size": args.world_size,
         "parameters": {
             "total": model.total,

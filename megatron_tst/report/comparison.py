@@ -27,6 +27,7 @@ from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
+from megatron_tst.settings.phases import is_superposed
 
 # Where steps of equal runs differ by more, something else had the machine.
 LARGEST_TIME_SPREAD = 1.1
@@ -260,12 +261,12 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
     Raises:
         UsageError: the arms are swapped, or their losses cannot be compared.
     """
-    if baseline.bag_size > 1:
+    if is_superposed(baseline.settings):
         raise UsageError(
             f"--baseline {baseline.name} is a TST run (bag size {baseline.bag_size}): "
             "swap the folders, or pass an ordinary run."
         )
-    if tst.bag_size == 1:
+    if not is_superposed(tst.settings):
         raise UsageError(
             f"--tst {tst.name} is a run without superposition (bag size 1): "
             "swap the folders, or pass a run with --tst-bag-size of 2 or more."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INITIAL_TRANSIENT = 0.05
 _CHARACTERS_A_LINE = 90
 _DIVERGED_STYLE = (0, (1, 1.5))
+_SWITCH_STYLE: dict[str, Any] = {"color": FOREGROUND, "linestyle": "--", "linewidth": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,8 @@ def draw_validation(
         canvas: where.
         groups: what to draw, baselines first.
         budget: horizontal axis.
-        matchup: whose switch is marked, and whose equal losses if they have one seed.
-        second_half: whether to show only the second half of phase 2.
+        matchup: whose switches are marked, and whose equal losses if they have one seed.
+        second_half: whether to show only the second half of the last phase.
     """
     drawn = [_draw_group(canvas, group, place, budget) for place, group in enumerate(groups)]
     curves = [curve for curve in drawn if curve is not None]
@@ -81,12 +83,13 @@ def draw_validation(
     longest = max((curve.spent[-1] for curve in curves), default=1.0)
     start = _INITIAL_TRANSIENT * longest
     if matchup is not None and matchup.pairs:
-        switch = _switch_spent(matchup, budget)
-        canvas.axes.axvline(switch, color=FOREGROUND, linestyle="--", linewidth=1.0, label="switch")
+        switches = np.mean([pair.spent_at_switches(budget) for pair in matchup.pairs], axis=0)
+        for switch, label in zip(switches, ["switch", *[""] * len(switches)], strict=False):
+            canvas.axes.axvline(switch, label=label, **_SWITCH_STYLE)
         if len(matchup.pairs) == 1 and budget != "data tokens":
             _mark_equal_loss(canvas, matchup, budget)
         if second_half:
-            start = (switch + float(matchup.pairs[0].tst.spent(budget)[-1])) / 2
+            start = (switches[-1] + float(matchup.pairs[0].tst.spent(budget)[-1])) / 2
             canvas.axes.set_xlim(start, longest + 0.02 * (longest - start))
     _frame(canvas, [(curve.spent, curve.mean) for curve in curves], start)
     canvas.axes.set_xlabel("training time (s)" if budget == "seconds" else budget)
@@ -106,8 +109,8 @@ def draw_training(canvas: Canvas, groups: list[Group]) -> None:
         canvas.axes.plot(x, y, color=COLOURS[place], label=group.label)
         for step, loss in zip(x, y, strict=True):
             canvas.say(step, loss, f"{group.label}: {loss:.4f} at step {step:.0f}")
-        if run.switch_step:
-            canvas.axes.axvline(run.switch_step, color=FOREGROUND, linestyle="--", linewidth=1.0)
+        for phase in run.phases[1:]:
+            canvas.axes.axvline(phase.first_step, **_SWITCH_STYLE)
         curves.append((x, y))
     _frame(canvas, curves, _INITIAL_TRANSIENT * max(x[-1] for x, _ in curves))
     canvas.axes.set_xlabel("optimizer step")
@@ -154,10 +157,6 @@ def _draw_diverged(canvas: Canvas, run: RunResult, place: int, budget: Budget) -
     canvas.axes.plot(x[-1:], y[-1:], "x", color=COLOURS[place], markersize=8)
     for spent, loss in zip(x, y, strict=True):
         canvas.say(spent, loss, f"{run.name}, diverged: {loss:.4f} at {amount(budget, spent)}")
-
-
-def _switch_spent(matchup: Matchup, budget: Budget) -> float:
-    return float(np.mean([pair.spent_at_switch(budget) for pair in matchup.pairs]))
 
 
 def _mark_equal_loss(canvas: Canvas, matchup: Matchup, budget: Budget) -> None:

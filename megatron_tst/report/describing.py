@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import log, prod
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.events import FloatArray, Series
+from megatron_tst.settings.phases import Phase, is_superposed, lay_out
 from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.variants import FULL, VARIANTS
 
 Status = Literal["finished", "diverged", "unfinished"]
 Setting = str | int | float | bool
@@ -48,7 +50,7 @@ DATA_KEYS = (
     "sequence_length",
     "validation_tokens",
 )
-# Logged training losses kept as they are on each side of the switch, and means over the others.
+# Logged training losses kept as they are on each side of a switch, and means over the others.
 _KEPT_AT_SWITCH = 10
 _TRAINING_MEANS = 40
 # Nats a token. A model that ends this far above a uniform guess, or above the best that it had
@@ -80,14 +82,14 @@ def status_of(settings: Mapping[str, Setting], validation: Series, training: Ser
     """How a run ended.
 
     Args:
-        settings: of the run; ``switch_step``, ``total_steps`` and ``padded_vocab_size`` count.
+        settings: of the run; its phases, ``total_steps`` and ``padded_vocab_size`` count.
         validation: next-token losses.
         training: training losses as logged.
     """
     if not (np.isfinite(validation.values).all() and np.isfinite(training.values).all()):
         return "diverged"
-    # In phase 1 the validation loss is that of a model that reads bags, and may rise.
-    ordinary = validation.values[validation.steps > int(settings.get("switch_step", 0))]
+    # Before, the validation loss is that of a model that reads bags, and may rise.
+    ordinary = validation.values[in_last_phase(phases_of(settings), validation.steps)]
     if ordinary.size:
         vocabulary = settings.get("padded_vocab_size")
         uniform_guess = log(vocabulary) if isinstance(vocabulary, int) else np.inf
@@ -95,6 +97,21 @@ def status_of(settings: Mapping[str, Setting], validation: Series, training: Ser
             return "diverged"
     last = int(validation.steps[-1]) if validation.steps.size else 0
     return "finished" if last >= int(settings.get("total_steps", last)) else "unfinished"
+
+
+def phases_of(settings: Mapping[str, Setting]) -> tuple[Phase, ...]:
+    """Phases of a run by its settings, with as many samples as steps."""
+    if not is_superposed(settings):
+        return lay_out(())
+    bags = settings.get("bags", f"{settings['bag_size']}:{settings.get('switch_step', 0)}")
+    pairs = (part.split(":") for part in str(bags).split("+"))
+    variant = VARIANTS.get(str(settings.get("variant")), FULL)
+    return lay_out([(int(size), int(steps)) for size, steps in pairs], variant)
+
+
+def in_last_phase(phases: Sequence[Phase], steps: IntArray) -> npt.NDArray[np.bool_]:
+    """Whether the last of so many steps was one of the last phase, [n]."""
+    return steps > phases[-1].first_step
 
 
 def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting]:
@@ -106,6 +123,8 @@ def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting
     found = {**config.method(), "step_ratio": ratio, "switch_step": schedule.switch_step}
     if config.target_weighting != "power-law":
         found.pop("power_law_exponent")
+    if schedule.bags:
+        found["bags"] = "+".join(f"{size}:{steps}" for size, steps in schedule.bags)
     return found
 
 
@@ -147,27 +166,29 @@ def describe_machine(machine: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def thin_training_loss(series: Series, switch_step: int) -> tuple[IntArray, FloatArray]:
-    """Keeps what is near the switch and averages the rest over neighbours, never across it.
+def thin_training_loss(series: Series, phases: Sequence[Phase]) -> tuple[IntArray, FloatArray]:
+    """Keeps what is near a switch and averages the rest over neighbours, never across it.
 
     Returns:
-        Steps and losses, each [m], with m at most 60.
+        Steps and losses, each [m], with m at most 40 and 20 for each switch.
     """
     if not series.steps.size:
         return series.steps, series.values
-    switch = int(np.searchsorted(series.steps, switch_step, side="right"))
-    first, end = max(switch - _KEPT_AT_SWITCH, 0), switch + _KEPT_AT_SWITCH
-    if switch == 0:
-        end = 0
-    kept = [np.array([i]) for i in range(first, min(end, len(series.steps)))]
-    outside = [np.arange(first), np.arange(end, len(series.steps))]
-    share = _TRAINING_MEANS / max(sum(map(len, outside)), 1)
-    pieces = [*_split(outside[0], share), *kept, *_split(outside[1], share)]
+    is_kept = np.zeros(len(series.steps), dtype=bool)
+    for phase in phases[1:]:
+        if switch := int(np.searchsorted(series.steps, phase.first_step, side="right")):
+            is_kept[max(switch - _KEPT_AT_SWITCH, 0) : switch + _KEPT_AT_SWITCH] = True
+    share = _TRAINING_MEANS / max(int((~is_kept).sum()), 1)
+    stretches = np.split(np.arange(len(is_kept)), np.flatnonzero(np.diff(is_kept)) + 1)
+    pieces = [
+        piece
+        for stretch in stretches
+        for piece in _split(stretch, 1.0 if is_kept[stretch[0]] else share)
+    ]
     steps = np.array([round(float(series.steps[piece].mean())) for piece in pieces])
     losses = np.array([float(series.values[piece].mean()) for piece in pieces])
     return steps.astype(np.int64), losses
 
 
 def _split(indices: IntArray, share: float) -> Iterable[IntArray]:
-    count = min(len(indices), max(int(len(indices) * share), 1))
-    return np.array_split(indices, count) if count else []
+    return np.array_split(indices, min(len(indices), max(int(len(indices) * share), 1)))

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.units import TIMES, quantity
-from megatron_tst.report.describing import MODEL_SETTINGS, Setting
+from megatron_tst.report.describing import MODEL_SETTINGS, Setting, phases_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.settings.config import SETTINGS, default_weighting
+from megatron_tst.settings.phases import is_superposed
 
 SUPERPOSITION_SETTINGS = (
     *(name for name, known in SETTINGS.items() if known.is_method and name != "steps"),
     "switch_step",
+    "bags",
 )
 LENGTH_SETTINGS = ("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters")
 """What a run of another length has otherwise: its schedule is scaled with it."""
@@ -39,7 +41,7 @@ class Group:
     @property
     def is_baseline(self) -> bool:
         """Whether its runs have no superposition."""
-        return self.settings.get("bag_size", 1) == 1
+        return not is_superposed(self.settings)
 
     @property
     def counted(self) -> tuple[RunResult, ...]:
@@ -203,17 +205,15 @@ def _labels(settings: Sequence[dict[str, Setting]], counts: Sequence[int]) -> li
 
 def superposition_label(settings: Mapping[str, Setting]) -> str:
     """The superposition of a run, with what is not the published choice."""
-    size = int(settings.get("bag_size", 1))
-    if size == 1:
+    if not is_superposed(settings):
         return "baseline"
+    sizes = ",".join(str(phase.bag_size) for phase in phases_of(settings)[:-1])
     ratio = float(settings.get("step_ratio", 0))
-    parts = [f"s={size} r={ratio:.4g}"]
+    parts = [f"s={sizes} r={ratio:.4g}"]
     for name, known in SETTINGS.items():
-        value = settings.get(name, known.default)
         if name == "target_weighting":
             parts.append(weighting_label(settings) or "")
-        elif known.label and value != known.default:
-            parts.append(known.label.format(value))
+        parts.append(known.named(settings.get(name, known.default)))
     return " ".join(filter(None, parts))
 
 

@@ -6,11 +6,13 @@ A gap is the baseline's loss minus that of TST: positive where TST is ahead.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from megatron_tst.report.curves import first_reached, value_at
+from megatron_tst.report.describing import in_last_phase
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 
@@ -29,7 +31,7 @@ class EqualBudget:
         amount: how much both arms had spent; the smaller of their totals.
         baseline_loss: nats a token; None if the arm was first evaluated after ``amount``.
         tst_loss: likewise.
-        tst_in_superposition: whether TST was still in phase 1 at that point.
+        tst_in_superposition: whether TST still read bags at that point.
     """
 
     budget: Budget
@@ -112,15 +114,24 @@ class Pair:
             amount=amount,
             baseline_loss=value_at(spent[0], self.baseline.validation_loss, amount),
             tst_loss=value_at(spent[1], self.tst.validation_loss, amount),
-            tst_in_superposition=amount < self.spent_at_switch(budget),
+            tst_in_superposition=amount < self.spent_at_switches(budget)[-1],
         )
 
-    def spent_at_switch(self, budget: Budget) -> float:
-        """What TST had spent when phase 2 began, at the mean pace of phase 1."""
-        spent = self.tst.spent(budget)
-        in_phase_1 = np.flatnonzero(self.tst.steps <= self.tst.switch_step)
-        last = in_phase_1[-1] if in_phase_1.size else 0
-        return float(spent[last] * self.tst.switch_step / self.tst.steps[last])
+    def spent_at_switches(self, budget: Budget) -> list[float]:
+        """What TST had spent at each switch, at the mean pace of the phase before it."""
+        spent, steps, found = self.tst.spent(budget), self.tst.steps, [0.0]
+        for begin, end in pairwise(phase.first_step for phase in self.tst.phases):
+            before = found[-1]
+            # The last validation of the phase; without one the first behind it.
+            last = max(int(np.searchsorted(steps, end, side="right")) - 1, 0)
+            if steps[last] <= begin:
+                last = min(last + 1, len(steps) - 1)
+            if steps[last] <= begin:
+                # It was stopped before: the pace of all that it did.
+                begin, before = 0, 0.0
+            new = (spent[last] - before) * (end - begin) / (steps[last] - begin)
+            found.append(float(before + new))
+        return found[1:]
 
     def equal_loss(self, budget: Budget, target_of: Arm) -> EqualLoss:
         """Both validation curves where they first reach the final loss of one arm."""
@@ -140,21 +151,21 @@ class Pair:
         return Switch(self._jump(), self._steps_to_crossing())
 
     def _jump(self) -> float | None:
-        is_before = self.tst.training_steps <= self.tst.switch_step
-        before, after = self.tst.training_loss[is_before], self.tst.training_loss[~is_before]
+        is_after = in_last_phase(self.tst.phases, self.tst.training_steps)
+        before, after = self.tst.training_loss[~is_after], self.tst.training_loss[is_after]
         if not (before.size and after.size):
             return None
         return float(after[:_AROUND_SWITCH].mean() - before[-_AROUND_SWITCH:].mean())
 
     def _steps_to_crossing(self) -> float | None:
-        switch = self.tst.switch_step
-        steps = np.union1d(self.baseline.steps, self.tst.steps).astype(np.float64)
+        steps = np.union1d(self.baseline.steps, self.tst.steps)
         last = min(self.baseline.steps[-1], self.tst.steps[-1])
-        steps = steps[(steps > switch) & (steps <= last) & (steps >= self.baseline.steps[0])]
+        is_read = in_last_phase(self.tst.phases, steps) & (steps <= last)
+        steps = steps[is_read & (steps >= self.baseline.steps[0])].astype(np.float64)
         if not steps.size:
             return None
         excess = np.interp(steps, self.tst.steps, self.tst.validation_loss) - np.interp(
             steps, self.baseline.steps, self.baseline.validation_loss
         )
         reached = first_reached(steps, excess, 0.0)
-        return None if reached is None else reached - switch
+        return None if reached is None else reached - self.tst.switch_step

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.curve_plots import draw_training, draw_validation
+from megatron_tst.report.describing import in_last_phase
 from megatron_tst.report.drawing import Canvas, Plot, render
 from megatron_tst.report.families import Group
 from megatron_tst.report.gap_plots import (
@@ -21,6 +22,7 @@ from megatron_tst.report.gap_plots import (
 )
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.sweep import largest_sweep
+from megatron_tst.settings.phases import plain_name
 
 _DRAWN_SETTINGS = 3
 _DRAWN_GROUPS = 6
@@ -76,11 +78,11 @@ def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
         f"{diamonds}{band}{dotted}",
         partial(validation, budget="equivalent tokens"),
     )
-    if pair.tst.steps[-1] > pair.tst.switch_step:
+    if in_last_phase(pair.tst.phases, pair.tst.steps)[-1]:
         yield _Sketch(
             "end-of-run",
             "Equal FLOPs, end of the run",
-            f"The same curves over the second half of phase 2.{band}",
+            f"The same curves over the second half of {plain_name(pair.tst.phases)}.{band}",
             partial(validation, budget="equivalent tokens", second_half=True),
         )
     yield _Sketch(
@@ -111,7 +113,8 @@ def _offsets(best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "offset-loss",
             "Loss by position in the bag",
-            f"Phase 1 of {best.tst.label}: training loss of the i-th token of the predicted bag.",
+            f"Phase {len(best.pairs[0].tst.phases) - 1} of {best.tst.label}: training loss of the "
+            "i-th token of the predicted bag.",
             partial(draw_offsets, losses=losses),
         )
 

@@ -19,6 +19,7 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import estimate
 from megatron_tst.report.units import amount, gap_text, loss_text, ratio_text, signed
+from megatron_tst.settings.phases import bags_name
 
 _SIDE_BY_SIDE = 4
 
@@ -128,7 +129,8 @@ def equal_budget_table(pair: Pair, with_time: bool) -> Table:
     rows = []
     for name, budget in _budgets(with_time):
         reading = pair.equal_budget(budget)
-        phase = " (TST in phase 1)" if reading.tst_in_superposition else ""
+        phase = bags_name(pair.tst.phases)
+        phase = f" (TST in {phase})" if reading.tst_in_superposition else ""
         losses = (
             "not evaluated yet" if loss is None else f"{loss:.4f}"
             for loss in (reading.baseline_loss, reading.tst_loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from megatron_tst.report.describing import (
     describe_data,
     describe_machine,
     describe_settings,
+    phases_of,
     status_of,
     superposition_settings,
     thin_training_loss,
@@ -26,6 +28,7 @@ from megatron_tst.report.runs import (
     Run,
     read_run,
 )
+from megatron_tst.settings.phases import Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +52,8 @@ class RunResult:
         training_steps: [m].
         training_loss: nats a token, [m]; near the switch as logged, elsewhere means over
             neighbours.
-        offset_losses: phase 1 training loss of the i-th token of the predicted bag, averaged over
-            the last tenth of the phase, [bag_size] or [0].
+        offset_losses: training loss of the i-th token of the predicted bag, averaged over the last
+            tenth of the last phase with bags, [its bag size] or [0].
         command: command line; not part of a table of results.
     """
 
@@ -70,15 +73,20 @@ class RunResult:
     offset_losses: FloatArray = field(default_factory=lambda: np.zeros(0))
     command: str = ""
 
+    @cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """With as many samples as steps; a baseline has one."""
+        return phases_of(self.settings)
+
     @property
     def bag_size(self) -> int:
-        """Tokens a bag in phase 1; 1 for a baseline."""
-        return int(self.settings.get("bag_size", 1))
+        """Tokens in its largest bags; 1 for a baseline."""
+        return max(phase.bag_size for phase in self.phases)
 
     @property
     def switch_step(self) -> int:
-        """First step of phase 2; 0 for a baseline."""
-        return int(self.settings.get("switch_step", 0))
+        """First step of the last phase; 0 for a baseline."""
+        return self.phases[-1].first_step
 
     @property
     def total_steps(self) -> int:
@@ -120,7 +128,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
     run = read_run(folder, may_lack_scalars=status is not None)
     validation = run.validation
     training = run.series(TRAINING_LOSS)
-    training_steps, training_loss = thin_training_loss(training, run.schedule.switch_step)
+    training_steps, training_loss = thin_training_loss(training, run.schedule.phases)
     settings = _settings(run)
     return RunResult(
         name=name or folder.name,
@@ -159,9 +167,11 @@ def _settings(run: Run) -> dict[str, Setting]:
 
 def _offset_losses(run: Run) -> FloatArray:
     losses = []
-    for i in range(1, run.schedule.config.bag_size + 1):
-        series = run.scalars.get(f"{OFFSET_LOSS_PREFIX}{i}")
-        if series is None:
-            return np.zeros(0)
-        losses.append(float(series.values[-max(1, len(series.values) // 10) :].mean()))
+    for phase in run.schedule.phases[:-1][-1:]:
+        for i in range(1, phase.bag_size + 1):
+            series = run.series(f"{OFFSET_LOSS_PREFIX}{i}")
+            logged = series.values[series.steps > phase.first_step]
+            if not logged.size:
+                return np.zeros(0)
+            losses.append(float(logged[-max(1, len(logged) // 10) :].mean()))
     return np.array(losses)

@@ -38,6 +38,7 @@ _TEXT = {
     "quantity",
     "machine",
     "commit",
+    "bags",
     *(name for name, known in SETTINGS.items() if known.kind is str),
     "lr_decay_style",
     "lr_wsd_decay_style",

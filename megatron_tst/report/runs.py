@@ -12,6 +12,7 @@ from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.report.events import FloatArray, Series, read_scalars
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Phase, bags_of
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 Budget = Literal["equivalent tokens", "data tokens", "seconds"]
@@ -146,12 +147,15 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
     try:
+        # Runs of earlier versions have no list of phases, and one switch.
+        bags = bags_of([Phase(**phase) for phase in info.get("phases", ())])
         schedule = SuperpositionSchedule(
             config=SuperpositionConfig(**info["superposition"]),
             total_steps=info["total_steps"],
             batch_sizes=BatchSizes(tuple((first, size) for first, size in info["batch_sizes"])),
             sequence_length=info["sequence_length"],
             text_share=info["text_share"],
+            bags=bags if len(bags) > 1 else (),
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error

@@ -19,12 +19,14 @@ from megatron_tst.report.describing import (
     Setting,
     describe_data,
     describe_settings,
+    phases_of,
     status_of,
     thin_training_loss,
 )
 from megatron_tst.report.events import FloatArray, Series, read_scalars, read_texts
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import NOT_LOGGED, TRAINING_LOSS, VALIDATION_LOSS, seconds_at
+from megatron_tst.settings.phases import bags_of, is_superposed
 
 _ITERATION_TIME = "iteration-time"
 
@@ -53,11 +55,14 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
     settings = _settings(arguments, validation, stated)
     tokens_per_step = _tokens_per_step(folder, scalars, arguments, stated)
     equivalent = (validation.steps * tokens_per_step).astype(np.int64)
-    switch, bag_size = int(settings.get("switch_step", 0)), int(settings["bag_size"])
-    reads_bags = settings.get("variant") != "output-only"
-    in_phase_1 = np.minimum(validation.steps, switch) * tokens_per_step
+    phases = phases_of(settings)
+    # Positions more, in units of a step, that bags read.
+    extra = sum(
+        (phase.tokens_per_position - 1) * np.clip(validation.steps - phase.first_step, 0, length)
+        for phase, (_, length) in zip(phases, bags_of(phases), strict=False)
+    )
     training = scalars.get(TRAINING_LOSS, NOT_LOGGED)
-    training_steps, training_loss = thin_training_loss(training, switch)
+    training_steps, training_loss = thin_training_loss(training, phases)
     data = {**describe_data(arguments), **{k: v for k, v in stated.items() if k in DATA_KEYS}}
     return RunResult(
         name=name,
@@ -69,7 +74,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         steps=validation.steps,
         validation_loss=validation.values,
         equivalent_tokens=equivalent,
-        data_tokens=equivalent + (reads_bags * (bag_size - 1) * in_phase_1).astype(np.int64),
+        data_tokens=equivalent + np.asarray(extra * tokens_per_step).astype(np.int64),
         seconds=_seconds(scalars, validation),
         training_steps=training_steps,
         training_loss=training_loss,
@@ -103,7 +108,7 @@ def _settings(
     }
     settings.pop("tokens_per_step", None)
     settings.setdefault("total_steps", int(validation.steps[-1]))
-    if int(settings["bag_size"]) > 1:
+    if is_superposed(settings):
         if "switch_step" not in settings:
             raise UsageError(
                 f"bag_size={settings['bag_size']} is stated without switch_step: state the first "

@@ -11,6 +11,7 @@ from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
+from megatron_tst.settings.phases import bags_name, phase_at, phase_name
 
 NOT_REACHED = "not reached within the run"
 # Losses are quoted to three decimals; a smaller gap is no gap.
@@ -72,7 +73,9 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
     condition = f"{condition} ({amount(budget, spent)})"
     if gap is None:
         return f"{condition} the arms cannot be compared: one was first evaluated later."
-    phase = ", while still in phase 1" if any(r.tst_in_superposition for r in readings) else ""
+    phase = ""
+    if any(reading.tst_in_superposition for reading in readings):
+        phase = f", while still in {bags_name(matchup.pairs[0].tst.phases)}"
     losses = [
         sum(loss for loss in losses if loss is not None) / len(readings)
         for losses in (
@@ -231,10 +234,10 @@ def _cautions_on_runs(group: Group) -> Iterable[str]:
             f"{run.name} was last evaluated at step {last} of {run.total_steps}: its learning rate "
             f"had not finished its decay{use}."
         )
-        if last < run.switch_step:
+        if phase_at(run.phases, last).is_superposed:
             yield (
-                f"{run.name} was stopped in phase 1: it is not an ordinary language model yet, and "
-                "the verdict is not one about the method."
+                f"{run.name} was stopped in {phase_name(run.phases, last)}: it is not an ordinary "
+                "language model yet, and the verdict is not one about the method."
             )
 
 
@@ -264,13 +267,14 @@ def cost(reading: EqualLoss, arm: Arm) -> str:
 
 def jump_explanation(pair: Pair) -> str:
     """Why the training loss of a TST run is discontinuous."""
-    settings, s = pair.tst.settings, pair.tst.bag_size
-    if settings.get("variant", "full") == "input-only":
-        seen = f"in phase 1 it predicts the first token of a bag from bags of {s}"
+    phases = pair.tst.phases
+    sizes = " and then ".join(str(phase.bag_size) for phase in phases[:-1])
+    if phases[0].predicts_bags:
+        seen = f"it scores {sizes} tokens at once"
     else:
-        seen = f"in phase 1 it scores {s} tokens at once"
+        seen = f"it predicts the first token of a bag from bags of {sizes}"
     return (
         f"The training loss of TST jumps at step {pair.tst.switch_step} because it is another "
-        f"loss before: {seen}, afterwards the next token. "
+        f"loss before: in {bags_name(phases)} {seen}, afterwards the next token. "
         "The validation loss is the next-token loss throughout."
     )

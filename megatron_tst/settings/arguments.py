@@ -52,6 +52,11 @@ def _add_setting(group: argparse._ArgumentGroup, known: Setting) -> None:
     )
 
 
+def has_bags(args: argparse.Namespace) -> bool:
+    """Whether a command line, valid or not, asks for phases with bags."""
+    return bool(args.tst_bag_size > 1)
+
+
 def superposition_config_from_args(args: argparse.Namespace) -> SuperpositionConfig:
     """The superposition settings of a parsed command line.
 
@@ -76,6 +81,8 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
             total_steps=total_steps_from_args(args),
             batch_sizes=batch_sizes_from_args(args),
             sequence_length=args.seq_length,
+            # No flag sets it: a script may.
+            bags=getattr(args, "tst_bags", ()),
         )
 
 

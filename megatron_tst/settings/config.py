@@ -80,7 +80,8 @@ class SuperpositionConfig:
     bag_size: int = field(
         default=1,
         metadata=said(
-            "Tokens folded into one latent position in phase 1; 1 turns superposition off."
+            "Tokens folded into one latent position in phase 1; 1 turns superposition off.",
+            orders_text=True,
         ),
     )
     step_ratio: float | None = field(
@@ -99,6 +100,7 @@ class SuperpositionConfig:
             "Which side is superposed: bags in and out, bags in only, or bags out only.",
             choices=VARIANTS,
             label="{}",
+            orders_text=True,
         ),
     )
     target_weighting: str | None = field(
@@ -130,6 +132,7 @@ class SuperpositionConfig:
             "Whether bags run on from one document into the next, or each document begins a bag "
             "and fills up its last one with padding, which is masked.",
             label="{}",
+            orders_text=True,
         ),
     )
     loss_impl: LossImplementation = field(
@@ -220,11 +223,15 @@ class SuperpositionConfig:
         """Whether no bag of phase 1 holds tokens of two documents."""
         return self.enabled and self.document_boundary == "align"
 
-    def target_weights(self) -> tuple[float, ...]:
-        """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one."""
+    def target_weights(self, bag_size: int | None = None) -> tuple[float, ...]:
+        """Weights ``w_1 .. w_s`` of the tokens of a target bag, scaled to sum to one.
+
+        Args:
+            bag_size: s, where it is not that of the settings.
+        """
         assert self.target_weighting is not None
         law = WEIGHTINGS[self.target_weighting]
-        raw = [law(i, self.power_law_exponent) for i in range(1, self.bag_size + 1)]
+        raw = [law(i, self.power_law_exponent) for i in range(1, (bag_size or self.bag_size) + 1)]
         total = sum(raw)
         return tuple(weight / total for weight in raw)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.settings.arguments import has_bags
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
     Returns:
         Messages, each naming the argument, its value, the reason and the remedy.
     """
-    is_superposed = args.tst_bag_size > 1
+    is_superposed = has_bags(args)
     for conflict in _CONFLICTS:
         if conflict.is_refused(conflict.value(args)) and (
             is_superposed or conflict.at_any_bag_size
@@ -166,7 +167,7 @@ def _with_gated_delta_net(args: argparse.Namespace, setting: str) -> Iterator[st
 
 def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
     flag = "--dataloader-inter-document-masking"
-    if args.tst_bag_size > 1 and args.tst_document_boundary != "align":
+    if has_bags(args) and args.tst_document_boundary != "align":
         yield (
             f"{flag} does not work with --tst-bag-size {args.tst_bag_size} and "
             f"--tst-document-boundary {args.tst_document_boundary}: {_DOCUMENT_BOUNDARIES}. Use "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
-from megatron_tst.settings.phases import Phase, phase_of_sample
+from megatron_tst.settings.phases import Bags, Phase, lay_out, phase_at, phase_of_sample
 from megatron_tst.settings.setting_fields import SettingError
 from megatron_tst.settings.variants import VARIANTS
 
@@ -20,12 +21,15 @@ class SuperpositionSchedule:
         config: superposition settings.
         total_steps: optimizer steps of the whole run (N).
         batch_sizes: sequences a step.
-        sequence_length: latent positions a sequence (l), the same in both phases.
-        text_share: share of the places in the bags of phase 1 that hold text; below 1 where
-            documents are aligned, whose last bags are filled up with padding.
+        sequence_length: latent positions a sequence (l), the same in all phases.
+        text_share: share of the places in bags that hold text; below 1 where documents are
+            aligned, whose last bags are filled up with padding.
+        bags: where there are several phases with bags, the bag size and the steps of each. The
+            settings then have the largest bag size, and the steps of all of them.
 
     Raises:
-        UsageError: the switch falls on step 0 or on the last step.
+        UsageError: the switch falls on step 0 or on the last step, or bags do not go with the
+            settings.
     """
 
     config: SuperpositionConfig
@@ -33,8 +37,11 @@ class SuperpositionSchedule:
     batch_sizes: BatchSizes
     sequence_length: int
     text_share: float = 1.0
+    bags: Bags = ()
 
     def __post_init__(self) -> None:
+        if self.bags:
+            self._check_bags()
         if not self.config.enabled:
             return
         name = "step_ratio" if self.config.steps is None else "steps"
@@ -52,15 +59,22 @@ class SuperpositionSchedule:
                 **values,
             )
 
+    def _check_bags(self) -> None:
+        sizes, steps = zip(*self.bags, strict=True)
+        largest, length = self.config.bag_size, self._length_of_bags
+        if min(sizes) < 2 or min(steps) < 1 or (max(sizes), sum(steps)) != (largest, length):
+            raise UsageError(
+                f"bags are {self.bags}: pass bag sizes of 2 and more, the largest {largest}, and "
+                f"{length} steps in all, 1 or more for each, as the settings have it."
+            )
+
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
         """In the order of their steps; the first begins at step 0."""
-        plain = Phase(self._length_of_bags, self.batch_sizes.samples_at(self._length_of_bags))
-        if not self.config.enabled:
-            return (plain,)
-        config = self.config
+        config, length = self.config, self._length_of_bags
+        bags = self.bags or (((config.bag_size, length),) if length else ())
         variant = VARIANTS[config.variant]
-        return Phase(0, 0, config.bag_size, variant, config.aligns_documents), plain
+        return lay_out(bags, variant, config.aligns_documents, self.batch_sizes.samples_at)
 
     @property
     def _length_of_bags(self) -> int:
@@ -76,14 +90,9 @@ class SuperpositionSchedule:
         """First step of the last phase; 0 when superposition is off."""
         return self.phases[-1].first_step
 
-    @property
-    def switch_sample(self) -> int:
-        """Index of the first sample of the last phase."""
-        return self.phases[-1].first_sample
-
     def phase_at(self, step: int) -> Phase:
         """Phase of the optimizer step with this zero-based index."""
-        return [phase for phase in self.phases if phase.first_step <= step][-1]
+        return phase_at(self.phases, step)
 
     def phase_of_sample(self, sample: int) -> Phase:
         """Phase of the sample with this zero-based index."""
@@ -96,10 +105,6 @@ class SuperpositionSchedule:
     def bag_size_at(self, step: int) -> int:
         """Tokens that share a latent position, on the side that the variant superposes."""
         return self.phase_at(step).bag_size
-
-    def tokens_per_position_at(self, step: int) -> int:
-        """Data tokens read for each latent position: s in phase 1 when bags are read, else 1."""
-        return self.phase_at(step).tokens_per_position
 
     def equivalent_tokens(self, step: int) -> int:
         """Latent positions processed by the first ``step`` steps; FLOPs are proportional to it."""

@@ -41,6 +41,7 @@ class Setting:
         is_method: whether it decides what is trained: a resume must have the same value, and
             reports tell runs apart by it.
         is_axis: whether the runs of a study may differ in it.
+        orders_text: whether it decides which text a sample holds, and in which form.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Setting:
     label: str
     is_method: bool
     is_axis: bool
+    orders_text: bool
 
     @property
     def flag(self) -> str:
@@ -62,6 +64,10 @@ class Setting:
     def argument(self) -> str:
         """The name among parsed arguments."""
         return f"tst_{self.name}"
+
+    def named(self, value: object) -> str:
+        """How a report names a value; empty for the default, and where it has its own way."""
+        return self.label.format(value) if self.label and value != self.default else ""
 
     def check(self, value: object) -> None:
         """Raises a :class:`SettingError` for a value of another type, or that is no choice."""
@@ -84,13 +90,15 @@ def said(
     label: str = "",
     is_method: bool = True,
     is_axis: bool = True,
+    orders_text: bool = False,
 ) -> dict[str, Any]:
     """Metadata of a dataclass field: what a :class:`Setting` says of it beyond its type.
 
     Choices may be a mapping that grows; those of a ``Literal`` need not be given.
     """
-    rest = {"label": label, "is_method": is_method, "is_axis": is_axis}
-    return {_METADATA: {"help": help, "choices": choices, **rest}}
+    said = {"help": help, "choices": choices, "label": label}
+    uses = {"is_method": is_method, "is_axis": is_axis, "orders_text": orders_text}
+    return {_METADATA: {**said, **uses}}
 
 
 @cache

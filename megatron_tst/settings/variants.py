@@ -25,15 +25,22 @@ class Variant:
     fold_targets: Callable[[Any, int], Any]
 
 
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        # The next bag.
-        Variant("full", True, True, lambda following, s: following[s - 1 :].view(-1, s)),
-        # The first token of the next bag.
-        Variant("input-only", True, False, lambda following, s: following[s - 1 :: s]),
-        # The s tokens behind each position.
-        Variant("output-only", False, True, lambda following, s: following.unfold(0, s, 1)),
-    )
-}
+# Functions of a module, since data loaders pickle phases.
+def _next_bag(following: Any, s: int) -> Any:
+    return following[s - 1 :].view(-1, s)
+
+
+def _first_of_next_bag(following: Any, s: int) -> Any:
+    return following[s - 1 :: s]
+
+
+def _tokens_behind(following: Any, s: int) -> Any:
+    return following.unfold(0, s, 1)
+
+
+FULL = Variant("full", True, True, _next_bag)
+INPUT_ONLY = Variant("input-only", True, False, _first_of_next_bag)
+OUTPUT_ONLY = Variant("output-only", False, True, _tokens_behind)
+
+VARIANTS = {variant.name: variant for variant in (FULL, INPUT_ONLY, OUTPUT_ONLY)}
 """By name."""

@@ -53,6 +53,11 @@ class RunSettings:
         return cls(model, total_steps, learning_rate, seed, bag_size, tuple(changed))
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether it has no superposition."""
+        return self.bag_size == 1
+
+    @property
     def superposition(self) -> SuperpositionConfig:
         """Its superposition settings.
 
@@ -68,7 +73,7 @@ class RunSettings:
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}: use a number above 0.")
         SuperpositionSchedule(self.superposition, self.total_steps, BatchSizes.constant(1), 1)
-        if self.bag_size == 1 and self.changed:
+        if self.is_baseline and self.changed:
             raise UsageError(
                 f"bag_size is 1, and so {', '.join(dict(self.changed))} would be ignored: set "
                 "bag_size, or leave them out of a baseline."
@@ -79,7 +84,7 @@ class RunSettings:
         """Name of the run's folder, unique in a study: every setting that is not its default."""
         parts = [self.model, f"{self.total_steps}steps", f"lr{self.learning_rate:g}"]
         changed = dict(self.changed)
-        if self.bag_size == 1:
+        if self.is_baseline:
             parts.append("baseline")
         else:
             parts += [f"s{self.bag_size}", f"r{changed.pop('step_ratio'):g}"]
@@ -101,7 +106,7 @@ class RunSettings:
             # Megatron's seed must be above 0.
             *("--seed", str(self.seed + 1)),
         ]
-        if self.bag_size > 1:
+        if not self.is_baseline:
             for name, value in (("bag_size", self.bag_size), *self.changed):
                 arguments += [SETTINGS[name].flag, str(value)]
         return arguments

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
+from megatron_tst.settings.phases import bags_name, plain_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 
@@ -31,7 +32,7 @@ def check_data_budget(
         config: of its datasets.
 
     Returns:
-        The schedule, which knows how much of phase 1 is text.
+        The schedule, which knows how much of the bags is text.
 
     Raises:
         UsageError: the run reads a corpus more often than ``--tst-max-epochs``, which is 1 with
@@ -60,7 +61,7 @@ def check_data_budget(
     args.tst_data_budget = [_as_dict(budget) for budget in budgets]
     print_rank_0("> data budget, in tokens:")
     for budget in budgets:
-        print_rank_0(f"    {_line(budget)}")
+        print_rank_0(f"    {_line(budget, schedule)}")
     max_epochs = args.tst_max_epochs
     if max_epochs is None and schedule.config.enabled:
         max_epochs = 1.0
@@ -81,12 +82,13 @@ def _as_dict(budget: CorpusBudget) -> dict[str, Any]:
     return {**asdict(budget), "epochs": budget.epochs}
 
 
-def _line(budget: CorpusBudget) -> str:
+def _line(budget: CorpusBudget, schedule: SuperpositionSchedule) -> str:
     places = budget.phase_1 + budget.phase_1_padding
     padding = ""
     if budget.phase_1_padding:
         padding = f" (about: {budget.phase_1_padding / places:.1%} of its places are padding)"
     return (
-        f"{budget.path}: {budget.available:,} available, {budget.phase_1:,} in phase 1{padding}, "
-        f"{budget.phase_2:,} in phase 2, {budget.epochs:.3g} epochs"
+        f"{budget.path}: {budget.available:,} available, {budget.phase_1:,} in "
+        f"{bags_name(schedule.phases)}{padding}, {budget.phase_2:,} in "
+        f"{plain_name(schedule.phases)}, {budget.epochs:.3g} epochs"
     )

@@ -27,6 +27,7 @@ from megatron_tst.data.files import (
     check_vocabulary,
 )
 from megatron_tst.data.named_corpora import data_path_prefixes
+from megatron_tst.settings.arguments import has_bags
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.settings.validation_arguments import refuse_validation_data
 from megatron_tst.training.validation_split import samples_per_evaluation, validation_split
@@ -87,7 +88,7 @@ def check_data_files(args: Namespace) -> None:
         UsageError: a missing, truncated or inconsistent file, named with the remedy.
     """
     prefixes = data_path_prefixes(args)
-    if not prefixes and args.tst_bag_size > 1:
+    if not prefixes and has_bags(args):
         raise UsageError(
             "--data-path is missing: pass the path of a corpus, without .bin or .idx "
             "(tst preprocess makes one)."

@@ -159,7 +159,7 @@ class _StepEnd:
         self.reporter.report(step.iteration, args)
         is_switch = self.schedule.begins_phase(step.iteration)
         if is_switch:
-            switch_phase(step, self.schedule.config)
+            switch_phase(step, self.schedule)
         if self.after_step is not None:
             self.after_step(step)
         # Megatron would do it between the steps, where the clock runs.
@@ -191,7 +191,8 @@ def _print_settings(schedule: SuperpositionSchedule) -> None:
     for name, value in schedule.config.resolved(schedule.switch_step).to_dict().items():
         print_rank_0(f"    {name:.<24} {value}")
     steps = schedule.total_steps
-    print_rank_0(f"    {'switch_step':.<24} {schedule.switch_step} of {steps}")
+    for phase in schedule.phases[1:] or schedule.phases:
+        print_rank_0(f"    {'switch_step':.<24} {phase.first_step} of {steps}")
     print_rank_0(f"    {'data_tokens':.<24} {schedule.data_tokens(steps)}")
     print_rank_0(f"    {'equivalent_tokens':.<24} {schedule.equivalent_tokens(steps)}")
 

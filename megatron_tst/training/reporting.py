@@ -91,7 +91,7 @@ class ProgressReporter:
         self._last_iteration: int | None = None
 
     def report(self, iteration: int, args: Namespace) -> None:
-        """Reports the step that was just done; one small all-reduce on logged steps of phase 1."""
+        """Reports the step that was just done; one small all-reduce on logged steps with bags."""
         if self._last_iteration is None:
             self._last_iteration = iteration - 1
         if iteration % args.log_interval != 0:
@@ -187,6 +187,7 @@ def write_run_description(
         return
     description = {
         "superposition": schedule.config.to_dict(),
+        "phases": [phase.record() for phase in schedule.phases],
         "switch_step": schedule.switch_step,
         "total_steps": schedule.total_steps,
         "batch_sizes": schedule.batch_sizes.entries,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.data.files import fingerprint
 from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
 from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
@@ -52,7 +53,6 @@ _FLAGS = {
 
 def record_settings(args: Namespace, schedule: SuperpositionSchedule) -> None:
     """Puts the resolved settings among Megatron's arguments, which every checkpoint stores."""
-    args.tst_switch_step = schedule.switch_step
     # A plain string: checkpoints hold no class of torch.
     args.tst_torch_version = str(torch.__version__)
     args.tst_settings = _settings(args, schedule)
@@ -94,16 +94,17 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     current = _settings(args, schedule)
     args.tst_seconds = getattr(saved_args, "tst_seconds", 0.0)
     args.tst_left_out = getattr(saved_args, "tst_left_out", [])
-    is_superposed = not saved["bag_size"] == current["bag_size"] == 1
+    before = recorded_phases(saved)
+    is_superposed = schedule.config.enabled or len(before) > 1
     if is_superposed:
-        _refuse_other_settings(args, saved, current)
+        _refuse_other_settings(args, saved, current, before)
     has_ramp = args.step_batch_size_schedule or getattr(
         saved_args, "step_batch_size_schedule", None
     )
     if steps_done and (is_superposed or has_ramp):
         refuse_other_past(args, schedule, saved_args, steps_done)
     if is_superposed:
-        refuse_other_switch(args, schedule, saved)
+        refuse_other_switch(args, schedule, before)
     if steps_done:
         refuse_other_learning_rate(args, schedule, saved_args)
     # Last: it reads more than the others.
@@ -123,11 +124,14 @@ def _warn_of_newer_torch(args: Namespace, saved: Any, folder: Path) -> None:
 
 
 def _refuse_other_settings(
-    args: Namespace, saved: Mapping[str, Any], current: Mapping[str, Any]
+    args: Namespace,
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    phases: Sequence[Phase],
 ) -> None:
     for name in current:
         # Another batch size may move the step of the switch; its sample is compared elsewhere.
-        if name in ("switch_step", "switch_sample"):
+        if name == "phases":
             continue
         # A checkpoint of an earlier version does not hold every setting.
         known = SETTINGS.get(name)
@@ -137,9 +141,8 @@ def _refuse_other_settings(
             raise UsageError(
                 f"--load {args.load} was trained with {flag} {was}, and this command "
                 f"has {current[name]}: resume with the settings that it started with "
-                f"(--tst-bag-size {saved['bag_size']}, switch at step "
-                f"{saved.get('switch_step', 0)}), or start a new run from its weights with "
-                "--finetune."
+                f"(--tst-bag-size {saved['bag_size']}, switch at step {phases[-1].first_step}), "
+                "or start a new run from its weights with --finetune."
             )
 
 
@@ -208,8 +211,7 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
     # Given as a ratio or as steps: what counts of phase 1 is where it puts the switch.
     method = schedule.config.method()
     phases = {
-        "switch_step": schedule.switch_step,
-        "switch_sample": schedule.switch_sample,
+        "phases": [phase.record() for phase in schedule.phases],
         "sequence_length": schedule.sequence_length,
     }
     data = {

@@ -7,12 +7,13 @@ A run whose batch size changes at a resume is one run: its batch sizes are writt
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 from megatron_tst.settings.batch_sizes import BatchSizes
+from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.resume_schedule import learning_rate_flags
 
@@ -49,31 +50,44 @@ def refuse_other_past(
 
 
 def refuse_other_switch(
-    args: Namespace, schedule: SuperpositionSchedule, saved_settings: Mapping[str, Any]
+    args: Namespace, schedule: SuperpositionSchedule, before: Sequence[Phase]
 ) -> None:
-    """Refuses a switch at another sample than that of the checkpoint.
+    """Refuses phases that begin at other samples than those of the checkpoint.
 
     Args:
         args: command line.
         schedule: phases and batch sizes of the command line.
-        saved_settings: ``tst_settings`` in the checkpoint.
+        before: phases of the checkpoint.
 
     Raises:
         UsageError: naming the ``--tst-steps`` to pass, where one keeps the switch.
     """
-    switch = saved_settings["switch_sample"]
-    if schedule.switch_sample == switch:
+    was, now = ([(p.first_sample, p.bag_size) for p in ps] for ps in (before, schedule.phases))
+    if was == now:
         return
-    step = _step_at(switch, schedule.batch_sizes)
+    if not len(before) == len(schedule.phases) == 2:
+        raise UsageError(
+            f"--load {args.load} was trained with {_places(before)}, and this command has "
+            f"{_places(schedule.phases)}: keep its phases, or start a new run from its weights "
+            "with --finetune."
+        )
+    switch, other = before[1], schedule.phases[1]
+    step = _step_at(switch.first_sample, schedule.batch_sizes)
     if step is None:
-        remedy = _no_step_at(switch, schedule.sequence_length)
+        remedy = _no_step_at(switch.first_sample, schedule.sequence_length)
     else:
         remedy = f"pass --tst-steps {step}"
     raise UsageError(
-        f"--load {args.load} was trained with the switch at sample {switch} (step "
-        f"{saved_settings['switch_step']}), and this command has it at sample "
-        f"{schedule.switch_sample} (step {schedule.switch_step}): {remedy}, or start a new run "
-        "from its weights with --finetune."
+        f"--load {args.load} was trained with the switch at sample {switch.first_sample} (step "
+        f"{switch.first_step}), and this command has it at sample {other.first_sample} (step "
+        f"{other.first_step}): {remedy}, or start a new run from its weights with --finetune."
+    )
+
+
+def _places(phases: Sequence[Phase]) -> str:
+    return ", ".join(
+        f"bags of {phase.bag_size} from sample {phase.first_sample} (step {phase.first_step}) on"
+        for phase in phases
     )
 
 
@@ -87,7 +101,7 @@ def _flags_of(whole: BatchSizes, schedule: SuperpositionSchedule, saved: Any) ->
     """What to pass for a run of these batch sizes that keeps switch and learning rate."""
     length = schedule.sequence_length
     flags = f"--step-batch-size-schedule {whole.text(length)!r} {learning_rate_flags(saved)}"
-    switch = (getattr(saved, "tst_settings", None) or {}).get("switch_sample")
+    switch = recorded_phases(getattr(saved, "tst_settings", None))[-1].first_sample
     if not switch:
         return flags
     step = _step_at(switch, whole)

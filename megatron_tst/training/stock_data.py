@@ -22,6 +22,8 @@ from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.stock_order import stock_indices
 from megatron_tst.settings.arguments import superposition_schedule_from_args
+from megatron_tst.settings.phases import is_superposed
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import check_data_files, dataset_config_from_args
 
 
@@ -32,7 +34,7 @@ class StockData:
     Attributes:
         checkpoint: folder of the checkpoint.
         step: steps that are done.
-        switch_step: steps of phase 1.
+        schedule: phases of the run.
         samples_read: samples that the run has read.
         samples: samples of the whole run.
         cache: folder for ``--data-cache-path``.
@@ -40,7 +42,7 @@ class StockData:
 
     checkpoint: Path
     step: int
-    switch_step: int
+    schedule: SuperpositionSchedule
     samples_read: int
     samples: int
     cache: Path
@@ -77,9 +79,8 @@ def write_stock_data(checkpoint: Path, cache: Path) -> StockData:
             f"{folder} is the end of its run: there are no tokens left that it planned."
         )
     write_cache(ours, counts, samples_read, cache)
-    return StockData(
-        folder, int(common["iteration"]), schedule.switch_step, samples_read, counts[0], cache
-    )
+    step = int(common["iteration"])
+    return StockData(folder, step, schedule, samples_read, counts[0], cache)
 
 
 def refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
@@ -92,7 +93,7 @@ def refuse_other_checkpoints(args: Namespace, folder: Path) -> None:
     Raises:
         UsageError: no superposition, or a blend without weights.
     """
-    if getattr(args, "tst_settings", {}).get("bag_size", 1) == 1:
+    if not is_superposed(getattr(args, "tst_settings", None)):
         raise UsageError(f"{folder} was made without superposition: plain Megatron reads on.")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     for paths, weights in filter(None, [blend, *(blend_per_split or [])]):

@@ -1,4 +1,4 @@
-"""What happens between the last step of phase 1 and the first of phase 2."""
+"""What happens between the last step of a phase and the first of the next."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import print_rank_0
 
-from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.step_hook import TrainingStep
 
 
-def switch_phase(step: TrainingStep, superposition: SuperpositionConfig) -> None:
-    """Resets what the configuration says; everything else carries over.
+def switch_phase(step: TrainingStep, schedule: SuperpositionSchedule) -> None:
+    """Resets what the configuration says where bags end; everything else carries over.
 
     Args:
-        step: the last step of phase 1, done.
-        superposition: settings of the run.
+        step: the last step of a phase, done.
+        schedule: phases of the run.
     """
+    phase = schedule.phase_at(step.iteration)
+    target = f"bags of {phase.bag_size}" if phase.is_superposed else "next-token prediction"
     print_rank_0(
-        f"> switching to next-token prediction after {step.iteration} steps "
+        f"> switching to {target} after {step.iteration} steps "
         "(the training loss is another loss from here on)"
     )
-    if superposition.reset_at_switch == "embeddings":
+    reset = "none" if phase.is_superposed else schedule.config.reset_at_switch
+    if reset == "embeddings":
         reinitialize_embeddings(step.model, step.optimizer)
-    elif superposition.reset_at_switch == "optimizer":
+    elif reset == "optimizer":
         reset_optimizer_state(step.optimizer)
 
 

@@ -55,7 +55,10 @@ def bag_rows(output: str) -> list[tuple[str, str, str]]:
 def test_bags_of_a_sample(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect_data.main([str(corpus), *BAGS, "--sample", "5", "3"]) == 0
     output = capsys.readouterr().out
-    assert "sample 5 of phase 1: full, bags of 4, documents cross, sequence length 16" in output
+    assert (
+        "of phase 1: bag size 4, variant full, document boundary cross, sequence length 16"
+        in output
+    )
     rows = bag_rows(output)
     assert [row[0] for row in rows] == ["0", "1", "2", "3", "4", "5", "14", "15"]
     for (position, _, target), (next_position, following, _) in pairwise(rows):

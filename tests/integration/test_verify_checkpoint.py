@@ -257,6 +257,31 @@ def test_one_thing_that_is_wrong(
     assert expected in faults(verify_checkpoint(folder))
 
 
+def test_a_checkpoint_without_a_list_of_phases(
+    saved: Callable[[str], SmallRun], check: Check, tmp_path: Path
+) -> None:
+    """As versions wrote it that had two."""
+
+    def as_before(common: dict[str, Any]) -> None:
+        settings = common["args"].tst_settings
+        bags, plain = settings.pop("phases")
+        assert (bags["bag_size"], bags["first_step"]) == (settings["bag_size"], 0)
+        settings.update(switch_step=plain["first_step"], switch_sample=plain["first_sample"])
+
+    run = saved("one optimizer")
+    name = run.checkpoint_folder(SAVED).name
+    folder = changed(run.checkpoint_folder(SAVED), tmp_path / name, {}, as_before)
+    result = verify_checkpoint(folder)
+    assert not result.faults
+    assert not [note for note in result.notes if "cannot be compared" in note]
+    old = run.with_(load=tmp_path, ckpt_step=SAVED)
+    same, moved = check([old, old.with_(tst_steps=SAVED + 1)])
+    assert same is None
+    assert "was trained with the switch at sample 8 (step 2), and this command has it at" in (
+        moved or ""
+    )
+
+
 def test_weights_that_were_quantized(saved: Callable[[str], SmallRun], tmp_path: Path) -> None:
     source = saved("one optimizer").checkpoint_folder(SAVED)
 

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import Bags
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 BASELINE = SuperpositionConfig()
@@ -31,8 +32,9 @@ RTOL = 1e-6
 Curve = Callable[[int], float]
 
 
-def schedule_of(config: SuperpositionConfig) -> SuperpositionSchedule:
-    return SuperpositionSchedule(config, TOTAL_STEPS, BatchSizes.constant(BATCH), LENGTH)
+def schedule_of(config: SuperpositionConfig, bags: Bags = ()) -> SuperpositionSchedule:
+    sizes = BatchSizes.constant(BATCH)
+    return SuperpositionSchedule(config, TOTAL_STEPS, sizes, LENGTH, bags=bags)
 
 
 def write_events(
@@ -45,9 +47,10 @@ def write_events(
     suffix: str = "",
     leave_out: str = "",
     test_loss: float | None = None,
+    bags: Bags = (),
 ) -> None:
     """One process's event file: the scalars that Megatron and the training entry log."""
-    schedule = schedule_of(config)
+    schedule = schedule_of(config, bags)
     writer = SummaryWriter(str(run / "tensorboard"), filename_suffix=suffix)
     for step in steps:
         scalars = {
@@ -57,8 +60,9 @@ def write_events(
             "tst/data tokens": schedule.data_tokens(step),
             "tst/equivalent tokens": schedule.equivalent_tokens(step),
         }
-        if step <= schedule.switch_step:
-            offsets = range(1, config.bag_size + 1)
+        phase = schedule.phase_at(step - 1)
+        if phase.is_superposed:
+            offsets = range(1, phase.bag_size + 1)
             scalars |= {f"tst/loss at offset {i}": loss(step) + i for i in offsets}
         for tag, value in scalars.items():
             if tag != leave_out:
@@ -68,10 +72,12 @@ def write_events(
     writer.close()
 
 
-def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
+def write_info(run: Path, config: SuperpositionConfig, bags: Bags = (), **changes: Any) -> None:
+    schedule = schedule_of(config, bags)
     info = {
         "superposition": config.to_dict(),
-        "switch_step": schedule_of(config).switch_step,
+        "phases": [phase.record() for phase in schedule.phases],
+        "switch_step": schedule.switch_step,
         "total_steps": TOTAL_STEPS,
         "batch_sizes": [[0, BATCH]],
         "sequence_length": LENGTH,
@@ -90,7 +96,7 @@ def write_info(run: Path, config: SuperpositionConfig, **changes: Any) -> None:
 
 def make_run(run: Path, config: SuperpositionConfig, loss: Curve, **options: Any) -> Path:
     write_events(run, config, loss, **options)
-    write_info(run, config)
+    write_info(run, config, options.get("bags", ()))
     return run
 
 

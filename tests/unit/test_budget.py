@@ -53,7 +53,7 @@ def test_text_of_a_split_is_counted_as_upstream_splits(prefix: Path, share: floa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_need_is_what_the_dataset_reads(prefix: Path, variant: str) -> None:
     plan = schedule(variant=variant)
-    dataset = build_train(prefix, 24, 3, variant, switch_sample=plan.switch_sample)
+    dataset = build_train(prefix, 24, 3, variant, switch_sample=plan.phases[-1].first_sample)
     read = [dataset[place]["tokens"].numel() for place in range(24)]
     (budget,) = data_budget(plan, [TrainText(str(prefix))], [1.0])
     assert budget.phase_1 == sum(read[:8])
@@ -69,9 +69,11 @@ def test_padding_of_aligned_bags_is_no_text(prefix: Path) -> None:
     plan = schedule(steps=16, tst_steps=positions // 24, boundary="align")
     (budget,) = data_budget(plan, [TrainText(str(prefix))], [1.0])
     dataset = build_train(
-        prefix, 32, multiple, document_boundary="align", switch_sample=plan.switch_sample
+        prefix, 32, multiple, document_boundary="align", switch_sample=plan.phases[-1].first_sample
     )
-    tokens = np.concatenate([dataset[i]["tokens"].ravel() for i in range(plan.switch_sample)])
+    tokens = np.concatenate(
+        [dataset[i]["tokens"].ravel() for i in range(plan.phases[-1].first_sample)]
+    )
     assert budget.phase_1 + budget.phase_1_padding == len(tokens)
     # All but the last samples of the epoch.
     assert budget.phase_1 == pytest.approx((tokens >= 0).sum(), abs=24)
@@ -83,7 +85,7 @@ def test_a_blend_needs_its_weights_in_each_phase(prefix: Path, tmp_path: Path) -
     texts = [TrainText(str(prefix)), TrainText(str(tmp_path / "text"))]
     plan = schedule(steps=40, tst_steps=12)
     weights = [30.0, 70.0]
-    in_phase_1 = samples_by_corpus(weights, plan.switch_sample)
+    in_phase_1 = samples_by_corpus(weights, plan.phases[-1].first_sample)
     in_both = samples_by_corpus(weights, 80)
     for i, budget in enumerate(data_budget(plan, texts, weights)):
         assert budget.phase_1 == pytest.approx(12 * in_phase_1[i], abs=2 * 12)

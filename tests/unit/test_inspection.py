@@ -62,6 +62,10 @@ def test_corpus_without_text_is_refused(tmp_path: Path) -> None:
         open_corpus(str(tmp_path / "text"))
 
 
+def bags(**others: str) -> dict[str, Any]:
+    return {"bag_size": BAG_SIZE, **others}
+
+
 def assert_same_samples(prefix: Path, settings: PhaseOne, dataset: Any, count: int) -> None:
     places = list(range(count))
     for place, sample in zip(places, read_phase_1(str(prefix), settings, places), strict=True):
@@ -81,7 +85,9 @@ def assert_same_samples(prefix: Path, settings: PhaseOne, dataset: Any, count: i
 def test_samples_are_those_of_training(
     prefix: Path, variant: str, boundary: DocumentBoundary
 ) -> None:
-    settings = PhaseOne(LENGTH, BAG_SIZE, variant, boundary, "80, 15, 5", seed=7, samples=11)
+    settings = PhaseOne(
+        LENGTH, bags(variant=variant, document_boundary=boundary), "80, 15, 5", 7, samples=11
+    )
     dataset = build_train(
         prefix,
         20,
@@ -100,11 +106,11 @@ def test_first_epoch_does_not_depend_on_a_later_switch(prefix: Path) -> None:
     samples_per_epoch = -(-sum(DOCUMENT_LENGTHS) // (LENGTH * BAG_SIZE))
     for switch in (samples_per_epoch, 3 * samples_per_epoch):
         dataset = build_train(prefix, switch, BAG_SIZE, switch_sample=switch)
-        assert_same_samples(prefix, PhaseOne(LENGTH, BAG_SIZE), dataset, samples_per_epoch)
+        assert_same_samples(prefix, PhaseOne(LENGTH, bags()), dataset, samples_per_epoch)
 
 
 def test_target_of_a_bag_is_the_next_bag(prefix: Path) -> None:
-    (sample,) = read_phase_1(str(prefix), PhaseOne(LENGTH, BAG_SIZE), [2])
+    (sample,) = read_phase_1(str(prefix), PhaseOne(LENGTH, bags()), [2])
     assert (sample.targets[:-1] == sample.inputs[1:]).all()
     text = [*sample.inputs.reshape(-1).tolist(), *sample.targets[-1].tolist()]
     # A token's id is its place in the corpus, so that ids tell documents.
@@ -121,7 +127,7 @@ def test_padding_of_the_tokenizer_does_not_count(tmp_path: Path, variant: str) -
     config = json.loads(config_file.read_text()) | {"pad_token": "a"}
     config_file.write_text(json.dumps(config))
     write_documents(tmp_path / "text", [np.tile(np.array([97, 98, 99]), 20)])
-    settings = PhaseOne(LENGTH, BAG_SIZE, variant)
+    settings = PhaseOne(LENGTH, bags(variant=variant))
     (sample,) = read_phase_1(str(tmp_path / "text"), settings, [0], folder)
     following = np.array([IGNORE_INDEX, 98, 99] * 20)[sample.begin + 1 :]
     expected = {
@@ -134,7 +140,7 @@ def test_padding_of_the_tokenizer_does_not_count(tmp_path: Path, variant: str) -
 
 def test_reading_leaves_no_files(prefix: Path) -> None:
     before = sorted(prefix.parent.iterdir())
-    read_phase_1(str(prefix), PhaseOne(LENGTH, BAG_SIZE), [0])
+    read_phase_1(str(prefix), PhaseOne(LENGTH, bags()), [0])
     assert sorted(prefix.parent.iterdir()) == before
 
 
@@ -147,7 +153,7 @@ def test_reading_leaves_no_files(prefix: Path) -> None:
         ({"samples": 7}, 7, "--sample 7 does not exist: phase 1 has 7 samples"),
         ({"sequence_length": 500}, 0, "holds 300 tokens, and one sample of phase 1 needs 1503"),
         ({"sequence_length": 0}, 0, "--sequence-length is 0: use 1 or more"),
-        ({"bag_size": 1}, 0, "--bag-size is 1: use 2 or more"),
+        ({"superposition": {"bag_size": 1}}, 0, "--bag-size is 1: use 2 or more"),
         ({"samples": 0}, 0, "--phase-1-samples is 0: use 1 or more"),
         ({"seed": -1}, 0, "--seed is -1: use 0 or more"),
         ({"split": "none"}, 0, "--split 'none' gives training no share"),
@@ -160,12 +166,12 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(ValueError, match=message):
         read_phase_1(
             str(prefix),
-            PhaseOne(**({"sequence_length": LENGTH, "bag_size": BAG_SIZE} | settings)),
+            PhaseOne(**{"sequence_length": LENGTH, "superposition": bags(), **settings}),
             [place],
         )
 
 
 def test_folder_without_a_tokenizer_is_refused(prefix: Path) -> None:
     with pytest.raises(ValueError, match="cannot be loaded as training would") as refusal:
-        read_phase_1(str(prefix), PhaseOne(LENGTH, BAG_SIZE), [0], prefix.parent / "none")
+        read_phase_1(str(prefix), PhaseOne(LENGTH, bags()), [0], prefix.parent / "none")
     assert "\n" not in str(refusal.value)

@@ -124,6 +124,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("corpus", [*scripts["3b", "baseline"], *here])
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     checked.add("several mistakes", [*dense, *SEVERAL_MISTAKES])
+    bags = "--num-layers 3 --tst-bag-size 20 --tst-steps 6000 --save-interval 4000"
+    argv = [*without(dense, "--tst-step-ratio"), *bags.split()]
+    checked.add("three phases", argv, bags=((20, 1000), (6, 5000)))
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
         for rank in OPTIMIZER_RANKS:
@@ -345,6 +348,27 @@ def test_phase_2_of_whole_logits_needs_most(checked: Checked) -> None:
     assert phases["phase 1"]["logits"] == 2 * 8192 * 128256
     assert phases["phase 2"]["logits"] == 6 * 8192 * 128256
     assert phases["phase 1"]["inputs"] > phases["phase 2"]["inputs"]
+
+
+def test_each_of_three_phases_is_counted(checked: Checked) -> None:
+    found = checked.found["three phases"]
+    assert [phase["bag_size"] for phase in found["phases"]] == [20, 6, 1]
+    memory = found["ranks"][0]["memory_bytes"]
+    inputs = [memory[f"phase {i}"]["inputs"] for i in (1, 2, 3)]
+    positions = 8192
+    # Tokens and labels; without bags there is no fp32 sum.
+    assert inputs[0] - inputs[1] == positions * 2 * 8 * 14
+    assert inputs[1] - inputs[2] == positions * (2 * 8 * 5 + 4 * 2048)
+    assert memory["phase 2"]["logits"] == memory["phase 1"]["logits"] < memory["phase 3"]["logits"]
+    lines = found["lines"]
+    starts = [line for line in lines if line.startswith("phase ")]
+    assert starts[0].startswith("phase 1      steps 0 to 999, s = 20: ")
+    assert starts[1].startswith("phase 2      steps 1,000 to 5,999, s = 6: ")
+    assert starts[2].startswith("phase 3      steps 6,000 to 19,999: ")
+    # Five by the interval, and one at each switch.
+    assert any(" 7 of them" in line for line in lines)
+    assert any("--tst-bag-size is 20" in line for line in lines)
+    assert any("the switch at step 1000 comes before the end of the warm-up" in x for x in lines)
 
 
 @pytest.mark.parametrize(

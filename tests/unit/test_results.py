@@ -12,6 +12,7 @@ from megatron_tst.report.describing import describe_data, status_of, thin_traini
 from megatron_tst.report.events import Series
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import read_results, write_results
+from megatron_tst.settings.phases import lay_out
 from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
 
 
@@ -129,7 +130,7 @@ def test_another_table_is_refused(tmp_path: Path, content: str, message: str) ->
     ],
 )
 def test_status_of_a_run(losses: list[float], status: str) -> None:
-    settings = {"total_steps": 30, "switch_step": 10, "padded_vocab_size": 256}
+    settings = {"bag_size": 2, "total_steps": 30, "switch_step": 10, "padded_vocab_size": 256}
     steps = np.arange(10, 10 * len(losses) + 1, 10)
     validation = Series(steps, np.array(losses))
     assert status_of(settings, validation, Series(steps, np.ones(len(losses)))) == status
@@ -144,7 +145,7 @@ def test_a_training_loss_that_is_not_a_number_is_divergence() -> None:
 def test_thinning_keeps_the_switch_and_averages_the_rest() -> None:
     steps = np.arange(1, 1001)
     series = Series(steps, np.where(steps <= 300, 8.0, 4.0) + (steps == 301))
-    thin_steps, thin_losses = thin_training_loss(series, switch_step=300)
+    thin_steps, thin_losses = thin_training_loss(series, lay_out([(2, 300)]))
     assert len(thin_steps) <= 60
     assert set(range(291, 311)) <= set(thin_steps.tolist())
     assert np.all(np.diff(thin_steps) > 0)
@@ -157,7 +158,9 @@ def test_thinning_keeps_the_switch_and_averages_the_rest() -> None:
 @pytest.mark.parametrize("switch_step", [0, 5, 30])
 def test_a_short_run_is_not_thinned(switch_step: int) -> None:
     steps = np.arange(1, 31)
-    thin_steps, _ = thin_training_loss(Series(steps, steps.astype(float)), switch_step)
+    thin_steps, _ = thin_training_loss(
+        Series(steps, steps.astype(float)), lay_out([(2, switch_step)])
+    )
     assert thin_steps.tolist() == steps.tolist()
 
 

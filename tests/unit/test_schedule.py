@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_ratio_is_rounded_to_a_step(step_ratio: float, total_steps: int, switch_
     config = SuperpositionConfig(bag_size=6, step_ratio=step_ratio)
     schedule = SuperpositionSchedule(config, total_steps, BatchSizes.constant(512), SEQUENCE_LENGTH)
     assert schedule.switch_step == switch_step
-    assert schedule.switch_sample == switch_step * 512
+    assert schedule.phases[-1].first_sample == switch_step * 512
 
 
 def test_phase_and_bag_size_change_exactly_at_the_switch() -> None:
@@ -87,11 +88,18 @@ def test_phase_and_bag_size_change_exactly_at_the_switch() -> None:
     assert [schedule.bag_size_at(step) for step in (0, 29, 30, 99)] == [6, 6, 1, 1]
 
 
+@pytest.mark.parametrize("variant", ["full", "input-only", "output-only"])
+def test_phases_can_be_handed_to_other_processes(variant: str) -> None:
+    config = SuperpositionConfig(bag_size=6, steps=30, variant=variant)
+    schedule = SuperpositionSchedule(config, 100, BatchSizes.constant(8), 128)
+    assert pickle.loads(pickle.dumps(schedule.phases)) == schedule.phases
+
+
 def test_run_without_superposition_is_all_recovery() -> None:
     schedule = SuperpositionSchedule(
         SuperpositionConfig(bag_size=1, steps=30), 100, BatchSizes.constant(8), 128
     )
-    assert (schedule.switch_step, schedule.switch_sample) == (0, 0)
+    assert (schedule.switch_step, schedule.phases[-1].first_sample) == (0, 0)
     assert (schedule.phase_at(0).name, schedule.bag_size_at(0)) == ("recovery", 1)
     assert schedule.data_tokens(100) == schedule.equivalent_tokens(100)
 
@@ -142,7 +150,7 @@ def test_data_tokens_are_the_sum_over_the_steps(schedule: SuperpositionSchedule)
     for step in range(schedule.total_steps):
         assert schedule.data_tokens(step) == read
         positions = schedule.batch_sizes.size_at(step) * schedule.sequence_length
-        read += schedule.tokens_per_position_at(step) * positions
+        read += schedule.phase_at(step).tokens_per_position * positions
     assert schedule.data_tokens(schedule.total_steps) == read
 
 
