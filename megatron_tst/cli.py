@@ -50,6 +50,9 @@ COMMANDS: Mapping[str, Command] = {
     "compare": Command(
         "megatron_tst.commands.compare_runs", "compare runs with baselines on an HTML page"
     ),
+    "trace": Command(
+        "megatron_tst.commands.trace_data", "show which documents a step of a run read"
+    ),
     "verify": Command(
         "megatron_tst.commands.verify_checkpoint", "look for what is wrong in a checkpoint"
     ),

@@ -27,7 +27,7 @@ def add_superposition_arguments(parser: argparse.ArgumentParser) -> argparse.Arg
         "--tst-exclude-documents",
         metavar="FILE",
         help="Documents that the train split is to leave out, a line CORPUS:INDEX each as "
-        "tools/trace_data.py prints them; at a resume from there on.",
+        "tst trace prints them; at a resume from there on.",
     )
     # What a checkpoint and the list leave out, from which sample on.
     parser.set_defaults(tst_left_out=[])

@@ -55,7 +55,7 @@ def _read_list(args: Namespace) -> list[tuple[int, int]]:
     counts = [len(IndexedDataset(corpus)) for corpus in corpora]
     found = set()
     for number, line in enumerate(lines, start=1):
-        # Behind the document may stand what tools/trace_data.py prints of it.
+        # Behind the document may stand what tst trace prints of it.
         entry = line.strip().split("  ")[0]
         if not entry or entry.startswith("#"):
             continue

@@ -201,7 +201,7 @@ def write_run_description(
         "machine": _machine(),
         "cpu_platform": dict(cpu_platform),
         "command": " ".join(sys.argv),
-        # All of them: tools/trace_data.py builds the datasets of the run from them.
+        # All of them: tst trace builds the datasets of the run from them.
         "arguments": {name: value for name, value in vars(args).items() if _is_plain(value)},
     }
     target = Path(args.tensorboard_dir) / "tst_run.json"

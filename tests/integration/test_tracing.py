@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_tst.commands import trace_data
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.tracing import DataTrace, Passage, TracedSample
 from megatron_tst.training.traced_run import open_run
@@ -20,7 +21,6 @@ from tests.integration.test_bad_input import assert_messages
 from tests.runs import Check, SmallRun
 from tests.survival import MAIN
 from tests.zygote import Launcher
-from tools import trace_data
 
 pytestmark = pytest.mark.slow
 
