@@ -201,12 +201,11 @@ def test_what_cannot_be_traced(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("run", ["bags", "aligned"], indirect=True)
 def test_documents_are_left_out_from_a_resume_on(
     launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
 ) -> None:
     """Twice, in phase 1 and in phase 2; and what was read before stays what it was."""
-    if "tst-bag-size" not in run.overrides:
-        pytest.skip("a baseline goes on with all documents")
     planned = all_samples(trace)
     resumed, listed = run.with_(tmp_path / "run"), tmp_path / "list.txt"
     expected, absent = planned, set[str]()
@@ -241,12 +240,11 @@ def test_documents_are_left_out_from_a_resume_on(
     assert resumed.scalars()["tst/data tokens"][TOTAL] == run.scalars()["tst/data tokens"][TOTAL]
 
 
+@pytest.mark.parametrize("run", ["bags", "baseline"], indirect=True)
 def test_a_run_goes_on_without_the_list(
     launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
 ) -> None:
     """A new run without some documents; its checkpoint knows them."""
-    if "tst-document-boundary" in run.overrides:
-        pytest.skip("as bags that cross documents")
     passages = {p for sample in all_samples(trace) for p in sample.passages}
     listed = tmp_path / "list.txt"
     document = next(p.document for p in passages if p.corpus.endswith("other"))
