@@ -46,7 +46,7 @@ def test_workflow_runs_what_there_is(path: Path) -> None:
 def test_workflows_do_what_ci_run_does() -> None:
     commands = " ".join(step.get("run", "") for path in WORKFLOWS for step in steps(read(path)))
     stages = re.findall(r"^stage [\w-]+ (.*)$", (ROOT / ".ci" / "run").read_text(), re.M)
-    assert len(stages) == 4
+    assert "make --silent test" in stages
     for stage in stages:
         assert stage.replace("make --silent", "make") in commands
 
