@@ -34,7 +34,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "tests/integration/test_layouts.py": ("SWITCH", "TOLERANCES", "_FEW", "Case", "_cases"),
     "tests/integration/test_resharding.py": ("SWITCH", "STOPS", "ROUTES"),
     "tests/integration/test_bad_input.py": ("CONFLICTS",),
-    "tests/support_matrix.py": (),
+    "tests/support_matrix.py": ("_INTRODUCTION", "_DEVIATIONS", "_page"),
 }
 MEASURES = ("loss", "gradient norm", "gradients", "weights")
 Properties = dict[str, str]
