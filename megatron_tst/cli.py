@@ -87,8 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name in COMMANDS:
             # Parsers name the command by it, and Megatron reads its arguments there.
             sys.argv = [f"tst {name}", *given[words:]]
-            return int(import_module(COMMANDS[name].module).main())
+            return _call(name)
     return _answer_without_command(given)
+
+
+def _call(name: str) -> int:
+    try:
+        module = import_module(COMMANDS[name].module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "megatron_tst":
+            raise
+        print(
+            f"error: tst {name} needs {error.name}, which is not installed: "
+            "pip install 'megatron-tst[megatron]'.",
+            file=sys.stderr,
+        )
+        return 2
+    return int(module.main())
 
 
 def _answer_without_command(given: list[str]) -> int:

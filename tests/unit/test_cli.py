@@ -77,6 +77,17 @@ def test_help_says_how_it_was_called(command: list[str], name: str) -> None:
     assert done.stdout.startswith(f"usage: {name} [-h]")
 
 
+def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
+    # Without the packages of the environment, as where only torch and numpy are installed.
+    code = "import sys; sys.path.append('.'); from megatron_tst import cli; sys.exit(cli.main())"
+    done = run("-S", "-c", code, "plan")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: tst plan needs rich, which is not installed: "
+        "pip install 'megatron-tst[megatron]'.\n"
+    )
+
+
 def test_exit_code_and_words_are_those_of_the_command() -> None:
     done = run("-m", "megatron_tst.cli", "plan", "--model", "none")
     assert done.returncode == 2
