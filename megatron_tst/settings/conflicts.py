@@ -206,9 +206,7 @@ def _with_weight_shards(args: argparse.Namespace) -> Iterator[str]:
     shards, ranks = args.tensor_parallel_num_weight_shards, args.tensor_model_parallel_size
     if shards is not None and shards > ranks:
         setting = (
-            f"--tst-bag-size {args.tst_bag_size}"
-            if args.tst_bag_size > 1
-            else "--tst-loss-impl linear"
+            f"--tst-bag-size {args.tst_bag_size}" if has_bags(args) else "--tst-loss-impl linear"
         )
         yield (
             f"--tensor-parallel-num-weight-shards {shards} with --tensor-model-parallel-size "

@@ -11,6 +11,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import find_corpus
+from megatron_tst.settings.arguments import has_bags
 
 
 def leave_out_documents(args: Namespace, samples_read: int) -> None:
@@ -28,7 +29,7 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
     if args.tst_exclude_documents is not None:
         before = {tuple(pair) for _, pairs in args.tst_left_out for pair in pairs}
         new = [pair for pair in _read_list(args) if pair not in before]
-        if new and samples_read and args.tst_bag_size == 1:
+        if new and samples_read and not has_bags(args):
             raise UsageError(
                 f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
                 "out of a run of --tst-bag-size 1 that has begun, whose order is Megatron's and "
