@@ -113,7 +113,7 @@ def test_commands_work_without_the_repository(installed: Installed) -> None:
     assert made.startswith("text.bin: 1 documents, 2,901 tokens (uint16)")
     shown = installed.run("tst inspect text --bag-size 4 --sequence-length 8")
     assert "'It is raining" in shown
-    assert "sample 0 of phase 1: full, bags of 4" in shown
+    assert "bag size 4" in shown
 
     run = SmallRun(installed.folder / "text", installed.folder / "run").with_(
         tst_bag_size=2, tst_step_ratio=0.5, train_iters=4, split="1,0,0", eval_iters=0
