@@ -46,36 +46,42 @@ constexpr int64_t kPart = 32;
 
 inline int64_t whole_parts(int64_t n) { return (n + kPart - 1) / kPart * kPart; }
 
-#ifdef __AVX512BF16__
-// The CPU rounds itself, and takes denormals for 0.
+// Rounds and stores kPart values.
 inline void store_part(bfloat16 *out, const float *part) {
+#ifdef __AVX512BF16__
+  // The CPU does it, and takes denormals for 0.
   const auto rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(part + 16), _mm512_loadu_ps(part));
   std::memcpy(static_cast<void *>(out), &rounded, sizeof rounded);
-}
-constexpr bool kRoundsItself = true;
 #else
-inline void store_part(bfloat16 *, const float *) {}
-constexpr bool kRoundsItself = false;
+#pragma omp simd
+  for (int64_t i = 0; i < kPart; ++i) store(out + i, part[i]);
 #endif
+}
 
-// Stores both values that compute(i, &one, &other) gives, for i < n.
+struct Pair {
+  float one, other;
+};
+
+// Stores both values of compute(i), for i < n.
 template <typename T, typename F>
 inline void store_rows(T *one, T *other, int64_t n, F compute) {
   int64_t done = 0;
-  if constexpr (kRoundsItself && std::is_same_v<T, bfloat16>)
+  if constexpr (std::is_same_v<T, bfloat16>)
     for (; done + kPart <= n; done += kPart) {
       alignas(64) float ones[kPart], others[kPart];
 #pragma omp simd
-      for (int64_t i = 0; i < kPart; ++i) compute(done + i, ones + i, others + i);
+      for (int64_t i = 0; i < kPart; ++i) {
+        const Pair values = compute(done + i);
+        ones[i] = values.one, others[i] = values.other;
+      }
       store_part(one + done, ones);
       store_part(other + done, others);
     }
 #pragma omp simd
   for (int64_t i = done; i < n; ++i) {
-    float value, second;
-    compute(i, &value, &second);
-    store(one + i, value);
-    store(other + i, second);
+    const Pair values = compute(i);
+    store(one + i, values.one);
+    store(other + i, values.other);
   }
 }
 
@@ -83,7 +89,7 @@ inline void store_rows(T *one, T *other, int64_t n, F compute) {
 template <typename T, typename F>
 inline void store_row(T *out, int64_t n, F value) {
   int64_t done = 0;
-  if constexpr (kRoundsItself && std::is_same_v<T, bfloat16>)
+  if constexpr (std::is_same_v<T, bfloat16>)
     for (; done + kPart <= n; done += kPart) {
       alignas(64) float part[kPart];
 #pragma omp simd
@@ -94,10 +100,11 @@ inline void store_row(T *out, int64_t n, F value) {
   for (int64_t i = done; i < n; ++i) store(out + i, value(i));
 }
 
-// Within 2 units in the last place; 0 below -87.7, constant above 88. Branchless, to be vectorised.
+// Within 2 units in the last place; 0 below -87, constant above 88. Branchless, to be vectorised. The
+// order of its comparisons lets a NaN through and decides what compilers make of a loop over it.
 inline float exponential(float x) {
-  const float bounded = x > 88.0f ? 88.0f : x;
-  const float clamped = bounded < -88.0f ? -88.0f : bounded;  // whose power of two becomes 0
+  float clamped = 88.0f < x ? 88.0f : x;
+  clamped = -87.0f > clamped ? -87.0f : clamped;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
   const float power = shifted - 12582912.0f;
   float rest = clamped - power * 0.693359375f;
@@ -115,7 +122,7 @@ inline float exponential(float x) {
   bits = (bits << 23) + (127u << 23);
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return series * scale;
+  return x < -87.0f ? 0.0f : series * scale;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -285,11 +292,10 @@ void swiglu(const T *gate_and_up, T *out, int64_t rows, int64_t f) {
 template <typename T>
 void swiglu_gradient(const T *grad, const T *gate_and_up, T *out, int64_t rows, int64_t f) {
   for (int64_t row = 0; row < rows; ++row, grad += f, gate_and_up += 2 * f, out += 2 * f) {
-    store_rows(out, out + f, f, [=](int64_t i, float *of_gate, float *of_up) {
+    store_rows(out, out + f, f, [=](int64_t i) {
       const float gate = load(gate_and_up + i), up = load(gate_and_up + f + i), g = load(grad + i);
       const float s = sigmoid(gate);
-      *of_gate = g * up * s * (1.0f + gate * (1.0f - s));
-      *of_up = g * gate * s;
+      return Pair{g * up * s * (1.0f + gate * (1.0f - s)), g * gate * s};
     });
   }
 }
