@@ -12,7 +12,6 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,14 @@ from megatron_tst.corpus.control_tokens import ControlTokens
 from megatron_tst.corpus.documents import Outcomes
 from megatron_tst.corpus.fast_encoder import FastEncoder, NoFastRouteError, fast_encoder
 from megatron_tst.corpus.indexed_writer import check_document_tokens
-from megatron_tst.corpus.readers import Position, RawBatch, RawContent
+from megatron_tst.corpus.readers import RawBatch, RawContent
 from megatron_tst.corpus.tokenizer import library_tokenizer
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenized in pieces cut at line ends: a token being made takes 200 bytes."""
 IN_FLIGHT_BATCHES_PER_WORKER = 4
+BATCHES_AHEAD = 32
+"""What this process encodes while another is busy with an earlier batch, or starts."""
 MAX_FAILURES = 10
 """Texts that the fast route may fail at before a process does without it."""
 
@@ -72,8 +73,8 @@ def encode_in_order(
     Args:
         batches: documents as read.
         settings: how to encode them.
-        workers: processes to encode with. One that takes the fast route is this process: it
-            needs less time than handing the text to another would.
+        workers: processes to encode with. Of those that take the fast route this process is one,
+            while it would only wait for the others.
 
     Yields:
         Each batch with its result, in order.
@@ -82,24 +83,38 @@ def encode_in_order(
         UsageError: a file cannot be read; raised after what lies before has been handed out.
         ChildProcessError: a worker was killed.
     """
-    if workers == 1 and settings.is_fast:
-        encoder = Encoder(settings)
-        yield from ((batch, *_encode_batch(batch.content, encoder)) for batch in batches)
-        return
+    encoder = Encoder(settings) if settings.is_fast else None
+    others = workers - settings.is_fast
+    room = others * IN_FLIGHT_BATCHES_PER_WORKER
+    limit = room + settings.is_fast * BATCHES_AHEAD
+    pending: deque[tuple[RawBatch, Future[EncodedBatch], bool]] = deque()
+    reading = iter(batches)
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
     pool = ProcessPoolExecutor(
-        workers,
+        others or 1,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(settings,),
     )
-    handed_out = _hand_out(batches, pool)
     try:
-        pending = deque(islice(handed_out, workers * IN_FLIGHT_BATCHES_PER_WORKER))
-        while pending:
-            batch, result = pending.popleft()
-            yield batch, *result.result()
-            pending.extend(islice(handed_out, 1))
+        while True:
+            must_wait = not pending or not pending[0][1].done()
+            can_go_on = len(pending) < limit and (room > 0 or must_wait)
+            if can_go_on and (batch := next(reading, None)) is not None:
+                is_here = room == 0
+                result = (
+                    _encode_at_once(batch.content, encoder)
+                    if is_here
+                    else pool.submit(_encode_batch, batch.content)
+                )
+                room -= not is_here
+                pending.append((batch, result, is_here))
+            elif pending:
+                batch, result, is_here = pending.popleft()
+                room += not is_here
+                yield batch, *result.result()
+            else:
+                return
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a tokenizing process died, most likely for lack of memory: lower --workers "
@@ -109,17 +124,13 @@ def encode_in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _hand_out(
-    batches: Iterable[RawBatch], pool: ProcessPoolExecutor
-) -> Iterator[tuple[RawBatch, Future[EncodedBatch]]]:
+def _encode_at_once(content: RawContent, encoder: Encoder | None) -> Future[EncodedBatch]:
+    result: Future[EncodedBatch] = Future()
     try:
-        for batch in batches:
-            yield batch, pool.submit(_encode_batch, batch.content)
-    # Reading is ahead of writing: an error here must not hide a limit that is met before.
+        result.set_result(_encode_batch(content, encoder))
     except UsageError as error:
-        failed: Future[EncodedBatch] = Future()
-        failed.set_exception(error)
-        yield RawBatch([], Position(), 0), failed
+        result.set_exception(error)
+    return result
 
 
 class Encoder:

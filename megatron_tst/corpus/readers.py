@@ -72,7 +72,8 @@ class LineBlock:
     content: bytes | int
 
 
-RawContent = list[RawDocument] | LineBlock
+RawContent = list[RawDocument] | LineBlock | UsageError
+"""Reading is ahead of writing: an error must not hide a limit that is met before it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RawBatch:
     """Consecutive documents, of several files if these are small and are no lines.
 
     Attributes:
-        content: the documents, or the lines that they are.
+        content: the documents, the lines that they are, or why they cannot be read.
         end: where reading goes on behind them.
         file_bytes: bytes of the input files up to there, compressed where they are.
     """
@@ -96,6 +97,8 @@ def take_apart(content: RawContent) -> tuple[list[RawDocument], int]:
     Raises:
         UsageError: the file cannot be read.
     """
+    if isinstance(content, UsageError):
+        raise content
     if isinstance(content, list):
         return content, 0
     source, block = content.source, content.content
@@ -128,12 +131,13 @@ def read_batches(
         column: of Parquet files, with the text.
         start: end of an earlier batch of the same sources.
 
-    Raises:
-        UsageError: a file cannot be read; raised after what lies before has been handed out.
+    Yields:
+        Batches; of a file that cannot be read, what lies before the damage and then the error.
     """
     documents: list[RawDocument] = []
     size = file_bytes = 0
     end = Position()
+    failure: UsageError | None = None
     try:
         for content, end, file_bytes in _contents(sources, column, start or Position()):
             if isinstance(content, LineBlock):
@@ -148,12 +152,12 @@ def read_batches(
             if size >= BATCH_BYTES:
                 yield RawBatch(documents, end, file_bytes)
                 documents, size = [], 0
-    except UsageError:
-        if documents:
-            yield RawBatch(documents, end, file_bytes)
-        raise
+    except UsageError as error:
+        failure = error
     if documents:
         yield RawBatch(documents, end, file_bytes)
+    if failure is not None:
+        yield RawBatch(failure, end, file_bytes)
 
 
 def _contents(
