@@ -1,99 +1,84 @@
-"""Memory and time of exporting a 3B-shaped checkpoint to Hugging Face format.
+"""Memory and time of exporting a checkpoint of a published shape to Hugging Face format.
 
-Writes a synthetic checkpoint of 6.7 GB and its export, another 6.7 GB, and removes both.
+Writes a synthetic checkpoint in bf16 (3B: 6.7 GB, 10B-A1B: 21 GB), copies its files, which is the
+time to read and write the bytes, exports it, which takes as much again, and removes all.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-PARAMETERS = 3_337_766_912
-SHAPE: dict[str, Any] = {
-    "layers": 36,
-    "hidden": 2048,
-    "ffn": 11008,
-    "heads": 16,
-    "kv_heads": 4,
-    "head_dim": 128,
-    "vocabulary": 128256,
-    "padded_vocabulary": 128256,
-    "tied": False,
-}
+TABLE = (
+    "| model | largest file | files | peak memory | time | of copying | written |\n"
+    "|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> int:
+    from benchmarks.measuring import check_space, write_json
+    from benchmarks.synthetic_checkpoint import PARAMETERS
+
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=PARAMETERS, default="3B", help="shape (default: 3B)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--max-shard-size", nargs="+", default=["5GB", "1GB"])
     parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
-    from benchmarks.measuring import write_json
-
-    folder = Path(tempfile.mkdtemp(prefix="export-memory-", dir=options.folder))
-    try:
+    with tempfile.TemporaryDirectory(prefix="export-memory-", dir=options.folder) as folder:
         # Checkpoint and export in bf16.
-        needed, free = int(4.2 * PARAMETERS), shutil.disk_usage(folder).free
-        if free < needed:
-            print(f"error: {folder} needs {needed:,} bytes free and has {free:,}", file=sys.stderr)
+        if not check_space(Path(folder), int(4.2 * PARAMETERS[options.model])):
             return 2
-        results = _measure_all(folder, options.max_shard_size)
-    finally:
-        shutil.rmtree(folder)
+        results = _measure_all(Path(folder), options.model, options.max_shard_size)
     write_json(options.json, results)
     return 0
 
 
-def _measure_all(folder: Path, shard_sizes: list[str]) -> dict[str, dict[str, float]]:
-    from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
-    from megatron_tst.checkpoint.hf_shapes import ModelShape
+def _measure_all(folder: Path, model: str, shard_sizes: list[str]) -> dict[str, dict[str, float]]:
+    from benchmarks.measuring import copy_seconds, in_a_fresh_process
+    from benchmarks.synthetic_checkpoint import SHAPES, save_tokenizer, write_checkpoint
 
-    shape = ModelShape(**SHAPE)
+    shape = SHAPES[model]
     write_checkpoint(folder / "megatron", shape)
     save_tokenizer(folder / "tokenizer", shape.vocabulary)
-    print("| largest file | files | peak memory | time | written |")
-    print("|---|---|---|---|---|")
+    print(TABLE)
     results = {}
     for size in shard_sizes:
-        # A fresh process, which has no memory of another export.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            result = pool.apply(_export, (folder, size))
-        shutil.rmtree(folder / "huggingface")
-        results[size] = result
-        speed = result["bytes"] / result["seconds"] / 1e6
-        peak = result["peak_bytes"] / 1e9
+        copying = copy_seconds(folder / "megatron")
+        result = in_a_fresh_process(_export, folder, model, size)
+        results[size] = result | {"copy_seconds": copying}
         print(
-            f"| {size} | {result['files']} | {peak:.2f} GB | {result['seconds']:.1f} s | "
-            f"{speed:.0f} MB/s |",
+            f"| {model} | {size} | {result['files']} | {result['peak_bytes'] / 1e9:.2f} GB | "
+            f"{result['seconds']:.1f} s | {result['seconds'] / copying:.2f} | "
+            f"{result['bytes'] / result['seconds'] / 1e6:.0f} MB/s |",
             flush=True,
         )
     return results
 
 
-def _export(folder: Path, max_shard_size: str) -> dict[str, Any]:
+def _export(folder: Path, model: str, max_shard_size: str) -> dict[str, Any]:
+    from benchmarks.measuring import process_peak_bytes, removed_afterwards
+    from benchmarks.synthetic_checkpoint import PARAMETERS
     from megatron_tst.checkpoint.hf_export import export_to_huggingface
 
-    output = folder / "huggingface"
-    start = time.perf_counter()
-    result = export_to_huggingface(
-        folder / "megatron", folder / "tokenizer", output, max_shard_size=max_shard_size
-    )
-    seconds = time.perf_counter() - start
-    assert result.parameters == PARAMETERS
-    files = list(output.glob("*.safetensors"))
-    status = Path("/proc/self/status").read_text()
-    return {
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
-        "seconds": seconds,
-        "peak_bytes": 1024 * int(status.partition("VmHWM:")[2].split()[0]),
-    }
+    with removed_afterwards(folder / "huggingface") as output:
+        start = time.perf_counter()
+        result = export_to_huggingface(
+            folder / "megatron", folder / "tokenizer", output, max_shard_size=max_shard_size
+        )
+        seconds = time.perf_counter() - start
+        assert result.parameters == PARAMETERS[model]
+        files = list(output.glob("*.safetensors"))
+        return {
+            "files": len(files),
+            "bytes": sum(file.stat().st_size for file in files),
+            "seconds": seconds,
+            "peak_bytes": process_peak_bytes(),
+        }
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import pickle
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -25,6 +26,34 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_tst.checkpoint.hf_mapping import KeyLayout, stored_shapes, weight_slices
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 
+SHAPES = {
+    "3B": ModelShape(
+        layers=36,
+        hidden=2048,
+        ffn=11008,
+        heads=16,
+        kv_heads=4,
+        head_dim=128,
+        vocabulary=128256,
+        padded_vocabulary=128256,
+        tied=False,
+    ),
+    "10B-A1B": ModelShape(
+        layers=32,
+        hidden=1536,
+        ffn=512,
+        heads=24,
+        kv_heads=4,
+        head_dim=128,
+        vocabulary=151936,
+        padded_vocabulary=151936,
+        tied=False,
+        qk_norm=True,
+        experts=128,
+    ),
+}
+"""Published shapes: a dense model, and one with experts (Qwen3-MoE)."""
+PARAMETERS = {"3B": 3_337_766_912, "10B-A1B": 10_489_144_832}
 RANKS = 4
 ITERATION = 100
 # Dimension that a rank has a part of, counted from the end.
@@ -33,8 +62,11 @@ _Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def arguments(shape: ModelShape) -> Namespace:
-    """The training arguments of a dense model that an export looks at."""
+    """The training arguments that an export looks at."""
     return Namespace(
+        num_experts=shape.experts or None,
+        moe_ffn_hidden_size=shape.ffn,
+        qk_layernorm=shape.qk_norm,
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.ffn,
@@ -58,7 +90,7 @@ def write_checkpoint(folder: Path, shape: ModelShape, dtype: torch.dtype = torch
 
     Args:
         folder: to create.
-        shape: of a dense model whose sizes four ranks can share.
+        shape: whose sizes four ranks can share.
         dtype: of the weights.
     """
     iteration = folder / f"iter_{ITERATION:07d}"
@@ -106,18 +138,18 @@ def save_tokenizer(folder: Path, size: int) -> Path:
 
 
 def _chunks(key: str, size: tuple[int, ...]) -> Iterator[_Chunk]:
-    """Offsets and size of every shard: a layer of a rank, gate and up apart."""
-    is_layer = key.startswith("decoder.layers.")
-    of_layer = size[1:] if is_layer else size
-    prefixes: list[tuple[int, ...]] = [(layer,) for layer in range(size[0])] if is_layer else [()]
-    leading = (1,) if is_layer else ()
-    for prefix in prefixes:
+    """Offsets and size of every shard: a layer of a rank, gate and up apart, experts whole."""
+    is_expert = ".experts." in key
+    stacked = 2 if is_expert else int(key.startswith("decoder.layers."))
+    of_layer = size[stacked:]
+    leading = (1,) * stacked
+    for prefix in product(*map(range, size[:stacked])):
         if "norm" in key:
             yield (*prefix, 0), (*leading, *of_layer)
             continue
         name = ".".join(key.split(".")[-2:])
         dimension = _SPLIT_DIMENSION.get(name, -2) % 2
-        parts = 2 * RANKS if name == "linear_fc1.weight" else RANKS
+        parts = (1 if is_expert else RANKS) * (2 if name == "linear_fc1.weight" else 1)
         chunk = list(of_layer)
         chunk[dimension] //= parts
         for part in range(parts):
