@@ -66,6 +66,8 @@ def arguments(shape: ModelShape) -> Namespace:
     return Namespace(
         num_experts=shape.experts or None,
         moe_ffn_hidden_size=shape.ffn,
+        moe_router_topk=8,
+        moe_aux_loss_coeff=1e-3,
         qk_layernorm=shape.qk_norm,
         num_layers=shape.layers,
         hidden_size=shape.hidden,
