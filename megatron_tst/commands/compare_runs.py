@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
 from megatron_tst.report.comparison import Study, study_of, study_of_two
-from megatron_tst.report.families import families_of
+from megatron_tst.report.families import families_of, with_differing_arguments
 from megatron_tst.report.html import write_report
 from megatron_tst.report.markdown import write_tables
 from megatron_tst.report.results import RunResult
@@ -84,8 +84,10 @@ def _runs(args: argparse.Namespace) -> list[RunResult]:
         if names[0] == names[1]:
             names = (str(args.baseline), str(args.tst))
         folders = (args.baseline, args.tst)
-        return [read_run_folder(f, n) for f, n in zip(folders, names, strict=True)]
-    return [*read_sources(args.runs), *map(read_stated, args.run)]
+        runs = [read_run_folder(f, n) for f, n in zip(folders, names, strict=True)]
+    else:
+        runs = [*read_sources(args.runs), *map(read_stated, args.run)]
+    return with_differing_arguments(runs)
 
 
 def _studies(args: argparse.Namespace, runs: list[RunResult]) -> list[Study]:

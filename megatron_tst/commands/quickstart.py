@@ -217,10 +217,11 @@ def verify_export(arm: Execution, folder: Path, console: Console) -> None:
 def write_comparison(arms: list[Execution], target: Path, sample: str, plan: Plan | None) -> Path:
     """Writes the report, and what was planned beside it; returns the path of the report."""
     from megatron_tst.report.comparison import study_of_two
+    from megatron_tst.report.families import with_differing_arguments
     from megatron_tst.report.html import write_report
     from megatron_tst.report.results import read_result
 
-    baseline, tst = (read_result(arm.folder.path) for arm in arms)
+    baseline, tst = with_differing_arguments([read_result(arm.folder.path) for arm in arms])
     note = None
     if plan is not None:
         target.with_name("pace.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")

@@ -15,6 +15,7 @@ from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.precision import describe_precision
 from megatron_tst.report.describing import Status
+from megatron_tst.report.families import with_differing_arguments
 from megatron_tst.report.results import read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.study.config import StudyConfig, read_study
@@ -113,7 +114,7 @@ def collect(study: StudyConfig, folder: Path) -> Path:
             results.append(read_result(execution.folder.path, execution.name, status))
     if not results:
         raise UsageError(f"no run in {folder} has ended: there are no results to collect yet.")
-    write_results(results, folder / RESULTS_FILE)
+    write_results(with_differing_arguments(results), folder / RESULTS_FILE)
     return folder / RESULTS_FILE
 
 

@@ -42,6 +42,12 @@ _TRAINING_SETTINGS = (
     "clip_grad",
     "bf16",
 )
+DESCRIBED_ARGUMENTS = {
+    *(*MODEL_SETTINGS, *_TRAINING_SETTINGS, "lr", "train_iters", "seed", "seq_length", "split"),
+    *("tokenizer_type", "eval_iters", "eval_global_batch_size", "global_batch_size"),
+    *("rampup_batch_size", "step_batch_size_schedule"),
+}
+"""Arguments that settings and data of a run tell."""
 DATA_KEYS = (
     "data_path",
     "split",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.units import TIMES, quantity
@@ -93,6 +93,28 @@ def families_of(runs: Sequence[RunResult]) -> list[Family]:
     names = _family_names(members)
     return [
         Family(name, tuple(_groups(family))) for name, family in zip(names, members, strict=True)
+    ]
+
+
+def with_differing_arguments(runs: Sequence[RunResult]) -> list[RunResult]:
+    """Adds to the settings of runs the recorded arguments in which they differ.
+
+    So runs that differ in one are not taken for runs of the same settings, and it is named. A run
+    that recorded none, of an earlier version or out of a table, stays as it is. An argument that is
+    off is as one that is not there: a release that has more of them does not differ by these.
+    """
+    recorded = [run.arguments for run in runs if run.arguments]
+    names = sorted({name for arguments in recorded for name in arguments})
+    found = [name for name in names if len({one.get(name) or None for one in recorded}) > 1]
+    return [
+        replace(
+            run,
+            settings={
+                **{name: run.arguments[name] for name in found if name in run.arguments},
+                **run.settings,
+            },
+        )
+        for run in runs
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.describing import (
     IntArray,
     Setting,
@@ -55,6 +56,8 @@ class RunResult:
         offset_losses: training loss of the i-th token of the predicted bag, averaged over the last
             tenth of the last phase with bags, [its bag size] or [0].
         command: command line; not part of a table of results.
+        arguments: all that can matter and that the settings do not tell; empty where they were not
+            recorded. A table of results keeps those in which its runs differ, as settings.
     """
 
     name: str
@@ -72,6 +75,7 @@ class RunResult:
     training_loss: FloatArray
     offset_losses: FloatArray = field(default_factory=lambda: np.zeros(0))
     command: str = ""
+    arguments: dict[str, Setting] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -146,6 +150,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         training_loss=training_loss,
         offset_losses=_offset_losses(run),
         command=str(run.info["command"]),
+        arguments=arguments_that_can_matter(run.info.get("arguments", {})),
     )
 
 

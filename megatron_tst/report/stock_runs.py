@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.describing import (
     DATA_KEYS,
     Setting,
@@ -78,6 +79,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         seconds=_seconds(scalars, validation),
         training_steps=training_steps,
         training_loss=training_loss,
+        arguments=arguments_that_can_matter(arguments),
     )
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megatron_tst.common.progress import INTERVAL_VARIABLE
+from megatron_tst.report.families import SUPERPOSITION_SETTINGS, differing
 from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
@@ -73,6 +74,9 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert set(results) == {BASELINE, TST, "tiny-10steps-lr1e+38-baseline-seed0"}
     assert results["tiny-10steps-lr1e+38-baseline-seed0"].status == "diverged"
     assert [results[name].status for name in (BASELINE, TST)] == ["finished"] * 2
+    # Folders, ports and what else differs from run to run is no setting.
+    differences = differing([results[name].settings for name in (BASELINE, TST)])
+    assert set(differences) <= set(SUPERPOSITION_SETTINGS)
     # 10 steps of 2 x 32 tokens, evaluated after the 6th and the last; twice the text in 3 of them.
     assert results[BASELINE].data_tokens.tolist() == [384, 640]
     assert results[TST].data_tokens.tolist() == [576, 832]
