@@ -10,6 +10,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -20,7 +22,10 @@ from benchmarks.synthetic_checkpoint import save_tokenizer
 
 VOCABULARY, TOKENIZER_SIZE, CONTEXT = 250, 240, 24
 """Models such as Qwen3 have more rows than their tokenizer has entries."""
-KINDS = ("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old")
+KINDS = (
+    *("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old"),
+    *("qwen2-llama3", "qwen2-old-tied", "llama-linear", "llama-old-llama3", "qwen3-yarn"),
+)
 """``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
 bfloat16 and in several files."""
 _SETTINGS: dict[str, Any] = {
@@ -37,6 +42,24 @@ _SETTINGS: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
     "bos_token_id": 0,
     "eos_token_id": 1,
+}
+_ROPE: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 6,
+        "beta_fast": 16.0,
+        "beta_slow": 0.5,
+        "truncate": False,
+    },
 }
 _EXPERTS: dict[str, Any] = {
     "num_experts": 6,
@@ -56,11 +79,15 @@ def save_model(folder: Path, kind: str) -> Path:
     if "old" in words:
         # The size of a head is then not in the file.
         settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+    for word in words:
+        settings["rope_parameters"] = settings["rope_parameters"] | _ROPE.get(word, {})
     torch.manual_seed(KINDS.index(kind))
     model: Any
     match words[0]:
         case "llama":
             model = LlamaForCausalLM(LlamaConfig(**settings))
+        case "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**settings))
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**settings))
         case "qwen3moe":
@@ -69,6 +96,9 @@ def save_model(folder: Path, kind: str) -> Path:
         # Norms start at one, where exchanging them would not show.
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
+        # And biases at zero.
+        if "bias" in name:
+            parameter.data.normal_()
     if "old" in words:
         model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
         _write_old_config(folder / "config.json")
@@ -79,7 +109,9 @@ def save_model(folder: Path, kind: str) -> Path:
 
 def _write_old_config(path: Path) -> None:
     config = json.loads(path.read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     config["torch_dtype"] = config.pop("dtype")
     config.pop("head_dim", None)
     if "num_local_experts" in config:

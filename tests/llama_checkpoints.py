@@ -138,15 +138,14 @@ def build_and_save(folder: Path, args: Namespace) -> None:
 def build_model(args: Namespace) -> Any:
     """Megatron's model as its own training script builds it, one stage of it on each rank."""
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
     from megatron.training.models.hybrid import HybridModelBuilder
 
+    from megatron_tst.model.config import model_config_from_args
+
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    if args.hybrid_layer_pattern:
-        config, builder = hybrid_config_from_args(args), HybridModelBuilder
-    else:
-        config, builder = gpt_config_from_args(args), GPTModelBuilder
+    builder = HybridModelBuilder if args.hybrid_layer_pattern else GPTModelBuilder
+    config = model_config_from_args(args)
     config.parallel_output = False
     config.finalize()
     return builder(config).build_model(groups)

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_tst.checkpoint.hf_rope import rope_arguments, unsupported_rope
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 from megatron_tst.common.errors import UsageError
 
@@ -37,17 +38,18 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         named: the folder, for messages.
 
     Returns:
-        A ``LlamaConfig``, ``Qwen3Config`` or ``Qwen3MoeConfig``.
+        A ``LlamaConfig``, ``Qwen2Config``, ``Qwen3Config`` or ``Qwen3MoeConfig``.
 
     Raises:
         UsageError: another architecture, or settings that transformers refuses or that Megatron
             cannot express.
     """
     # Here, because the import takes seconds.
-    from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     classes = {
         "LlamaForCausalLM": LlamaConfig,
+        "Qwen2ForCausalLM": Qwen2Config,
         "Qwen3ForCausalLM": Qwen3Config,
         "Qwen3MoeForCausalLM": Qwen3MoeConfig,
     }
@@ -77,12 +79,9 @@ def _unsupported(config: Any) -> Iterator[str]:
         if value not in allowed:
             yield f"{name} {value}"
     rope = config.rope_parameters
-    if rope["rope_type"] != "default":
-        yield f"rope_parameters of rope_type {rope['rope_type']} (rope_scaling)"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
-    if rope["rope_theta"] != int(rope["rope_theta"]):
-        yield f"rope_theta {rope['rope_theta']} (not a whole number)"
+    yield from unsupported_rope(rope)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         yield f"layer_types {', '.join(sorted(kinds))}"
@@ -109,7 +108,8 @@ def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
         vocabulary=config.vocab_size,
         padded_vocabulary=-(-config.vocab_size // vocabulary_multiple) * vocabulary_multiple,
         tied=config.tie_word_embeddings,
-        qk_norm=architecture != "LlamaForCausalLM",
+        qk_norm=architecture.startswith("Qwen3"),
+        qkv_bias=architecture == "Qwen2ForCausalLM",
         experts=config.num_experts if is_mixture else 0,
     )
 
@@ -126,12 +126,12 @@ def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
         "kv-channels": shape.head_dim,
         "qk-layernorm": shape.qk_norm,
         "max-position-embeddings": config.max_position_embeddings,
-        "position-embedding-type": "rope",
-        "rotary-base": int(config.rope_parameters["rope_theta"]),
+        **rope_arguments(config.rope_parameters),
         "normalization": "RMSNorm",
         "norm-epsilon": config.rms_norm_eps,
         "swiglu": True,
         "disable-bias-linear": True,
+        "add-qkv-bias": shape.qkv_bias,
         "attention-dropout": config.attention_dropout,
         "hidden-dropout": 0.0,
         "init-method-std": config.initializer_range,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_tst.checkpoint.hf_rope import rope_parameters
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 
 _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
@@ -26,7 +28,7 @@ def huggingface_config(
         bos_id: token at the beginning of a text, if there is one.
         eos_id: token at the end of a text, if there is one.
     """
-    theta = float(args.rotary_base)
+    rope = rope_parameters(args)
     config: dict[str, Any] = {
         "architectures": [shape.architecture],
         "model_type": _MODEL_TYPES[shape.architecture],
@@ -40,11 +42,10 @@ def huggingface_config(
         "hidden_act": "silu",
         "max_position_embeddings": args.max_position_embeddings,
         "rms_norm_eps": args.layernorm_epsilon,
-        # Releases before 5 read the plain value only.
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "rope_theta": theta,
+        # Releases before 5 read the plain value and rope_scaling only.
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
         "tie_word_embeddings": shape.tied,
-        "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": args.init_method_std,
         "bos_token_id": bos_id,
@@ -54,6 +55,11 @@ def huggingface_config(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    # Qwen2 has biases of queries, keys and values, and no setting for them.
+    if not shape.qkv_bias:
+        config["attention_bias"] = False
     if shape.architecture == "LlamaForCausalLM":
         config["mlp_bias"] = False
     else:

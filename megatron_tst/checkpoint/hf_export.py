@@ -236,6 +236,13 @@ def _warnings(args: Namespace, iteration: int, shape: ModelShape) -> list[str]:
             f"{phase.bag_size} tokens, and its outputs are mixtures of a bag, not predictions of "
             "the next token."
         )
+    factor, is_ours = getattr(args, "rope_scaling_factor", 8.0), hasattr(args, "tst_bag_size")
+    if getattr(args, "use_rope_scaling", False) and factor != 8 and iteration and not is_ours:
+        warnings.append(
+            f"The checkpoint was trained with --rope-scaling-factor {factor:g} and not by this "
+            "project: pretrain_gpt.py of Megatron-LM up to 0.19.2 takes 8 whatever the flag says. "
+            "If that trained it, write 8 as the factor in config.json."
+        )
     unused = shape.padded_vocabulary - shape.vocabulary
     padding_unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     if unused >= padding_unit:

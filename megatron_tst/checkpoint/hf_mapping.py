@@ -180,16 +180,17 @@ class _Cut:
 
 
 def _split_qkv(shape: ModelShape, weight: Tensor) -> Sequence[Tensor]:
-    """Takes apart [G(q+2)d, h]: for each group q query heads, a key head and a value head."""
-    queries = shape.heads // shape.kv_heads
-    groups = weight.view(shape.kv_heads, queries + 2, shape.head_dim, shape.hidden)
+    """Takes apart [G(q+2)d, h] or a bias [G(q+2)d]: for each group q query heads, key and value."""
+    queries, columns = shape.heads // shape.kv_heads, weight.shape[1:]
+    groups = weight.view(shape.kv_heads, queries + 2, shape.head_dim, *columns)
     parts = groups.split([queries, 1, 1], dim=1)
-    return [part.reshape(-1, shape.hidden) for part in parts]
+    return [part.reshape(-1, *columns) for part in parts]
 
 
 def _join_qkv(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
-    groups = [part.view(shape.kv_heads, -1, shape.head_dim, shape.hidden) for part in weights]
-    return torch.cat(groups, dim=1).view(-1, shape.hidden)
+    columns = weights[0].shape[1:]
+    groups = [part.view(shape.kv_heads, -1, shape.head_dim, *columns) for part in weights]
+    return torch.cat(groups, dim=1).view(-1, *columns)
 
 
 def _pad_vocabulary(shape: ModelShape, weights: Sequence[Tensor]) -> Tensor:
@@ -211,7 +212,10 @@ _GATE_AND_UP = _Cut(
 
 @dataclass(frozen=True)
 class _Rule:
-    """One weight of a layer, or of an expert; ``key`` and ``names`` lack prefix and ".weight"."""
+    """One weight of a layer, or of an expert; ``key`` and ``names`` lack the prefix.
+
+    ``names`` lack the end, too: ".weight" or ".bias", which they have in common with ``key``.
+    """
 
     key: str
     names: tuple[str, ...]
@@ -230,6 +234,8 @@ def _attention_rules(shape: ModelShape) -> list[_Rule]:
         _Rule(f"{linear_qkv}.weight", projections, (qkv, hidden), _QUERY_KEY_VALUE),
         _Rule("self_attention.linear_proj.weight", ("self_attn.o_proj",), (hidden, query)),
     ]
+    if shape.qkv_bias:
+        rules.append(_Rule(f"{linear_qkv}.bias", projections, (qkv,), _QUERY_KEY_VALUE))
     if shape.qk_norm:
         rules += [
             _Rule(
@@ -271,7 +277,8 @@ def _layer_slices(
     index = (stored_layer,) if layout.stacked else ()
     prefix = f"model.layers.{layer}."
     if not rule.of_expert:
-        names = tuple(f"{prefix}{name}.weight" for name in rule.names)
+        end = "bias" if rule.key.endswith(".bias") else "weight"
+        names = tuple(f"{prefix}{name}.{end}" for name in rule.names)
         return [MegatronSlice(key, index, rule.size, names, shape, rule.cut)]
     return [
         MegatronSlice(

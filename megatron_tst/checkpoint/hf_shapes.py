@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tst.checkpoint.hf_rope import unsupported_rope_arguments
 from megatron_tst.common.errors import UsageError
 
-Architecture = Literal["LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
+Architecture = Literal[
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model that Llama, Qwen3 or Qwen3-MoE describes.
+    """Sizes of a model that Llama, Qwen2, Qwen3 or Qwen3-MoE describes.
 
     Attributes:
         layers: number of decoder layers, each of attention and an MLP or experts.
@@ -28,6 +31,7 @@ class ModelShape:
         tied: whether the output layer is the embedding.
         qk_norm: whether queries and keys are normalised, each head on its own.
         experts: experts of a layer; 0 for a dense model.
+        qkv_bias: whether the projections to queries, keys and values have biases.
     """
 
     layers: int
@@ -41,12 +45,15 @@ class ModelShape:
     tied: bool
     qk_norm: bool = False
     experts: int = 0
+    qkv_bias: bool = False
 
     @property
     def architecture(self) -> Architecture:
         """The class of transformers that computes the same function."""
         if self.experts:
             return "Qwen3MoeForCausalLM"
+        if self.qkv_bias:
+            return "Qwen2ForCausalLM"
         return "Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"
 
 
@@ -65,8 +72,8 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
     unsupported = list(_unsupported(args, has_experts))
     if unsupported:
         raise UsageError(
-            f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen3 nor "
-            "Qwen3-MoE has such a thing, so that it cannot be exported."
+            f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen2, "
+            "Qwen3 nor Qwen3-MoE has such a thing, so that it cannot be exported."
         )
     if vocabulary > args.padded_vocab_size:
         raise UsageError(
@@ -90,6 +97,7 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
         tied=not args.untie_embeddings_and_output_weights,
         qk_norm=getattr(args, "qk_layernorm", False),
         experts=args.num_experts if has_experts else 0,
+        qkv_bias=getattr(args, "add_qkv_bias", False),
     )
 
 
@@ -111,7 +119,12 @@ def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             yield flag if isinstance(value, bool) else f"{flag} {value}"
+    if getattr(args, "add_qkv_bias", False) and (
+        has_experts or getattr(args, "qk_layernorm", False)
+    ):
+        yield "--add-qkv-bias with --qk-layernorm or experts"
     pattern = _pattern(args)
+    yield from unsupported_rope_arguments(args, bool(pattern))
     if pattern not in {block * (len(pattern) // 2) for block in ("*-", "*E")}:
         yield f"--hybrid-layer-pattern {args.hybrid_layer_pattern} (not *-*-... or *E*E...)"
     spec = getattr(args, "spec", None)
@@ -129,13 +142,10 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("--normalization", "normalization", "RMSNorm"),
     ("an MLP without --swiglu", "swiglu", True),
     ("biases (no --disable-bias-linear)", "add_bias_linear", False),
-    ("--add-qkv-bias", "add_qkv_bias", False),
     ("--multi-latent-attention", "multi_latent_attention", False),
-    ("--position-embedding-type", "position_embedding_type", "rope"),
+    ("--position-embedding-type", "position_embedding_type", "rope", "yarn"),
     ("--rotary-percent", "rotary_percent", 1.0),
     ("--rotary-interleaved", "rotary_interleaved", False),
-    ("--rotary-seq-len-interpolation-factor", "rotary_seq_len_interpolation_factor", None),
-    ("--use-rope-scaling", "use_rope_scaling", False),
     ("--no-rope-freq", "no_rope_freq", None),
     ("--qk-l2-norm", "qk_l2_norm", False),
     ("--apply-layernorm-1p", "layernorm_zero_centered_gamma", False),

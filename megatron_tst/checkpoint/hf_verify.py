@@ -146,9 +146,10 @@ def _build(trained: Namespace) -> Any:
     """The model of the training arguments, for one process on a CPU."""
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
     from megatron.training.models.hybrid import HybridModelBuilder
+
+    from megatron_tst.model.config import model_config_from_args
 
     args = copy.copy(trained)
     for field in dataclasses.fields(ModelParallelConfig):
@@ -158,9 +159,8 @@ def _build(trained: Namespace) -> Any:
     if args.hybrid_layer_pattern:
         # Without the marks between pipeline stages, of which there is one.
         args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
-        config, builder = hybrid_config_from_args(args), HybridModelBuilder
-    else:
-        config, builder = gpt_config_from_args(args), GPTModelBuilder
+    builder = HybridModelBuilder if args.hybrid_layer_pattern else GPTModelBuilder
+    config = model_config_from_args(args)
     config.perform_initialization = False
     config.finalize()
     return builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())

@@ -50,8 +50,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path, "writing")
-    temporary.mkdir()
     try:
+        # Inside, so that a signal right behind it leaves nothing.
+        temporary.mkdir()
         yield temporary
         _replace_folder(temporary, path)
     finally:

@@ -23,17 +23,14 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from megatron.training.training import get_megatron_ddp_config
 from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.model.config import model_config_from_args
 from megatron_tst.preflight.engine import (
     enter_recipes,
     forget_capability,
@@ -142,9 +139,8 @@ def build_configuration(args: argparse.Namespace) -> Any:
         args.use_precision_aware_optimizer = False
         for name in _OPTIMIZER_TYPES:
             setattr(args, name, torch.float32)
-    is_hybrid = args.hybrid_layer_pattern is not None
     with _silence():
-        config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
+        config = model_config_from_args(args)
         # Megatron sets up the generators by the argument, and only this check reads the field.
         config.transformer.use_te_rng_tracker = args.te_rng_tracker
         config.finalize()

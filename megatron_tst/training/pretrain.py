@@ -18,15 +18,12 @@ from megatron.training import (
     pretrain,
     print_rank_0,
 )
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tst.common.errors import UsageError, print_error
 from megatron_tst.common.platform import platform
+from megatron_tst.model.config import model_config_from_args
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -90,8 +87,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         args, schedule = parse_command_line()
         if platform().has_gpu:
             report_fused_paths(args)
-        is_hybrid = args.hybrid_layer_pattern is not None
-        model_config = (hybrid_config_from_args if is_hybrid else gpt_config_from_args)(args)
+        model_config = model_config_from_args(args)
         datasets_provider = DatasetsProvider(args, schedule)
         schedule = check_data_budget(args, schedule, datasets_provider.config)
         _print_settings(schedule)

@@ -61,7 +61,15 @@ def remove_config(folder: Path) -> None:
 
 
 ROW = torch.zeros(1, 32)
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 1.5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4096,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
     ("llama", remove_config, "has no config.json: pass a Hugging Face folder"),
     ("llama", pickles_only, r"pickles only \(pytorch_model.bin\).* convert them to safetensors"),
@@ -71,16 +79,22 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "llama",
         change_config(architectures=["GPT2LMHeadModel"]),
-        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Qwen3",
+        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Qwen2",
     ),
     ("llama", change_config(architectures=None), r"architecture \(none in config.json\)"),
     ("llama", change_config(attention_bias=True, mlp_bias=True), "attention_bias True, mlp_bias"),
     ("llama", change_config(hidden_act="gelu"), "hidden_act gelu: Megatron computes something"),
-    ("llama", change_config(rope_parameters=YARN), "rope_parameters of rope_type yarn"),
+    ("llama", change_config(rope_parameters=YARN), "of rope_type yarn, attention_factor 1.5"),
+    ("llama", change_config(rope_parameters=DYNAMIC), "rope_parameters of rope_type dynamic"),
     (
         "llama-old",
-        change_config(rope_scaling={"type": "linear", "factor": 2.0}),
-        "rope_parameters of rope_type linear",
+        change_config(rope_scaling=LLAMA3),
+        r"llama3 with original_max_position_embeddings 4096 \(8192\)",
+    ),
+    (
+        "llama-old",
+        change_config(rope_scaling={"type": "linear", "factor": 2.5}),
+        r"rope_type linear with factor 2.5 \(no whole number\)",
     ),
     ("llama", change_config(quantization_config={"bits": 4}), "has quantization_config"),
     ("llama-old", change_config(rope_theta=0.5), r"rope_theta 0.5 \(not a whole number\)"),
