@@ -99,6 +99,7 @@ def _load_and_compute(arguments: list[str], tokens: torch.Tensor) -> torch.Tenso
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
     model_parallel_cuda_manual_seed(1)
     model = build_model(args)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,10 +25,12 @@ VOCABULARY, TOKENIZER_SIZE, CONTEXT = 250, 240, 24
 """Models such as Qwen3 have more rows than their tokenizer has entries."""
 KINDS = (
     *("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old"),
+    *("qwen3moe-fused-raw", "qwen3moe-dense-tied"),
     *("qwen2-llama3", "qwen2-old-tied", "llama-linear", "llama-old-llama3", "qwen3-yarn"),
 )
 """``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
-bfloat16 and in several files."""
+bfloat16 and in several files, ``fused`` for the experts of a layer in one tensor, ``raw`` for
+probabilities of experts that do not add up to one, ``dense`` for layers without experts."""
 _SETTINGS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -91,7 +94,9 @@ def save_model(folder: Path, kind: str) -> Path:
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**settings))
         case "qwen3moe":
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **_EXPERTS))
+            experts = _EXPERTS | {"norm_topk_prob": "raw" not in words}
+            experts["mlp_only_layers"] = [1, 2] if "dense" in words else []
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **experts))
     for name, parameter in model.named_parameters():
         # Norms start at one, where exchanging them would not show.
         if "norm" in name:
@@ -104,6 +109,9 @@ def save_model(folder: Path, kind: str) -> Path:
         _write_old_config(folder / "config.json")
     else:
         model.save_pretrained(folder)
+    if "fused" in words:
+        # By the names and in the layout that the model has in memory.
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return save_tokenizer(folder, TOKENIZER_SIZE)
 
 

@@ -9,6 +9,11 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_tst.checkpoint.hf_expert_arguments import (
+    dense_layers,
+    expert_arguments,
+    unsupported_experts,
+)
 from megatron_tst.checkpoint.hf_rope import rope_arguments, unsupported_rope
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 from megatron_tst.common.errors import UsageError
@@ -22,11 +27,6 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("mlp_bias", False),
     ("use_sliding_window", False),
     ("quantization_config", None),
-)
-_SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
-    ("norm_topk_prob", True),
-    ("decoder_sparse_step", 1),
-    ("mlp_only_layers", [], None),
 )
 
 
@@ -73,8 +73,7 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
 
 
 def _unsupported(config: Any) -> Iterator[str]:
-    is_mixture = config.architectures[0] == "Qwen3MoeForCausalLM"
-    for name, *allowed in _SETTINGS + (_SETTINGS_OF_EXPERTS if is_mixture else ()):
+    for name, *allowed in _SETTINGS:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             yield f"{name} {value}"
@@ -85,6 +84,8 @@ def _unsupported(config: Any) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         yield f"layer_types {', '.join(sorted(kinds))}"
+    if config.architectures[0] == "Qwen3MoeForCausalLM":
+        yield from unsupported_experts(config)
 
 
 def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
@@ -111,6 +112,8 @@ def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
         qk_norm=architecture.startswith("Qwen3"),
         qkv_bias=architecture == "Qwen2ForCausalLM",
         experts=config.num_experts if is_mixture else 0,
+        dense_layers=dense_layers(config) if is_mixture else (),
+        dense_ffn=config.intermediate_size if is_mixture else 0,
     )
 
 
@@ -140,15 +143,7 @@ def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
         "padded-vocab-size": shape.padded_vocabulary,
     }
     if shape.experts:
-        values |= {
-            "num-experts": shape.experts,
-            "moe-layer-freq": 1,
-            "moe-ffn-hidden-size": shape.ffn,
-            "moe-router-topk": config.num_experts_per_tok,
-            "moe-router-score-function": "softmax",
-            "moe-router-dtype": "fp32",
-            "moe-aux-loss-coeff": config.router_aux_loss_coef,
-        }
+        values |= expert_arguments(config, shape)
     return [
         [f"--{name}"] if value is True else [f"--{name}", str(value)]
         for name, value in values.items()

@@ -69,17 +69,17 @@ def huggingface_config(
 
 def _expert_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
     return {
-        # The inner size of layers without experts, of which there are none.
+        # The inner size of layers without experts, if there are any.
         "intermediate_size": args.ffn_hidden_size,
         "moe_intermediate_size": shape.ffn,
         # Releases before 5 read the first name, later ones write the second.
         "num_experts": shape.experts,
         "num_local_experts": shape.experts,
         "num_experts_per_tok": args.moe_router_topk,
-        # Megatron takes the softmax of the chosen logits, which adds up to one.
-        "norm_topk_prob": True,
+        # By default Megatron takes the softmax of the chosen logits, which adds up to one.
+        "norm_topk_prob": not getattr(args, "moe_router_pre_softmax", False),
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(shape.dense_layers),
         "output_router_logits": False,
         "router_aux_loss_coef": _first(args.moe_aux_loss_coeff),
     }

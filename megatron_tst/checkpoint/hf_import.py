@@ -18,6 +18,7 @@ from megatron_tst.checkpoint.hf_arguments import (
     shape_from_config,
 )
 from megatron_tst.checkpoint.hf_export import DtypeName
+from megatron_tst.checkpoint.hf_fused_experts import split_fused_experts
 from megatron_tst.checkpoint.hf_mapping import (
     KeyLayout,
     MegatronSlice,
@@ -98,7 +99,7 @@ def import_from_huggingface(
     config = read_config(folder.config, named)
     shape = shape_from_config(config, vocabulary_multiple)
     slices = _slices(shape)
-    weights = stored_weights([model / name for name in folder.weights])
+    weights = split_fused_experts(stored_weights([model / name for name in folder.weights]), shape)
     _check_weights(shape, slices, weights, named)
     chunks = _plan_chunks(slices, weights, dtype, named)
     shapes = stored_shapes(slices)
@@ -153,7 +154,10 @@ def _slices(shape: ModelShape) -> list[MegatronSlice]:
     parts = {
         (part.key, part.index): part
         for fused_norm in (True, False)
-        for part in weight_slices(shape, KeyLayout(fused_norm=fused_norm))
+        # Megatron numbers the layers where they are of two kinds.
+        for part in weight_slices(
+            shape, KeyLayout(stacked=not shape.dense_layers, fused_norm=fused_norm)
+        )
     }
     return list(parts.values())
 

@@ -108,7 +108,7 @@ def weight_slices(shape: ModelShape, layout: KeyLayout) -> tuple[MegatronSlice, 
         outer.append(_Rule("output_layer", ("lm_head",), rows, _VOCABULARY))
     slices = [_outer_slice(shape, embedding)]
     for layer in range(shape.layers):
-        for half, rules in enumerate((_attention_rules(shape), _mlp_rules(shape, layout))):
+        for half, rules in enumerate((_attention_rules(shape), _mlp_rules(shape, layout, layer))):
             for rule in rules:
                 slices += _layer_slices(shape, layout, rule, layer, half)
     return (*slices, *(_outer_slice(shape, rule) for rule in outer))
@@ -248,11 +248,12 @@ def _attention_rules(shape: ModelShape) -> list[_Rule]:
     return rules
 
 
-def _mlp_rules(shape: ModelShape, layout: KeyLayout) -> list[_Rule]:
-    hidden, ffn = shape.hidden, shape.ffn
-    fused = layout.fused_norm or not shape.experts
+def _mlp_rules(shape: ModelShape, layout: KeyLayout, layer: int) -> list[_Rule]:
+    hidden = shape.hidden
+    expert = bool(shape.experts) and layer not in shape.dense_layers
+    ffn = shape.dense_ffn if shape.experts and not expert else shape.ffn
+    fused = layout.fused_norm or not expert
     norm = _Rule(_FUSED_NORM if fused else _SEPARATE_NORM, ("post_attention_layernorm",), (hidden,))
-    expert = bool(shape.experts)
     prefix = "mlp.experts.experts" if expert else "mlp"
     gate_and_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
     fc1 = f"{prefix}.linear_fc1.weight", gate_and_up, (2 * ffn, hidden), _GATE_AND_UP, expert

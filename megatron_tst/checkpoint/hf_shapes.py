@@ -32,6 +32,8 @@ class ModelShape:
         qk_norm: whether queries and keys are normalised, each head on its own.
         experts: experts of a layer; 0 for a dense model.
         qkv_bias: whether the projections to queries, keys and values have biases.
+        dense_layers: numbers of the layers without experts in a model that has some.
+        dense_ffn: inner size of the MLP of these layers.
     """
 
     layers: int
@@ -46,6 +48,8 @@ class ModelShape:
     qk_norm: bool = False
     experts: int = 0
     qkv_bias: bool = False
+    dense_layers: tuple[int, ...] = ()
+    dense_ffn: int = 0
 
     @property
     def architecture(self) -> Architecture:
@@ -98,6 +102,8 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
         qk_norm=getattr(args, "qk_layernorm", False),
         experts=args.num_experts if has_experts else 0,
         qkv_bias=getattr(args, "add_qkv_bias", False),
+        dense_layers=_dense_layers(args) if has_experts else (),
+        dense_ffn=args.ffn_hidden_size if has_experts else 0,
     )
 
 
@@ -109,6 +115,16 @@ def _pattern(args: Namespace) -> str:
 def _has_experts(args: Namespace) -> bool:
     pattern = _pattern(args)
     return "E" in pattern if pattern else bool(getattr(args, "num_experts", None))
+
+
+def _dense_layers(args: Namespace) -> tuple[int, ...]:
+    """Layers without experts, counted from 0; a layer of a HybridModel is attention and MLP."""
+    if pattern := _pattern(args):
+        return tuple(layer for layer, kind in enumerate(pattern[1::2]) if kind == "-")
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return tuple(layer for layer in range(args.num_layers) if layer % frequency)
+    return tuple(layer for layer, has_experts in enumerate(frequency) if not has_experts)
 
 
 def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
@@ -125,8 +141,8 @@ def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
         yield "--add-qkv-bias with --qk-layernorm or experts"
     pattern = _pattern(args)
     yield from unsupported_rope_arguments(args, bool(pattern))
-    if pattern not in {block * (len(pattern) // 2) for block in ("*-", "*E")}:
-        yield f"--hybrid-layer-pattern {args.hybrid_layer_pattern} (not *-*-... or *E*E...)"
+    if len(pattern) % 2 or set(pattern[::2]) - {"*"} or set(pattern[1::2]) - {"-", "E"}:
+        yield f"--hybrid-layer-pattern {args.hybrid_layer_pattern} (not of *- and *E)"
     spec = getattr(args, "spec", None)
     # Stock launch scripts of HybridModel name Megatron's own specification.
     own = ("megatron.core.models.hybrid.", "megatron.core.models.mamba.")
@@ -168,9 +184,7 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
 )
 _SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
     ("--num-experts without --qk-layernorm", "qk_layernorm", True),
-    ("--moe-layer-freq", "moe_layer_freq", 1),
     ("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, 0),
-    ("--moe-router-pre-softmax", "moe_router_pre_softmax", False),
     ("--moe-router-score-function", "moe_router_score_function", "softmax"),
     ("--moe-router-enable-expert-bias", "moe_router_enable_expert_bias", False),
     ("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor", None, 1.0),

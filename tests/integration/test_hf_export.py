@@ -267,9 +267,9 @@ def test_unsupported_settings_are_refused(damaged: Path, tokenizer: Path, tmp_pa
         with pytest.raises(ValueError, match=f"--max-shard-size {size} is no size"):
             export_to_huggingface(*arguments, max_shard_size=size)
     common = TorchDistCheckpoint(damaged).read_common()
-    common["args"].moe_layer_freq, common["args"].num_experts = 2, 4
+    common["args"].moe_latent_size, common["args"].num_experts = 2, 4
     torch.save(common, damaged / "common.pt")
-    with pytest.raises(ValueError, match=r"--num-experts without --qk-layernorm, --moe-layer-freq"):
+    with pytest.raises(ValueError, match=r"--num-experts without --qk-layernorm, --moe-latent"):
         export_to_huggingface(*arguments)
     assert not list(tmp_path.glob("*hf*"))
 

@@ -77,6 +77,21 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def separate(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each expert on its own, as transformers saves them."""
+    found = {}
+    for name, weight in weights.items():
+        prefix, _, kind = name.rpartition(".")
+        if not prefix.endswith(".experts"):
+            found[name] = weight
+            continue
+        for expert, fused in enumerate(weight):
+            parts = (fused,) if kind == "down_proj" else fused.chunk(2)
+            for part, each in zip(kind.removesuffix("_proj").split("_"), parts, strict=True):
+                found[f"{prefix}.{expert}.{part}_proj.weight"] = each
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_way_back_gives_the_same_bits(
     imported: dict[str, Imported], tmp_path: Path, kind: str
@@ -89,7 +104,7 @@ def test_the_way_back_gives_the_same_bits(
     assert result.iteration == 0
     # In a folder of Qwen2 transformers takes a class that reads this tokenizer otherwise.
     assert all("tokenizer_class" in warning for warning in result.warnings)
-    expected, actual = load_weights(case.model), load_weights(tmp_path / "back")
+    expected, actual = separate(load_weights(case.model)), load_weights(tmp_path / "back")
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():
         assert actual[name].dtype == weight.dtype
@@ -122,6 +137,18 @@ LAYOUTS: dict[str, tuple[str, int, str]] = {
     "qwen3moe, PP 2": ("qwen3moe", 2, "--pipeline-model-parallel-size 2"),
     "qwen3moe, EP 2": (
         "qwen3moe",
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
+    ),
+    "qwen3moe-fused-raw, TP 2, EP 2": (
+        "qwen3moe-fused-raw",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1 --moe-token-dispatcher-type alltoall",
+    ),
+    "qwen3moe-dense-tied, PP 2": ("qwen3moe-dense-tied", 2, "--pipeline-model-parallel-size 2"),
+    "qwen3moe-dense-tied, EP 2": (
+        "qwen3moe-dense-tied",
         2,
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
     ),
@@ -291,6 +318,35 @@ def test_superposition_loads_it_as_a_release(
     launcher.run([*run.argv, *byte_model.arguments], run.log)
     assert "loading release distributed checkpoint" in run.log.read_text()
     assert sorted(run.scalars()["lm loss"]) == [1, 2, 3, 4]
+
+
+MIXTURES = ["qwen3moe-dense-tied"]
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_is_trained_over_the_switch_and_exported(
+    launcher: Launcher, imported: dict[str, Imported], corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    case = imported[kind]
+    run = small_run(corpus, tmp_path, seq_length=CONTEXT, tst_bag_size=4, tst_steps=2).with_(
+        # What the model has comes from the import.
+        untie_embeddings_and_output_weights=None,
+        make_vocab_size_divisible_by=64,
+    )
+    own = ["--tokenizer-model", f"{corpus}-tokenizer"]
+    # The run loads what it has saved; the import is what it starts from.
+    start = [*case.arguments[:-2], "--pretrained-checkpoint", str(case.checkpoint)]
+    launcher.run([*run.argv, *start, *own], run.log)
+    losses = run.scalars()["lm loss"]
+    assert sorted(losses) == [1, 2, 3, 4]
+    assert all(map(math.isfinite, losses.values()))
+    result = export_to_huggingface(tmp_path / "checkpoints", case.model, tmp_path / "back")
+    assert (result.iteration, result.warnings) == (4, ())
+    before, after = separate(load_weights(case.model)), load_weights(tmp_path / "back")
+    assert after.keys() == before.keys()
+    router = next(name for name in after if name.endswith("mlp.gate.weight"))
+    assert not torch.equal(after[router], before[router])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
 
 
 def test_an_import_holds_neither_the_model_nor_a_stack_of_layers(

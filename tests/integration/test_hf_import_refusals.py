@@ -60,6 +60,11 @@ def remove_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def transpose(weights: dict[str, torch.Tensor], name: str) -> None:
+    name = f"model.layers.0.mlp.experts.{name}"
+    weights[name] = weights[name].mT.contiguous()
+
+
 ROW = torch.zeros(1, 32)
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 1.5}
 LLAMA3 = {
@@ -108,9 +113,26 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
         ),
         "use_sliding_window True, layer_types sliding_attention",
     ),
-    ("qwen3moe", change_config(norm_topk_prob=False), "norm_topk_prob False"),
-    ("qwen3moe", change_config(mlp_only_layers=[1]), r"mlp_only_layers \[1\]"),
-    ("qwen3moe", change_config(decoder_sparse_step=2), "decoder_sparse_step 2"),
+    (
+        "qwen3moe",
+        change_config(num_experts_per_tok=1),
+        "num_experts_per_tok 1 with norm_topk_prob True",
+    ),
+    ("qwen3moe", change_config(decoder_sparse_step=5), r"mlp_only_layers .* \(no layer with exp"),
+    (
+        "qwen3moe-fused-raw",
+        change_weights(lambda weights: transpose(weights, "gate_up_proj")),
+        r"experts.gate_up_proj in .* has shape \[6, 32, 80\], and .* gives \[6, 80, 32\]",
+    ),
+    (
+        "qwen3moe-fused-raw",
+        change_weights(
+            lambda weights: weights.update(
+                {"model.layers.1.mlp.experts.0.down_proj.weight": torch.zeros(32, 40)}
+            )
+        ),
+        r"experts.0.down_proj.weight in .* is also a part of .*experts.\*_proj, which holds all",
+    ),
     (
         "llama",
         change_weights(lambda weights: weights.pop("model.layers.2.mlp.up_proj.weight")),

@@ -35,7 +35,8 @@ GQA = ModelShape(
     padded_vocabulary=16,
     tied=False,
 )
-MOE = replace(GQA, qk_norm=True, experts=3, ffn=8)
+MOE = replace(GQA, qk_norm=True, experts=3, ffn=8, dense_ffn=20)
+MIXED = replace(MOE, dense_layers=(1,))
 SHAPES = {
     "GQA": GQA,
     "MHA": replace(GQA, kv_heads=6),
@@ -44,6 +45,7 @@ SHAPES = {
     "QK-norm": replace(GQA, qk_norm=True),
     "experts": MOE,
     "tied experts": replace(MOE, tied=True),
+    "dense layers": replace(MOE, dense_layers=(0,)),
 }
 LAYOUTS = {
     "stacked": KeyLayout(),
@@ -249,11 +251,13 @@ def test_the_shape_is_read_from_the_arguments() -> None:
     assert shape_from_arguments(expert_arguments(), 10) == MOE
     # Megatron's default for the size of an expert.
     assert shape_from_arguments(expert_arguments(moe_ffn_hidden_size=None), 10).ffn == 20
+    for frequency in (2, [1, 0]):
+        assert shape_from_arguments(expert_arguments(moe_layer_freq=frequency), 10) == MIXED
 
 
 @pytest.mark.parametrize(
     ("pattern", "shape"),
-    [("*-*-", GQA), ("*-|*-", GQA), ("*E*E", MOE), ("*E|*E", MOE)],
+    [("*-*-", GQA), ("*-|*-", GQA), ("*E*E", MOE), ("*E|*E", MOE), ("*E*-", MIXED)],
 )
 def test_the_shape_of_a_hybrid_model(pattern: str, shape: ModelShape) -> None:
     spec = ["megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"]
@@ -264,7 +268,7 @@ def test_the_shape_of_a_hybrid_model(pattern: str, shape: ModelShape) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["M-M*", "*-*E", "-*-*", "**--", "*-*", "*-*-/*-", "G-*-", "+-+-"],
+    ["M-M*", "-*-*", "**--", "*-*", "*-*-/*-", "G-*-", "+-+-"],
 )
 def test_other_hybrid_models_are_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=f"--hybrid-layer-pattern {re.escape(pattern)} "):
@@ -303,10 +307,7 @@ def test_what_no_class_can_express_is_refused_by_name(
     ("argument", "value", "named"),
     [
         ("qk_layernorm", False, "--num-experts without --qk-layernorm"),
-        ("moe_layer_freq", 2, "--moe-layer-freq"),
-        ("moe_layer_freq", [0, 1], "--moe-layer-freq"),
         ("moe_shared_expert_intermediate_size", 64, "--moe-shared-expert-intermediate-size"),
-        ("moe_router_pre_softmax", True, "--moe-router-pre-softmax"),
         ("moe_router_score_function", "sigmoid", "--moe-router-score-function"),
         ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias"),
         ("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor"),
@@ -327,9 +328,9 @@ def test_what_qwen3_moe_cannot_express_is_refused_by_name(
 
 
 def test_all_refusals_come_at_once() -> None:
-    args = expert_arguments(use_mup=True, moe_layer_freq=2, normalization="LayerNorm")
+    args = expert_arguments(use_mup=True, moe_latent_size=2, normalization="LayerNorm")
     with pytest.raises(
-        ValueError, match="--normalization LayerNorm, --use-mup, --moe-layer-freq 2"
+        ValueError, match="--normalization LayerNorm, --use-mup, --moe-latent-size 2"
     ):
         shape_from_arguments(args, 10)
 
@@ -369,4 +370,6 @@ def test_experts_are_described_for_old_and_new_readers() -> None:
     assert config["moe_intermediate_size"] == 8
     # The default of transformers is False, with which the outputs are others.
     assert config["norm_topk_prob"] is True
+    raw = expert_arguments(moe_router_pre_softmax=True)
+    assert not huggingface_config(MOE, raw, "bfloat16", None, 1)["norm_topk_prob"]
     assert (config["decoder_sparse_step"], config["mlp_only_layers"]) == (1, [])
