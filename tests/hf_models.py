@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -26,11 +30,13 @@ VOCABULARY, TOKENIZER_SIZE, CONTEXT = 250, 240, 24
 KINDS = (
     *("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old"),
     *("qwen3moe-fused-raw", "qwen3moe-dense-tied"),
+    *("qwen2moe-bias", "glm4moe-dense-bias", "glm4moe-groups-qknorm"),
     *("qwen2-llama3", "qwen2-old-tied", "llama-linear", "llama-old-llama3", "qwen3-yarn"),
 )
 """``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
 bfloat16 and in several files, ``fused`` for the experts of a layer in one tensor, ``raw`` for
-probabilities of experts that do not add up to one, ``dense`` for layers without experts."""
+probabilities of experts that do not add up to one, ``dense`` for layers without experts,
+``bias`` for biases of queries, keys and values, ``groups`` for experts of a part of the groups."""
 _SETTINGS: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -72,6 +78,16 @@ _EXPERTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.002,
 }
 
+_GLM_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "partial_rotary_factor": 0.5,
+    "num_nextn_predict_layers": 0,
+}
+
 
 def save_model(folder: Path, kind: str) -> Path:
     """Saves a model of one of ``KINDS`` and a tokenizer."""
@@ -97,13 +113,30 @@ def save_model(folder: Path, kind: str) -> Path:
             experts = _EXPERTS | {"norm_topk_prob": "raw" not in words}
             experts["mlp_only_layers"] = [1, 2] if "dense" in words else []
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **experts))
+        case "qwen2moe":
+            shared = {"shared_expert_intermediate_size": 56, "mlp_only_layers": [2]}
+            experts = _EXPERTS | shared | {"norm_topk_prob": False}
+            settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
+            model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings, **experts))
+        case "glm4moe":
+            experts = _GLM_EXPERTS | {
+                "first_k_dense_replace": 2 if "dense" in words else 0,
+                "attention_bias": "bias" in words,
+                "use_qk_norm": "qknorm" in words,
+                "n_group": 4 if "groups" in words else 1,
+                "topk_group": 2 if "groups" in words else 1,
+            }
+            model = Glm4MoeForCausalLM(Glm4MoeConfig(**settings, **experts))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.3, 0.3)
     for name, parameter in model.named_parameters():
         # Norms start at one, where exchanging them would not show.
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)
         # And biases at zero.
-        if "bias" in name:
-            parameter.data.normal_()
+        if name.endswith("_proj.bias"):
+            parameter.data.uniform_(-0.5, 0.5)
     if "old" in words:
         model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
         _write_old_config(folder / "config.json")

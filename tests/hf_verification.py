@@ -32,6 +32,8 @@ VERIFIED = (
     "gqa-untied-tp2",
     "gqa-untied-moe-ep2",
     "hybrid-gqa-untied-moe-pp2",
+    "gqa-untied-moe-shared-pp2",
+    "gqa-untied-moe-sigmoid-pp2",
     "transformer-engine",
 )
 SWAPS = {

@@ -30,6 +30,9 @@ PARALLEL_VARIANTS = (
     "gqa-untied-moe-pp2",
     "gqa-untied-moe-ep2",
     "hybrid-gqa-untied-moe-pp2",
+    "gqa-untied-moe-shared-pp2",
+    "gqa-untied-moe-sigmoid-pp2",
+    "hybrid-gqa-untied-moe-sigmoid-pp2",
 )
 """On two ranks."""
 
@@ -43,7 +46,17 @@ _ARGUMENTS = """
 """
 _MOE_ARGUMENTS = """
 --num-experts 6 --moe-ffn-hidden-size 40 --moe-router-topk 3 --moe-router-score-function softmax
---moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --qk-layernorm
+--moe-router-dtype fp32 --moe-token-dispatcher-type alltoall
+"""
+# Qwen2-MoE's and GLM-4's.
+_SHARED_ARGUMENTS = """
+--moe-shared-expert-intermediate-size 56 --moe-shared-expert-gate --moe-router-pre-softmax
+--add-qkv-bias --moe-layer-freq [1,0,1,1]
+"""
+_SIGMOID_ARGUMENTS = """
+--moe-shared-expert-intermediate-size 80 --moe-router-score-function sigmoid
+--moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5 --moe-router-topk 2
+--moe-router-num-groups 3 --moe-router-group-topk 1 --rotary-percent 0.5
 """
 _LAYERS = 4
 
@@ -79,6 +92,14 @@ def parse_variant(variant: str) -> Namespace:
         sys.argv += ["--num-layers", str(_LAYERS)]
     if "moe" in words:
         sys.argv += _MOE_ARGUMENTS.split()
+        if "shared" in words:
+            sys.argv += _SHARED_ARGUMENTS.split()
+        else:
+            sys.argv += ["--qk-layernorm"]
+        if "sigmoid" in words:
+            sys.argv += _SIGMOID_ARGUMENTS.split()
+            if "hybrid" not in words:
+                sys.argv += ["--moe-layer-freq", "[0,1,1,1]", "--add-qkv-bias"]
     if "qknorm" in words:
         sys.argv += ["--qk-layernorm"]
     if "gqa" in words:
@@ -161,6 +182,11 @@ def _randomize(model: Any, stage: int, expert_rank: int) -> None:
             parameter.data.uniform_(0.5, 1.5, generator=same)
         elif "experts" in name:
             parameter.data.normal_(0, 0.2, generator=own)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.2, generator=same)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):
+            buffer.uniform_(-0.3, 0.3, generator=same)
 
 
 def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_tst.checkpoint.hf_expert_arguments import (
-    dense_layers,
     expert_arguments,
+    expert_sizes,
+    is_mixture,
     unsupported_experts,
 )
 from megatron_tst.checkpoint.hf_rope import rope_arguments, unsupported_rope
@@ -38,20 +39,29 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         named: the folder, for messages.
 
     Returns:
-        A ``LlamaConfig``, ``Qwen2Config``, ``Qwen3Config`` or ``Qwen3MoeConfig``.
+        The settings of the class that ``architectures`` names.
 
     Raises:
         UsageError: another architecture, or settings that transformers refuses or that Megatron
             cannot express.
     """
     # Here, because the import takes seconds.
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+    from transformers import (
+        Glm4MoeConfig,
+        LlamaConfig,
+        Qwen2Config,
+        Qwen2MoeConfig,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     classes = {
         "LlamaForCausalLM": LlamaConfig,
         "Qwen2ForCausalLM": Qwen2Config,
         "Qwen3ForCausalLM": Qwen3Config,
+        "Qwen2MoeForCausalLM": Qwen2MoeConfig,
         "Qwen3MoeForCausalLM": Qwen3MoeConfig,
+        "Glm4MoeForCausalLM": Glm4MoeConfig,
     }
     found = content.get("architectures") or []
     if len(found) != 1 or found[0] not in classes:
@@ -73,18 +83,22 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
 
 
 def _unsupported(config: Any) -> Iterator[str]:
+    is_glm = config.architectures[0] == "Glm4MoeForCausalLM"
     for name, *allowed in _SETTINGS:
+        if is_glm and name == "attention_bias":
+            # Of queries, keys and values only, unlike in the other classes.
+            continue
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             yield f"{name} {value}"
     rope = config.rope_parameters
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if not is_glm and rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
     yield from unsupported_rope(rope)
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         yield f"layer_types {', '.join(sorted(kinds))}"
-    if config.architectures[0] == "Qwen3MoeForCausalLM":
+    if is_mixture(config):
         yield from unsupported_experts(config)
 
 
@@ -96,12 +110,11 @@ def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
         vocabulary_multiple: the vocabulary is padded to a multiple of it.
     """
     architecture = config.architectures[0]
-    is_mixture = architecture == "Qwen3MoeForCausalLM"
     heads = config.num_attention_heads
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        ffn=config.moe_intermediate_size if is_mixture else config.intermediate_size,
+        ffn=config.moe_intermediate_size if is_mixture(config) else config.intermediate_size,
         heads=heads,
         kv_heads=config.num_key_value_heads or heads,
         # What the models of transformers do; not every class of settings has it.
@@ -109,11 +122,10 @@ def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
         vocabulary=config.vocab_size,
         padded_vocabulary=-(-config.vocab_size // vocabulary_multiple) * vocabulary_multiple,
         tied=config.tie_word_embeddings,
-        qk_norm=architecture.startswith("Qwen3"),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
-        experts=config.num_experts if is_mixture else 0,
-        dense_layers=dense_layers(config) if is_mixture else (),
-        dense_ffn=config.intermediate_size if is_mixture else 0,
+        # GLM-4 has a setting for it.
+        qk_norm=getattr(config, "use_qk_norm", architecture.startswith("Qwen3")),
+        qkv_bias=_has_qkv_bias(config),
+        **(expert_sizes(config) if is_mixture(config) else {}),
     )
 
 
@@ -130,6 +142,7 @@ def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
         "qk-layernorm": shape.qk_norm,
         "max-position-embeddings": config.max_position_embeddings,
         **rope_arguments(config.rope_parameters),
+        "rotary-percent": _rotary_percent(config),
         "normalization": "RMSNorm",
         "norm-epsilon": config.rms_norm_eps,
         "swiglu": True,
@@ -149,6 +162,22 @@ def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
         for name, value in values.items()
         if value is not None and value is not False
     ]
+
+
+def _has_qkv_bias(config: Any) -> bool:
+    match config.architectures[0]:
+        case "Qwen2ForCausalLM":
+            return True
+        case "Glm4MoeForCausalLM":
+            return bool(config.attention_bias)
+        case "Qwen2MoeForCausalLM":
+            return bool(config.qkv_bias)
+    return False
+
+
+def _rotary_percent(config: Any) -> float | None:
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    return None if factor == 1.0 else factor
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:

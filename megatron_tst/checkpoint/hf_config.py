@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from megatron_tst.checkpoint.hf_expert_flags import router_groups
 from megatron_tst.checkpoint.hf_rope import rope_parameters
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 
@@ -12,7 +13,9 @@ _MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
 }
 
 
@@ -68,7 +71,9 @@ def huggingface_config(
 
 
 def _expert_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
-    return {
+    if shape.sigmoid_router:
+        return _glm_settings(shape, args)
+    settings = {
         # The inner size of layers without experts, if there are any.
         "intermediate_size": args.ffn_hidden_size,
         "moe_intermediate_size": shape.ffn,
@@ -82,6 +87,36 @@ def _expert_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
         "mlp_only_layers": list(shape.dense_layers),
         "output_router_logits": False,
         "router_aux_loss_coef": _first(args.moe_aux_loss_coeff),
+    }
+    if shape.shared_ffn:
+        settings |= {
+            "shared_expert_intermediate_size": shape.shared_ffn,
+            "qkv_bias": shape.qkv_bias,
+        }
+    return settings
+
+
+def _glm_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
+    groups, of_token = router_groups(args)
+    factor = getattr(args, "rotary_percent", 1.0)
+    return {
+        "attention_bias": shape.qkv_bias,
+        "use_qk_norm": shape.qk_norm,
+        "partial_rotary_factor": factor,
+        "rope_parameters": rope_parameters(args) | {"partial_rotary_factor": factor},
+        "intermediate_size": args.ffn_hidden_size,
+        "moe_intermediate_size": shape.ffn,
+        "n_routed_experts": shape.experts,
+        "n_shared_experts": shape.shared_ffn // shape.ffn,
+        "num_experts_per_tok": args.moe_router_topk,
+        "first_k_dense_replace": len(shape.dense_layers),
+        # Megatron divides by the sum where there is one.
+        "norm_topk_prob": args.moe_router_topk > 1,
+        # Megatron does not scale by 0.
+        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "n_group": groups,
+        "topk_group": of_token,
+        "num_nextn_predict_layers": 0,
     }
 
 

@@ -1,4 +1,4 @@
-"""Writes a Megatron checkpoint as a Hugging Face model: Llama, Qwen3 or Qwen3-MoE."""
+"""Writes a Megatron checkpoint as a Hugging Face model: Llama, Qwen3 or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -168,7 +168,10 @@ def _plan_weights(
     source: TorchDistCheckpoint, slices: Sequence[MegatronSlice], dtype: DtypeName | None
 ) -> dict[str, PlannedWeight]:
     return {
-        name: PlannedWeight(size, getattr(torch, dtype) if dtype else source.dtype(part.key))
+        name: PlannedWeight(
+            size,
+            getattr(torch, dtype) if dtype and not part.keeps_dtype else source.dtype(part.key),
+        )
         for part in slices
         for name, size in part.sizes().items()
     }

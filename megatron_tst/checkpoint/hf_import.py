@@ -234,7 +234,8 @@ def _plan_chunks(
     dtypes: dict[str, torch.dtype] = {}
     for part in slices:
         for name in part.names:
-            stored = getattr(torch, dtype) if dtype else weights[name].dtype
+            own = weights[name].dtype
+            stored = getattr(torch, dtype) if dtype and not part.keeps_dtype else own
             # A tensor of Megatron, which stacks all layers, has one dtype.
             if dtypes.setdefault(part.key, stored) != stored:
                 raise UsageError(

@@ -23,6 +23,7 @@ _QKV = "self_attention.linear_qkv.weight"
 # linear layer. Experts take a norm of its own there; Megatron's local modules keep the name.
 _FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
 _SEPARATE_NORM = "pre_mlp_layernorm.weight"
+_EXPERT_BIAS = "mlp.router.expert_bias"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class MegatronSlice:
     names: tuple[str, ...]
     _shape: ModelShape = field(repr=False)
     _cut: _Cut = field(repr=False)
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether both sides keep it in fp32 whatever the dtype of the model is."""
+        return self.key.endswith(_EXPERT_BIAS)
 
     def split(self, weight: Tensor) -> dict[str, Tensor]:
         """The Hugging Face weights by name; views of ``weight`` where the layout allows it.
@@ -180,7 +186,7 @@ class _Cut:
 
 
 def _split_qkv(shape: ModelShape, weight: Tensor) -> Sequence[Tensor]:
-    """Takes apart [G(q+2)d, h] or a bias [G(q+2)d]: for each group q query heads, key and value."""
+    """Takes apart [G(q+2)d, ...]: for each group q query heads, a key head and a value head."""
     queries, columns = shape.heads // shape.kv_heads, weight.shape[1:]
     groups = weight.view(shape.kv_heads, queries + 2, shape.head_dim, *columns)
     parts = groups.split([queries, 1, 1], dim=1)
@@ -212,16 +218,15 @@ _GATE_AND_UP = _Cut(
 
 @dataclass(frozen=True)
 class _Rule:
-    """One weight of a layer, or of an expert; ``key`` and ``names`` lack the prefix.
-
-    ``names`` lack the end, too: ".weight" or ".bias", which they have in common with ``key``.
-    """
+    """One weight of a layer, or of an expert; ``key`` and ``names`` lack the prefix."""
 
     key: str
     names: tuple[str, ...]
     size: tuple[int, ...]
     cut: _Cut = _WHOLE
     of_expert: bool = False
+    # Of the names.
+    suffix: str = ".weight"
 
 
 def _attention_rules(shape: ModelShape) -> list[_Rule]:
@@ -232,10 +237,9 @@ def _attention_rules(shape: ModelShape) -> list[_Rule]:
     rules = [
         _Rule(f"{linear_qkv}.layer_norm_weight", ("input_layernorm",), (hidden,)),
         _Rule(f"{linear_qkv}.weight", projections, (qkv, hidden), _QUERY_KEY_VALUE),
+        *_qkv_biases(shape, qkv),
         _Rule("self_attention.linear_proj.weight", ("self_attn.o_proj",), (hidden, query)),
     ]
-    if shape.qkv_bias:
-        rules.append(_Rule(f"{linear_qkv}.bias", projections, (qkv,), _QUERY_KEY_VALUE))
     if shape.qk_norm:
         rules += [
             _Rule(
@@ -246,6 +250,14 @@ def _attention_rules(shape: ModelShape) -> list[_Rule]:
             for part in "qk"
         ]
     return rules
+
+
+def _qkv_biases(shape: ModelShape, rows: int) -> list[_Rule]:
+    if not shape.qkv_bias:
+        return []
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    key = "self_attention.linear_qkv.bias"
+    return [_Rule(key, names, (rows,), _QUERY_KEY_VALUE, suffix=".bias")]
 
 
 def _mlp_rules(shape: ModelShape, layout: KeyLayout, layer: int) -> list[_Rule]:
@@ -260,7 +272,32 @@ def _mlp_rules(shape: ModelShape, layout: KeyLayout, layer: int) -> list[_Rule]:
     fc2 = f"{prefix}.linear_fc2.weight", down, (hidden, ffn), _WHOLE, expert
     rules = [norm, _Rule(*fc1), _Rule(*fc2)]
     if expert:
-        rules.insert(1, _Rule("mlp.router.weight", ("mlp.gate",), (shape.experts, hidden)))
+        rules[1:1] = _router_rules(shape)
+        rules += _shared_rules(shape)
+    return rules
+
+
+def _router_rules(shape: ModelShape) -> list[_Rule]:
+    rules = [_Rule("mlp.router.weight", ("mlp.gate",), (shape.experts, shape.hidden))]
+    if shape.sigmoid_router:
+        names = ("mlp.gate.e_score_correction_bias",)
+        rules.append(_Rule(_EXPERT_BIAS, names, (shape.experts,), suffix=""))
+    return rules
+
+
+def _shared_rules(shape: ModelShape) -> list[_Rule]:
+    """The shared experts of a layer, which are one MLP on both sides."""
+    if not shape.shared_ffn:
+        return []
+    hidden, ffn, prefix = shape.hidden, shape.shared_ffn, "mlp.shared_experts"
+    name = "mlp.shared_experts" if shape.sigmoid_router else "mlp.shared_expert"
+    gate_and_up = (f"{name}.gate_proj", f"{name}.up_proj")
+    rules = [
+        _Rule(f"{prefix}.linear_fc1.weight", gate_and_up, (2 * ffn, hidden), _GATE_AND_UP),
+        _Rule(f"{prefix}.linear_fc2.weight", (f"{name}.down_proj",), (hidden, ffn)),
+    ]
+    if shape.shared_gate:
+        rules.append(_Rule(f"{prefix}.gate_weight", ("mlp.shared_expert_gate",), (1, hidden)))
     return rules
 
 
@@ -278,8 +315,7 @@ def _layer_slices(
     index = (stored_layer,) if layout.stacked else ()
     prefix = f"model.layers.{layer}."
     if not rule.of_expert:
-        end = "bias" if rule.key.endswith(".bias") else "weight"
-        names = tuple(f"{prefix}{name}.{end}" for name in rule.names)
+        names = tuple(f"{prefix}{name}{rule.suffix}" for name in rule.names)
         return [MegatronSlice(key, index, rule.size, names, shape, rule.cut)]
     return [
         MegatronSlice(

@@ -29,6 +29,9 @@ def unsupported_rope(rope: Mapping[str, Any]) -> Iterator[str]:
             if rope.get(name) != value:
                 yield f"rope_parameters of rope_type llama3 with {name} {rope.get(name)} ({value})"
     elif kind == "yarn":
+        # YarnRotaryEmbedding computes with the whole head.
+        if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
+            yield f"rope_parameters of rope_type yarn with partial_rotary_factor {share}"
         if not math.isclose(
             _attention_factor(rope), _concentration(**_mscales(rope)), rel_tol=1e-6
         ):
@@ -74,6 +77,8 @@ def unsupported_rope_arguments(args: Namespace, is_hybrid: bool) -> Iterator[str
         "--position-embedding-type yarn": _is_yarn(args),
     }
     kinds = [flag for flag, is_set in found.items() if is_set]
+    if _is_yarn(args) and getattr(args, "rotary_percent", 1.0) != 1:
+        kinds.append(f"--rotary-percent {args.rotary_percent}")
     if len(kinds) > 1:
         yield " with ".join(kinds)
     if is_hybrid and "--use-rope-scaling" in kinds:

@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tst.checkpoint.hf_expert_flags import (
+    ExpertArchitecture,
+    expert_architecture,
+    expert_extras,
+    expert_rules,
+    has_sigmoid,
+    shared_size,
+    unsupported_router,
+)
 from megatron_tst.checkpoint.hf_rope import unsupported_rope_arguments
 from megatron_tst.common.errors import UsageError
 
-Architecture = Literal[
-    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
-]
+Architecture = (
+    Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"] | ExpertArchitecture
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class ModelShape:
         qkv_bias: whether the projections to queries, keys and values have biases.
         dense_layers: numbers of the layers without experts in a model that has some.
         dense_ffn: inner size of the MLP of these layers.
+        shared_ffn: inner size of all shared experts of a layer together; 0 without.
+        sigmoid_router: whether scores are sigmoids, with a bias for the choice.
     """
 
     layers: int
@@ -50,12 +61,19 @@ class ModelShape:
     qkv_bias: bool = False
     dense_layers: tuple[int, ...] = ()
     dense_ffn: int = 0
+    shared_ffn: int = 0
+    sigmoid_router: bool = False
+
+    @property
+    def shared_gate(self) -> bool:
+        """Whether a sigmoid scales the shared expert: where there is one, but not in GLM-4."""
+        return self.shared_ffn > 0 and not self.sigmoid_router
 
     @property
     def architecture(self) -> Architecture:
         """The class of transformers that computes the same function."""
         if self.experts:
-            return "Qwen3MoeForCausalLM"
+            return expert_architecture(self.sigmoid_router, self.shared_ffn)
         if self.qkv_bias:
             return "Qwen2ForCausalLM"
         return "Qwen3ForCausalLM" if self.qk_norm else "LlamaForCausalLM"
@@ -76,8 +94,9 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
     unsupported = list(_unsupported(args, has_experts))
     if unsupported:
         raise UsageError(
-            f"the checkpoint was trained with {', '.join(unsupported)}: neither Llama, Qwen2, "
-            "Qwen3 nor Qwen3-MoE has such a thing, so that it cannot be exported."
+            f"the checkpoint was trained with {', '.join(unsupported)}: none of Llama, Qwen2, "
+            "Qwen3, Qwen2-MoE, Qwen3-MoE and GLM-4 MoE has such a thing, so that it cannot be "
+            "exported."
         )
     if vocabulary > args.padded_vocab_size:
         raise UsageError(
@@ -104,6 +123,8 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
         qkv_bias=getattr(args, "add_qkv_bias", False),
         dense_layers=_dense_layers(args) if has_experts else (),
         dense_ffn=args.ffn_hidden_size if has_experts else 0,
+        shared_ffn=shared_size(args) if has_experts else 0,
+        sigmoid_router=has_experts and has_sigmoid(args),
     )
 
 
@@ -129,16 +150,18 @@ def _dense_layers(args: Namespace) -> tuple[int, ...]:
 
 def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
     """Flags, with their values, that no class of transformers has a setting for."""
-    rules = _SETTINGS + (_SETTINGS_OF_EXPERTS if has_experts else ())
+    rules = _SETTINGS + (expert_rules(args) if has_experts else ())
+    expressible = expert_extras(args) if has_experts else ()
     for flag, name, *allowed in rules:
         # A checkpoint of another release may lack an argument.
         value = getattr(args, name, allowed[0])
-        if value not in allowed:
+        if value not in allowed and name not in expressible:
             yield flag if isinstance(value, bool) else f"{flag} {value}"
-    if getattr(args, "add_qkv_bias", False) and (
-        has_experts or getattr(args, "qk_layernorm", False)
-    ):
-        yield "--add-qkv-bias with --qk-layernorm or experts"
+    has_bias, has_norm = (getattr(args, n, False) for n in ("add_qkv_bias", "qk_layernorm"))
+    if has_bias and has_norm and not has_experts:
+        yield "--add-qkv-bias with --qk-layernorm"
+    if has_bias and has_experts and "add_qkv_bias" not in expressible:
+        yield "--add-qkv-bias with these experts"
     pattern = _pattern(args)
     yield from unsupported_rope_arguments(args, bool(pattern))
     if len(pattern) % 2 or set(pattern[::2]) - {"*"} or set(pattern[1::2]) - {"-", "E"}:
@@ -148,9 +171,9 @@ def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
     own = ("megatron.core.models.hybrid.", "megatron.core.models.mamba.")
     if spec is not None and not (pattern and spec[0].startswith(own)):
         yield f"--spec {' '.join(spec)}"
-    balancing = getattr(args, "moe_router_load_balancing_type", "")
-    if has_experts and "sinkhorn" in balancing:
-        yield "--moe-router-load-balancing-type sinkhorn"
+    if has_experts:
+        size = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        yield from unsupported_router(args, _dense_layers(args), size)
 
 
 # Flag as the message has it, name of the argument, values that can be expressed.
@@ -181,19 +204,4 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("--use-mup", "use_mup", False),
     ("--mtp-num-layers", "mtp_num_layers", None, 0),
     ("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None),
-)
-_SETTINGS_OF_EXPERTS: tuple[tuple[Any, ...], ...] = (
-    ("--num-experts without --qk-layernorm", "qk_layernorm", True),
-    ("--moe-shared-expert-intermediate-size", "moe_shared_expert_intermediate_size", None, 0),
-    ("--moe-router-score-function", "moe_router_score_function", "softmax"),
-    ("--moe-router-enable-expert-bias", "moe_router_enable_expert_bias", False),
-    ("--moe-router-topk-scaling-factor", "moe_router_topk_scaling_factor", None, 1.0),
-    ("--moe-router-num-groups", "moe_router_num_groups", None),
-    ("--moe-router-group-topk", "moe_router_group_topk", None),
-    ("--moe-router-force-load-balancing", "moe_router_force_load_balancing", False),
-    ("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None),
-    ("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
-    ("--moe-latent-size", "moe_latent_size", None),
-    # It changes the order of the rows of gate and up.
-    ("--moe-mlp-glu-interleave-size", "moe_mlp_glu_interleave_size", None),
 )

@@ -182,4 +182,5 @@ def _fill(model: Any, source: TorchDistCheckpoint, dtype: torch.dtype) -> None:
             key = key.replace(_FUSED_NORM, _SEPARATE_NORM)
         weight = source.read_chunk(key, part.global_offset, part.local_shape, part.prepend_axis_num)
         with torch.no_grad():
-            part.data.copy_(weight.to(dtype))
+            # The bias of a router stays in fp32 on both sides.
+            part.data.copy_(weight if key.endswith("expert_bias") else weight.to(dtype))

@@ -43,6 +43,8 @@ ARCHITECTURES = {
     **dict.fromkeys([*VARIANTS, *PARALLEL_VARIANTS], "LlamaForCausalLM"),
     "gqa-untied-qknorm": "Qwen3ForCausalLM",
     **{name: "Qwen3MoeForCausalLM" for name in (*VARIANTS, *PARALLEL_VARIANTS) if "moe" in name},
+    **{name: "Qwen2MoeForCausalLM" for name in PARALLEL_VARIANTS if "shared" in name},
+    **{name: "Glm4MoeForCausalLM" for name in PARALLEL_VARIANTS if "sigmoid" in name},
     "transformer-engine": "Qwen3MoeForCausalLM",
 }
 

@@ -152,6 +152,23 @@ LAYOUTS: dict[str, tuple[str, int, str]] = {
         2,
         "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
     ),
+    "qwen2moe-bias, TP 2": (
+        "qwen2moe-bias",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "qwen2moe-bias, PP 2": ("qwen2moe-bias", 2, "--pipeline-model-parallel-size 2"),
+    "glm4moe-dense-bias, TP 2": (
+        "glm4moe-dense-bias",
+        2,
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "glm4moe-dense-bias, PP 2": ("glm4moe-dense-bias", 2, "--pipeline-model-parallel-size 2"),
+    "glm4moe-groups-qknorm, EP 2": (
+        "glm4moe-groups-qknorm",
+        2,
+        "--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall",
+    ),
     "qwen3moe, arguments from the checkpoint": ("qwen3moe", 1, "--use-checkpoint-args"),
 }
 NOT_FROM_THE_CHECKPOINT = ("--norm-epsilon", "--qk-layernorm", "--moe-router-dtype", "--load")
@@ -320,7 +337,7 @@ def test_superposition_loads_it_as_a_release(
     assert sorted(run.scalars()["lm loss"]) == [1, 2, 3, 4]
 
 
-MIXTURES = ["qwen3moe-dense-tied"]
+MIXTURES = ["qwen3moe-dense-tied", "qwen2moe-bias", "glm4moe-dense-bias"]
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -118,7 +118,28 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
         change_config(num_experts_per_tok=1),
         "num_experts_per_tok 1 with norm_topk_prob True",
     ),
-    ("qwen3moe", change_config(decoder_sparse_step=5), r"mlp_only_layers .* \(no layer with exp"),
+    ("qwen3moe", change_config(decoder_sparse_step=5), "has no layer with experts"),
+    (
+        "qwen2moe-bias",
+        change_config(shared_expert_intermediate_size=0),
+        "has shared experts of size 0",
+    ),
+    (
+        "glm4moe-groups-qknorm",
+        change_config(topk_group=1, norm_topk_prob=False),
+        "norm_topk_prob False with sigmoid scores, n_group 4, topk_group 1 and num_experts_per_tok",
+    ),
+    ("glm4moe-groups-qknorm", change_config(n_shared_experts=0), "shared experts of size 0"),
+    (
+        "llama",
+        change_config(architectures=["DeepseekV3ForCausalLM"]),
+        "architecture DeepseekV3ForCausalLM: what can be imported is .*Glm4MoeForCausalLM",
+    ),
+    (
+        "glm4moe-dense-bias",
+        change_weights(lambda weights: weights.update({"model.layers.4.eh_proj.weight": ROW})),
+        "has model.layers.4.eh_proj.weight, which Glm4MoeForCausalLM has no place for",
+    ),
     (
         "qwen3moe-fused-raw",
         change_weights(lambda weights: transpose(weights, "gate_up_proj")),

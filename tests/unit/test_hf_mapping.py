@@ -37,6 +37,8 @@ GQA = ModelShape(
 )
 MOE = replace(GQA, qk_norm=True, experts=3, ffn=8, dense_ffn=20)
 MIXED = replace(MOE, dense_layers=(1,))
+SHARED = replace(MOE, qk_norm=False, shared_ffn=6, qkv_bias=True)
+SIGMOID = replace(SHARED, shared_ffn=16, sigmoid_router=True, dense_layers=(0,))
 SHAPES = {
     "GQA": GQA,
     "MHA": replace(GQA, kv_heads=6),
@@ -46,6 +48,8 @@ SHAPES = {
     "experts": MOE,
     "tied experts": replace(MOE, tied=True),
     "dense layers": replace(MOE, dense_layers=(0,)),
+    "shared": SHARED,
+    "sigmoid": SIGMOID,
 }
 LAYOUTS = {
     "stacked": KeyLayout(),
@@ -94,6 +98,33 @@ def expert_arguments(**changes: Any) -> Namespace:
     return arguments(**values | changes)
 
 
+def shared_arguments(**changes: Any) -> Namespace:
+    """Megatron's arguments of a model with the shape ``SHARED``."""
+    values = {
+        "qk_layernorm": False,
+        "add_qkv_bias": True,
+        "moe_shared_expert_intermediate_size": 6,
+        "moe_shared_expert_gate": True,
+    }
+    return expert_arguments(**values | changes)
+
+
+def sigmoid_arguments(**changes: Any) -> Namespace:
+    """Megatron's arguments of a model with the shape ``SIGMOID``."""
+    values = {
+        "rotary_percent": 0.5,
+        "moe_layer_freq": [0, 1],
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_shared_expert_gate": False,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_router_num_groups": None,
+        "moe_router_group_topk": None,
+    }
+    return shared_arguments(**values | changes)
+
+
 def random_slice(part: MegatronSlice) -> torch.Tensor:
     return torch.randn(part.size, generator=torch.Generator().manual_seed(0))
 
@@ -106,12 +137,16 @@ def find(shape: ModelShape, key: str) -> MegatronSlice:
 @each_shape
 @each_layout
 def test_names_and_shapes_are_those_of_transformers(shape: ModelShape, layout: KeyLayout) -> None:
-    args = expert_arguments() if shape.experts else arguments()
+    args = arguments()
+    if shape.experts:
+        args = sigmoid_arguments() if shape.sigmoid_router else expert_arguments()
     config = huggingface_config(shape, args, "float32", bos_id=None, eos_id=1)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     assert type(model).__name__ == shape.architecture
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    bias = "e_score_correction_bias"
+    expected |= {n: tuple(b.shape) for n, b in model.named_buffers() if n.endswith(bias)}
     found: dict[str, tuple[int, ...]] = {}
     for part in weight_slices(shape, layout):
         assert not found.keys() & set(part.names)
@@ -253,6 +288,8 @@ def test_the_shape_is_read_from_the_arguments() -> None:
     assert shape_from_arguments(expert_arguments(moe_ffn_hidden_size=None), 10).ffn == 20
     for frequency in (2, [1, 0]):
         assert shape_from_arguments(expert_arguments(moe_layer_freq=frequency), 10) == MIXED
+    assert shape_from_arguments(shared_arguments(), 10) == SHARED
+    assert shape_from_arguments(sigmoid_arguments(), 10) == SIGMOID
 
 
 @pytest.mark.parametrize(
@@ -308,7 +345,8 @@ def test_what_no_class_can_express_is_refused_by_name(
     [
         ("qk_layernorm", False, "--num-experts without --qk-layernorm"),
         ("moe_shared_expert_intermediate_size", 64, "--moe-shared-expert-intermediate-size"),
-        ("moe_router_score_function", "sigmoid", "--moe-router-score-function"),
+        ("moe_router_score_function", "sqrtsoftplus", "--moe-router-score-function"),
+        ("moe_router_score_function", "sigmoid", "--moe-router-score-function sigmoid with"),
         ("moe_router_enable_expert_bias", True, "--moe-router-enable-expert-bias"),
         ("moe_router_topk_scaling_factor", 2.5, "--moe-router-topk-scaling-factor"),
         ("moe_router_num_groups", 2, "--moe-router-num-groups"),
@@ -325,6 +363,51 @@ def test_what_qwen3_moe_cannot_express_is_refused_by_name(
         shape_from_arguments(expert_arguments(**{argument: value}), vocabulary=10)
     # The same flag is without effect in a model that has no experts.
     shape_from_arguments(arguments(**{argument: value}), vocabulary=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"qk_layernorm": True}, "--moe-shared-expert-intermediate-size with --qk-layernorm"),
+        ({"moe_shared_expert_gate": False}, "without --moe-shared-expert-gate"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "--moe-router-topk-scaling-factor 2.5"),
+        ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
+    ],
+)
+def test_what_qwen2_moe_cannot_express(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        shape_from_arguments(shared_arguments(**changes), vocabulary=10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"moe_router_enable_expert_bias": False}, "without --moe-router-enable-expert-bias"),
+        ({"moe_shared_expert_gate": True}, "sigmoid with --moe-shared-expert-gate"),
+        ({"moe_shared_expert_intermediate_size": None}, "intermediate-size 0 .no multiple"),
+        ({"moe_shared_expert_intermediate_size": 12}, "intermediate-size 12 .no multiple"),
+        ({"moe_layer_freq": [1, 0]}, "layers without experts after one that has some"),
+        (
+            {"moe_router_num_groups": 3, "moe_router_group_topk": 2},
+            "--moe-router-group-topk 2 and --moe-router-topk 2 .not twice",
+        ),
+    ],
+)
+def test_what_glm4_moe_cannot_express(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        shape_from_arguments(sigmoid_arguments(**changes), vocabulary=10)
+
+
+def test_groups_and_bias_of_sigmoid_routers() -> None:
+    args = sigmoid_arguments(moe_router_num_groups=3, moe_router_group_topk=1)
+    assert shape_from_arguments(args, 10) == SIGMOID
+    config = huggingface_config(SIGMOID, args, "bfloat16", None, 1)
+    assert (config["n_group"], config["topk_group"]) == (3, 1)
+    assert (config["first_k_dense_replace"], config["n_shared_experts"]) == (1, 2)
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert config["routed_scaling_factor"] == 2.5
+    kept = [part.key for part in weight_slices(SIGMOID, KeyLayout()) if part.keeps_dtype]
+    assert kept == ["decoder.layers.mlp.router.expert_bias"]
 
 
 def test_all_refusals_come_at_once() -> None:
