@@ -34,7 +34,8 @@ KINDS = (
     *("qwen2-llama3", "qwen2-old-tied", "llama-linear", "llama-old-llama3", "qwen3-yarn"),
 )
 """``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
-bfloat16 and in several files, ``fused`` for the experts of a layer in one tensor, ``raw`` for
+bfloat16 and in several files, ``fused`` for the experts of a layer in one tensor, also in
+bfloat16, ``raw`` for
 probabilities of experts that do not add up to one, ``dense`` for layers without experts,
 ``bias`` for biases of queries, keys and values, ``groups`` for experts of a part of the groups."""
 _SETTINGS: dict[str, Any] = {
@@ -137,6 +138,8 @@ def save_model(folder: Path, kind: str) -> Path:
         # And biases at zero.
         if name.endswith("_proj.bias"):
             parameter.data.uniform_(-0.5, 0.5)
+    if "fused" in words:
+        model.to(torch.bfloat16)
     if "old" in words:
         model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
         _write_old_config(folder / "config.json")
