@@ -70,7 +70,9 @@ _GPU_RUN = """
 --moe-router-topk 3 --moe-router-dtype fp32 --moe-router-load-balancing-type global_aux_loss
 --moe-aux-loss-coeff 1e-3 --moe-grouped-gemm --moe-token-dispatcher-type flex
 --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 --moe-permute-fusion
---moe-router-fusion --moe-router-padding-for-quantization --overlap-moe-expert-parallel-comm
+--moe-router-fusion --moe-router-padding-for-quantization --moe-shared-expert-overlap
+--moe-shared-expert-intermediate-size 32 --moe-router-score-function sigmoid
+--moe-router-enable-expert-bias
 --cuda-graph-impl transformer_engine --te-rng-tracker
 """
 

@@ -53,7 +53,7 @@ BROKEN: dict[str, Broken] = {
     "biases": ("3b", "--disable-bias-linear", "", "warning", "every linear layer has a bias"),
     "no SwiGLU": ("3b", "--swiglu", "", "warning", "--swiglu is not given"),
     # Legal, and probably not meant.
-    "pre-softmax": ("10b_a1b", "", "--moe-router-pre-softmax", "warning", "computes other logits"),
+    "pre-softmax": ("10b_a1b", "", "--moe-router-pre-softmax", "warning", "norm_topk_prob false"),
     "local grouped": (
         "10b_a1b",
         "--fp8-format --fp8-recipe --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag "

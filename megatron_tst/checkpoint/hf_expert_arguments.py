@@ -28,7 +28,9 @@ def dense_layers(config: Any) -> tuple[int, ...]:
     return tuple(
         layer
         for layer in layers
-        if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step
+        if layer in config.mlp_only_layers
+        or (layer + 1) % config.decoder_sparse_step
+        or not config.num_experts
     )
 
 

@@ -55,7 +55,7 @@ _SETTINGS: dict[ExpertArchitecture, tuple[tuple[Any, ...], ...]] = {
         *_ALWAYS,
     ),
 }
-# What only some classes have, of what is refused otherwise.
+# What only some of the classes have.
 _MORE: dict[ExpertArchitecture, tuple[str, ...]] = {
     "Qwen3MoeForCausalLM": (),
     "Qwen2MoeForCausalLM": ("add_qkv_bias",),
@@ -113,9 +113,10 @@ def unsupported_router(args: Namespace, dense_layers: Sequence[int], ffn: int) -
 
 
 def router_groups(args: Namespace) -> tuple[int, int]:
-    """Groups of experts, and how many of them a token may choose from."""
+    """Groups of experts, and how many of them a token may choose from; one if from all."""
     chosen = getattr(args, "moe_router_group_topk", None)
-    return (args.moe_router_num_groups, chosen) if chosen else (1, 1)
+    groups = args.moe_router_num_groups if chosen else 1
+    return (groups, chosen) if chosen and chosen < groups else (1, 1)
 
 
 def groups_agree(groups: int, chosen: int, topk: int) -> bool:

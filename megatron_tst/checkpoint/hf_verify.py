@@ -69,6 +69,8 @@ _ONE_PROCESS_IN_FP32: dict[str, Any] = {
     "moe_token_dispatcher_type": "allgather",
     "moe_enable_deepep": False,
     "moe_permute_fusion": False,
+    "moe_shared_expert_overlap": False,
+    "use_grouped_gemm_for_shared_expert": False,
     "moe_router_fusion": False,
     "moe_layer_recompute": False,
     "moe_router_padding_for_quantization": False,

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face model (Llama, Qwen3, Qwen3-MoE) to a Megatron checkpoint (torch_dist)."""
+"""Converts a Hugging Face model (Llama, Qwen3, Qwen2-MoE, GLM-4 MoE) to a Megatron checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converts a Megatron checkpoint (torch_dist) to Hugging Face format: Llama, Qwen3, Qwen3-MoE."""
+"""Converts a Megatron checkpoint to Hugging Face format: Llama, Qwen3, Qwen2-MoE, GLM-4 MoE."""
 
 from __future__ import annotations
 

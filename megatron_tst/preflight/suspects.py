@@ -134,8 +134,9 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
         return
     if args.moe_router_pre_softmax:
         yield warning(
-            "--moe-router-pre-softmax: Qwen3-MoE and its Hugging Face model renormalise over the "
-            "chosen experts, so that an export computes other logits (by 1.5). Remove it."
+            "--moe-router-pre-softmax: the probabilities of the chosen experts do not add up to "
+            "one, which an export says (norm_topk_prob false). Qwen3's own models renormalise: "
+            "remove it, unless the run goes on from a model without that."
         )
     if args.moe_grouped_gemm and args.transformer_impl == "local":
         yield warning(

@@ -118,6 +118,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
         change_config(num_experts_per_tok=1),
         "num_experts_per_tok 1 with norm_topk_prob True",
     ),
+    ("qwen3moe", change_config(num_local_experts=0), "has no layer with experts"),
     ("qwen3moe", change_config(decoder_sparse_step=5), "has no layer with experts"),
     (
         "qwen2moe-bias",

@@ -406,6 +406,10 @@ def test_groups_and_bias_of_sigmoid_routers() -> None:
     assert (config["first_k_dense_replace"], config["n_shared_experts"]) == (1, 2)
     assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert config["routed_scaling_factor"] == 2.5
+    # A choice from all groups is none.
+    args = sigmoid_arguments(moe_router_num_groups=3, moe_router_group_topk=3)
+    config = huggingface_config(SIGMOID, args, "bfloat16", None, 1)
+    assert (config["n_group"], config["topk_group"]) == (1, 1)
     kept = [part.key for part in weight_slices(SIGMOID, KeyLayout()) if part.keeps_dtype]
     assert kept == ["decoder.layers.mlp.router.expert_bias"]
 
