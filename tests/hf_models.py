@@ -115,8 +115,8 @@ def save_model(folder: Path, kind: str) -> Path:
             experts["mlp_only_layers"] = [1, 2] if "dense" in words else []
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **experts))
         case "qwen2moe":
-            shared = {"shared_expert_intermediate_size": 56, "mlp_only_layers": [2]}
-            experts = _EXPERTS | shared | {"norm_topk_prob": False}
+            shared = {"shared_expert_intermediate_size": 56, "norm_topk_prob": False}
+            experts = _EXPERTS | shared
             settings["head_dim"] = settings["hidden_size"] // settings["num_attention_heads"]
             model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings, **experts))
         case "glm4moe":
