@@ -103,7 +103,7 @@ def export_to_huggingface(
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
-    loaded = _read_tokenizer(tokenizer)
+    loaded = read_tokenizer(tokenizer)
     vocabulary = _vocabulary(tokenizer, _rows(loaded.tokenizer), args.padded_vocab_size)
     shape = shape_from_arguments(args, vocabulary)
     stored = source.shapes()
@@ -141,7 +141,12 @@ def _not_an_export(output: Path, inputs: Sequence[Path]) -> str | None:
     return f"holds {held[0]}, which is read" if held else None
 
 
-def _read_tokenizer(folder: Path) -> HuggingFaceTokenizer:
+def read_tokenizer(folder: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of ``--tokenizer``.
+
+    Raises:
+        UsageError: not a folder, or none that transformers can load.
+    """
     if not folder.is_dir():
         raise UsageError(f"--tokenizer {folder} is not a folder.")
     return load_huggingface_tokenizer(folder, f"--tokenizer {folder}")

@@ -85,6 +85,27 @@ def find_checkpoint(path: Path) -> Path:
     return folder
 
 
+def whole_checkpoints(save: Path) -> dict[int, Path]:
+    """The checkpoints by step that are in a folder of ``--save`` and were written to their end.
+
+    Megatron writes :data:`FORMAT_FILE` when all other files of an iteration are there.
+    """
+    found = {}
+    for file in save.glob(f"iter_*/{FORMAT_FILE}"):
+        step = file.parent.name.removeprefix("iter_")
+        if step.isdecimal() and (file.parent / INDEX_FILE).is_file() and _is_torch_dist(file):
+            found[int(step)] = file.parent
+    return dict(sorted(found.items()))
+
+
+def _is_torch_dist(format_file: Path) -> bool:
+    try:
+        return _read_format(format_file) == "torch_dist"
+    # Not written yet, or deleted since.
+    except (UsageError, OSError):
+        return False
+
+
 def _read_format(path: Path) -> str:
     try:
         found: str = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]

@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
 from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import command
+from megatron_tst.common.errors import command, leave_on_sigterm
 from megatron_tst.common.progress import TaskProgress
 
 
@@ -25,7 +25,7 @@ from megatron_tst.common.progress import TaskProgress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if --verify finds a difference, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _terminate)
+    leave_on_sigterm()
     if options.verify:
         # Both models run on the CPU. Before anything looks for a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -78,11 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         help=f"largest difference of two logits that passes (default: {LOGIT_TOLERANCE})",
     )
     return parser
-
-
-def _terminate(signal_number: int, frame: object) -> NoReturn:
-    # As an exception, so that the unfinished folder is removed on the way out.
-    raise SystemExit(128 + signal_number)
 
 
 def _verify(checkpoint: Path, output: Path, tolerance: float) -> int:

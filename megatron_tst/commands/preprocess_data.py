@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 from rich.console import Console
 
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import command
+from megatron_tst.common.errors import command, leave_on_sigterm
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.corpus.preprocessing import PreprocessConfig
@@ -56,15 +56,10 @@ def _available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _terminate(signal_number: int, frame: object) -> NoReturn:
-    # As an exception, so that the worker processes are ended on the way out.
-    raise SystemExit(128 + signal_number)
-
-
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
-    signal.signal(signal.SIGTERM, _terminate)
+    leave_on_sigterm()
     try:
         config = parse_arguments(arguments)
         result = preprocess_with_progress(config, Console(stderr=True))

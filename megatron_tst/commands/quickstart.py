@@ -169,7 +169,6 @@ def evaluate_exports(folders: list[Path], output: Path, console: Console) -> Non
     )
     baseline, tst = folders
     config = EvaluationConfig(
-        model=tst,
         compare=baseline,
         text=held_out,
         output=output / "evaluation.json",
@@ -178,7 +177,7 @@ def evaluate_exports(folders: list[Path], output: Path, console: Console) -> Non
         overwrite=True,
     )
     with TaskProgress(console) as display:
-        results = evaluate(config, display)
+        results = evaluate(config, tst, display)
     # Not by the console, which would break long rows.
     print(markdown_table(*results), flush=True)
 

@@ -48,13 +48,20 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
     Where the body fails, ``path`` stays as it was and nothing is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path, "writing")
-    try:
-        # Inside, so that a signal right behind it leaves nothing.
-        temporary.mkdir()
+    with temporary_folder(path, "writing") as temporary:
         yield temporary
         _replace_folder(temporary, path)
+
+
+@contextmanager
+def temporary_folder(path: Path, what: str) -> Iterator[Path]:
+    """Gives an empty folder beside ``path``, whose name says what for; it is removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, what)
+    try:
+        # In here, so that it is removed where an interruption comes right behind it.
+        temporary.mkdir()
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

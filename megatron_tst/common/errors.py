@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UsageError(ValueError):
@@ -30,6 +31,15 @@ def command[**A](main: Callable[A, int]) -> Callable[A, int]:
             return 2
 
     return guarded
+
+
+def leave_on_sigterm() -> None:
+    """Makes SIGTERM an exception, so that a command cleans up on the way out."""
+
+    def leave(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def print_error(error: BaseException) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst import __version__
-from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
@@ -31,6 +30,7 @@ from megatron_tst.evaluation.results import (
     check_comparable,
     check_output,
     read_results,
+    write_results,
 )
 
 _PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
@@ -38,10 +38,9 @@ _PACKAGES = ("lm-eval", "transformers", "tokenizers", "torch", "datasets")
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What to evaluate, and how.
+    """On what a model is evaluated, and how.
 
     Attributes:
-        model: Hugging Face folder.
         output: JSON file to write.
         tasks: names of lm-eval; None takes all of ``tasks_dir``, or the published ones if there is
             no ``text`` either.
@@ -57,7 +56,6 @@ class EvaluationConfig:
         overwrite: replace an existing output.
     """
 
-    model: Path
     output: Path
     tasks: tuple[str, ...] | None = None
     tasks_dir: Path | None = None
@@ -82,11 +80,101 @@ class EvaluationConfig:
         return self.tasks is not None or self.tasks_dir is not None or self.text is None
 
 
-def evaluate(config: EvaluationConfig, display: TaskProgress) -> tuple[Results, Results | None]:
+@dataclass(frozen=True)
+class Evaluation:
+    """Input that was checked, but for the model.
+
+    Attributes:
+        config: what to evaluate, and how.
+        settings: as the results have them.
+        documents: text by file.
+        tasks: of lm-eval.
+        second: the folder to compare with.
+        earlier: results to compare with.
+    """
+
+    config: EvaluationConfig
+    settings: Results
+    documents: Mapping[Path, str] | None
+    tasks: Tasks | None
+    second: ModelFolder | None = None
+    earlier: Results | None = None
+
+    def run(self, folder: ModelFolder, display: TaskProgress) -> tuple[Results, Results | None]:
+        """Evaluates a model, and the second one if there is one; writes nothing.
+
+        Raises:
+            UsageError: the models do not go with each other or with the window, or do not load.
+        """
+        if self.documents is not None:
+            folders = [folder] if self.second is None else [folder, self.second]
+            earlier = [] if self.earlier is None else [self.earlier["text"]["window"]]
+            _check_windows(self.config, folders, earlier)
+        results = self._run_one(folder, display)
+        if self.second is None:
+            return results, self.earlier
+        return results, self._run_one(self.second, display)
+
+    def _run_one(self, folder: ModelFolder, display: TaskProgress) -> Results:
+        config, started = self.config, time.monotonic()
+        loaded = load_model(folder, config.dtype, device_of(config.device))
+        for note in loaded.notes:
+            display.say(f"note: {note}")
+        text = None
+        if self.documents is not None:
+            measured = bits_per_byte(
+                loaded,
+                list(self.documents.values()),
+                config.window,
+                config.stride,
+                config.batch_size,
+                display.counting(f"{folder.name}, text", "windows"),
+            )
+            text = measured.to_dict()
+        of_tasks = {}
+        if self.tasks is not None:
+            count = display.counting(f"{folder.name}, tasks", "answers")
+            of_tasks = run_tasks(loaded, self.tasks, config.batch_size, config.limit, count)
+        return {
+            "format": FORMAT,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": _description(folder, loaded.model),
+            "settings": self.settings,
+            "tasks": of_tasks,
+            "text": text,
+            "versions": _versions(),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+
+def prepare(config: EvaluationConfig) -> Evaluation:
+    """Checks all input but the model and the output, and loads none of the models.
+
+    Raises:
+        UsageError: input that cannot be used, naming it and the remedy.
+    """
+    second = None
+    if config.compare is not None and config.compare.is_dir():
+        second = check_model_folder(config.compare, "--compare")
+    device = device_of(config.device)
+    documents = None if config.text is None else read_documents(config.text)
+    tasks = load_tasks(config.tasks, config.tasks_dir) if config.runs_tasks else None
+    settings = _settings(config, str(device), documents, tasks)
+    earlier = None
+    if config.compare is not None and second is None:
+        earlier = read_results(config.compare)
+        check_comparable(settings, earlier, config.compare)
+    return Evaluation(config, settings, documents, tasks, second, earlier)
+
+
+def evaluate(
+    config: EvaluationConfig, model: Path, display: TaskProgress
+) -> tuple[Results, Results | None]:
     """Evaluates one or two models and writes the results; all input is checked before any loads.
 
     Args:
-        config: what to evaluate.
+        config: what to evaluate, and how.
+        model: Hugging Face folder.
         display: shows how far it is.
 
     Returns:
@@ -96,25 +184,9 @@ def evaluate(config: EvaluationConfig, display: TaskProgress) -> tuple[Results, 
         UsageError: input that cannot be used, naming it and the remedy.
     """
     check_output(config.output, config.overwrite)
-    folder = check_model_folder(config.model)
-    second = None
-    if config.compare is not None and config.compare.is_dir():
-        second = check_model_folder(config.compare, "--compare")
-    device = device_of(config.device)
-    documents = None if config.text is None else read_documents(config.text)
-    tasks = load_tasks(config.tasks, config.tasks_dir) if config.runs_tasks else None
-    settings = _settings(config, str(device), documents, tasks)
-    other = None
-    if config.compare is not None and second is None:
-        other = read_results(config.compare)
-        check_comparable(settings, other, config.compare)
-    if documents is not None:
-        folders = [folder] if second is None else [folder, second]
-        _check_windows(config, folders, [] if other is None else [other["text"]["window"]])
-    results = _evaluate_one(config, folder, settings, documents, tasks, display)
-    if second is not None:
-        other = _evaluate_one(config, second, settings, documents, tasks, display)
-    write_json(config.output, {**results, "compared_with": other})
+    folder = check_model_folder(model)
+    results, other = prepare(config).run(folder, display)
+    write_results(config.output, results, other)
     return results, other
 
 
@@ -162,48 +234,9 @@ def _settings(
     }
 
 
-def _evaluate_one(
-    config: EvaluationConfig,
-    folder: ModelFolder,
-    settings: Results,
-    documents: Mapping[Path, str] | None,
-    tasks: Tasks | None,
-    display: TaskProgress,
-) -> Results:
-    started = time.monotonic()
-    loaded = load_model(folder, config.dtype, device_of(config.device))
-    for note in loaded.notes:
-        display.say(f"note: {note}")
-    text = None
-    if documents is not None:
-        measured = bits_per_byte(
-            loaded,
-            list(documents.values()),
-            config.window,
-            config.stride,
-            config.batch_size,
-            display.counting(f"{folder.path}, text", "windows"),
-        )
-        text = measured.to_dict()
-    of_tasks = {}
-    if tasks is not None:
-        count = display.counting(f"{folder.path}, tasks", "answers")
-        of_tasks = run_tasks(loaded, tasks, config.batch_size, config.limit, count)
-    return {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": _description(folder, loaded.model),
-        "settings": settings,
-        "tasks": of_tasks,
-        "text": text,
-        "versions": _versions(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-
-
 def _description(folder: ModelFolder, model: Any) -> Results:
     return {
-        "folder": str(folder.path),
+        "folder": folder.name,
         "revision": folder.revision,
         "sha256": folder.sha256(),
         "architecture": type(model).__name__,

@@ -30,11 +30,13 @@ class ModelFolder:
         path: the folder.
         config: content of config.json.
         weights: names of its safetensors files, sorted.
+        name: what it is called in messages and results; ``path`` as a rule.
     """
 
     path: Path
     config: dict[str, Any]
     weights: tuple[str, ...]
+    name: str
 
     def sha256(self) -> str:
         """Hash of config.json and the weights, in full."""
@@ -119,7 +121,7 @@ def check_model_folder(
     missing = [name for name in weights if not (path / name).is_file()]
     if missing:
         raise UsageError(f"{named}: {', '.join(missing)} is missing: copy the folder again.")
-    folder = ModelFolder(path, config, tuple(weights))
+    folder = ModelFolder(path, config, tuple(weights), str(path))
     if needs_tokenizer and not folder.has_tokenizer:
         raise UsageError(f"{named} has no tokenizer: copy tokenizer.json and its config into it.")
     return folder
@@ -207,7 +209,7 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = load_huggingface_tokenizer(folder.path, str(folder.path))
+    loaded = load_huggingface_tokenizer(folder.path, folder.name)
     safe = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -217,17 +219,17 @@ def load_model(folder: ModelFolder, dtype: DtypeName, device: torch.device) -> L
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(
-            f"{folder.path} cannot be loaded ({type(error).__name__}: {reason}): it needs a causal "
+            f"{folder.name} cannot be loaded ({type(error).__name__}: {reason}): it needs a causal "
             "language model that transformers knows."
         ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
-        raise UsageError(f"{folder.path}: {len(names)} weights are missing, such as {names[0]}.")
+        raise UsageError(f"{folder.name}: {len(names)} weights are missing, such as {names[0]}.")
     notes = [loaded.note] if loaded.note else []
     if dtype == "auto" and model.dtype == torch.bfloat16 and _widens(device):
         model = model.float()
         notes.append(
-            f"{folder.path} is bfloat16 and computes in float32 here, products of bf16 being "
+            f"{folder.name} is bfloat16 and computes in float32 here, products of bf16 being "
             f"{describe_bf16()}: pass --dtype bfloat16 to round as it was trained."
         )
     return LoadedModel(model.to(device).eval(), loaded.tokenizer, tuple(notes))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.errors import UsageError
 
 FORMAT = 1
@@ -49,6 +50,11 @@ def read_results(path: Path, flag: str = "--compare") -> Results:
     ):
         raise UsageError(f"{flag} {path} is no result of tst evaluate of this version.")
     return results
+
+
+def write_results(path: Path, results: Results, other: Results | None) -> None:
+    """Writes the JSON of an evaluation, with the results that it was compared with."""
+    write_json(path, {**results, "compared_with": other})
 
 
 def check_comparable(settings: Results, other: Results, path: Path) -> None:
@@ -134,17 +140,18 @@ def markdown_table(results: Results, other: Results | None = None) -> str:
     header = ["task", "metric", *names, *([] if other is None else ["difference"])]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     for row in rows(results, other):
-        cells = [_cell(row.value, row.in_percent)]
+        cells = [cell(row.value, row.in_percent)]
         if row.other is not None and row.difference is not None:
             cells += [
-                _cell(row.other, row.in_percent),
-                _cell(row.difference, row.in_percent, sign="+"),
+                cell(row.other, row.in_percent),
+                cell(row.difference, row.in_percent, sign="+"),
             ]
         lines.append([row.task, row.metric, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(number: tuple[float, float | None], in_percent: bool, sign: str = "") -> str:
+def cell(number: tuple[float, float | None], in_percent: bool, sign: str = "") -> str:
+    """A number with its standard error; a share in per cent."""
     value, stderr = number
     factor, digits = (100, 1) if in_percent else (1, 4)
     text = f"{value * factor:{sign}.{digits}f}"
