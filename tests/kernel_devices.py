@@ -11,8 +11,13 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import numpy
+from packaging.version import Version
 
 # Calls ``check(device, *args)``.
 Runner = Callable[..., None]
@@ -32,6 +37,17 @@ class Interpreter:
 
     def close(self) -> None:
         self._executor.shutdown()
+
+
+def missing_for_interpreter() -> str | None:
+    """What the interpreter of kernels needs and this machine has not."""
+    if find_spec("triton") is None:
+        return "needs Triton"
+    # The interpreter of 3.6 makes integers of arrays with one element, which numpy 2.5 refuses.
+    is_old = Version(version("triton")) < Version("3.7")
+    if is_old and Version(numpy.__version__) >= Version("2.5"):
+        return "needs Triton 3.7 or numpy below 2.5 to interpret kernels"
+    return None
 
 
 def run_interpreted_on_ranks(ranks: int, function: Callable[[], Any], folder: Path) -> list[Any]:

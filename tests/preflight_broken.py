@@ -201,6 +201,21 @@ BROKEN: dict[str, Broken] = {
         "error",
         "--moe-router-enable-expert-bias does not work with --moe-router-score-function softmax",
     ),
+    "weight shards": (
+        "3b",
+        "",
+        "--tensor-parallel-num-weight-shards 2",
+        "error",
+        "--tensor-parallel-num-weight-shards 2 with --tensor-model-parallel-size 1 does not work "
+        "with --tst-bag-size 6",
+    ),
+    "output layer in FP8": (
+        "3b",
+        "",
+        "--fp8-output-proj --tst-loss-impl linear",
+        "error",
+        "--tst-loss-impl linear does not work with --fp8-output-proj",
+    ),
     "FP8 undistributed": (
         "3b",
         "--use-distributed-optimizer --overlap-param-gather --dist-ckpt-optim-fully-reshardable",

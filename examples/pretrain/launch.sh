@@ -34,6 +34,19 @@ fail() {
   exit 2
 }
 
+# The value of an argument of the run, or nothing: the last one wins, as in Megatron's parser.
+value_of() {
+  local word previous='' value=''
+  for word in "${TRAINER[@]}"; do
+    case $word in
+      "$1="*) value=${word#*=} ;;
+      *) [[ $previous != "$1" ]] || value=$word ;;
+    esac
+    previous=$word
+  done
+  printf '%s' "$value"
+}
+
 for name in DATA_PATH TOKENIZER OUTPUT_DIR; do
   if [[ -z ${!name:-} ]]; then
     echo "error: $name is not set" >&2
@@ -174,8 +187,16 @@ fi
 
 # The order of kernels that tensor and context parallelism rely on, before Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Bags and tokens need blocks of other sizes: less fragmentation at the switch.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+if [[ " ${TRAINER[*]} " != *' --use-nccl-ub '* ]]; then
+  # Bags and tokens need blocks of other sizes: less fragmentation at the switch. Memory that NCCL
+  # registers for itself cannot lie in such segments.
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
+graphs=$(value_of --cuda-graph-impl)
+if [[ ${graphs:-none} != none ]]; then
+  # A graph that NCCL registers in such segments reads memory that is gone; Megatron asserts it.
+  export NCCL_GRAPH_REGISTER=${NCCL_GRAPH_REGISTER:-0}
+fi
 # How long torchrun waits for ranks that save after a SIGTERM; by itself it kills them after 30 s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-840}
 

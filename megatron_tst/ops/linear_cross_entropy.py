@@ -71,9 +71,10 @@ def linear_multi_hot_cross_entropy(
         tp_group: ranks that share the vocabulary; ``None`` when there is one shard.
         ignore_index: target id that does not count.
         sequence_parallel: the hidden states are split along dimension 0.
-        accumulate_into_main_grad: add the weight's gradient to ``weight.main_grad``, as the host
-            does under ``--gradient-accumulation-fusion``. ``weight.grad`` gets a placeholder. Not
-            under ``torch.compile`` nor for a weight that autocast casts.
+        accumulate_into_main_grad: add the weight's gradient to ``weight.main_grad``, where there is
+            one and in its dtype, as the host does under ``--gradient-accumulation-fusion``.
+            ``weight.grad`` gets a placeholder. Not under ``torch.compile`` nor for a weight that
+            autocast casts.
         implementation: of what happens to the logits of a block: ``torch``, ``triton``, or
             ``auto``, which takes Triton on CUDA, where it is installed.
 
@@ -253,7 +254,9 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         log_sum_exp, target_logit = join_shards(maximum, sums, weighted, layout.tp_group)
         ctx.save_for_backward(hidden, weight, columns, coefficients, live, log_sum_exp)
         ctx.layout, ctx.fused = layout, fused
-        ctx.main_grad = cast(Any, weight).main_grad if layout.accumulates_into_main_grad else None
+        # A model without Megatron's DDP has none, as in the host.
+        has_main_grad = layout.accumulates_into_main_grad and hasattr(weight, "main_grad")
+        ctx.main_grad = cast(Any, weight).main_grad if has_main_grad else None
         loss = (log_sum_exp - target_logit).masked_fill_(~live, 0).view(target_bags.shape[:-1])
         if not by_offset:
             return loss, None
@@ -282,7 +285,7 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + logits.shape[1])
             grad_states += torch.mm(logits, weight[rows], out=product)
             if grad_weight is None:
-                ctx.main_grad[rows] += logits.t() @ states
+                _add_product_(ctx.main_grad[rows], logits.t(), states)
             else:
                 torch.mm(logits.t(), states, out=grad_weight[rows])
         del product
@@ -344,6 +347,16 @@ def _into_gradient_(
     for wide, rows in exponentials(logits, log_sum_exp):
         wide.scatter_add_(-1, columns[rows], negated[rows]).mul_(scale[rows])
         logits[rows] = wide
+
+
+def _add_product_(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``sums += left @ right``, not rounded to the dtype of the operands before it is added."""
+    if sums.dtype == left.dtype:
+        sums.addmm_(left, right)
+    elif sums.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        sums += torch.mm(left, right, out_dtype=sums.dtype)
+    else:
+        sums.addmm_(left.to(sums.dtype), right.to(sums.dtype))
 
 
 def _placeholder(weight: Tensor) -> Tensor | None:

@@ -231,6 +231,13 @@ def _with_linear_loss(args: argparse.Namespace) -> Iterator[str]:
             args.defer_embedding_wgrad_compute,
             "the gradient of the weight is computed with the loss",
         ),
+        **{
+            flag: (is_set, "the weight is whole in its own layer only (--tst-loss-impl auto works)")
+            for flag, is_set in (
+                ("--use-megatron-fsdp", args.use_megatron_fsdp),
+                ("--use-torch-fsdp2", args.use_torch_fsdp2),
+            )
+        },
     }
     for setting, (is_set, reason) in refused.items():
         if is_set:

@@ -68,5 +68,9 @@ def reset_optimizer_state(optimizer: Any) -> None:
                     continue
                 value.zero_()
         for group in part.optimizer.param_groups:
-            if isinstance(group.get("step"), int):
+            step = group.get("step")
+            # An Adam that CUDA graphs can capture counts in a tensor, which the graph reads.
+            if isinstance(step, torch.Tensor):
+                step.zero_()
+            elif step is not None:
                 group["step"] = 0

@@ -212,6 +212,10 @@ LINEAR_LOSS: list[tuple[dict[str, Any], str]] = [
         {"defer_embedding_wgrad_compute": True},
         "--tst-loss-impl linear does not work with --defer-embedding-wgrad-compute",
     ),
+    (
+        {"use_torch_fsdp2": True, "tst_bag_size": 1, "tst_step_ratio": None},
+        "--tst-loss-impl linear does not work with --use-torch-fsdp2: the weight is whole",
+    ),
 ]
 
 

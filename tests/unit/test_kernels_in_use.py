@@ -19,7 +19,7 @@ from megatron_tst.ops.reference import (
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
 )
-from tests.kernel_devices import Runner, run_interpreted_on_ranks
+from tests.kernel_devices import Runner, missing_for_interpreter, run_interpreted_on_ranks
 
 # float32 against float64: float32 noise.
 SAME: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -158,6 +158,7 @@ def on_ranks() -> list[torch.Tensor]:
     return [torch.cat([tensor.flatten() for tensor in result]) for result in results]
 
 
+@pytest.mark.skipif(missing_for_interpreter() is not None, reason=str(missing_for_interpreter()))
 def test_tensor_parallel_ranks_join_what_kernels_give(tmp_path: Path) -> None:
     for by_kernels, without in run_interpreted_on_ranks(2, on_ranks, tmp_path):
         torch.testing.assert_close(by_kernels, without, **SAME)

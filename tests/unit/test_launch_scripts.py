@@ -201,6 +201,35 @@ def test_launchers(cases: Cases) -> None:
     assert rank[:3] == ["python", "-m", "megatron_tst.pretrain"]
 
 
+def environment_of(cases: Cases, *arguments: str, **variables: str) -> dict[str, str]:
+    """What the ranks of a launch get, from a torchrun that prints it."""
+    folder = cases.folder / "bin"
+    folder.mkdir(exist_ok=True)
+    (folder / "torchrun").write_text("#!/bin/sh\nenv\n")
+    (folder / "torchrun").chmod(0o755)
+    printed = launch(
+        PRETRAIN / "pretrain_gpt_270m.sh",
+        *arguments,
+        **{"DRY_RUN": "0", "PATH": f"{folder}:{os.environ['PATH']}"} | cases.paths | variables,
+    )
+    assert printed.returncode == 0, printed.stderr
+    return dict(line.split("=", 1) for line in printed.stdout.splitlines())
+
+
+def test_graphs_and_registered_buffers_do_not_meet_expandable_segments(cases: Cases) -> None:
+    """Megatron asserts the one at the start, and raises for the other where it wraps the model."""
+    allocator, registers = "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER"
+    plain = environment_of(cases)
+    assert (plain[allocator], plain.get(registers)) == ("expandable_segments:True", None)
+    for graphs in (["--cuda-graph-impl", "transformer_engine"], ["--cuda-graph-impl=local"]):
+        with_graphs = environment_of(cases, *graphs)
+        assert (with_graphs[allocator], with_graphs[registers]) == (plain[allocator], "0")
+    without = environment_of(cases, "--cuda-graph-impl", "local", "--cuda-graph-impl", "none")
+    assert registers not in without
+    assert environment_of(cases, "--cuda-graph-impl", "local", **{registers: "1"})[registers] == "1"
+    assert allocator not in environment_of(cases, "--use-nccl-ub")
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
