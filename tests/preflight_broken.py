@@ -216,6 +216,20 @@ BROKEN: dict[str, Broken] = {
         "error",
         "--tst-loss-impl linear does not work with --fp8-output-proj",
     ),
+    "host loss": (
+        "3b",
+        "",
+        "--tst-loss-impl host",
+        "warning",
+        "--tst-loss-impl host: Megatron's loss of single targets moves several times as many bytes",
+    ),
+    "two losses": (
+        "3b",
+        "",
+        "--tst-loss-impl torch --cross-entropy-loss-fusion --cross-entropy-fusion-impl native",
+        "error",
+        "--cross-entropy-loss-fusion does not work with --tst-loss-impl torch",
+    ),
     "FP8 undistributed": (
         "3b",
         "--use-distributed-optimizer --overlap-param-gather --dist-ckpt-optim-fully-reshardable",

@@ -48,7 +48,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument_group("GPUs").add_argument
     add("--gpus", metavar="N", default="8", help="number (default: 8)")
     add("--gpu", metavar="KIND", default="B200", help=f"{', '.join(PEAK_BF16_FLOPS)}")
-    add("--tokens-per-second-per-gpu", metavar="T", help="measured on a baseline")
+    add(
+        "--tokens-per-second-per-gpu",
+        metavar="T",
+        help="measured on a baseline of the same loss",
+    )
     add("--mfu", metavar="F", help="share of the dense bf16 peak that is used, 0 to 1")
     add = parser.add_argument_group("budget, one of").add_argument
     add("--gpu-hours", metavar="H")

@@ -89,8 +89,7 @@ def superpose_embedding(embedding: nn.Module, superposition: SuperpositionConfig
     layer: Any = _mix_in(embedding, Bag)
     if superposition.aligns_documents:
         layer.ignore_index = IGNORE_INDEX
-    if superposition.loss_impl != "linear":
-        layer.implementation = superposition.loss_impl
+    layer.implementation = superposition.implementation
 
 
 def leave_product_to_the_loss(output_layer: nn.Module) -> None:

@@ -24,6 +24,7 @@ from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy_by_offset,
     per_target_cross_entropy,
 )
+from megatron_tst.ops.kernels.launch import uses_triton
 from megatron_tst.ops.linear_cross_entropy import (
     linear_multi_hot_cross_entropy,
     linear_multi_hot_cross_entropy_by_offset,
@@ -37,7 +38,7 @@ class SuperpositionModel(LanguageModule):
 
     Args:
         *args: passed to the model of upstream.
-        superposition: settings of phase 1; its ``linear`` loss is that of both phases.
+        superposition: settings of phase 1; its ``loss_impl`` is that of all phases.
         **kwargs: passed to the model of upstream.
     """
 
@@ -68,16 +69,23 @@ class SuperpositionModel(LanguageModule):
             [b, l], float32.
         """
         is_linear = self.superposition.loss_impl == "linear"
-        if labels.dim() == 2 and not is_linear:
+        if labels.dim() == 2 and not is_linear and self._leaves_plain_targets(logits):
             return cast(Tensor, super().compute_language_model_loss(labels, logits))
         bags = labels if labels.dim() == 3 else labels.unsqueeze(-1)
         targets = bags.transpose(0, 1).contiguous()
         loss = self._linear_loss(logits, targets) if is_linear else self._loss(logits, targets)
         return loss.transpose(0, 1).contiguous()
 
+    def _leaves_plain_targets(self, logits: Tensor) -> bool:
+        """Whether the loss of single targets is Megatron's own."""
+        if self.superposition.loss_impl != "auto":
+            return self.superposition.loss_impl == "host"
+        return self.config.cross_entropy_loss_fusion or not uses_triton("auto", logits)
+
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        weights = self._target_weights(targets)
-        if self.superposition.objective != "mce":
+        is_plain = targets.shape[-1] == 1
+        weights = None if is_plain else self._target_weights(targets)
+        if self.superposition.objective != "mce" and not is_plain:
             if self.offset_loss_meter is not None:
                 losses = per_target_cross_entropy(logits, targets, self.tp_group)
                 self.offset_loss_meter.add(losses, targets)
@@ -87,7 +95,7 @@ class SuperpositionModel(LanguageModule):
         settings: dict[str, Any] = {
             "tp_group": self.tp_group,
             "reuse_logits": True,
-            "implementation": self.superposition.loss_impl,
+            "implementation": self.superposition.implementation,
         }
         if self.offset_loss_meter is None:
             return multi_hot_cross_entropy(logits, targets, weights, **settings)
@@ -130,7 +138,7 @@ class SuperpositionModel(LanguageModule):
         self.superposition = superposition
         if self.post_process and superposition.loss_impl == "linear":
             leave_product_to_the_loss(self.output_layer)
-        if self.pre_process:
+        if self.pre_process and superposition.enabled:
             superpose_embedding(self.embedding.word_embeddings, superposition)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_tst.preflight.activations import fp8_bytes, layer_bytes, micro_batches_in_flight
 from megatron_tst.preflight.rank_simulation import Stage, gradient_buffers
+from megatron_tst.settings.losses import losses_of_run
 from megatron_tst.settings.phases import Phase
 
 GIB = 1 << 30
@@ -231,12 +232,11 @@ def _logit_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> floa
     logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
     if args.tst_loss_impl == "linear":
         return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
-    if phase.predicts_bags:
-        # The gradient takes the place of the logits; torch's version keeps fp32 beside them.
-        return (2 + 4 if args.tst_loss_impl == "torch" else 2) * logits
-    is_engine = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te"
-    # Megatron's own keeps fp32 probabilities beside the logits, and then beside their gradient.
-    return (2 if is_engine else 2 + 4) * logits
+    losses = losses_of_run(args, has_gpu=True)
+    loss = losses["bags" if phase.predicts_bags else "plain"]
+    # A kernel's gradient takes the place of the logits. Megatron's own loss and that of torch keep
+    # fp32 numbers beside the logits, and then beside their gradient.
+    return (2 if loss in ("triton", "host te") else 2 + 4) * logits
 
 
 def _input_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:

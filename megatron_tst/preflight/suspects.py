@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.preflight.findings import Finding, note, warning
+from megatron_tst.settings.losses import is_hosts, losses_of_run
 from megatron_tst.settings.phases import bags_name, plain_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
@@ -110,6 +111,7 @@ def suspects(
         *_checkpoints(args),
         *_learning_rate(args),
         *_superposition(args, schedule),
+        *_losses(args),
     ]
 
 
@@ -254,6 +256,19 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
         yield warning(
             f"the switch at step {first_switch} comes before the end of the warm-up "
             f"(--lr-warmup-iters {args.lr_warmup_iters}): raise --tst-step-ratio."
+        )
+
+
+def _losses(args: argparse.Namespace) -> Iterator[Finding]:
+    losses = losses_of_run(args, has_gpu=True)
+    if is_hosts(losses["plain"]):
+        setting = "--tst-loss-impl host"
+        if args.cross_entropy_loss_fusion:
+            setting = "--cross-entropy-loss-fusion"
+        yield warning(
+            f"{setting}: Megatron's loss of single targets moves several times as many bytes as "
+            "the kernel that bags get, so that step times of runs with bags and without compare "
+            "kernels and not methods; reports refuse to. Remove it."
         )
 
 

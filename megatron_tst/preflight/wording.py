@@ -12,6 +12,7 @@ from rich.table import Table
 from megatron_tst.common.units import quantity
 from megatron_tst.preflight.checks import Report
 from megatron_tst.preflight.memory import ALLOWANCE_BYTES, GIB
+from megatron_tst.settings.losses import losses_of_run
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _MEMORY_LINES = {
@@ -44,6 +45,8 @@ def summary_lines(report: Report) -> list[str]:
     ]
     if schedule.config.enabled:
         lines += _phase_lines(schedule)
+    losses = losses_of_run(args, has_gpu=True)
+    lines.append("loss         " + ", ".join(f"{kind}: {loss}" for kind, loss in losses.items()))
     lines.append(
         f"data         {quantity(schedule.data_tokens(steps))} tokens in {steps:,} steps "
         f"({quantity(schedule.equivalent_tokens(steps))} equivalent)"

@@ -82,11 +82,18 @@ class Matchup:
 
     @property
     def times_are_comparable(self) -> bool:
-        """Whether all runs were timed, on one kind of machine, and those of an arm alike."""
+        """Whether all runs were timed, with one loss on one kind of machine, an arm's alike."""
         runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
         timed = all(np.isfinite(run.seconds).all() for run in runs)
         is_one_machine = len({run.machine for run in runs}) == 1
-        return timed and is_one_machine and self.time_spread <= LARGEST_TIME_SPREAD
+        is_fair = is_one_machine and len(self.losses) <= 1
+        return timed and is_fair and self.time_spread <= LARGEST_TIME_SPREAD
+
+    @property
+    def losses(self) -> set[str]:
+        """What computed the losses: with more than one, times compare kernels and not methods."""
+        runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
+        return {loss for run in runs for loss in run.loss_impl.split("+")}
 
     @property
     def time_spread(self) -> float:

@@ -169,7 +169,8 @@ def _budgets(with_time: bool) -> list[tuple[str, Budget]]:
 
 
 def runs_table(groups: Sequence[Group]) -> Table:
-    """Every run, averaged or not."""
+    """Every run, averaged or not; what computed its loss, where that is known."""
+    has_losses = any(run.loss_impl for group in groups for run in group.runs)
     rows = [
         (
             run.name,
@@ -180,6 +181,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
             f"{run.steps[-1] if run.steps.size else 0} of {run.total_steps}",
             run.commit or DASH,
             run.machine or DASH,
+            *([run.loss_impl or DASH] if has_losses else ()),
         )
         for group in groups
         for run in group.runs
@@ -193,6 +195,7 @@ def runs_table(groups: Sequence[Group]) -> Table:
         "Steps",
         "Commit",
         "Machine",
+        *(("Loss by",) if has_losses else ()),
     )
     return Table(header, rows)
 

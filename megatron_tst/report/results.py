@@ -44,6 +44,7 @@ class RunResult:
         data: what must be equal for losses to be comparable: text, tokenizer, validation set.
             Files by name, since folders differ between machines.
         machine: processor and cores.
+        loss_impl: what computed the losses, ``+`` between several; empty where it is not known.
         commit: of this project.
         steps: optimizer steps completed at each validation, ascending, [n].
         validation_loss: next-token loss, nats a token, [n].
@@ -76,6 +77,7 @@ class RunResult:
     offset_losses: FloatArray = field(default_factory=lambda: np.zeros(0))
     command: str = ""
     arguments: dict[str, Setting] = field(default_factory=dict)
+    loss_impl: str = ""
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -151,6 +153,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         offset_losses=_offset_losses(run),
         command=str(run.info["command"]),
         arguments=arguments_that_can_matter(run.info.get("arguments", {})),
+        loss_impl="+".join(sorted(set(run.info.get("losses", {}).values()))),
     )
 
 

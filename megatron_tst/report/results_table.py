@@ -30,13 +30,14 @@ _LEADING = (
     "data_tokens",
     "seconds",
 )
-_TRAILING = ("machine", "commit")
+_TRAILING = ("machine", "loss_impl", "commit")
 # Never read as numbers, whatever they look like.
 _TEXT = {
     "run",
     "status",
     "quantity",
     "machine",
+    "loss_impl",
     "commit",
     "bags",
     *(name for name, known in SETTINGS.items() if known.kind is str),
@@ -94,6 +95,7 @@ def _rows(result: RunResult) -> Iterator[Row]:
         **result.settings,
         **{f"{_DATA_PREFIX}{name}": value for name, value in result.data.items()},
         "machine": result.machine,
+        "loss_impl": result.loss_impl,
         "commit": result.commit,
     }
     if not result.steps.size:
@@ -145,6 +147,7 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
             },
             machine=described.get("machine") or "",
             commit=described.get("commit") or "",
+            loss_impl=described.get("loss_impl") or "",
             **_curves(rows),
         )
     except (TypeError, ValueError, KeyError) as error:

@@ -252,6 +252,12 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
         yield "The arms were trained with different commits."
     if len({run.machine for run in runs}) > 1:
         yield "The arms were trained on different machines: times cannot be compared."
+    if len(matchup.losses) > 1:
+        found = ", ".join(sorted(loss or "unknown" for loss in matchup.losses))
+        yield (
+            f"Losses were computed by different kernels ({found}): times cannot be compared, and "
+            "are those of the kernels as much as of the method (--tst-loss-impl)."
+        )
     if any(not run.data for run in runs):
         yield (
             "Which corpus, tokenizer and validation set the runs had is not recorded: that they "

@@ -12,7 +12,7 @@ from megatron_tst.settings.variants import VARIANTS
 
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
 DocumentBoundary = Literal["cross", "align"]
-LossImplementation = Literal["auto", "torch", "triton", "linear"]
+LossImplementation = Literal["auto", "torch", "triton", "linear", "host"]
 CheckpointVerification = Literal["sample", "full", "off"]
 
 POWER_LAW_FROM_BAG_SIZE = 8
@@ -71,7 +71,7 @@ class SuperpositionConfig:
         reset_at_switch: state thrown away at the switch (ablations).
         document_boundary: whether bags run on from one document into the next (as published), or
             each document begins a bag of its own.
-        loss_impl: how the loss and the embedding of bags are computed.
+        loss_impl: how the loss, of single targets too, and the embedding of bags are computed.
 
     Raises:
         UsageError: naming the setting, its value and the remedy.
@@ -138,9 +138,10 @@ class SuperpositionConfig:
     loss_impl: LossImplementation = field(
         default="auto",
         metadata=said(
-            "How phase 1 computes the loss and the embedding of bags: in torch or by Triton "
-            "kernels, which auto takes on a GPU; linear: the loss together with the output layer, "
-            "without whole logits, in both phases.",
+            "How the loss of all phases and the embedding of bags are computed: in torch or by "
+            "Triton kernels, which auto takes on a GPU; linear: the loss together with the output "
+            "layer, without whole logits; host: as auto, and single targets by Megatron's loss, "
+            "as auto does on a CPU.",
             is_method=False,
             is_axis=False,
         ),
@@ -202,6 +203,13 @@ class SuperpositionConfig:
                 law=self.target_weighting,
                 loss=self.objective,
             )
+
+    @property
+    def implementation(self) -> Literal["auto", "torch", "triton"]:
+        """Of the operations that have no ``linear`` and no ``host``."""
+        if self.loss_impl == "linear" or self.loss_impl == "host":
+            return "auto"
+        return self.loss_impl
 
     @property
     def enabled(self) -> bool:

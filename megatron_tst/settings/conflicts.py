@@ -140,6 +140,11 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":
         yield from _with_linear_loss(args)
+    if args.cross_entropy_loss_fusion and args.tst_loss_impl in ("torch", "triton", "linear"):
+        yield (
+            f"--cross-entropy-loss-fusion does not work with --tst-loss-impl {args.tst_loss_impl}: "
+            "each asks for another loss of single targets. Remove one, or use --tst-loss-impl host."
+        )
     if is_superposed and args.tst_reset_at_switch == "embeddings":
         yield from _with_embedding_reset(args)
 

@@ -26,6 +26,7 @@ from megatron_tst.common.platform import platform
 from megatron_tst.model.config import model_config_from_args
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.settings.losses import is_hosts, losses_of_run, plain_loss
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.command_line import parse_command_line
 from megatron_tst.training.data_budget import check_data_budget
@@ -92,7 +93,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
         schedule = check_data_budget(args, schedule, datasets_provider.config)
         _print_settings(schedule)
         _print_platform()
-    if schedule.config.enabled or args.tst_loss_impl == "linear":
+    if schedule.config.enabled or not is_hosts(plain_loss(args, platform().has_gpu)):
         superpose = partial(superpose_built_models, superposition=schedule.config)
         model_config.pre_wrap_hooks.append(superpose)
     clock, meter = StepClock(args.tst_seconds), OffsetLossMeter()
@@ -150,7 +151,9 @@ class _StepEnd:
         if self._is_first_step:
             self._is_first_step = False
             parameters = count_parameters(step.model)
-            write_run_description(args, self.schedule, parameters, platform().describe())
+            machine = platform()
+            losses = losses_of_run(args, machine.has_gpu)
+            write_run_description(args, self.schedule, parameters, losses, machine.describe())
         fill_moments(step.optimizer)
         self.reporter.report(step.iteration, args)
         is_switch = self.schedule.begins_phase(step.iteration)

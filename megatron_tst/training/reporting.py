@@ -173,6 +173,7 @@ def write_run_description(
     args: Namespace,
     schedule: SuperpositionSchedule,
     parameters: int,
+    losses: Mapping[str, str],
     cpu_platform: Mapping[str, str],
 ) -> None:
     """Writes what identifies the run to ``tst_run.json`` in the TensorBoard folder, on one rank.
@@ -181,6 +182,7 @@ def write_run_description(
         args: Megatron's.
         schedule: phases of the run.
         parameters: of the whole model.
+        losses: what computes them, of ``losses_of_run``.
         cpu_platform: how the CPU platform computes; empty on a GPU.
     """
     if not get_tensorboard_writer():
@@ -197,6 +199,7 @@ def write_run_description(
         "parameters": parameters,
         "seed": args.seed,
         "settings": {name: getattr(args, name, None) for name in _SETTINGS},
+        "losses": dict(losses),
         "commit": _commit(),
         "machine": _machine(),
         "cpu_platform": dict(cpu_platform),

@@ -144,6 +144,19 @@ def test_without_superposition_the_run_is_upstreams(
     expected, actual = stock.scalars(), ours.scalars()
     assert actual["lm loss"] == expected["lm loss"]
     assert actual["grad-norm"] == expected["grad-norm"]
+    assert ours.description()["losses"] == {"plain": "cpu"}
+
+
+def test_without_superposition_a_run_takes_the_loss_that_is_asked_for(
+    launcher: Launcher, small_run: SmallRun, stock: SmallRun, tmp_path: Path
+) -> None:
+    ours = small_run.with_(tmp_path, bf16=True, tst_bag_size=1, tst_loss_impl="torch")
+    launcher.run(ours.argv, ours.log)
+    expected, actual = stock.scalars(), ours.scalars()
+    # The weights are bf16, and the losses of one step agree to float32 noise.
+    assert actual["lm loss"][1] == pytest.approx(expected["lm loss"][1], rel=1e-6)
+    assert actual["lm loss"] == pytest.approx(expected["lm loss"], rel=1e-3)
+    assert ours.description()["losses"] == {"plain": "torch"}
 
 
 def test_a_superposed_checkpoint_has_upstreams_keys(reference: SmallRun, stock: SmallRun) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_tst.model.model import SuperpositionGPTModel
 from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
@@ -19,6 +21,8 @@ from megatron_tst.ops.reference import (
     multi_hot_cross_entropy_reference,
     per_target_cross_entropy_reference,
 )
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.losses import losses_of_run, plain_loss
 from tests.kernel_devices import Runner, missing_for_interpreter, run_interpreted_on_ranks
 
 # float32 against float64: float32 noise.
@@ -170,3 +174,76 @@ def test_what_cannot_run_is_refused() -> None:
         multi_hot_cross_entropy(logits, targets, **TRITON)
     with pytest.raises(ValueError, match=r"'triton', and tensors are on cpu: .* Use 'auto'"):
         bag_embedding(torch.zeros(5, 2), torch.zeros(1, 1, 2, dtype=torch.int64), **TRITON)
+
+
+def beside_the_hosts() -> list[list[torch.Tensor]]:
+    """Loss and gradient of single targets on this rank by the kernels and by the host, by dtype."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    group: Any = torch.distributed.group.WORLD
+    rank, results = torch.distributed.get_rank(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        logits = torch.randn(6, 2, 2000).mul(4).to(dtype)
+        targets, grad = torch.randint(0, 2000, (6, 2)), torch.rand(6, 2)
+        shard = logits.chunk(2, -1)[rank].contiguous()
+        ours, theirs = shard.clone().requires_grad_(), shard.clone().requires_grad_()
+        loss = multi_hot_cross_entropy(ours, targets[..., None], tp_group=group, **TRITON)
+        # The host overwrites float32 logits.
+        hosts = vocab_parallel_cross_entropy(theirs * 1, targets, tp_group=group)
+        loss.backward(grad)
+        hosts.backward(grad)
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        results.append([loss.detach(), hosts.detach(), ours.grad.float(), theirs.grad.float()])
+    return results
+
+
+@pytest.mark.skipif(missing_for_interpreter() is not None, reason=str(missing_for_interpreter()))
+def test_single_targets_have_the_hosts_loss_and_gradient(tmp_path: Path) -> None:
+    """Within float32 noise, and the gradient in bf16 within one rounding, as it is rounded once."""
+    for single, half in run_interpreted_on_ranks(2, beside_the_hosts, tmp_path):
+        for loss, hosts, *_ in (single, half):
+            torch.testing.assert_close(loss, hosts, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(single[2], single[3], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(half[2], half[3], rtol=2**-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("loss_impl", "fusion", "is_hosts"),
+    [
+        ("auto", False, False),
+        ("auto", True, True),
+        ("host", False, True),
+        ("torch", False, False),
+        ("triton", False, False),
+    ],
+)
+def test_single_targets_on_a_gpu_take_the_kernels_by_default(
+    loss_impl: str, fusion: bool, is_hosts: bool
+) -> None:
+    """Of the model as of the record; a tensor without data stands in for one on a GPU."""
+    from torch._subclasses import FakeTensorMode
+
+    model: Any = SuperpositionGPTModel.__new__(SuperpositionGPTModel)
+    torch.nn.Module.__init__(model)
+    model.superposition = SuperpositionConfig(loss_impl=loss_impl)  # type: ignore[arg-type]
+    model.config = Namespace(cross_entropy_loss_fusion=fusion)
+    with FakeTensorMode():
+        logits = torch.empty(2, 1, 8, dtype=torch.bfloat16, device="cuda")
+        assert model._leaves_plain_targets(logits) == is_hosts
+    args = Namespace(
+        tst_bag_size=1,
+        tst_loss_impl=loss_impl,
+        cross_entropy_loss_fusion=fusion,
+        cross_entropy_fusion_impl="native",
+    )
+    loss = plain_loss(args, has_gpu=True)
+    assert loss.startswith("host") == is_hosts
+    assert losses_of_run(args, has_gpu=True) == {"plain": loss}
+    args.tst_bag_size = 4
+    with_bags = losses_of_run(args, has_gpu=True)
+    assert with_bags == {"plain": loss, "bags": "torch" if loss_impl == "torch" else "triton"}
+    # On a CPU nothing changes unless the flag asks.
+    if loss_impl in ("auto", "host") and not fusion:
+        assert losses_of_run(args, has_gpu=False) == {"plain": "cpu", "bags": "cpu"}

@@ -172,6 +172,7 @@ def test_swapped_arms_are_refused(runs: tuple[Path, Path]) -> None:
         ),
         ({"commit": "def5678"}, "different commits"),
         ({"machine": {"cpu": "another"}}, "different machines"),
+        ({"losses": {"bags": "triton", "plain": "host"}}, "different kernels (host, triton, un"),
     ],
 )
 def test_cautions_name_what_makes_the_comparison_unfair(

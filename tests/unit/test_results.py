@@ -66,6 +66,7 @@ def test_the_table_gives_back_what_was_written(
         name="diverged before its first validation",
         status="diverged",
         commit="1234567",
+        loss_impl="triton",
         data={**results[0].data, "split": "98"},
         steps=nothing.astype(np.int64),
         equivalent_tokens=nothing.astype(np.int64),
@@ -80,6 +81,7 @@ def test_the_table_gives_back_what_was_written(
     for before, after in zip(written, read_results(path), strict=True):
         assert (before.name, before.status) == (after.name, after.status)
         assert (before.machine, before.commit) == (after.machine, after.commit)
+        assert before.loss_impl == after.loss_impl
         assert before.settings == after.settings
         assert before.data == after.data
         for curve in ("steps", "equivalent_tokens", "data_tokens", "training_steps"):
