@@ -34,7 +34,7 @@ environment=(
   TOKENIZER=/data/tokenizer
   "OUTPUT_DIR=/runs/$name"
 )
-for variable in VARIANT PRECISION TRAIN_STEPS MICRO_BATCH_SIZE SAVE_INTERVAL ASYNC_SAVE \
+for variable in VARIANT PRECISION CUDA_GRAPHS TRAIN_STEPS MICRO_BATCH_SIZE SAVE_INTERVAL ASYNC_SAVE \
   EXIT_DURATION_MINS; do
   if [[ -n ${!variable:-} ]]; then
     environment+=("$variable=${!variable}")

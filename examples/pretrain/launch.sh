@@ -10,13 +10,15 @@ usage: DATA_PATH=... TOKENIZER=... OUTPUT_DIR=... [VARIABLE=...] $0 [Megatron an
 Arguments are appended to the ones of the script and win over them.
 
 required
-  DATA_PATH       corpus without .bin/.idx, or weights and corpora: "50 dclm 50 fineweb_edu"
+  DATA_PATH       corpus without .bin/.idx, or weights and corpora: "50 dclm 50 fineweb_edu";
+                  mock: random ids, to measure speed before there is text
   TOKENIZER       folder or name of a Hugging Face tokenizer
   OUTPUT_DIR      checkpoints, TensorBoard and data cache; on a file system that all nodes see
 what to train
   VARIANT         tst (default) or baseline
   TRAIN_STEPS     optimizer steps; the decay of the learning rate is the last tenth of them
-  PRECISION       mxfp8 (default: B200), fp8 (H100) or bf16
+  PRECISION       mxfp8 (B200; default from 3B on), fp8 (H100) or bf16 (default below)
+  CUDA_GRAPHS     1 (default below 3B): layers are replayed as CUDA graphs; 0: they are not
 where
   NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
   MICRO_BATCH_SIZE                                                sequences a GPU at a time
@@ -56,15 +58,21 @@ for name in DATA_PATH TOKENIZER OUTPUT_DIR; do
 done
 
 read -r -a corpora <<<"$DATA_PATH"
+CORPUS_ARGS=(--data-path "${corpora[@]}")
+if [[ $DATA_PATH == mock ]]; then
+  CORPUS_ARGS=(--mock-data)
+fi
 
 DATA_ARGS=(
-  --data-path "${corpora[@]}"
+  "${CORPUS_ARGS[@]}"
   --data-cache-path "$OUTPUT_DIR/data-cache"
   # Our choice; evaluations read 16 batches of it, the same ones each time.
   --split '9995,5,0'
   --tokenizer-type HuggingFaceTokenizer
   --tokenizer-model "$TOKENIZER"
   --num-workers 4
+  # Attention is causal by itself; a mask of [b, 1, l, l] would be built, copied and not used.
+  --no-create-attention-mask-in-dataloader
 )
 
 # Matrix products of the layers. Embedding, output layer, router, norms and losses stay in bf16 and
@@ -100,6 +108,12 @@ if [[ $PRECISION != bf16 ]]; then
     # An expert gets any number of tokens, and these products take multiples of 16 or 32.
     FP8_ARGS+=(--moe-router-padding-for-quantization)
   fi
+fi
+
+# All ranks collect garbage at the same steps, so that none waits for another that does.
+RUNTIME_ARGS=(--manual-gc --manual-gc-interval 100)
+if [[ ${CUDA_GRAPHS:-0} == 1 ]]; then
+  RUNTIME_ARGS+=(--cuda-graph-impl transformer_engine --te-rng-tracker)
 fi
 
 CHECKPOINT_ARGS=(
@@ -156,6 +170,7 @@ TRAINER=(
   "${PARALLEL_ARGS[@]}"
   "${FP8_ARGS[@]}"
   "${DATA_ARGS[@]}"
+  "${RUNTIME_ARGS[@]}"
   "${CHECKPOINT_ARGS[@]}"
   "${LOGGING_ARGS[@]}"
   "$@"
@@ -185,8 +200,13 @@ if [[ ${DRY_RUN:-0} == 1 ]]; then
   exit
 fi
 
-# The order of kernels that tensor and context parallelism rely on, before Blackwell.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+tensor=$(value_of --tensor-model-parallel-size)
+context=$(value_of --context-parallel-size)
+if [[ $PRECISION != mxfp8 ]] && ((${tensor:-1} * ${context:-1} > 1)); then
+  # The order of kernels that tensor and context parallelism rely on, before Blackwell. Elsewhere
+  # one connection only keeps communication from overlapping.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+fi
 if [[ " ${TRAINER[*]} " != *' --use-nccl-ub '* ]]; then
   # Bags and tokens need blocks of other sizes: less fragmentation at the switch. Memory that NCCL
   # registers for itself cannot lie in such segments.

@@ -26,7 +26,7 @@ _UNSUPPORTED = (
         "--hybrid-context-parallel",
         "it packs sequences of different lengths",
     ),
-    ("mock", "--mock-data", "there are no tokens to read in bags"),
+    ("mock", "A data set without corpora", "there are no tokens to read in bags"),
 )
 
 

@@ -14,6 +14,8 @@ from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _PUBLISHED_RATIOS = (0.2, 0.4)
 _LARGEST_PUBLISHED_BAG = 16
+# That of the 600M; matrix products of the next, 2048, are bound by arithmetic.
+_SMALL_HIDDEN_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ _MISSING = (
         "not the other",
     ),
     _Missing(
+        "--manual-gc",
+        "manual_gc",
+        False,
+        "ranks collect garbage at different steps, and all wait for each. Add it, with "
+        "--manual-gc-interval 100",
+    ),
+    _Missing(
         "--dist-ckpt-optim-fully-reshardable",
         "dist_ckpt_optim_fully_reshardable",
         False,
@@ -112,6 +121,7 @@ def suspects(
         *_learning_rate(args),
         *_superposition(args, schedule),
         *_losses(args),
+        *_small_kernels(args),
     ]
 
 
@@ -181,6 +191,12 @@ def _parallelism(args: argparse.Namespace) -> Iterator[Finding]:
         )
     if args.data_parallel_size > 1 and not args.overlap_grad_reduce:
         yield warning("--overlap-grad-reduce is not given: the GPUs wait for each reduction.")
+    if args.create_attention_mask_in_dataloader and not args.reset_attention_mask:
+        size = args.micro_batch_size * args.seq_length**2
+        yield warning(
+            "--no-create-attention-mask-in-dataloader is not given: each micro-batch carries a "
+            f"mask of {size / 1e6:,.0f} MB that causal attention does not read. Add it."
+        )
     if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         yield warning(
             f"--tensor-model-parallel-size {args.tensor_model_parallel_size} without "
@@ -269,6 +285,22 @@ def _losses(args: argparse.Namespace) -> Iterator[Finding]:
             f"{setting}: Megatron's loss of single targets moves several times as many bytes as "
             "the kernel that bags get, so that step times of runs with bags and without compare "
             "kernels and not methods; reports refuse to. Remove it."
+        )
+
+
+def _small_kernels(args: argparse.Namespace) -> Iterator[Finding]:
+    if args.hidden_size > _SMALL_HIDDEN_SIZE:
+        return
+    if args.cuda_graph_impl == "none":
+        yield warning(
+            f"--cuda-graph-impl is not given, and kernels of --hidden-size {args.hidden_size} take "
+            "less time than their launches: pass --cuda-graph-impl transformer_engine and "
+            "--te-rng-tracker, with NCCL_GRAPH_REGISTER=0 where segments are expandable."
+        )
+    if args.fp8:
+        yield warning(
+            f"--fp8-format {args.fp8} with --hidden-size {args.hidden_size}: products this narrow "
+            "are bound by memory, and quantizing reads it once more. Measure bf16 beside it."
         )
 
 

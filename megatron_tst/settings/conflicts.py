@@ -45,7 +45,6 @@ _CONFLICTS = (
     _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
-    _Conflict("--mock-data", "there are no tokens to read in bags", at_any_bag_size=True),
     _Conflict("--reset-attention-mask", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
     _Conflict("--reset-position-ids", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
     _Conflict(

@@ -17,7 +17,11 @@ from megatron_tst.settings.arguments import (
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args, refuse_unusable_batch_sizes
 from megatron_tst.settings.conflicts import refuse_conflicting_arguments
 from megatron_tst.settings.schedule import SuperpositionSchedule
-from megatron_tst.training.datasets import check_data_files, check_data_vocabulary
+from megatron_tst.training.datasets import (
+    check_data_files,
+    check_data_vocabulary,
+    write_mock_corpus,
+)
 from megatron_tst.training.exclusions import leave_out_documents
 from megatron_tst.training.finished import evaluate_only
 from megatron_tst.training.resume import check_resume, record_settings
@@ -41,6 +45,7 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     # Validation resolves deprecated spellings and --use-checkpoint-args.
     refuse_conflicting_arguments(args)
     schedule = superposition_schedule_from_args(args)
+    write_mock_corpus(args)
     check_data_vocabulary(args)
     record_settings(args, schedule)
     steps_done = check_resume(args, schedule)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.corpus.mock import mock_corpus
 from megatron_tst.data.batch import reads_data_on_stage
 from megatron_tst.data.blend import Blend
 from megatron_tst.data.budget import TrainText
@@ -88,10 +92,10 @@ def check_data_files(args: Namespace) -> None:
         UsageError: a missing, truncated or inconsistent file, named with the remedy.
     """
     prefixes = data_path_prefixes(args)
-    if not prefixes and has_bags(args):
+    if not prefixes and has_bags(args) and not args.mock_data:
         raise UsageError(
             "--data-path is missing: pass the path of a corpus, without .bin or .idx "
-            "(tst preprocess makes one)."
+            "(tst preprocess makes one), or --mock-data to measure speed without one."
         )
     for prefix in prefixes:
         check_indexed_dataset(prefix)
@@ -102,6 +106,24 @@ def check_data_files(args: Namespace) -> None:
             f"--tokenizer-model {tokenizer} does not exist: pass the file or folder of the "
             "tokenizer that the corpus was made with."
         )
+
+
+def write_mock_corpus(args: Namespace) -> None:
+    """Puts a corpus without meaning in the place of ``--mock-data``, read as often as it takes.
+
+    Megatron's own mock data are documents that count upwards, which no bag could be read from and
+    of which an embedding would touch other rows than of text.
+
+    Args:
+        args: validated command line; changed.
+    """
+    if not args.mock_data:
+        return
+    user = f"megatron-tst-{os.getuid()}"
+    folder = Path(args.data_cache_path or Path(tempfile.gettempdir()) / user)
+    args.data_path = [str(mock_corpus(folder, args.padded_vocab_size))]
+    args.mock_data, args.tst_max_epochs = False, math.inf
+    args.split = args.split or "99,1,0"
 
 
 def check_data_vocabulary(args: Namespace) -> None:

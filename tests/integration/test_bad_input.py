@@ -237,7 +237,6 @@ CONFLICTS: dict[str, Any] = {
     "--sft": True,
     "--fim-data": True,
     "--perform-rl-step": True,
-    "--mock-data": True,
     "--reset-attention-mask": True,
     "--reset-position-ids": True,
     "--hybrid-context-parallel": True,

@@ -159,6 +159,22 @@ def test_without_superposition_a_run_takes_the_loss_that_is_asked_for(
     assert ours.description()["losses"] == {"plain": "torch"}
 
 
+@pytest.mark.parametrize("superposed", [{}, SUPERPOSED], ids=["baseline", "bags"])
+def test_mock_data_trains_without_a_corpus(
+    launcher: Launcher, small_run: SmallRun, tmp_path: Path, superposed: dict[str, Any]
+) -> None:
+    mock = {"data_path": None, "split": None, "mock_data": True}
+    run = small_run.with_(tmp_path, **superposed, **mock)
+    launcher.run(run.argv, run.log)
+    losses = run.scalars()["lm loss"]
+    assert losses[TOTAL_STEPS] < math.log(256)
+    switch, bag_size = (SWITCH, BAG_SIZE) if superposed else (0, 1)
+    read = 128 * (switch * bag_size + TOTAL_STEPS - switch)
+    assert run.scalars()["tst/data tokens"][TOTAL_STEPS] == read
+    (path,) = run.description()["settings"]["data_path"]
+    assert Path(path).parent.parent == tmp_path / "cache"
+
+
 def test_a_superposed_checkpoint_has_upstreams_keys(reference: SmallRun, stock: SmallRun) -> None:
     expected = {name: tensor.shape for name, tensor in stock.checkpoint(TOTAL_STEPS).items()}
     for step in (3, SWITCH, TOTAL_STEPS):

@@ -144,7 +144,7 @@ def test_fast_cache_load_finds_a_built_cache(corpus: Corpus, tmp_path: Path) -> 
         ({"reset_attention_mask": True}, "--reset-attention-mask does not work"),
         ({"inter_document_masking": True}, "--dataloader-inter-document-masking does not work"),
         ({"hybrid_context_parallel": True}, "--hybrid-context-parallel does not work"),
-        ({"blend": None}, "--mock-data does not work"),
+        ({"blend": None}, "A data set without corpora does not work"),
         ({"add_extra_token_to_sequence": False}, "add_extra_token_to_sequence is False"),
         ({"switch_sample": None}, "phases is .* without bags: pass"),
         ({"blend": (["a", "b"], None)}, "a b: --tst-bag-size 3 needs the weight of each"),

@@ -216,10 +216,30 @@ def environment_of(cases: Cases, *arguments: str, **variables: str) -> dict[str,
     return dict(line.split("=", 1) for line in printed.stdout.splitlines())
 
 
+def test_connections_are_limited_where_the_order_of_kernels_counts(cases: Cases) -> None:
+    name, tensor = "CUDA_DEVICE_MAX_CONNECTIONS", ["--tensor-model-parallel-size", "2"]
+    assert name not in environment_of(cases, PRECISION="bf16")
+    assert environment_of(cases, *tensor, PRECISION="bf16")[name] == "1"
+    assert environment_of(cases, "--context-parallel-size=2", PRECISION="fp8")[name] == "1"
+    # Blackwell, which alone has this precision.
+    assert name not in environment_of(cases, *tensor, PRECISION="mxfp8")
+    assert environment_of(cases, PRECISION="bf16", **{name: "8"})[name] == "8"
+
+
+def test_small_models_take_graphs_and_bf16_and_none_makes_masks(cases: Cases) -> None:
+    for model in MODELS:
+        command = cases.command(model)
+        is_small = model in ("270m", "600m")
+        assert ("--cuda-graph-impl" in command) == is_small
+        assert ("--fp8-format" in command) != is_small
+        assert {"--no-create-attention-mask-in-dataloader", "--manual-gc"} <= set(command)
+    assert "--cuda-graph-impl" not in cases.command("270m", CUDA_GRAPHS="0")
+
+
 def test_graphs_and_registered_buffers_do_not_meet_expandable_segments(cases: Cases) -> None:
     """Megatron asserts the one at the start, and raises for the other where it wraps the model."""
     allocator, registers = "PYTORCH_CUDA_ALLOC_CONF", "NCCL_GRAPH_REGISTER"
-    plain = environment_of(cases)
+    plain = environment_of(cases, CUDA_GRAPHS="0")
     assert (plain[allocator], plain.get(registers)) == ("expandable_segments:True", None)
     for graphs in (["--cuda-graph-impl", "transformer_engine"], ["--cuda-graph-impl=local"]):
         with_graphs = environment_of(cases, *graphs)
