@@ -75,8 +75,8 @@ def specialisations(
             yield from _bag_mean_backward(dtype, masked)
 
 
-def compile_for(specialisation: Specialisation, capability: int) -> tuple[Resources, str]:
-    """Compiles afresh, with the ptxas that Triton brings; the resources and the PTX."""
+def compile_for(specialisation: Specialisation, capability: int) -> tuple[Resources, Any]:
+    """Compiles afresh, with the ptxas that Triton brings; the resources, and "ptx" and "cubin"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,7 +114,7 @@ def compile_for(specialisation: Specialisation, capability: int) -> tuple[Resour
         stack_bytes=sum(map(int, _numbers(r"(\d+) bytes stack frame", report))),
         spill_bytes=sum(map(int, _numbers(r"(\d+) bytes spill", report))),
     )
-    return resources, compiled.asm["ptx"]
+    return resources, compiled.asm
 
 
 def _numbers(pattern: str, report: str) -> list[str]:
@@ -130,7 +130,8 @@ def _cross_entropy(
     from megatron_tst.ops.kernels import cross_entropy as kernels
 
     element, label = _TYPE_NAMES[dtype], f"{_TYPE_NAMES[dtype]} s<={padded_bag} v={vocabulary}"
-    depth, lanes, num_warps = kernels.block_shape(vocabulary, dtype)
+    depth, width, num_warps = kernels.block_shape(vocabulary, dtype)
+    threads = 32 * num_warps
     common = {"logits": f"*{element}", "columns": "*i64", "coefficients": "*fp32"}
     sizes = {"v": "i32", "s": "i32", "row_stride": "i32"}
     divisible = {"v", "row_stride", "out_stride"} if vocabulary % 16 == 0 else set()
@@ -139,7 +140,13 @@ def _cross_entropy(
         kernels._statistics_kernel,
         label,
         common | statistics | sizes,
-        {"depth": depth, "lanes": lanes, "padded_bag": padded_bag},
+        {
+            "depth": depth,
+            "threads": threads,
+            "width": width,
+            "aligned": vocabulary % 16 == 0,
+            "padded_bag": padded_bag,
+        },
         divisible,
         num_warps,
     )
@@ -148,7 +155,7 @@ def _cross_entropy(
         kernels._gradient_kernel,
         label,
         common | gradient | sizes | {"out_stride": "i32"},
-        {"block": depth * lanes, "padded_bag": padded_bag},
+        {"block": depth * threads * width, "padded_bag": padded_bag},
         divisible,
         num_warps,
     )

@@ -9,18 +9,20 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernel_counts import VOCABULARY, count, disassemble
 from benchmarks.kernel_resources import CAPABILITIES, Resources, compile_for, specialisations
 from megatron_tst.ops.kernels.launch import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of Triton 3.6, whose compiler takes one register more. Later ones spill nothing.
 SPILLED_BY_3_6 = {("row_kernel", "bf16", "sm_90a"): 12}
-# What ptxas reports, and the PTX it was given.
-Compiled = list[tuple[Resources, str]]
+# What ptxas reports, and what it was given and made.
+Compiled = list[tuple[Resources, Any]]
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or is_interpreted(), reason="needs Triton, compiling"
@@ -66,27 +68,44 @@ def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
 
 
 def test_aligned_rows_are_read_16_bytes_at_once(compiled: Compiled) -> None:
-    for resources, ptx in compiled:
-        assert ("ld.global.v4.b32" in ptx) == _is_aligned(resources), resources
+    for resources, code in compiled:
+        assert ("ld.global.v4.b32" in code["ptx"]) == _is_aligned(resources), resources
 
 
 def test_targets_are_read_before_and_written_after_the_row(compiled: Compiled) -> None:
     """In place, another order would read a logit that is overwritten, or lose a target."""
-    for resources, ptx in compiled:
+    for resources, code in compiled:
         if resources.kernel == "gradient_kernel":
-            steps = re.split(r"bar(?:rier)?\.sync", ptx)
+            steps = re.split(r"bar(?:rier)?\.sync", code["ptx"])
             accesses = [set(re.findall(r"(?:ld|st)\.global", step)) for step in steps]
             assert accesses == [{"ld.global"}, {"ld.global", "st.global"}, {"st.global"}]
 
 
 def test_statistics_exchange_nothing_within_the_loop(compiled: Compiled) -> None:
-    for resources, ptx in compiled:
+    for resources, code in compiled:
         if resources.kernel == "statistics_kernel":
-            (label,) = re.findall(r"^(\S+):\s+// =>This", ptx, re.MULTILINE)
+            ptx = code["ptx"]
+            (label,) = re.findall(r"^(\S+):\s+// (?:%.*\n\s+// )?=>This", ptx, re.MULTILINE)
             loop = ptx[ptx.index(f"{label}:") : ptx.rindex(f"bra \t{label};")]
             assert "ld.global" in loop
             assert "ex2" in loop
             assert not re.search(r"shfl|bar\.sync|shared", loop)
+
+
+def test_instructions_and_bytes_of_a_logit_stay_within_their_bars(compiled: Compiled) -> None:
+    label = f"bf16 s<=16 v={VOCABULARY}"
+    counted = [
+        count(resources, disassemble(code["cubin"]) or "", torch.bfloat16.itemsize)
+        for resources, code in compiled
+        if resources.label == label
+    ]
+    assert [each.kernel for each in counted] == ["statistics_kernel", "gradient_kernel"]
+    for each in counted:
+        assert each.is_within_bar, each
+        # One exponential a logit, and in the statistics one more for all that a thread reads.
+        assert 1 <= each.exponentials < 1.05, each
+        assert each.bytes_read == 2, each
+        assert each.bytes_written == (0 if each.kernel == "statistics_kernel" else 2), each
 
 
 def test_benchmark_refuses_to_run_without_a_gpu() -> None:

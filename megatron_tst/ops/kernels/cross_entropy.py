@@ -18,6 +18,9 @@ from megatron_tst.ops.kernels.launch import next_power_of_2, on_device, require_
 _READ_BYTES = 16
 _MAX_DEPTH = 4
 _MAX_WARPS = 8
+# exp(x) = 2^(x log2 e): the hardware has an instruction for powers of two alone, and the
+# multiplication is one with the subtraction before it.
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def shard_statistics(
@@ -30,7 +33,8 @@ def shard_statistics(
     ``logsumexp = M + log(sum over shards of sums * exp(m - M))``; target logits add up.
 
     Args:
-        logits: [n, v] float32, bfloat16 or float16; any row stride.
+        logits: [n, v] float32, bfloat16 or float16; any row stride. Beyond 2.3e38 (fp32's largest
+            number over log2 e) they count as infinite.
         columns: [n, s] int64 column of each target in this shard; not read where the coefficient
             is 0. Another column outside of the shard makes the target logit NaN.
         coefficients: [n, s] float32, ``w_i / sum w``; 0 for ignored targets and other shards'.
@@ -48,7 +52,7 @@ def shard_statistics(
         3, n, dtype=torch.float32, device=logits.device
     ).unbind()
     if n:
-        depth, lanes, num_warps = block_shape(v, logits.dtype)
+        depth, width, num_warps = block_shape(v, logits.dtype)
         with on_device(logits):
             _statistics_kernel[(n,)](
                 logits,
@@ -61,7 +65,9 @@ def shard_statistics(
                 columns.shape[1],
                 logits.stride(0),
                 depth=depth,
-                lanes=lanes,
+                threads=32 * num_warps,
+                width=width,
+                aligned=rows_are_aligned(logits),
                 padded_bag=next_power_of_2(columns.shape[1]),
                 num_warps=num_warps,
             )
@@ -113,7 +119,7 @@ def shard_gradient(
             f"logits {tuple(logits.shape)}: pass one number a row, [n]."
         )
     if n:
-        depth, lanes, num_warps = block_shape(v, logits.dtype)
+        depth, width, num_warps = block_shape(v, logits.dtype)
         with on_device(logits):
             _gradient_kernel[(n,)](
                 logits,
@@ -126,22 +132,27 @@ def shard_gradient(
                 columns.shape[1],
                 logits.stride(0),
                 out.stride(0),
-                block=depth * lanes,
+                block=depth * 32 * num_warps * width,
                 padded_bag=next_power_of_2(columns.shape[1]),
                 num_warps=num_warps,
             )
     return out
 
 
+def rows_are_aligned(logits: Tensor) -> bool:
+    """Whether Triton, which asks for multiples of 16, reads 16 bytes of a row at once."""
+    return logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
+
+
 def block_shape(v: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Depth (reads a thread), lanes (columns that all threads read at once) and warps.
+    """Depth (reads a thread), width (columns that a thread reads at once) and warps.
 
     No more of each than a row has use for: the registers of a thread hold all that it reads.
     """
-    warp_lanes = 32 * _READ_BYTES // dtype.itemsize
-    depth = min(_MAX_DEPTH, next_power_of_2(triton.cdiv(v, warp_lanes)))
-    num_warps = min(_MAX_WARPS, next_power_of_2(triton.cdiv(v, depth * warp_lanes)))
-    return depth, num_warps * warp_lanes, num_warps
+    width = _READ_BYTES // dtype.itemsize
+    depth = min(_MAX_DEPTH, next_power_of_2(triton.cdiv(v, 32 * width)))
+    num_warps = min(_MAX_WARPS, next_power_of_2(triton.cdiv(v, depth * 32 * width)))
+    return depth, width, num_warps
 
 
 def _require_targets(logits: Tensor, columns: Tensor, coefficients: Tensor) -> None:
@@ -153,6 +164,60 @@ def _require_targets(logits: Tensor, columns: Tensor, coefficients: Tensor) -> N
             f"{coefficients.dtype} do not fit logits {tuple(logits.shape)}: pass [n, s] and "
             "float32 [n, s], s >= 1, for logits [n, v]."
         )
+
+
+@triton.jit
+def _power_of(maximum: tl.tensor) -> tl.tensor:
+    """``maximum * log2(e)``, to be subtracted."""
+    power = maximum * _LOG2_E
+    # Not -inf, from which to subtract -inf would give NaN: the exponentials are 0.
+    return tl.where(power == float("-inf"), 0.0, power)
+
+
+@triton.jit
+def _read(
+    logits: tl.tensor,
+    v: tl.tensor,
+    depth: tl.constexpr,
+    threads: tl.constexpr,
+    width: tl.constexpr,
+    aligned: tl.constexpr,
+    masked: tl.constexpr,
+) -> tl.tensor:
+    """What each thread reads at once, [threads, width * depth]; joined, it stays in its thread."""
+    thread = tl.arange(0, threads)[:, None]
+    i = tl.arange(0, width)[None, :]
+    # Columns that are read one by one lie beside those of the neighbouring threads.
+    places = thread * width + i if aligned else i * threads + thread
+    step: tl.constexpr = threads * width
+    z = _read_once(logits, places, v, masked)
+    if depth > 1:
+        z = tl.join(z, _read_once(logits, places + step, v, masked))
+    if depth > 2:
+        third = _read_once(logits, places + 2 * step, v, masked)
+        z = tl.join(z, tl.join(third, _read_once(logits, places + 3 * step, v, masked)))
+    return tl.reshape(z, [threads, width * depth]).to(tl.float32)
+
+
+@triton.jit
+def _read_once(
+    logits: tl.tensor, places: tl.tensor, v: tl.tensor, masked: tl.constexpr
+) -> tl.tensor:
+    if masked:
+        return tl.load(logits + places, mask=places < v, other=float("-inf"))
+    else:
+        return tl.load(logits + places)
+
+
+@triton.jit
+def _add_exponentials(
+    thread_max: tl.tensor, thread_sum: tl.tensor, z: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    new_max = tl.maximum(thread_max, tl.max(z, 1))
+    power = _power_of(new_max)
+    exponentials = tl.exp2(tl.fma(z, _LOG2_E, -power[:, None]))
+    thread_sum *= tl.exp2(tl.fma(thread_max, _LOG2_E, -power))
+    return new_max, thread_sum + tl.sum(exponentials, 1)
 
 
 @triton.jit(do_not_specialize=["s"])
@@ -167,28 +232,29 @@ def _statistics_kernel(
     s: tl.tensor,
     row_stride: tl.tensor,
     depth: tl.constexpr,
-    lanes: tl.constexpr,
+    threads: tl.constexpr,
+    width: tl.constexpr,
+    aligned: tl.constexpr,
     padded_bag: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
     logits += row * row_stride
-    # Each lane keeps a maximum and a sum of its own. It lies within a thread, so that threads
-    # exchange nothing before the end, and rescaling costs one exponential for `depth` others.
-    lane_max = tl.full([lanes], float("-inf"), tl.float32)
-    lane_sum = tl.zeros([lanes], tl.float32)
-    places = tl.arange(0, depth)[:, None] * lanes + tl.arange(0, lanes)[None, :]
-    for start in range(0, v, depth * lanes):
-        inside = start + places < v
-        z = tl.load(logits + start + places, mask=inside, other=float("-inf")).to(tl.float32)
-        new_max = tl.maximum(lane_max, tl.max(z, 0))
-        # Not -inf, from which to subtract -inf would give NaN: these exponentials are 0.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        lane_sum = lane_sum * tl.exp(lane_max - shift) + tl.sum(tl.exp(z - shift[None, :]), 0)
-        lane_max = new_max
-    row_max = tl.max(lane_max, 0)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    # Each thread keeps a maximum and a sum of its own, so that threads exchange nothing before the
+    # end, and rescaling costs one exponential for all that a thread reads at once.
+    thread_max = tl.full([threads], float("-inf"), tl.float32)
+    thread_sum = tl.zeros([threads], tl.float32)
+    block: tl.constexpr = depth * threads * width
+    whole = v // block * block
+    for start in range(0, whole, block):
+        z = _read(logits + start, v, depth, threads, width, aligned, False)
+        thread_max, thread_sum = _add_exponentials(thread_max, thread_sum, z)
+    if whole < v:
+        z = _read(logits + whole, v - whole, depth, threads, width, aligned, True)
+        thread_max, thread_sum = _add_exponentials(thread_max, thread_sum, z)
+    row_max = tl.max(thread_max, 0)
+    rescale = tl.exp2(tl.fma(thread_max, _LOG2_E, -_power_of(row_max)))
     tl.store(maximum + row, row_max)
-    tl.store(sums + row, tl.sum(lane_sum * tl.exp(lane_max - shift), 0))
+    tl.store(sums + row, tl.sum(thread_sum * rescale, 0))
 
     i = tl.arange(0, padded_bag)
     share = tl.load(coefficients + row * s + i, mask=i < s, other=0.0)
@@ -219,7 +285,7 @@ def _gradient_kernel(
     out += row * out_stride
     columns += row * s
     coefficients += row * s
-    lse = tl.load(log_sum_exp + row)
+    power = tl.load(log_sum_exp + row) * _LOG2_E
     factor = tl.load(scale + row)
 
     # 1. The gradient at the targets, from their logits, which step 2 may overwrite. Those of a
@@ -229,7 +295,7 @@ def _gradient_kernel(
     column = tl.load(columns + i, mask=i < s, other=0)
     held = (share != 0.0) & (column >= 0) & (column < v)
     z_target = tl.load(logits + column, mask=held, other=0.0).to(tl.float32)
-    at_target = tl.exp(z_target - lse)
+    at_target = tl.exp2(tl.fma(z_target, _LOG2_E, -power))
     for j in range(s):
         same = column == tl.load(columns + j)
         at_target -= tl.where(same, tl.load(coefficients + j), 0.0)
@@ -238,11 +304,16 @@ def _gradient_kernel(
 
     # 2. The softmax everywhere.
     places = tl.arange(0, block)
-    for start in range(0, v, block):
-        inside = start + places < v
-        z = tl.load(logits + start + places, mask=inside).to(tl.float32)
-        grad = tl.exp(z - lse) * factor
-        tl.store(out + start + places, grad.to(out.dtype.element_ty), mask=inside)
+    whole = v // block * block
+    for start in range(0, whole, block):
+        z = tl.load(logits + start + places).to(tl.float32)
+        grad = tl.exp2(tl.fma(z, _LOG2_E, -power)) * factor
+        tl.store(out + start + places, grad.to(out.dtype.element_ty))
+    if whole < v:
+        inside = whole + places < v
+        z = tl.load(logits + whole + places, mask=inside).to(tl.float32)
+        grad = tl.exp2(tl.fma(z, _LOG2_E, -power)) * factor
+        tl.store(out + whole + places, grad.to(out.dtype.element_ty), mask=inside)
     # Nor must their softmax land on a target's gradient.
     tl.debug_barrier()
 
