@@ -189,7 +189,11 @@ def _bag_mean_backward(dtype: torch.dtype, masked: bool) -> Iterator[Specialisat
     common |= {"h": "i32", "grad_stride": "i32"}
     for kernel, own in (
         (kernels._piece_kernel, {"sorted_rows": "*i64", "num_rows": "i32"}),
-        (kernels._row_kernel, {"starts": "*i64", "out": element, "bag_size": "fp32"}),
+        (
+            kernels._row_kernel,
+            {"sorted_rows": "*i64", "num_rows": "i32", "starts": "*i64", "out": element}
+            | {"bag_size": "fp32"},
+        ),
     ):
         yield _specialise(
             kernel,

@@ -77,6 +77,49 @@ def test_equals_the_oracle(
     on_device(check_oracle, dtype, n, s, v, h, holes)
 
 
+def check_what_is_moved(device: str) -> None:
+    """Counts elements, as the interpreter reads and writes them."""
+    if device != "cpu":
+        return
+    from triton.runtime.interpreter import interpreter_builder
+
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
+
+    moved: list[int] = []
+
+    def recording(access: Any, mask_index: int) -> Any:
+        def record(pointers: Any, *args: Any) -> Any:
+            mask = args[mask_index].data.astype(bool)
+            moved.extend(pointers.data[mask].tolist())
+            return access(pointers, *args)
+
+        return record
+
+    def within(tensor: Tensor) -> int:
+        start, size = tensor.data_ptr(), tensor.numel() * tensor.itemsize
+        return sum(start <= address < start + size for address in moved)
+
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+    interpreter_builder.create_masked_load = recording(load, 0)
+    interpreter_builder.create_masked_store = recording(store, 1)
+    try:
+        weight = torch.randn(16, 40)
+        rows = torch.randint(0, 16, (12, 8))
+        absent = torch.arange(96).view(12, 8) % 8 != 3  # seven tokens of eight are elsewhere
+        bag_mean(weight, rows, absent)
+        assert within(weight) == 12 * 40
+        rows = torch.tensor([[2, 9], [9, 2], [2, 2]])
+        gradient = bag_mean_backward(torch.randn(3, 40), rows, None, None, num_rows=1000)
+        assert within(gradient) == 2 * 40
+    finally:
+        interpreter_builder.create_masked_load = load
+        interpreter_builder.create_masked_store = store
+
+
+def test_reads_what_is_held_and_writes_rows_that_occur(on_device: Runner) -> None:
+    on_device(check_what_is_moved)
+
+
 def check_bits_of_torch(device: str, s: int, holes: bool) -> None:
     from megatron_tst.ops.kernels.bag_embedding import bag_mean, bag_mean_backward
 

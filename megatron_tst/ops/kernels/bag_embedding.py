@@ -26,8 +26,9 @@ def bag_mean(
 ) -> Tensor:
     """Mean over each bag of this shard's rows, without a [n, s, h] tensor.
 
-    Reads s rows (2 or 4 bytes an element) and writes one for each bag. Sums in float32 in the order
-    of the bag, divides as IEEE demands and rounds once: the bits of the torch path.
+    Reads the rows of a bag that are not absent (2 or 4 bytes an element) and writes one. Sums in
+    float32 in the order of the bag, divides as IEEE demands and rounds once: the bits of the torch
+    path.
 
     Args:
         weight: [v, h] float32, bfloat16 or float16; any row stride. Local to the rank.
@@ -74,10 +75,11 @@ def bag_mean_backward(
 ) -> Tensor:
     """Gradient of :func:`bag_mean`: adds ``grad / divisor`` once for each occurrence of a row.
 
-    Reads one gradient row an occurrence and writes every row of the result once (2 or 4 bytes an
-    element); beside it, sorts n * s integers. No atomics: the sums run in float32 in a fixed order
-    (offset by offset and bag by bag, in pieces of 128 where a token is frequent) and are rounded
-    once, so that they repeat bit for bit. Where the divisor is s, it divides the sum.
+    Reads one gradient row an occurrence, fills the result with zeros and writes the rows that occur
+    (2 or 4 bytes an element); beside it, sorts n * s integers. No atomics: the sums run in float32
+    in a fixed order (offset by offset and bag by bag, in pieces of 128 where a token is frequent)
+    and are rounded once, so that they repeat bit for bit. Where the divisor is s, it divides the
+    sum.
 
     Args:
         grad: [n, h] float32, bfloat16 or float16, local to the rank; copied where its columns do
@@ -102,8 +104,8 @@ def bag_mean_backward(
             "row a bag."
         )
     (n, s), h = rows.shape, grad.shape[1]
-    out = torch.empty(num_rows, h, dtype=grad.dtype, device=grad.device)
-    if not out.numel():
+    out = torch.zeros(num_rows, h, dtype=grad.dtype, device=grad.device)
+    if not out.numel() or not rows.numel():
         return out
     sorted_rows, bags, starts = _sort_occurrences(rows, absent, num_rows)
     divisors = _contiguous(divisors)
@@ -116,8 +118,20 @@ def bag_mean_backward(
             _piece_kernel[(pieces, blocks)](
                 grad, sorted_rows, bags, divisors, partial, num_rows, h, grad.stride(0), **sizes
             )
-        _row_kernel[(num_rows, blocks)](
-            grad, bags, starts, divisors, partial, out, float(s), h, grad.stride(0), **sizes
+        # One program an occurrence, of which the first of each row does its work.
+        _row_kernel[(n * s, blocks)](
+            grad,
+            sorted_rows,
+            bags,
+            starts,
+            divisors,
+            partial,
+            out,
+            float(s),
+            num_rows,
+            h,
+            grad.stride(0),
+            **sizes,
         )
     return out
 
@@ -175,13 +189,17 @@ def _mean_kernel(
     total = tl.zeros([block], tl.float32)
     for i in tl.static_range(s):  # unrolled: all rows are on their way before the first addition
         row = tl.load(rows + bag * s + i)
-        readable = inside & (row >= 0) & (row < v)
-        addend = tl.load(
-            weight + row * weight_stride + columns, mask=readable, other=float("nan")
-        ).to(tl.float32)
+        missing = float("nan")
         if absent is not None:
-            addend = tl.where(tl.load(absent + bag * s + i), 0.0, addend)
-        total += addend
+            is_absent = tl.load(absent + bag * s + i)
+            row = tl.where(is_absent, -1, row)
+            missing = tl.where(is_absent, 0.0, missing)
+        # As wide as the block: the interpreter of Triton 3.9 takes no other condition beside it.
+        rows_of_block = row + tl.zeros([block], tl.int64)
+        readable = inside & (rows_of_block >= 0) & (rows_of_block < v)
+        total += tl.load(weight + row * weight_stride + columns, mask=readable, other=missing).to(
+            tl.float32
+        )
     total = tl.div_rn(total, 1.0 * s if divisors is None else tl.load(divisors + bag))
     tl.store(out + bag * h + columns, total.to(out.dtype.element_ty), mask=inside)
 
@@ -239,34 +257,40 @@ def _piece_kernel(
 @triton.jit
 def _row_kernel(
     grad: tl.tensor,
+    sorted_rows: tl.tensor,
     bags: tl.tensor,
     starts: tl.tensor,
     divisors: tl.tensor,
     partial: tl.tensor,
     out: tl.tensor,
     bag_size: tl.tensor,
+    num_rows: tl.tensor,
     h: tl.tensor,
     grad_stride: tl.tensor,
     piece: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * block + tl.arange(0, block)
-    inside = columns < h
-    start = tl.load(starts + row)
-    end = tl.load(starts + row + 1)
-    # Whole pieces lie between; without one, the occurrences before and after are all there are.
-    first_piece = (start + piece - 1) // piece
-    last_piece = end // piece
-    before = tl.minimum(first_piece * piece, end)
-    after = tl.maximum(last_piece * piece, before)
-    total = tl.zeros([block], tl.float32)
-    total = _add_occurrences(
-        total, start, before, grad, bags, divisors, columns, inside, grad_stride
-    )
-    for index in tl.range(first_piece, last_piece, loop_unroll_factor=4):
-        total += tl.load(partial + index * h + columns, mask=inside, other=0.0)
-    total = _add_occurrences(total, after, end, grad, bags, divisors, columns, inside, grad_stride)
-    if divisors is None:
-        total = tl.div_rn(total, bag_size)
-    tl.store(out + row * h + columns, total.to(out.dtype.element_ty), mask=inside)
+    start = tl.program_id(0).to(tl.int64)
+    row = tl.load(sorted_rows + start)
+    previous = tl.load(sorted_rows + start - 1, mask=start > 0, other=-1)
+    if (row != previous) & (row >= 0) & (row < num_rows):
+        columns = tl.program_id(1) * block + tl.arange(0, block)
+        inside = columns < h
+        end = tl.load(starts + row + 1)
+        # Whole pieces lie between; without one, the occurrences before and after are all there are.
+        first_piece = (start + piece - 1) // piece
+        last_piece = end // piece
+        before = tl.minimum(first_piece * piece, end)
+        after = tl.maximum(last_piece * piece, before)
+        total = tl.zeros([block], tl.float32)
+        total = _add_occurrences(
+            total, start, before, grad, bags, divisors, columns, inside, grad_stride
+        )
+        for index in tl.range(first_piece, last_piece, loop_unroll_factor=4):
+            total += tl.load(partial + index * h + columns, mask=inside, other=0.0)
+        total = _add_occurrences(
+            total, after, end, grad, bags, divisors, columns, inside, grad_stride
+        )
+        if divisors is None:
+            total = tl.div_rn(total, bag_size)
+        tl.store(out + row * h + columns, total.to(out.dtype.element_ty), mask=inside)
