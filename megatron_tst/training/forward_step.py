@@ -142,14 +142,20 @@ def masked_mean_loss(
     return loss, positions, {"lm loss": report}
 
 
+def _is_rejected(rejects: Callable[[Tensor], Tensor], is_finite: bool, loss: Tensor) -> bool:
+    return not is_finite and bool(rejects(loss))
+
+
 def _check_loss(loss: Tensor) -> None:
     args = get_args()
     rerun = get_rerun_state_machine()
     if args.check_for_nan_in_loss_and_grad:
+        # The host's two checks wait for the GPU once each; a finite loss passes both.
+        is_finite = bool(torch.isfinite(loss))
         for rejects, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             rerun.validate_result(
                 result=loss,
-                rejection_func=rejects,
+                rejection_func=partial(_is_rejected, rejects, is_finite),
                 message=f"found {name} in local forward loss calculation",
                 tolerance=0.0,
                 fatal=True,
