@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-te setup-torchtitan test test-fast test-tokenizers durations support-matrix check format quickstart study results docs clean
+.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-tokenizers durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -48,6 +48,16 @@ check: setup ## Lint, check the format, the types, who imports whom and the age 
 format: setup ## Format the code and sort the imports
 	$(PY) -m ruff check --select I --fix
 	$(PY) -m ruff format
+
+# A machine with a GPU may have a Python of its own, without this project's .venv.
+GPU_PYTHON := $(if $(wildcard $(PY)),$(PY),python3)
+GPU_OUTPUT := runs/gpu-check
+
+gpu-check: ## Measure the GPU of this machine within ten minutes (GPU_OUTPUT=folder, ARGS="--stages kernels")
+	$(GPU_PYTHON) benchmarks/gpu/check.py --output $(GPU_OUTPUT) $(ARGS)
+
+gpu-check-te: ## The same for the arms that need Transformer Engine, in bf16 and fp8
+	$(GPU_PYTHON) benchmarks/gpu/check.py --output $(GPU_OUTPUT)-te --stages ceilings te $(ARGS)
 
 quickstart: setup ## Train a baseline and a superposition run on this machine and compare them (BPE=1: subwords)
 	$(PY) tools/quickstart.py $(if $(BPE),--bpe)

@@ -2,7 +2,7 @@
 
     python benchmarks/roofline.py [--positions 8192] [--json FILE]
 
-Paper figures, no measurement: benchmarks/gpu_kernels.py measures. Traffic counts each pass over a
+Paper figures, no measurement: benchmarks/gpu/check.py measures. Traffic counts each pass over a
 tensor of the size of the logits, or of the weight, once from and to the memory of the GPU, as if
 caches held nothing between two kernels and everything within one. Forward and backward, one rank.
 """

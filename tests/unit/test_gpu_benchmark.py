@@ -1,26 +1,50 @@
-"""The GPU benchmark's contestants run, and its paper figures follow from the kernels."""
+"""The check of a GPU runs on a CPU, and its paper figures follow from the kernels."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from benchmarks.roofline import BLOCK_ELEMENTS, GPUS, Cost, Model, loss_costs
+from benchmarks.gpu import check
+from benchmarks.gpu.tables import least_step, tables
+from benchmarks.gpu.training import LINEAR, OURS, VOCABULARY
+from benchmarks.roofline import BLOCK_ELEMENTS, GPUS, Cost, Gpu, Model, loss_costs
 from megatron_tst.ops import linear_cross_entropy
 from tests.kernel_devices import Runner
 
+OTHERS = {
+    "Transformer Engine", "Liger, cross-entropy", "quack", "cut cross-entropy",
+    "Liger, fused linear", "torch, linear_cross_entropy",
+}  # fmt: skip
+
 
 def run_contestants(device: str) -> None:
-    from benchmarks.gpu_kernels import operations
+    from benchmarks.gpu.contestants import KERNELS, LINEAR, operations
 
     model = Model(hidden=24, vocabulary=300, matrix_parameters=1e3, bag_size=3)
     seen = []
-    for operation, bag_size, contestants, costs in operations(model, 8, device):
-        for name, step in contestants:
-            if name != "Megatron, vocabulary-parallel":  # needs a process group
-                step()
-            assert name in costs or name == "torch"
-            seen.append((operation, bag_size, name))
-    assert len(seen) == len(set(seen)) == 4 + 5 + 4 + 2
+    for stage in (KERNELS, LINEAR):
+        for operation, bag_size, contestants, costs in operations(model, 4, device, stage):
+            for name, step in contestants:
+                if isinstance(step, str):
+                    assert name in OTHERS
+                    assert step.startswith("left out: ")
+                elif not name.startswith("Megatron"):  # needs a process group
+                    step()
+                assert name in costs or cost_is_unknown(name)
+                seen.append((operation, bag_size, name))
+    assert len(seen) == len(set(seen)) == 6 + 11 + 4 + 7 + 10
+
+
+def cost_is_unknown(name: str) -> bool:
+    others = ("torch", "quack", "Megatron, native fusion", "torch, linear_cross_entropy")
+    return name in others or name.startswith("linear, blocks")
 
 
 def test_contestants_run(on_device: Runner) -> None:
@@ -42,3 +66,93 @@ def test_the_least_time_adds_kernels_and_takes_the_slower_side_of_products() -> 
     assert cost.seconds(gpu) == pytest.approx(4)
     memory_bound = Cost(0, flops=second["flops"], product_bytes=2 * second["bytes"])
     assert memory_bound.seconds(gpu) == pytest.approx(2)
+
+
+@pytest.mark.slow
+def test_the_check_runs_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stages = ("ceilings", "tests", "kernels", "training")
+    arguments = ["--device", "cpu", "--output", str(tmp_path), "--steps", "4"]
+    assert check.main([*arguments, "--stages", *stages, "--arms", "TST, linear"]) == 0
+
+    results = json.loads((tmp_path / "gpu-check.json").read_text())
+    ended = {outcome["name"]: outcome["ended"] for outcome in results["stages"]}
+    assert ended == {
+        "ceilings": "done",
+        "tests": "left out: no GPU",
+        "kernels": "done",
+        "TST, linear": "done",
+    }
+    assert [row["what"] for row in results["rows"]["ceilings"]] == ["machine", "copy", "product"]
+    kernels = {row["contestant"]: row for row in results["rows"]["kernels"]}
+    for host in ("Megatron, vocabulary-parallel", "Megatron, native fusion"):
+        assert kernels[host]["milliseconds"] > 0
+    assert kernels["quack"]["timed"].startswith("left out: No module named")
+    phases = results["rows"]["training"]
+    assert [(row["phase"], row["design"]) for row in phases] == [(1, LINEAR), (2, LINEAR)]
+    assert all(row["milliseconds"] > 0 and 0 < row["loss"] < 7 for row in phases)
+    assert (tmp_path / "gpu-check.md").read_text() in capfd.readouterr().out
+
+
+def test_a_stage_is_stopped_with_its_children_and_keeps_what_it_printed(tmp_path: Path) -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '''{child}'''])"
+    task = check.Task("kernels", "kernels", ("-c", code), seconds=600)
+    outcome = check.run(task, tmp_path / "log", "cpu", seconds=3)
+    assert outcome.ended == "stopped after 3 s"
+    # Its parent is gone, and the system ends it in its own time.
+    deadline = time.monotonic() + 60
+    while is_running(int((tmp_path / "log").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert check.run(task, tmp_path / "log", "cpu", seconds=0).ended == "left out: no time left"
+
+
+def is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return False
+    return "State:\tZ" not in status
+
+
+def test_a_failed_stage_says_why(tmp_path: Path) -> None:
+    task = check.Task("kernels", "kernels", ("-c", "raise ValueError('no such shape')"), 60)
+    outcome = check.run(task, tmp_path / "log", "cpu", 60)
+    assert outcome.ended == "failed with 1: ValueError: no such shape"
+
+
+def test_the_table_has_shares_of_the_measured_ceilings() -> None:
+    cost = asdict(Cost(kernel_bytes=3e9))
+    row = {"model": "3B", "operation": "loss", "bag_size": 6, "contestant": "Triton"}
+    row |= {"milliseconds": 2.0, "timed": "graph", "cost": cost}
+    missing = {**row, "contestant": "quack", "milliseconds": None, "timed": "left out: none"}
+    ceilings = [
+        {"what": "copy", "bytes_per_second": 2e12},
+        {"what": "product", "flops_per_second": 5e14},
+    ]
+    rows: dict[str, list[dict[str, Any]]] = {"ceilings": ceilings, "kernels": [row, missing]}
+    table = tables([], {**rows, "linear": [], "training": [], "te": []})
+    # 3 GB in 2 ms are 1500 GB/s, three quarters of what a copy moves, and take 1.5 ms at least.
+    assert "| loss | 6 | Triton | 2 | graph |  | 1500 | 0.75 | 1.5 |" in table
+    assert "| quack |  | left out: none |  |  |  | 1.5 |" in table
+
+
+def test_the_prediction_of_a_step_adds_its_loss_to_its_products() -> None:
+    gpu = Gpu("toy", 1e12, 1e15)
+    row = {"arm": "TST, auto", "phase": 1, "design": OURS}
+    n, products = 32 * 512, 6 * 193.4e6 * 32 * 512 / 1e15
+    bytes_moved = loss_costs(n, VOCABULARY, 6)[OURS].bytes_moved
+    assert least_step(row, gpu) == pytest.approx(1e3 * (products + bytes_moved / 1e12))
+    # One more product of the output layer.
+    linear = least_step({**row, "design": LINEAR}, gpu)
+    again = 2 * n * VOCABULARY * 576 / 1e15 + 6 * n * VOCABULARY / 1e12
+    assert linear == pytest.approx(1e3 * (products + again))
+    assert least_step({**row, "design": None}, gpu) is None
+
+
+def test_the_check_refuses_to_run_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+    assert check.main(["--output", str(tmp_path)]) == 2
+    assert capfd.readouterr().err == "error: torch sees no CUDA device on this machine\n"
