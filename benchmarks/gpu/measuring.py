@@ -65,7 +65,8 @@ def _measure_on_gpu(step: Step, repetitions: int) -> Row:
     peak = torch.cuda.max_memory_allocated() - before
     graph, timed = torch.cuda.CUDAGraph(), "graph"
     try:
-        with torch.cuda.graph(graph):
+        # Threads of NCCL ask for events meanwhile, which a stricter mode takes for a fault.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()
         replay: Step = graph.replay
     except torch.OutOfMemoryError:
