@@ -77,7 +77,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
             steps = ("--steps", str(options.steps))
             for arm in options.arms or arms:
                 command = (str(HERE / "training.py"), arm, *where, *steps, *tiny)
-                yield Task(stage, arm, command, 120 if stage == TE_STAGE else 45)
+                yield Task(stage, arm, command, 85 if stage == TE_STAGE else 45)
 
 
 def missing(task: Task, device: str) -> str | None:

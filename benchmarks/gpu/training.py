@@ -68,6 +68,11 @@ TE_ARMS = {
     for precision in ("bf16", "fp8")
     for who, is_tst in (("baseline", False), ("TST", True))
 }
+GRAPHS = ("--cuda-graph-impl", "transformer_engine", "--te-rng-tracker")
+TE_ARMS |= {
+    "baseline, bf16, CUDA graphs": Arm(GRAPHS, has_te=True),
+    "TST, bf16, CUDA graphs": Arm(GRAPHS, OURS, is_tst=True, has_te=True),
+}
 # What Megatron's own layers need where neither Transformer Engine nor apex is. Their attention
 # holds all scores, so that sequences are short; the positions of a step are half the script's.
 LOCAL = [
@@ -114,7 +119,7 @@ def arguments_of(arm: Arm, folder: Path, steps: int, is_tiny: bool) -> list[str]
     environment = {
         **os.environ, "DATA_PATH": str(corpus), "TOKENIZER": "none", "OUTPUT_DIR": str(folder),
         "VARIANT": "tst" if arm.is_tst else "baseline", "TRAIN_STEPS": str(steps),
-        "PRECISION": arm.precision, "ASYNC_SAVE": "0", "DRY_RUN": "1",
+        "PRECISION": arm.precision, "ASYNC_SAVE": "0", "CUDA_GRAPHS": "0", "DRY_RUN": "1",
     }  # fmt: skip
     script = ROOT / "examples/pretrain/pretrain_gpt_270m.sh"
     printed = subprocess.run(
@@ -226,9 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     arm = on_this_version((ARMS | TE_ARMS)[options.arm])
     folder = options.rows.parent
-    # As examples/pretrain/launch.sh.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # As examples/pretrain/launch.sh; Megatron asserts the second one with the first and graphs.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     sys.argv = ["training", *arguments_of(arm, folder, options.steps, options.tiny)]
     recorder = Recorder(options.steps // 2 if arm.is_tst else 0)
     log = folder / f"{re.sub('[^a-z0-9A-Z]+', '-', options.arm)}.log"
