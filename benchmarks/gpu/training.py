@@ -164,7 +164,7 @@ def on_this_version(arm: Arm) -> Arm:
     from megatron_tst.settings.config import LossImplementation
 
     has_choice = "host" in get_args(LossImplementation)
-    if arm.loss is None and not arm.is_tst and not arm.arguments:
+    if arm.loss is None and not arm.is_tst and "host" not in arm.arguments:
         return replace(arm, loss=OURS if has_choice else HOSTS)
     if has_choice or "host" not in arm.arguments:
         return arm
