@@ -13,6 +13,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
@@ -31,7 +33,14 @@ KINDS = (
     *("llama", "llama-mha-tied", "llama-old", "qwen3-tied", "qwen3moe", "qwen3moe-old"),
     *("qwen3moe-fused-raw", "qwen3moe-dense-tied"),
     *("qwen2moe-bias", "glm4moe-dense-bias", "glm4moe-groups-qknorm"),
-    *("qwen2-llama3", "qwen2-old-tied", "llama-linear", "llama-old-llama3", "qwen3-yarn"),
+    *(
+        "mistral",
+        "qwen2-llama3",
+        "qwen2-old-tied",
+        "llama-linear",
+        "llama-old-llama3",
+        "qwen3-yarn",
+    ),
 )
 """``mha`` stands for as many key heads as query heads, ``old`` for what transformers 4 writes, in
 bfloat16 and in several files, ``fused`` for the experts of a layer in one tensor, also in
@@ -106,6 +115,8 @@ def save_model(folder: Path, kind: str) -> Path:
     match words[0]:
         case "llama":
             model = LlamaForCausalLM(LlamaConfig(**settings))
+        case "mistral":
+            model = MistralForCausalLM(MistralConfig(**settings, sliding_window=None))
         case "qwen2":
             model = Qwen2ForCausalLM(Qwen2Config(**settings))
         case "qwen3":

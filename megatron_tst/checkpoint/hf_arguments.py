@@ -31,6 +31,24 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
 )
 
 
+# What keeps other much used architectures out.
+_MLA = "multi-head latent attention, which no class here has"
+_LACKING = {
+    "DeepseekV3ForCausalLM": _MLA,
+    "KimiK25ForConditionalGeneration": _MLA,
+    "GlmMoeDsaForCausalLM": _MLA,
+    "Gemma3ForCausalLM": "norms around each half of a layer, local layers",
+    "Gemma3ForConditionalGeneration": "images, norms around each half of a layer, local layers",
+    "GptOssForCausalLM": "attention sinks, local layers, biases of experts",
+    "Olmo3ForCausalLM": "norms behind each half of a layer, local layers",
+    "SmolLM3ForCausalLM": "layers without RoPE",
+    "Llama4ForConditionalGeneration": "images, layers without RoPE, chunked attention",
+    "Qwen3NextForCausalLM": "linear attention",
+    "Phi3ForCausalLM": "queries, keys and values in one weight",
+    "NemotronHForCausalLM": "Mamba layers",
+}
+
+
 def read_config(content: Mapping[str, Any], named: str) -> Any:
     """The settings of a model as transformers understands them, with its defaults.
 
@@ -49,6 +67,7 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
     from transformers import (
         Glm4MoeConfig,
         LlamaConfig,
+        MistralConfig,
         Qwen2Config,
         Qwen2MoeConfig,
         Qwen3Config,
@@ -57,6 +76,8 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
 
     classes = {
         "LlamaForCausalLM": LlamaConfig,
+        # Of Mistral's models those that see all positions: they compute what Llama does.
+        "MistralForCausalLM": MistralConfig,
         "Qwen2ForCausalLM": Qwen2Config,
         "Qwen3ForCausalLM": Qwen3Config,
         "Qwen2MoeForCausalLM": Qwen2MoeConfig,
@@ -65,8 +86,9 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
     }
     found = content.get("architectures") or []
     if len(found) != 1 or found[0] not in classes:
+        lacking = "".join(f" ({_LACKING[name]})" for name in found if name in _LACKING)
         raise UsageError(
-            f"{named} is of architecture {', '.join(found) or '(none in config.json)'}: "
+            f"{named} is of architecture {', '.join(found) or '(none in config.json)'}{lacking}: "
             f"what can be imported is {', '.join(classes)}."
         )
     try:
@@ -91,6 +113,8 @@ def _unsupported(config: Any) -> Iterator[str]:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             yield f"{name} {value}"
+    if config.architectures[0] == "MistralForCausalLM" and config.sliding_window is not None:
+        yield f"sliding_window {config.sliding_window}"
     rope = config.rope_parameters
     if not is_glm and rope.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor {rope['partial_rotary_factor']}"

@@ -84,7 +84,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "llama",
         change_config(architectures=["GPT2LMHeadModel"]),
-        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Qwen2",
+        "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Mistral",
     ),
     ("llama", change_config(architectures=None), r"architecture \(none in config.json\)"),
     ("llama", change_config(attention_bias=True, mlp_bias=True), "attention_bias True, mlp_bias"),
@@ -134,7 +134,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "llama",
         change_config(architectures=["DeepseekV3ForCausalLM"]),
-        "architecture DeepseekV3ForCausalLM: what can be imported is .*Glm4MoeForCausalLM",
+        "architecture DeepseekV3ForCausalLM .multi-head latent attention.*Glm4MoeForCausalLM",
     ),
     (
         "glm4moe-dense-bias",
