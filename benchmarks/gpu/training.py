@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -55,22 +55,22 @@ class Arm:
 HOSTS, OURS, LINEAR = "Megatron, vocabulary-parallel", "Triton, in place", "linear"
 NATIVE = ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
 ARMS = {
-    "baseline": Arm(),
+    "baseline": Arm(loss=OURS),
     "baseline, host's loss": Arm(("--tst-loss-impl", "host"), HOSTS),
     "baseline, native fusion": Arm(("--tst-loss-impl", "host", *NATIVE)),
-    "baseline, attention masks": Arm(has_masks=True),
+    "baseline, attention masks": Arm(loss=OURS, has_masks=True),
     "TST, auto": Arm(loss=OURS, is_tst=True),
     "TST, torch": Arm(("--tst-loss-impl", "torch"), is_tst=True),
     "TST, linear": Arm(("--tst-loss-impl", "linear"), LINEAR, is_tst=True),
 }
 TE_ARMS = {
-    f"{who}, {precision}": Arm((), OURS if is_tst else None, is_tst, True, precision)
+    f"{who}, {precision}": Arm((), OURS, is_tst, True, precision)
     for precision in ("bf16", "fp8")
     for who, is_tst in (("baseline", False), ("TST", True))
 }
 GRAPHS = ("--cuda-graph-impl", "transformer_engine", "--te-rng-tracker")
 TE_ARMS |= {
-    "baseline, bf16, CUDA graphs": Arm(GRAPHS, has_te=True),
+    "baseline, bf16, CUDA graphs": Arm(GRAPHS, OURS, has_te=True),
     "TST, bf16, CUDA graphs": Arm(GRAPHS, OURS, is_tst=True, has_te=True),
 }
 # What Megatron's own layers need where neither Transformer Engine nor apex is. Their attention
@@ -159,18 +159,6 @@ def without(argv: Sequence[str], flags: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def on_this_version(arm: Arm) -> Arm:
-    """The arm; a baseline's loss is the host's where --tst-loss-impl knows no other."""
-    from megatron_tst.settings.config import LossImplementation
-
-    has_choice = "host" in get_args(LossImplementation)
-    if arm.loss is None and not arm.is_tst and "host" not in arm.arguments:
-        return replace(arm, loss=OURS if has_choice else HOSTS)
-    if has_choice or "host" not in arm.arguments:
-        return arm
-    return replace(arm, arguments=tuple(without(arm.arguments, ("--tst-loss-impl",))))
-
-
 class Recorder:
     """Time and peak memory of every step, by phase."""
 
@@ -229,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tiny", action="store_true", help="a model for a CPU")
     options = parser.parse_args(argv)
-    arm = on_this_version((ARMS | TE_ARMS)[options.arm])
+    arm = (ARMS | TE_ARMS)[options.arm]
     folder = options.rows.parent
     # As examples/pretrain/launch.sh; Megatron asserts the second one with the first and graphs.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
