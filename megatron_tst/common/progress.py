@@ -14,12 +14,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from megatron_tst.common.errors import UsageError
+
+if TYPE_CHECKING:
+    # Training imports this module, and does not draw: it runs without rich.
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 INTERVAL_VARIABLE = "MEGATRON_TST_PROGRESS_SECONDS"
 _SECONDS_BETWEEN_LINES = 60.0
@@ -149,6 +151,8 @@ class TaskProgress(AbstractContextManager["TaskProgress"]):
         self._bars: Progress | None = None
         self._bar_ids: dict[str, TaskID] = {}
         if console.is_terminal or with_bars:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),

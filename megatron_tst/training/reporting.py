@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from megatron.core import mpu
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -229,10 +228,11 @@ def _machine() -> dict[str, Any]:
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(memory / 2**30, 1),
         "accelerator": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "megatron": version("megatron-core"),

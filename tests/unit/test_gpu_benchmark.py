@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +24,10 @@ OTHERS = {
     "Transformer Engine", "Liger, cross-entropy", "quack", "cut cross-entropy",
     "Liger, fused linear", "torch, linear_cross_entropy",
 }  # fmt: skip
+MAY_BE_MISSING = (
+    "datasets", "einops", "gigatoken", "hypothesis", "psutil", "pyarrow", "pytest", "regex", "rich",
+    "safetensors", "tensorboard", "tokenizers", "tqdm", "transformers", "yaml", "zstandard",
+)  # fmt: skip
 
 
 def run_contestants(device: str) -> None:
@@ -156,3 +162,27 @@ def test_the_check_refuses_to_run_without_a_gpu(
     monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
     assert check.main(["--output", str(tmp_path)]) == 2
     assert capfd.readouterr().err == "error: torch sees no CUDA device on this machine\n"
+
+
+def test_training_needs_nothing_beside_megatron_core_on_a_gpu(tmp_path: Path) -> None:
+    code = f"""
+import importlib.machinery as machinery
+missing = {MAY_BE_MISSING!r}
+find = machinery.PathFinder.find_spec.__func__
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name.partition(".")[0] in missing else find(cls, name, *rest)
+)
+from megatron_tst.training import pretrain
+from benchmarks.gpu import check, contestants, stages, training
+training.write_corpus(__import__("pathlib").Path({str(tmp_path)!r}), 512, 2048)
+print("done")
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=check.ROOT,
+        env={**os.environ, "PYTHONPATH": str(check.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "done\n", result.stderr
