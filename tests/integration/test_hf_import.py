@@ -138,6 +138,7 @@ LAYOUTS: dict[str, tuple[str, int, str]] = {
     ),
     "llama-mha-tied, PP 2": ("llama-mha-tied", 2, "--pipeline-model-parallel-size 2"),
     "qwen2-llama3, TP 2": ("qwen2-llama3", 2, "--tensor-model-parallel-size 2"),
+    "qwen2-llama3, arguments from the checkpoint": ("qwen2-llama3", 1, "--use-checkpoint-args"),
     "qwen2-old-tied, PP 2": ("qwen2-old-tied", 2, "--pipeline-model-parallel-size 2"),
     "qwen3moe, PP 2": ("qwen3moe", 2, "--pipeline-model-parallel-size 2"),
     "qwen3moe, EP 2": (
@@ -183,6 +184,8 @@ LAYOUTS: dict[str, tuple[str, int, str]] = {
     ),
 }
 NOT_FROM_THE_CHECKPOINT = (
+    "--use-rope-scaling",
+    "--rope-scaling-factor",
     "--norm-epsilon",
     "--qk-layernorm",
     "--moe-router-dtype",

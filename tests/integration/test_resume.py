@@ -113,6 +113,7 @@ def test_other_learning_rates_are_refused(check: Check, trained: SmallRun) -> No
 
 MODELS: list[tuple[dict[str, Any], str | None]] = [
     ({"hidden_size": 64}, "--hidden-size 32, and this command has 64: the weights do not fit"),
+    ({"rotary_base": 20000}, "--rotary-base 10000, and this command has 20000: .* other positions"),
     ({"num_layers": 4}, "--num-layers 2, and this command has 4"),
     ({"num_query_groups": 4}, "--num-query-groups 2, and this command has 4"),
     ({"num_experts": 4}, "--num-experts None, and this command has 4"),
@@ -176,12 +177,12 @@ def test_an_error_of_several_lines_is_told_in_full(
 ) -> None:
     """As of weights that the checkpoint does not have, which torch finds in each process."""
     load = trained.folder / "checkpoints"
-    run = trained.with_(tmp_path, load=load, position_embedding_type="learned_absolute")
+    run = trained.with_(tmp_path, load=load, disable_bias_linear=None)
     started = launcher.start(run.argv, run.log, 2)
     assert launcher.wait(started) == [1, 1]
     line = error_lines(started)[0]
     assert "cannot be loaded (CheckpointException" in line
-    assert "embedding.position_embeddings.weight from model not in state dict" in line
+    assert ".bias from model not in state dict" in line
     assert "File " not in line
 
 

@@ -121,6 +121,7 @@ def variables(run: SmallRun) -> dict[str, str]:
     """What the script is told by its environment, on any number of nodes."""
     return {
         **os.environ,
+        "CUDA_GRAPHS": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",

@@ -223,15 +223,16 @@ def test_single_targets_on_a_gpu_take_the_kernels_by_default(
     loss_impl: str, fusion: bool, is_hosts: bool
 ) -> None:
     """Of the model as of the record; a tensor without data stands in for one on a GPU."""
-    from torch._subclasses import FakeTensorMode
+    from torch._subclasses import FakeTensor, FakeTensorMode
 
     model: Any = SuperpositionGPTModel.__new__(SuperpositionGPTModel)
     torch.nn.Module.__init__(model)
     model.superposition = SuperpositionConfig(loss_impl=loss_impl)  # type: ignore[arg-type]
     model.config = Namespace(cross_entropy_loss_fusion=fusion)
-    with FakeTensorMode():
-        logits = torch.empty(2, 1, 8, dtype=torch.bfloat16, device="cuda")
-        assert model._leaves_plain_targets(logits) == is_hosts
+    # Not by torch.empty, for which a GPU is the CPU where the platform of CPUs is active.
+    data = torch.empty(2, 1, 8, dtype=torch.bfloat16, device="meta")
+    logits = FakeTensor(FakeTensorMode(), data, torch.device("cuda", 0))
+    assert model._leaves_plain_targets(logits) == is_hosts
     args = Namespace(
         tst_bag_size=1,
         tst_loss_impl=loss_impl,
