@@ -177,12 +177,13 @@ def test_an_error_of_several_lines_is_told_in_full(
 ) -> None:
     """As of weights that the checkpoint does not have, which torch finds in each process."""
     load = trained.folder / "checkpoints"
-    run = trained.with_(tmp_path, load=load, disable_bias_linear=None)
+    other = {"position_embedding_type": "learned_absolute", "finetune": True}
+    run = trained.with_(tmp_path, load=load, **other)
     started = launcher.start(run.argv, run.log, 2)
     assert launcher.wait(started) == [1, 1]
     line = error_lines(started)[0]
     assert "cannot be loaded (CheckpointException" in line
-    assert ".bias from model not in state dict" in line
+    assert "embedding.position_embeddings.weight from model not in state dict" in line
     assert "File " not in line
 
 
