@@ -91,6 +91,7 @@ def encode_in_order(
     reading = iter(batches)
     # Spawned, not forked: the parent may hold threads (training a BPE, a progress bar).
     pool = ProcessPoolExecutor(
+        # A pool has to have one; it starts none that is not asked for.
         others or 1,
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,

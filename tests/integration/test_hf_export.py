@@ -485,3 +485,19 @@ def test_the_command(
     assert "━" in capsys.readouterr().err
     assert run(checkpoints / "none") == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_factor_that_megatron_itself_drops_is_warned_of(
+    damaged: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """In a checkpoint of Megatron's own script, not in one of this project."""
+    for is_ours in (False, True):
+        common = TorchDistCheckpoint(damaged).read_common()
+        common["args"].use_rope_scaling, common["args"].rope_scaling_factor = True, 32.0
+        if is_ours:
+            common["args"].tst_bag_size = 1
+        torch.save(common, damaged / "common.pt")
+        result = export_to_huggingface(damaged, tokenizer, tmp_path / f"hf-{is_ours}")
+        found = [text for text in result.warnings if "--rope-scaling-factor 32" in text]
+        assert bool(found) != is_ours
+        assert is_ours or "write 8 as the factor in config.json" in found[0]

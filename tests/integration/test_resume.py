@@ -114,6 +114,10 @@ def test_other_learning_rates_are_refused(check: Check, trained: SmallRun) -> No
 MODELS: list[tuple[dict[str, Any], str | None]] = [
     ({"hidden_size": 64}, "--hidden-size 32, and this command has 64: the weights do not fit"),
     ({"rotary_base": 20000}, "--rotary-base 10000, and this command has 20000: .* other positions"),
+    (
+        {"use_rope_scaling": True},
+        "--use-rope-scaling False, and this command has True: .* --finetune",
+    ),
     ({"num_layers": 4}, "--num-layers 2, and this command has 4"),
     ({"num_query_groups": 4}, "--num-query-groups 2, and this command has 4"),
     ({"num_experts": 4}, "--num-experts None, and this command has 4"),

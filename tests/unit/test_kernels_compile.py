@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from benchmarks.kernel_resources import CAPABILITIES, Resources, compile_for, sp
 from megatron_tst.ops.kernels.launch import is_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
-# Of Triton 3.6, whose compiler takes one register more. Later ones spill nothing.
-SPILLED_BY_3_6 = {("row_kernel", "bf16", "sm_90a"): 12}
 # What ptxas reports, and what it was given and made.
 Compiled = list[tuple[Resources, Any]]
 
@@ -41,13 +38,6 @@ def _is_aligned(resources: Resources) -> bool:
     return not {"v=50257", "v=250"} & set(resources.label.split())
 
 
-def _allowed_spill(resources: Resources) -> int:
-    if not version("triton").startswith("3.6."):
-        return 0
-    kind = (resources.kernel, resources.label.split()[0], resources.architecture)
-    return SPILLED_BY_3_6.get(kind, 0)
-
-
 def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
     kernels = {resources.kernel for resources, _ in compiled}
     assert kernels == {
@@ -58,7 +48,7 @@ def test_kernels_compile_and_do_not_spill(compiled: Compiled) -> None:
     assert architectures <= {"sm_90a", "sm_100a"}
     for resources, _ in compiled:
         spilled = max(resources.spill_bytes, resources.stack_bytes)
-        assert spilled <= _allowed_spill(resources), resources
+        assert spilled == 0, resources
         assert resources.shared_bytes <= 4096, resources
         # Where rows are aligned, registers leave room for at least half of the threads.
         assert resources.registers <= 64 or not _is_aligned(resources), resources
