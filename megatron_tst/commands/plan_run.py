@@ -25,6 +25,7 @@ from megatron_tst.planning.limits import describe, warnings
 from megatron_tst.planning.loss_estimate import loss_model
 from megatron_tst.planning.published import PUBLISHED_MODELS
 from megatron_tst.planning.wording import (
+    controls,
     launch_flags,
     outside_notes,
     plan_as_json,
@@ -246,9 +247,22 @@ def show(plan: Plan, console: Console) -> None:
     for warning in warnings(plan):
         console.print(f"\nwarning: {warning}", highlight=False)
     console.print("\nFlags for python -m megatron_tst.pretrain:\n")
-    console.print("  " + " \\\n  ".join(launch_flags(plan)), highlight=False)
+    console.print("  " + " \\\n  ".join(launch_flags(plan, plan.recommended)), highlight=False)
     for name, arm in plan.alternatives:
         console.print(f"\nInstead, {name}:\n\n  {superposition_flags(arm)}", highlight=False)
+    _show_controls(plan, console)
+
+
+def _show_controls(plan: Plan, console: Console) -> None:
+    console.print(
+        "\nTo compare, train baselines of these lengths, each with its own complete decay; a\n"
+        "longer one that is read before its end would credit superposition with the decay:",
+        highlight=False,
+    )
+    for name, arm in controls(plan):
+        # Only the length is another one.
+        lines = [line for line in launch_flags(plan, arm) if "--seq-length" not in line]
+        console.print(f"\n  {name}:\n  " + " \\\n  ".join(lines), highlight=False)
 
 
 @command

@@ -145,7 +145,8 @@ def _list(study: StudyConfig, folder: Path) -> int:
     runs = executions(study, folder)
     for execution in runs:
         print(f"{execution.folder.state():9} {execution.name}")
-    print(f"{len(runs)} runs, {sum(e.total_steps for e in runs):,} steps")
+    controls = f", of them {study.controls} baselines added as controls" if study.controls else ""
+    print(f"{len(runs)} runs, {sum(e.total_steps for e in runs):,} steps{controls}")
     return 0
 
 

@@ -48,9 +48,24 @@ def outside_notes(plan: Plan) -> list[str]:
     return list(dict.fromkeys(note for arm in _arms(plan) for note in arm.loss.outside))
 
 
-def launch_flags(plan: Plan) -> list[str]:
-    """Arguments of the recommended run for ``python -m megatron_tst.pretrain``, a line each."""
-    request, arm = plan.request, plan.recommended
+def controls(plan: Plan) -> list[tuple[str, Arm]]:
+    """The baselines that the run with superposition is compared with, and for what.
+
+    Each has a complete decay of its own. A longer baseline that is read before its end loses to any
+    run that has ended, with bags or without.
+    """
+    found: dict[int, tuple[str, Arm]] = {}
+    for name, baseline, tst in plan.comparisons:
+        if baseline is None or tst is not plan.tst:
+            continue
+        names = [found[baseline.steps][0]] if baseline.steps in found else []
+        found[baseline.steps] = (", ".join([*names, name]), baseline)
+    return list(found.values())
+
+
+def launch_flags(plan: Plan, arm: Arm) -> list[str]:
+    """Arguments of a run of the plan for ``python -m megatron_tst.pretrain``, a line each."""
+    request = plan.request
     warmup = _WARMUP_STEPS
     if arm.steps < SHORTEST_PUBLISHED_STEPS:
         warmup = arm.steps * _WARMUP_STEPS // SHORTEST_PUBLISHED_STEPS
@@ -98,7 +113,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "limit": plan.limit,
         "reason": plan.reason,
         "recommended": arm_as_json(plan.recommended),
-        "flags": " ".join(launch_flags(plan)).split(),
+        "flags": " ".join(launch_flags(plan, plan.recommended)).split(),
         "alternatives": [
             {"name": name, "flags": superposition_flags(arm).split(), **arm_as_json(arm)}
             for name, arm in plan.alternatives
@@ -110,6 +125,14 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "tst": comparison.tst and arm_as_json(comparison.tst),
             }
             for comparison in plan.comparisons
+        ],
+        "controls": [
+            {
+                "compared_at": name,
+                "flags": " ".join(launch_flags(plan, arm)).split(),
+                **arm_as_json(arm),
+            }
+            for name, arm in controls(plan)
         ],
         "warnings": warnings(plan),
     }

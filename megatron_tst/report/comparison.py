@@ -257,7 +257,7 @@ def matchups_of(family: Family) -> tuple[list[Matchup], list[Group]]:
         by_seed = {run.seed: run for run in baseline.counted}
         pairs = [Pair(by_seed[run.seed], run) for run in group.counted if run.seed in by_seed]
         found.append(
-            Matchup(baseline, group, tuple(pairs), _of_all_lengths(group, list(baselines.values())))
+            Matchup(baseline, group, tuple(pairs), of_all_lengths(group, list(baselines.values())))
         )
     return found, alone
 
@@ -295,7 +295,8 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
     return Matchup(groups[0], groups[1], pairs, (groups[0],), tuple(differences))
 
 
-def _of_all_lengths(group: Group, baselines: Sequence[Group]) -> tuple[Group, ...]:
+def of_all_lengths(group: Group, baselines: Sequence[Group]) -> tuple[Group, ...]:
+    """The baselines that differ from a group in their length and in superposition alone."""
     wanted = _key(group, LENGTH_SETTINGS)
     return tuple(one for one in baselines if _key(one, LENGTH_SETTINGS) == wanted)
 

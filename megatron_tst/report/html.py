@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.report import page, report_tables, wording
 from megatron_tst.report.comparison import Study
+from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.drawing import Plot
 from megatron_tst.report.plots import render_plots
 from megatron_tst.report.precision import precision_sentence
@@ -27,6 +28,11 @@ _NUMBERS_NOTE = (
     "Means over seeds, with half of the 95% interval (Student's t) where there are several. A gap "
     "is the loss of the baseline minus that of TST, paired by seed; it is undecided where its "
     "interval holds zero. Diverged runs are in no mean."
+)
+_GAINS_NOTE = (
+    "A longer baseline is read where TST ends, before its own learning rate has decayed. The "
+    "control, a finished baseline of the length of TST, gains on it by its decay alone; what TST "
+    "gains on the control are the bags. Both parts add up to the gain, seed by seed."
 )
 
 
@@ -108,6 +114,12 @@ def _study(study: Study, plots: Sequence[Plot], level: int) -> list[str]:
         parts += [
             heading("TST against the baseline"),
             page.table(report_tables.matchups_table(study.matchups)),
+        ]
+    if gains := gains_of(study):
+        parts += [
+            heading("What is the decay, and what are the bags"),
+            page.note(_GAINS_NOTE),
+            page.table(report_tables.gains_table(gains)),
         ]
     parts += _pair_tables(study, heading("At equal cost"), heading("At equal loss"))
     if plots:

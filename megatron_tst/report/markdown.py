@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.report import report_tables, wording
 from megatron_tst.report.comparison import Study
+from megatron_tst.report.decomposition import gains_of
 
 
 def write_tables(studies: Sequence[Study], output: Path) -> None:
@@ -21,4 +22,6 @@ def _section(study: Study) -> str:
     parts.append(report_tables.groups_table(study.groups).markdown())
     if study.matchups:
         parts.append(report_tables.matchups_table(study.matchups).markdown())
+    if gains := gains_of(study):
+        parts.append(report_tables.gains_table(gains).markdown())
     return "\n".join(parts)

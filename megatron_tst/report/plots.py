@@ -9,9 +9,11 @@ from typing import NamedTuple
 from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
 from megatron_tst.report.curve_plots import draw_training, draw_validation
+from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.describing import in_last_phase
 from megatron_tst.report.drawing import Canvas, Plot, render
 from megatron_tst.report.families import Group
+from megatron_tst.report.gain_plots import draw_gain_parts
 from megatron_tst.report.gap_plots import (
     draw_gaps,
     draw_heat_map,
@@ -26,6 +28,7 @@ from megatron_tst.settings.phases import plain_name
 
 _DRAWN_SETTINGS = 3
 _DRAWN_GROUPS = 6
+_DRAWN_GAINS = 12
 
 
 class _Sketch(NamedTuple):
@@ -129,6 +132,7 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
             partial(draw_gaps, matchups=study.ranked),
             height=1.2 + 0.32 * len(study.ranked),
         )
+    yield from _parts(study)
     yield from _sweep(study)
     with_lengths = [m for m in study.ranked if m.speed_up_off_ends() is not None]
     if with_lengths:
@@ -139,6 +143,20 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
             "Equal loss, from finished runs",
             wording.off_ends(first),
             partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
+        )
+
+
+def _parts(study: Study) -> Iterator[_Sketch]:
+    found = [gain for gain in gains_of(study) if gain.pairs]
+    if gains := [gain for gain in found if gain.total.mean > 0][:_DRAWN_GAINS]:
+        yield _Sketch(
+            "gain-parts",
+            "The decay and the bags",
+            "What TST gains on a baseline planned for more steps, read at the last step of TST: "
+            "the part that a finished baseline of the length of TST has too, and the part of the "
+            f"bags, with its 95% interval. {len(gains)} of {len(found)} settings, best first.",
+            partial(draw_gain_parts, gains=gains),
+            height=1.4 + 0.32 * len(gains),
         )
 
 

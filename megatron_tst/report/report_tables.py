@@ -12,6 +12,7 @@ from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH, TIMES, duration, quantity
 from megatron_tst.report import wording
 from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.decomposition import Gain
 from megatron_tst.report.describing import Setting
 from megatron_tst.report.families import Group, differing
 from megatron_tst.report.pairs import ARMS, Pair
@@ -122,6 +123,35 @@ def _off_ends(matchup: Matchup) -> str:
         [f"< {found.shortest:.3g}{TIMES} in {found.below} of {found.seeds}"] if found.below else []
     )
     return " or ".join(bounds)
+
+
+def gains_table(gains: Sequence[Gain]) -> Table:
+    """What each TST setting gains on a longer baseline at the same step, in parts."""
+    header = (
+        "Setting",
+        "Against, at the same step",
+        "Gain (nats)",
+        "of it the decay",
+        "of it the bags",
+        "Decay's share",
+        "Speed-up read off the longer baseline",
+        "the same for the control",
+    )
+    return Table(header, [_gain_row(gain) for gain in gains])
+
+
+def _gain_row(gain: Gain) -> tuple[str, ...]:
+    names = (gain.tst.label, gain.longer.label)
+    if gain.not_separable:
+        return (*names, f"not separable: {gain.not_separable}", *[DASH] * 5)
+    share = gain.decay_share
+    speed_ups = (gain.apparent_speed_up, gain.apparent_speed_up_of_control)
+    return (
+        *names,
+        *map(gap_text, (gain.total, gain.decay, gain.bags)),
+        DASH if share is None else f"{share:.0%}",
+        *(DASH if found is None else ratio_text(found) for found in speed_ups),
+    )
 
 
 def equal_budget_table(pair: Pair, with_time: bool) -> Table:

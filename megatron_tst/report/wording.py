@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from megatron_tst.common.units import TIMES
 from megatron_tst.report.comparison import LARGEST_TIME_SPREAD, Matchup, Study
+from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
@@ -39,6 +40,7 @@ def verdict(study: Study) -> list[str]:
         _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
         *speed_sentences(best),
         *_equal_data(best),
+        parts_of_gain(study),
         _equal_budget(best, "At equal training time", "seconds")
         if best.times_are_comparable
         else "",
@@ -157,6 +159,25 @@ def _equal_data(matchup: Matchup) -> list[str]:
         f"Against a finished baseline that read as many tokens, {_claim(finished)}: "
         f"a gap of {signed(finished.mean)} nats{_over_seeds(finished)}."
     ]
+
+
+def parts_of_gain(study: Study) -> str:
+    """How much of a gain on a longer baseline is the decay, of the first setting that has one."""
+    gains = gains_of(study)
+    if not gains:
+        return ""
+    gain = next((gain for gain in gains if gain.pairs), gains[0])
+    start = (
+        f"On the baseline planned for {gain.longer.total_steps} steps, read at step "
+        f"{gain.tst.total_steps} before its decay, the gain of {gain.tst.label} is"
+    )
+    if gain.not_separable:
+        return f"{start} not separable: {gain.not_separable}."
+    share = "" if gain.decay_share is None else f" ({gain.decay_share:.0%})"
+    return (
+        f"{start} {gap_text(gain.total)} nats: {gap_text(gain.decay)}{share} are the decay, which "
+        f"a finished baseline of the same length has too, and {gap_text(gain.bags)} the bags."
+    )
 
 
 def switch_sentence(matchup: Matchup) -> str:

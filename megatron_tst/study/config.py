@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from megatron_tst.study.settings import AXES, RunSettings, Scalar
 _SCHEDULE = ("warmup_share", "decay_share")
 _VALIDATION = ("times", "tokens", "batch_size")
 _TOP = ("arguments", "models", "schedule", "validation", "defaults", "seeds", "arms")
-_OPTIONAL = ("checkpoints", "processes")
+_OPTIONAL = ("checkpoints", "processes", "controls")
 # Set from the keys of the study, once for all of its runs.
 _OWN_FLAGS = {
     "train-iters": "total_steps",
@@ -83,7 +83,9 @@ class StudyConfig:
         validation: how runs are evaluated.
         checkpoints: how many are kept ready to go on from, a run; 0: a broken run starts anew.
         processes: ranks of each run.
-        grid: every run, each once.
+        grid: every run, each once; the controls last.
+        controls: how many of them are baselines that no arm lists: each run with superposition has
+            one of its model, length, learning rate and seed.
     """
 
     arguments: Mapping[str, Any]
@@ -94,6 +96,7 @@ class StudyConfig:
     checkpoints: int
     processes: int
     grid: tuple[RunSettings, ...]
+    controls: int
 
     def runs(self) -> list[StudyRun]:
         """All runs, the first seed of every arm before the second of any."""
@@ -166,6 +169,8 @@ def _study(content: Any) -> StudyConfig:
         for name, arguments in _mapping(top["models"], "models").items()
     }
     processes = _number(top.get("processes", 1), "processes", int, 1)
+    grid = tuple(_grid(top["arms"], top["defaults"], top["seeds"]))
+    controls = _controls(grid) if _switch(top.get("controls", True), "controls") else ()
     study = StudyConfig(
         arguments=_arguments(top["arguments"], "arguments"),
         models=models,
@@ -174,7 +179,8 @@ def _study(content: Any) -> StudyConfig:
         validation=_validation(top["validation"], processes),
         checkpoints=_number(top.get("checkpoints", 0), "checkpoints", int, 0),
         processes=processes,
-        grid=tuple(_grid(top["arms"], top["defaults"], top["seeds"])),
+        grid=(*grid, *controls),
+        controls=len(controls),
     )
     for run in study.grid:
         if run.model not in models:
@@ -211,6 +217,18 @@ def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
         for run in _product(axes, where):
             runs[run] = None
     return runs
+
+
+def _controls(grid: Sequence[RunSettings]) -> tuple[RunSettings, ...]:
+    """The baselines without which the gains of the grid cannot be told from those of a decay."""
+    wanted = dict.fromkeys(run.control for run in grid if not run.is_baseline)
+    return tuple(run for run in wanted if run not in grid)
+
+
+def _switch(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is {value!r}: use true or false.")
+    return value
 
 
 def _product(axes: Mapping[str, Any], where: str) -> Iterable[RunSettings]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from megatron_tst.common.errors import UsageError
@@ -56,6 +56,11 @@ class RunSettings:
     def is_baseline(self) -> bool:
         """Whether it has no superposition."""
         return self.bag_size == 1
+
+    @property
+    def control(self) -> RunSettings:
+        """The baseline of its length, with a complete decay of its own."""
+        return replace(self, bag_size=1, changed=())
 
     @property
     def superposition(self) -> SuperpositionConfig:

@@ -32,7 +32,7 @@ from megatron_tst.planning.published import (
     published_grids,
     published_runs,
 )
-from megatron_tst.planning.wording import launch_flags, plan_as_json
+from megatron_tst.planning.wording import controls, launch_flags, plan_as_json
 
 MODELS = st.sampled_from(list(PUBLISHED_MODELS))
 SIZES = st.one_of(
@@ -297,7 +297,7 @@ def test_the_published_setting_is_not_warned_about() -> None:
 
 def test_launch_flags() -> None:
     plan = make_plan(replace(request("3B", 247), bag_size=6, step_ratio=0.3))
-    assert " ".join(launch_flags(plan)) == (
+    assert " ".join(launch_flags(plan, plan.recommended)) == (
         "--seq-length 4096 --global-batch-size 512 --train-iters 20000 "
         "--lr 0.0002 --min-lr 0 --lr-warmup-iters 2000 "
         "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 2000 "
@@ -305,9 +305,22 @@ def test_launch_flags() -> None:
     )
 
 
+def test_a_control_of_every_length_that_is_compared() -> None:
+    plan = make_plan(replace(request("3B", 247), bag_size=6, step_ratio=0.3))
+    found = {name: arm.steps for name, arm in controls(plan)}
+    longer = found.pop("equal loss: that of TST")
+    assert found == {"equal FLOPs": 20_000, "equal data": 50_000}
+    assert 20_000 < longer < 50_000
+    for _, arm in controls(plan):
+        flags = " ".join(launch_flags(plan, arm))
+        assert f"--train-iters {arm.steps} " in flags
+        assert f"--lr-wsd-decay-iters {arm.steps // 10} " in flags
+        assert flags.endswith("--tst-bag-size 1")
+
+
 def test_launch_flags_allow_the_epochs_of_the_plan() -> None:
     plan = make_plan(replace(request(tokens=60e9), max_epochs=4.0))
-    flags = launch_flags(plan)[-1].split()
+    flags = launch_flags(plan, plan.recommended)[-1].split()
     allowed = float(flags[flags.index("--tst-max-epochs") + 1])
     assert plan.recommended.epochs <= allowed < plan.recommended.epochs * 1.01
 

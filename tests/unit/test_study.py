@@ -36,13 +36,33 @@ def test_a_grid_has_every_combination_once_and_the_first_seed_of_all_first(tmp_p
         {"bag_size": 4, "step_ratio": 0.3, "seeds": [0, 5]},
         {"learning_rate": ["1e-3", 2e-3], "seeds": 1},
     ]
-    runs = read(tmp_path, arms=arms, seeds=[0, 1]).runs()
+    runs = read(tmp_path, arms=arms, seeds=[0, 1], controls=False).runs()
     names = [run.name for run in runs]
     assert len(names) == len(set(names)) == 2 + 8 + 1 + 1
     assert [run.settings.seed for run in runs] == [0] * 5 + [1] * 6 + [5]
     assert names[0] == "tiny-10steps-lr0.001-baseline-seed0"
     assert "tiny-10steps-lr0.001-s4-r0.3-seed5" in names
     assert "tiny-10steps-lr0.002-baseline-seed1" in names
+
+
+def test_every_length_that_is_compared_has_its_control(tmp_path: Path) -> None:
+    arms = [
+        {"total_steps": [10, 20], "bag_size": 2, "step_ratio": 0.3},
+        {"learning_rate": 2e-3, "bag_size": [2, 4], "step_ratio": 0.3, "seeds": [1]},
+        {"total_steps": 20},
+    ]
+    study = read(tmp_path, arms=arms)
+    names = [run.name for run in study.runs()]
+    assert study.controls == 2
+    assert len(names) == len(set(names)) == 7
+    assert "tiny-10steps-lr0.001-baseline-seed0" in names
+    assert "tiny-10steps-lr0.002-baseline-seed1" in names
+    without = read(tmp_path, arms=arms, controls=False)
+    assert without.controls == 0
+    assert set(names) - {run.name for run in without.runs()} == {
+        "tiny-10steps-lr0.001-baseline-seed0",
+        "tiny-10steps-lr0.002-baseline-seed1",
+    }
 
 
 def test_the_command_line_of_a_run(tmp_path: Path) -> None:
@@ -57,7 +77,7 @@ def test_the_command_line_of_a_run(tmp_path: Path) -> None:
         "total_steps": 200,
         "seeds": [3],
     }
-    (run,) = read(tmp_path, arms=[arm], checkpoints=4).runs()
+    (run,) = read(tmp_path, arms=[arm], checkpoints=4, controls=False).runs()
     expected = {
         "--num-layers": "1",
         "--train-iters": "200",
@@ -137,6 +157,7 @@ def test_names_tell_all_settings_apart() -> None:
         ({"arguments": {"bf16": False}}, ["arguments.bf16 is False", "no entry"]),
         ({"arguments": {"bf16": True}}, ["no seq-length"]),
         ({"seeds": [-1]}, ["seed is -1"]),
+        ({"controls": "no"}, ["controls is 'no'", "true or false"]),
     ],
 )
 def test_a_bad_study_file_is_refused_by_name(
