@@ -66,7 +66,7 @@ quickstart: setup ## Train a baseline and a superposition run on this machine an
 	$(PY) tools/quickstart.py $(if $(BPE),--bpe)
 
 STUDY := proxy
-STUDY_TEXT := runs/studies/text/python-packages
+STUDY_TEXT := runs/studies/text/$(if $(filter long,$(STUDY)),prose,python-packages)
 
 study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studies, for hours (STUDY=name), and compare them
 	$(PY) tools/run_study.py examples/studies/$(STUDY).yaml
@@ -81,9 +81,14 @@ results: setup ## Draw the figures and write the tables of docs/results.md anew,
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet
 
-$(STUDY_TEXT).json: | setup
+runs/studies/text/prose.json: | setup
+	$(PY) examples/studies/prose.py --output runs/studies/text/prose.jsonl
+	$(PY) tools/preprocess_data.py --input runs/studies/text/prose.jsonl \
+	  --byte-level --shuffle-seed 0 --output-prefix runs/studies/text/prose
+
+runs/studies/text/python-packages.json: | setup
 	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \
-	  --byte-level --shuffle-seed 0 --max-bytes 60000000 --output-prefix $(STUDY_TEXT)
+	  --byte-level --shuffle-seed 0 --max-bytes 60000000 --output-prefix runs/studies/text/python-packages
 
 clean: ## Remove .venv, caches and build products (runs/ stays)
 	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
