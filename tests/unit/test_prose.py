@@ -17,7 +17,8 @@ def write(path: Path, body: str) -> None:
 
 def test_pages_without_their_frame_licences_and_copies_of_lines(tmp_path: Path) -> None:
     for i in range(30):
-        write(tmp_path / f"page{i:02}.html", f"<p>A sentence of page {i}.</p>\n" + "Some text. " * 60)
+        body = f"<p>A sentence of page {i}.</p>\n" + "Some text. " * 60
+        write(tmp_path / f"page{i:02}.html", body)
     write(tmp_path / "short.html", "<p>Short.</p>")
     write(tmp_path / "licence.html", "Words of a licence. " * 60)
     write(tmp_path / "page.de.html", "Deutsche W\N{LATIN SMALL LETTER O WITH DIAERESIS}rter. " * 60)
