@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-tokenizers test-engines durations support-matrix check format quickstart study results docs clean
+.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-main test-tokenizers test-engines durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,6 +23,10 @@ test: setup ## Run all tests; narrow them with ARGS="-k name"
 
 test-fast: setup ## Run the tests not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-main: setup ## Run the fast tests against a checkout of Megatron-LM (MEGATRON=path)
+	scripts/overlay.sh main --no-deps $(MEGATRON)
+	$(PYTEST:$(PY)%=.venv/overlays/main/bin/python%) -m "not slow" $(ARGS)
 
 test-tokenizers: setup ## Compare training and transformers on tokenizers of npm packages (100 MB)
 	$(PY) -m pytest tests/public_tokenizers.py $(ARGS)

@@ -58,8 +58,8 @@ def _without_fp8(init: Callable[..., None]) -> Callable[..., None]:
     """
 
     @functools.wraps(init)
-    def initialise(self: Any, fp8: Any = None) -> None:
-        init(self, None if fp8 is False else fp8)
+    def initialise(self: Any, fp8: Any = None, **others: Any) -> None:
+        init(self, None if fp8 is False else fp8, **others)
 
     return initialise
 

@@ -11,7 +11,8 @@ from megatron_tst.common.bf16 import bf16_products, describe_bf16
 from megatron_tst.common.platform import Platform, platform, run_on
 from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
 
-TESTED_MEGATRON_VERSIONS = ("0.19.2",)
+# 0.20.0 is no release: main of Megatron-LM of 2026-08-22, by `make test-main`.
+TESTED_MEGATRON_VERSIONS = ("0.19.2", "0.20.0")
 """Megatron-Core releases whose symbols the platform has been run against."""
 
 # Freed blocks stay in the process and large ones live on huge pages: page faults of activations and
@@ -106,7 +107,7 @@ def _require_tested_megatron() -> None:
     except PackageNotFoundError:
         raise RuntimeError(
             "megatron-core is not installed: run `make setup`, or "
-            f"pip install 'megatron-core[training]=={TESTED_MEGATRON_VERSIONS[-1]}'."
+            f"pip install 'megatron-core[training]=={TESTED_MEGATRON_VERSIONS[0]}'."
         ) from None
     if found not in TESTED_MEGATRON_VERSIONS:
         raise RuntimeError(

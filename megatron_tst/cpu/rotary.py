@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 def in_fewer_passes(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wraps ``_apply_rotary_pos_emb_bshd``, to the same bits, forward and gradient.
 
-    Rotations of a part of the dimensions, of interleaved pairs and by angles that are learned are
-    left to upstream.
+    Rotations of a part of the dimensions, of interleaved pairs, by angles that are learned, and
+    what a later release asks for beyond these arguments are left to upstream.
     """
 
     @functools.wraps(upstream)
@@ -25,18 +25,15 @@ def in_fewer_passes(upstream: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rotary_interleaved: bool = False,
         mla_rotary_interleaved: bool = False,
         mscale: float = 1.0,
-        multi_latent_attention: bool | None = None,
+        *others: Any,
+        **named: Any,
     ) -> Tensor:
-        interleaved = rotary_interleaved or mla_rotary_interleaved or multi_latent_attention
-        if interleaved or freqs.shape[-1] != t.shape[-1] or freqs.requires_grad:
-            return upstream(
-                t,
-                freqs,
-                rotary_interleaved,
-                mla_rotary_interleaved,
-                mscale,
-                multi_latent_attention,
-            )
+        asks_more = any(others) or any(named.values())
+        interleaved = rotary_interleaved or mla_rotary_interleaved
+        is_plain = freqs.dim() == t.dim() and freqs.shape[-1] == t.shape[-1]
+        if asks_more or interleaved or not is_plain or freqs.requires_grad:
+            ours = (rotary_interleaved, mla_rotary_interleaved, mscale)
+            return upstream(t, freqs, *ours, *others, **named)
         cos = (torch.cos(freqs) * mscale).to(t.dtype)
         sin = (torch.sin(freqs) * mscale).to(t.dtype)
         result: Tensor = Rotation.apply(t, cos, sin)

@@ -36,17 +36,34 @@ class SwiGLU(torch.autograd.Function):
 
 
 def bias_swiglu(
-    gate_and_up: Tensor, bias: Tensor | None, fp8_input_store: bool = False, offload: bool = False
+    gate_and_up: Tensor,
+    bias: Tensor | None,
+    fp8_input_store: bool = False,
+    offload: bool = False,
+    clamp_value: float | None = None,
 ) -> Tensor:
-    """In place of ``bias_swiglu_impl``; the last two arguments are of no meaning on a CPU."""
+    """In place of ``bias_swiglu_impl``; ``fp8_input_store`` and ``offload`` mean nothing on a CPU.
+
+    ``clamp_value``, which releases behind 0.19.2 pass, bounds the gate from above and the other half
+    on both sides.
+    """
     if bias is not None:
         gate_and_up = gate_and_up + bias
+    if clamp_value:
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        clamped = (gate.clamp(max=clamp_value), up.clamp(-clamp_value, clamp_value))
+        gate_and_up = torch.cat(clamped, dim=-1)
     result: Tensor = SwiGLU.apply(gate_and_up)
     return result
 
 
 def weighted_swiglu(
-    gate_and_up: Tensor, bias: Tensor | None, weights: Tensor, fp8_input_store: bool = False
+    gate_and_up: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    fp8_input_store: bool = False,
+    clamp_value: float | None = None,
 ) -> Tensor:
     """In place of ``weighted_bias_swiglu_impl``: the result times ``weights`` [..., 1]."""
-    return (bias_swiglu(gate_and_up, bias) * weights).to(gate_and_up.dtype)
+    result = bias_swiglu(gate_and_up, bias, clamp_value=clamp_value)
+    return (result * weights).to(gate_and_up.dtype)

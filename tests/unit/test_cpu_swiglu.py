@@ -50,3 +50,15 @@ def test_bias_and_weights_are_differentiated() -> None:
             strict=True,
         ):
             torch.testing.assert_close(ours_grad, theirs_grad)
+
+
+def test_a_clamp_bounds_both_halves() -> None:
+    x = (4 * draw(64, 8)).detach().requires_grad_()
+    gate, up = x.chunk(2, dim=-1)
+    theirs = silu(gate.clamp(max=1.5)) * up.clamp(-1.5, 1.5)
+    ours = bias_swiglu(x, None, clamp_value=1.5)
+    torch.testing.assert_close(ours, theirs)
+    weighted = weighted_swiglu(x, None, torch.full((64, 1), 0.5), clamp_value=1.5)
+    torch.testing.assert_close(weighted, 0.5 * theirs)
+    grad = torch.ones_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (ours, theirs)))
