@@ -44,8 +44,8 @@ def bias_swiglu(
 ) -> Tensor:
     """In place of ``bias_swiglu_impl``; ``fp8_input_store`` and ``offload`` mean nothing on a CPU.
 
-    ``clamp_value``, which releases behind 0.19.2 pass, bounds the gate from above and the other half
-    on both sides.
+    ``clamp_value``, which releases behind 0.19.2 pass, bounds the gate from above and the other
+    half on both sides.
     """
     if bias is not None:
         gate_and_up = gate_and_up + bias
