@@ -134,8 +134,11 @@ def import_from_huggingface(
 def _common_state(arguments: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What Megatron looks for in a checkpoint besides tensors; the arguments for tools as well."""
     words = [word for argument in arguments for word in argument]
+    args = parse_arguments([*words, "--no-save-optim", "--no-save-rng"])
+    # A plain string: checkpoints hold no class of torch.
+    args.tst_torch_version = str(torch.__version__)
     return {
-        "args": parse_arguments([*words, "--no-save-optim", "--no-save-rng"]),
+        "args": args,
         # The order of queries, keys and values since Megatron-LM 2.
         "checkpoint_version": 3.0,
         "iteration": 0,

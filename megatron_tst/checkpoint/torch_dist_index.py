@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tst.common.errors import UsageError
@@ -148,10 +149,66 @@ def is_of_newer_torch(index: Path) -> bool:
 
 def newer_torch(index: Path) -> str:
     """What to say of an index that a newer torch wrote."""
+    writer, remedy = "a newer torch", "that torch"
+    recorded = torch_of_writer(index.parent)
+    if recorded and is_newer_torch(recorded, torch.__version__):
+        writer, remedy = f"torch {recorded}, a newer one", f"torch {recorded}"
     return (
-        f"{index} is whole and was written by a newer torch than {torch.__version__}, which runs "
-        "here and cannot read it: use that torch or a newer one. The files are not damaged"
+        f"{index} is whole and was written by {writer} than {torch.__version__}, which runs "
+        f"here and cannot read it: use {remedy} or a newer one. The files are not damaged"
     )
+
+
+def older_torch(folder: Path, recorded: str) -> str:
+    """What to say where a newer torch than that of a checkpoint will save."""
+    return (
+        f"{folder.name} was written by torch {recorded}, and torch {torch.__version__} runs here: "
+        "the older one may not be able to read what this run saves."
+    )
+
+
+def is_newer_torch(version: str, other: str) -> bool:
+    """Compares two versions of torch by their release, whatever they were compiled for."""
+    return Version(version).release > Version(other).release
+
+
+class _Unread:
+    """Stands for what another torch may write otherwise, and what does not say where things lie."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+class _PlacesUnpickler(_IndexUnpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_of_index = module.startswith("torch.distributed.checkpoint.")
+        if is_of_index and name not in ("Metadata", "MetadataIndex", "_StorageInfo"):
+            return _Unread
+        return super().find_class(module, name)
+
+
+def torch_of_writer(folder: Path) -> str | None:
+    """Version of the torch that wrote a checkpoint, which may be newer than the one that runs.
+
+    Args:
+        folder: ``iter_...`` or a release.
+
+    Returns:
+        None where it is not recorded, as by plain Megatron, or cannot be read.
+    """
+    try:
+        index = _PlacesUnpickler(io.BytesIO((folder / INDEX_FILE).read_bytes())).load()
+        [place] = [at for key, at in index.storage_data.items() if key.fqn == COMMON_KEY]
+        with (folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            data = io.BytesIO(file.read(place.length))
+        [common] = load_safely(data, folder)
+        found = common["args"].tst_torch_version
+        return found if isinstance(found, str) and Version(found) else None
+    # Files of another torch, or of no torch, can be anything.
+    except Exception:
+        return None
 
 
 def read_index(path: Path) -> Metadata:

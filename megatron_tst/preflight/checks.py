@@ -26,6 +26,7 @@ from megatron_tst.preflight.memory import (
 from megatron_tst.preflight.model_size import BuiltModel, whole_model
 from megatron_tst.preflight.optimizer_layout import misplaced_note
 from megatron_tst.preflight.suspects import engine_note, suspects
+from megatron_tst.preflight.torch_check import torch_findings
 from megatron_tst.settings.argument_checks import argument_errors
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.settings.batch_arguments import refuse_unusable_batch_sizes
@@ -159,6 +160,7 @@ def _check_before_validation(report: Report, args: argparse.Namespace) -> None:
     if args.yaml_cfg is None and not (args.train_iters or args.train_samples):
         report.findings.append(error("--train-iters is not given: pass the steps of the run."))
     report.findings.extend(misfits.misfits(args))
+    report.findings.extend(torch_findings(args))
 
 
 def _read_schedule(report: Report, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 
@@ -145,6 +146,7 @@ def report_as_json(report: Report, gpu_bytes: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         "format": "megatron-tst preflight 1",
         "fits": not report.has_errors,
+        "torch": torch.__version__,
         "findings": [asdict(finding) for finding in report.findings],
     }
     args, schedule, model = report.args, report.schedule, report.model

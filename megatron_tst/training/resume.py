@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
-from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_tst.checkpoint.torch_dist_index import INDEX_FILE, is_of_newer_torch, newer_torch
+from megatron_tst.checkpoint.torch_dist_index import (
+    INDEX_FILE,
+    is_newer_torch,
+    is_of_newer_torch,
+    newer_torch,
+    older_torch,
+)
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.files import fingerprint
@@ -73,6 +78,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     """
     folder = checkpoint_to_load(args)
     if folder is None or args.finetune:
+        _check_index_of_weights(args, folder)
         return 0
     steps_done = 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
@@ -112,15 +118,25 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     return steps_done
 
 
+def _check_index_of_weights(args: Namespace, folder: Path | None) -> None:
+    """Refuses weights for a new run that this torch cannot read."""
+    if folder is None and args.pretrained_checkpoint is not None:
+        weights = {**vars(args), "load": args.pretrained_checkpoint}
+        folder = checkpoint_to_load(Namespace(**weights))
+    if folder is None or not (folder / INDEX_FILE).is_file():
+        return
+    try:
+        FileSystemReader(str(folder)).read_metadata()
+    # A damaged pickle can fail in any way.
+    except Exception as error:
+        raise _damaged(folder, error) from error
+
+
 def _warn_of_newer_torch(args: Namespace, saved: Any, folder: Path) -> None:
     """Says that there is no way back from a newer torch, before it saves anything."""
     before = getattr(saved, "tst_torch_version", None)
-    if before and Version(before).release < Version(torch.__version__).release and args.rank == 0:
-        _logger.warning(
-            "%s was written by torch %s, and torch %s runs here: the older one may not be able to "
-            "read what this run saves.",
-            *(folder.name, before, torch.__version__),
-        )
+    if before and is_newer_torch(torch.__version__, before) and args.rank == 0:
+        _logger.warning("%s", older_torch(folder, before))
 
 
 def _refuse_other_settings(
@@ -331,7 +347,7 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
 def _damaged(folder: Path, error: BaseException) -> UsageError:
     index = folder / INDEX_FILE
     if is_of_newer_torch(index):
-        return UsageError(f"--load {folder.parent}: {newer_torch(index)}.")
+        return UsageError(f"{newer_torch(index)}.")
     # Written last: a folder without it is half-written.
     whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
     others = sorted(path.name for path in whole - {folder})

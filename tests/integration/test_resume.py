@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed.checkpoint.metadata import TensorProperties
 
 from megatron_tst.checkpoint.torch_dist_index import read_index
 from tests.corpus import write_corpus
 from tests.integration.layouts import arguments_of
+from tests.newer_torch import NEWER, record_torch, write_as_newer_torch
 from tests.runs import Check, SmallRun, assert_bit_equal
 from tests.survival import (
     BAG_SIZE,
@@ -220,28 +219,28 @@ def test_the_checkpoint_of_a_newer_torch_is_not_called_damaged(
     check: Check, trained: SmallRun, tmp_path: Path
 ) -> None:
     shutil.copytree(trained.folder / "checkpoints", tmp_path / "newer")
-    index = tmp_path / f"newer/iter_{SWITCH:07d}/.metadata"
-    write_as_newer_torch(index)
-    (message,) = check([trained.with_(load=tmp_path / "newer")])
-    assert message is not None
-    assert re.search(r"whole and was written by a newer torch .*: use that torch", message)
-    assert "damaged (" not in message
-    assert "copy it again" not in message
-    with pytest.raises(ValueError, match="written by a newer torch than"):
-        read_index(index)
+    checkpoint = tmp_path / f"newer/iter_{SWITCH:07d}"
+    write_as_newer_torch(checkpoint)
+    resumed = trained.with_(load=tmp_path / "newer")
+    weights = trained.with_(load=tmp_path / "none", pretrained_checkpoint=tmp_path / "newer")
+    messages = check([resumed, resumed.with_(finetune=True), weights])
+    record_torch(checkpoint, NEWER)
+    messages += check([resumed])
+    for message in messages:
+        assert message is not None
+        assert message.startswith(f"{checkpoint}/.metadata is whole and was written by ")
+        assert "damaged (" not in message
+        assert "copy it again" not in message
+    *unnamed, named = map(str, messages)
+    for message in unnamed:
+        assert re.search("by a newer torch than .*: use that torch or a newer one", message)
+    assert re.search(rf"by torch {NEWER}.*, a newer one.*: use torch {NEWER}", named)
+    with pytest.raises(ValueError, match="a newer one than"):
+        read_index(checkpoint / ".metadata")
     # Half of it is damaged, whoever wrote it.
-    cut_in_half(index)
+    cut_in_half(checkpoint / ".metadata")
     with pytest.raises(ValueError, match="the save was interrupted"):
-        read_index(index)
-
-
-def write_as_newer_torch(index: Path) -> None:
-    """Writes an index again as torch 2.15 does: with more values for a tensor than 2.14 takes."""
-    content = pickle.loads(index.read_bytes())
-    with pytest.MonkeyPatch.context() as patch:
-        values = TensorProperties.__getstate__
-        patch.setattr(TensorProperties, "__getstate__", lambda self: (*values(self), None, None))
-        index.write_bytes(pickle.dumps(content))
+        read_index(checkpoint / ".metadata")
 
 
 def test_a_damaged_checkpoint_ends_a_launch_in_one_line(

@@ -13,9 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
 from megatron_tst.preflight.launch_command import read_launch
 from tests.corpus import write_corpus
+from tests.hf_models import save_model
+from tests.newer_torch import NEWER, OLDER, record_torch, write_as_newer_torch
 from tests.preflight_broken import BROKEN, WHOLE
 from tests.preflight_checked import MODELS, PRETRAIN, VARIANTS, Checked
 from tests.preflight_gpu_only import GPU_ONLY, HEADS, LATENT, LATENT_LAYOUTS
@@ -57,6 +61,9 @@ MISPLACED = [
     ("3b", "bf16", 64, None),
     ("10b_a1b", "bf16", 24, "27%"),
 ]
+UNREADABLE = "not for this torch"
+# The torch that is said to have written a checkpoint.
+TORCHES = {UNREADABLE: NEWER, "of a newer torch": NEWER, "of an older torch": OLDER}
 SEVERAL_MISTAKES = [
     *("--yaml-cfg", "model.yaml"),
     *("--seq-length", "0"),
@@ -139,6 +146,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         checked.measure(f"activations {name}", "preflight_measured.measured_activations", argv)
         checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
         checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
+    for name, argv in _loads(checked.folder).items():
+        checked.add(name, [*scripts["270m", "tst"], "--num-layers", "3", *argv])
     for model, precision, size, _ in MISPLACED:
         argv = checked.script(model, PRECISION=precision, MICRO_BATCH_SIZE="1")
         batch = ["--global-batch-size", str(16 * size)] if size % 3 == 0 else []
@@ -149,6 +158,17 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         )
     checked.run()
     return checked
+
+
+def _loads(folder: Path) -> dict[str, list[str]]:
+    """Arguments that load the weights of other versions of torch."""
+    source = save_model(folder / "weights", "llama")
+    for name, version in TORCHES.items():
+        import_from_huggingface(source, folder / name)
+        record_torch(folder / name / RELEASE, version)
+    write_as_newer_torch(folder / UNREADABLE / RELEASE)
+    absent = ["--load", str(folder / "absent"), "--pretrained-checkpoint", str(folder / UNREADABLE)]
+    return {name: ["--load", str(folder / name)] for name in TORCHES} | {"by default": absent}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -210,6 +230,31 @@ def test_layers_that_are_not_built_are_not_counted_as_nothing(checked: Checked) 
     assert "parameters" not in checked.found["mamba"]
     (text,) = [t for t in checked.texts("mamba", "warning") if "not built" in t]
     assert text.startswith("--hybrid-layer-pattern M-*- (M): ")
+
+
+def test_the_torch_that_runs_is_named(checked: Checked) -> None:
+    assert f"torch {torch.__version__} runs here, " in checked.texts("270m tst", "note")[0]
+    assert checked.found["270m tst"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("case", "level", "words"),
+    [
+        (UNREADABLE, "error", f"whole and was written by torch {NEWER}"),
+        ("by default", "error", f"whole and was written by torch {NEWER}"),
+        ("of a newer torch", "warning", f"release was written by torch {NEWER}"),
+        ("of an older torch", "note", f"release was written by torch {OLDER}"),
+    ],
+)
+def test_checkpoints_of_other_torches_are_told(
+    checked: Checked, case: str, level: str, words: str
+) -> None:
+    (text,) = [text for text in checked.texts(case, level) if "written by" in text]
+    assert words in text
+    assert torch.__version__ in text
+    if level != "note":
+        assert f"use torch {NEWER}" in text
+    assert checked.found[case]["fits"] == (level != "error")
 
 
 def test_all_errors_of_arguments_are_told_at_once(checked: Checked) -> None:
