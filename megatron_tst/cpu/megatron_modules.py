@@ -82,6 +82,7 @@ def install() -> None:
     _install_layers()
     _install_experts()
     _install_hybrid_stack()
+    _install_fully_sharded()
     from megatron_tst.cpu import cross_entropy, gradients
     from megatron_tst.cpu.async_save import start_writer
 
@@ -137,6 +138,14 @@ def _install_experts() -> None:
     _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
     dispatcher = "megatron.core.transformer.moe.token_dispatcher"
     _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
+
+
+def _install_fully_sharded() -> None:
+    from megatron_tst.cpu import fully_sharded
+
+    wrapper = "megatron.core.distributed.torch_fully_sharded_data_parallel"
+    _replace(wrapper, "DeviceMesh", fully_sharded.MeshOfCPUs)
+    _wrap(wrapper, "fully_shard", fully_sharded.by_sums)
 
 
 def _install_hybrid_stack() -> None:

@@ -91,7 +91,6 @@ _CONFLICTS = (
         "it restarts and reshuffles the data, and the switch happens inside the run",
     ),
     _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
-    _Conflict("--use-torch-fsdp2", _PLAIN_PARAMETERS),
     _Conflict(
         "--logits-load-dir", "cached teacher logits belong to single tokens", at_any_bag_size=True
     ),
