@@ -1,28 +1,75 @@
-"""What Megatron's ``--use-torch-fsdp2`` does not do by itself."""
+"""What Megatron's ``--use-torch-fsdp2`` does not do by itself, in Megatron-Core 0.19.2."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.dist_checkpointing import optimizer as of_checkpoints
+from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from megatron_tst.training.upstream import unwrapped
 
 
-def find_sharded_parameters() -> None:
-    """Lets a checkpoint find the parameters of the model among those of the optimizer. Idempotent.
+def mend_fully_sharded() -> None:
+    """Lets checkpoints be saved, and per-token losses scale their gradients. Idempotent.
 
-    Megatron-Core 0.19.2 compares the identity of what ``DTensor.to_local`` returns, which newer
-    releases of torch make anew at each call, and no checkpoint could be saved.
+    A checkpoint finds the parameters of the model among those of the optimizer by the identity of
+    what ``DTensor.to_local`` returns, which newer releases of torch make anew at each call. And
+    ``--calculate-per-token-loss`` divides by the number of tokens in a function that the wrapper of
+    FSDP2 leaves empty.
 
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    name = "to_local_if_dtensor"
-    unwrapped(of_checkpoints, name)
-    setattr(of_checkpoints, name, _local_part)
+    for owner, name, replacement in (
+        (of_checkpoints, "to_local_if_dtensor", _local_part),
+        (TorchFullyShardedDataParallel, "scale_gradients", _scale_gradients),
+    ):
+        unwrapped(owner, name)
+        setattr(owner, name, replacement)
+
+
+def continue_counting(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Sets the count of steps, by which Adam corrects its moments, to that of a checkpoint.
+
+    Megatron loads moments and weights in place, and nothing else of the optimizer.
+
+    Args:
+        optimizer: Megatron's, possibly of several parts.
+        saved: what all ranks share of its state in the checkpoint.
+    """
+    of_group = next(_values(saved, "step"), None)
+    of_parameter = next(_values(saved, "common_step"), None)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            if of_group is not None:
+                group["step"] = copy.deepcopy(of_group)
+        for state in part.optimizer.state.values():
+            if of_parameter is not None:
+                state["step"] = copy.deepcopy(of_parameter)
+
+
+def _values(state: Any, name: str) -> Iterator[Any]:
+    """What dictionaries in dictionaries and lists have under a name."""
+    if isinstance(state, dict):
+        if name in state:
+            yield state[name]
+        state = list(state.values())
+    if isinstance(state, list):
+        for part in state:
+            yield from _values(part, name)
 
 
 def _local_part(tensor: Any) -> Any:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _scale_gradients(self: Any, scaling_factor: Any) -> None:
+    # FSDP has taken the mean over the ranks, and Megatron's factor is that of a sum.
+    factor = scaling_factor * self.process_group.size()
+    for parameter in self.parameters():
+        if parameter.grad is not None:
+            _local_part(parameter.grad).mul_(factor)

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.training import get_args, print_rank_0, training
 
+from megatron_tst.training.fully_sharded import continue_counting
 from megatron_tst.training.resume import RELEASE, checkpoint_to_load
 from megatron_tst.training.upstream import unwrapped
 
@@ -46,6 +47,8 @@ def keep_learning_rate_schedule() -> None:
             loaded = upstream(model, optimizer, opt_param_scheduler, *args, **kwargs)
             if arguments.no_load_optim:
                 _go_on(opt_param_scheduler, arguments, saved.get("opt_param_scheduler"))
+            elif arguments.use_torch_fsdp2:
+                continue_counting(optimizer, saved["optimizer"])
         # Again, from the rates that now hold.
         opt_param_scheduler.step(0)
         return loaded
