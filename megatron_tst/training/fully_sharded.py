@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core.dist_checkpointing import optimizer as of_checkpoints
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.distributed.tensor import DTensor
 
 from megatron_tst.training.upstream import unwrapped
@@ -17,19 +20,20 @@ def mend_fully_sharded() -> None:
     """Lets checkpoints be saved, and per-token losses scale their gradients. Idempotent.
 
     A checkpoint finds the parameters of the model among those of the optimizer by the identity of
-    what ``DTensor.to_local`` returns, which newer releases of torch make anew at each call. And
-    ``--calculate-per-token-loss`` divides by the number of tokens in a function that the wrapper of
-    FSDP2 leaves empty.
+    what ``DTensor.to_local`` returns, which newer releases of torch make anew at each call. It
+    takes the shards of an expert for copies of one. And ``--calculate-per-token-loss`` divides by
+    the number of tokens in a function that the wrapper of FSDP2 leaves empty.
 
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    for owner, name, replacement in (
-        (of_checkpoints, "to_local_if_dtensor", _local_part),
-        (TorchFullyShardedDataParallel, "scale_gradients", _scale_gradients),
-    ):
-        unwrapped(owner, name)
-        setattr(owner, name, replacement)
+    replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+        (of_checkpoints, "to_local_if_dtensor", lambda _: _local_part),
+        (TorchFullyShardedDataParallel, "scale_gradients", lambda _: _scale_gradients),
+        (SequentialMLP, "sharded_state_dict", _without_copies),
+    )
+    for owner, name, make in replacements:
+        setattr(owner, name, make(unwrapped(owner, name)))
 
 
 def continue_counting(optimizer: Any, saved: dict[str, Any]) -> None:
@@ -61,6 +65,19 @@ def _values(state: Any, name: str) -> Iterator[Any]:
     if isinstance(state, list):
         for part in state:
             yield from _values(part, name)
+
+
+def _without_copies(upstream: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(upstream)
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = upstream(self, *args, **kwargs)
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            for entry in state.values():
+                if isinstance(entry, ShardedTensor | ShardedTensorFactory):
+                    entry.replica_id = (*entry.replica_id[:2], 0)
+        return state
+
+    return sharded_state_dict
 
 
 def _local_part(tensor: Any) -> Any:
