@@ -37,7 +37,8 @@ _INDEX_CLASSES = {
     "pathlib": {"Path", "PosixPath"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # The prefix is that of a plan that --ckpt-assume-constant-structure keeps for the next save.
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",

@@ -27,6 +27,7 @@ BUNDLES: dict[str, dict[str, Any]] = {
         "manual_gc_interval": 5,
         "async_save": True,
         "use_persistent_ckpt_worker": True,
+        "ckpt_assume_constant_structure": True,
         "save_interval": 4,
         "log_throughput": True,
         "log_memory_to_tensorboard": True,
