@@ -73,6 +73,11 @@ def find_checkpoint(path: Path) -> Path:
         folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
     if not (folder / FORMAT_FILE).is_file():
         if list(folder.glob("*.distcp")):
+            if _is_of_torch(folder / INDEX_FILE):
+                raise UsageError(
+                    f"{folder} is a torch_dcp or fsdp_dtensor checkpoint, which no tool reads: "
+                    "train with --ckpt-format torch_dist (--use-torch-fsdp2 works with it)."
+                )
             raise UsageError(f"{folder} has no {FORMAT_FILE}: {INCOMPLETE}.")
         raise UsageError(
             f"--checkpoint {path} holds no torch_dist checkpoint: pass an iter_... folder or the "
@@ -98,6 +103,14 @@ def whole_checkpoints(save: Path) -> dict[int, Path]:
         if step.isdecimal() and (file.parent / INDEX_FILE).is_file() and _is_torch_dist(file):
             found[int(step)] = file.parent
     return dict(sorted(found.items()))
+
+
+def _is_of_torch(index: Path) -> bool:
+    """Whether an index is that of a format of torch's own, which names the parts of the state."""
+    try:
+        return any(key.startswith("model.") for key in read_index(index).state_dict_metadata)
+    except UsageError:
+        return False
 
 
 def _is_torch_dist(format_file: Path) -> bool:

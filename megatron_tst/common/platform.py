@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,3 +40,18 @@ def run_on(other: Platform) -> None:
     """Makes this process run on another one."""
     global _platform
     _platform = other
+
+
+def pose_connections(args: argparse.Namespace) -> None:
+    """Sets the queues of kernels that Megatron's validation asks for, where there is no GPU.
+
+    It wants one with tensor or context parallelism, and more with FSDP.
+
+    Args:
+        args: parsed, not validated.
+    """
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        os.environ.pop(name, None)
+    else:
+        os.environ.setdefault(name, "1")

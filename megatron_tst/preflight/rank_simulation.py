@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import copy
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.common.platform import pose_connections
 from megatron_tst.model.config import model_config_from_args
 from megatron_tst.preflight.engine import (
     enter_recipes,
@@ -69,8 +69,6 @@ def assume_machine(compute_capability: tuple[int, int]) -> None:
         forget_capability()
     else:
         utils._te_version = Version(ASSUMED_ENGINE_VERSION)
-    # As the launch scripts set it.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _properties(compute_capability: tuple[int, int]) -> Callable[..., Any]:
@@ -112,6 +110,7 @@ def parse(
 
 def validate(args: argparse.Namespace) -> None:
     """Megatron's validation, which changes the arguments; silent, and raises what it raises."""
+    pose_connections(args)
     with _silence():
         validate_args(args)
 

@@ -138,6 +138,8 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":
         yield from _with_linear_loss(args)
+    if args.use_torch_fsdp2:
+        yield from _with_torch_fsdp2(args)
     if args.cross_entropy_loss_fusion and args.tst_loss_impl in ("torch", "triton", "linear"):
         yield (
             f"--cross-entropy-loss-fusion does not work with --tst-loss-impl {args.tst_loss_impl}: "
@@ -216,6 +218,32 @@ def _with_weight_shards(args: argparse.Namespace) -> Iterator[str]:
             f"{ranks} does not work with {setting}: the rows of embedding and output layer are "
             "gathered inside of Megatron's layers only. Remove it."
         )
+
+
+def _with_torch_fsdp2(args: argparse.Namespace) -> Iterator[str]:
+    tensor = args.tensor_model_parallel_size
+    of_experts = args.expert_tensor_parallel_size
+    refused = {
+        "--ckpt-format torch_dcp": (
+            args.ckpt_format == "torch_dcp",
+            "Megatron 0.19.2 cannot load the state of an optimizer from it (torch_dist works)",
+        ),
+        f"--expert-tensor-parallel-size {of_experts} and --tensor-model-parallel-size {tensor}": (
+            args.num_experts and of_experts not in (None, tensor),
+            "it shards and adds up experts over the ranks of all other weights",
+        ),
+        "--moe-grouped-gemm": (
+            args.moe_grouped_gemm,
+            "Megatron saves the shards of grouped experts as copies of one",
+        ),
+        "--log-params-norm": (
+            args.log_params_norm,
+            "Megatron would log the norm of the shards of one rank",
+        ),
+    }
+    for setting, (is_set, reason) in refused.items():
+        if is_set:
+            yield f"--use-torch-fsdp2 does not work with {setting}: {reason}. Remove one of them."
 
 
 def _with_linear_loss(args: argparse.Namespace) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.training.arguments import parse_and_validate_args, parse_args
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.common.platform import platform
+from megatron_tst.common.platform import platform, pose_connections
 from megatron_tst.settings.argument_checks import argument_errors
 from megatron_tst.settings.arguments import (
     add_superposition_arguments,
@@ -41,6 +41,8 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     # writers, and reports by assertion.
     args = parse_args(add_arguments)
     check_arguments(args)
+    if not platform().has_gpu:
+        pose_connections(args)
     args = parse_and_validate_args(add_arguments, args_defaults=_defaults(args))
     # Validation resolves deprecated spellings and --use-checkpoint-args.
     refuse_conflicting_arguments(args)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import functools
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron.core import mpu
 from megatron.core.dist_checkpointing import optimizer as of_checkpoints
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
+from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+    TorchFullyShardedDataParallel,
+)
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.distributed.tensor import DTensor
 
+from megatron_tst.common.errors import UsageError
+from megatron_tst.settings.fully_sharded import uneven_shards
 from megatron_tst.training.upstream import unwrapped
 
 
@@ -34,6 +40,25 @@ def mend_fully_sharded() -> None:
     )
     for owner, name, make in replacements:
         setattr(owner, name, make(unwrapped(owner, name)))
+
+
+def refuse_uneven_shards(models: list[Any], args: Namespace) -> list[Any]:
+    """A pre-wrap hook for Megatron's model configurations, which returns the models.
+
+    Args:
+        models: built chunks of this rank.
+        args: Megatron's, validated.
+
+    Raises:
+        UsageError: the run saves, and its shards could not be.
+    """
+    ranks = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    for model in models if args.save else []:
+        shapes = ((name, parameter.shape) for name, parameter in model.named_parameters())
+        message = uneven_shards(shapes, ranks, args.swiglu)
+        if message is not None:
+            raise UsageError(message)
+    return models
 
 
 def continue_counting(optimizer: Any, saved: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from megatron_tst.training.data_budget import check_data_budget
 from megatron_tst.training.datasets import DatasetsProvider
 from megatron_tst.training.failures import report_failure
 from megatron_tst.training.forward_step import ForwardStep
-from megatron_tst.training.fully_sharded import mend_fully_sharded
+from megatron_tst.training.fully_sharded import mend_fully_sharded, refuse_uneven_shards
 from megatron_tst.training.fused_paths import report_fused_paths
 from megatron_tst.training.metrics import StepClock
 from megatron_tst.training.moments import fill_moments
@@ -103,6 +103,7 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
     run_after_each_step(step_end, before_next_step=clock.start)
     if args.use_torch_fsdp2:
         mend_fully_sharded()
+        model_config.pre_wrap_hooks.append(partial(refuse_uneven_shards, args=args))
     load_without_gradients()
     mend_saved_optimizer()
     keep_random_state_of_each_rank()

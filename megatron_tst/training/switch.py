@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 from megatron.training import print_rank_0
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.step_hook import TrainingStep
@@ -45,10 +47,10 @@ def reinitialize_embeddings(model: list[Any], optimizer: Any) -> None:
         with get_cuda_rng_tracker().fork():
             if chunk.pre_process:
                 redrawn.append(chunk.embedding.word_embeddings.weight)
-                chunk.config.embedding_init_method(redrawn[-1])
+                _redraw(redrawn[-1], chunk.config.embedding_init_method)
             if chunk.post_process and not chunk.share_embeddings_and_output_weights:
                 redrawn.append(chunk.output_layer.weight)
-                chunk.config.init_method(redrawn[-1])
+                _redraw(redrawn[-1], chunk.config.init_method)
     # Megatron can only reload all master weights, which would round the others to bf16.
     masters_redrawn = {id(getattr(parameter, "main_param", None)) for parameter in redrawn}
     others = [p for p in optimizer.get_parameters() if id(p) not in masters_redrawn]
@@ -56,6 +58,17 @@ def reinitialize_embeddings(model: list[Any], optimizer: Any) -> None:
     optimizer.reload_model_params()
     for parameter, value in zip(others, kept, strict=True):
         parameter.copy_(value)
+
+
+def _redraw(parameter: torch.Tensor, initialize: Callable[[torch.Tensor], object]) -> None:
+    if not isinstance(parameter, DTensor):
+        initialize(parameter)
+        return
+    # Ranks that each draw their own rows would draw other numbers than one that draws them all.
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    initialize(whole)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
 
 
 @torch.no_grad()
