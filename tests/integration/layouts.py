@@ -69,6 +69,7 @@ SHARDED_OPTIMIZER: dict[str, Any] = {
     "use_distributed_optimizer": True,
     "dist_ckpt_optim_fully_reshardable": True,
 }
+_FSDP2: dict[str, Any] = {"use_torch_fsdp2": True}
 _OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 # Megatron has this schedule for 16-bit models only.
 _OVERLAPPED_EXPERTS: dict[str, Any] = {"overlap_moe_expert_parallel_comm": True}
@@ -81,6 +82,7 @@ LAYOUTS: dict[str, Layout] = {
     "one process": Layout(1, {}, ()),
     "DP 2": Layout(2, {}),
     "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, _ALL),
+    "FSDP2 over 2": Layout(2, _FSDP2, _ALL),
     "TP 2": Layout(2, _TP, ("Llama",)),
     "TP 2 + SP": Layout(2, _SP, _ALL_AND_TIED),
     "PP 2": Layout(2, _PP, _ALL_AND_TIED),
@@ -93,6 +95,9 @@ LAYOUTS: dict[str, Layout] = {
         2, {**_SP, **_EP, "expert_tensor_parallel_size": 1}, ("Qwen3-MoE",)
     ),
     "DP 4, distributed optimizer": Layout(4, {**SHARDED_OPTIMIZER, **_OVERLAP}, ("Llama",)),
+    "FSDP2 over 4": Layout(4, _FSDP2, ("Llama",)),
+    "TP 2 + SP, FSDP2 over 2": Layout(4, {**_SP, **_FSDP2}),
+    "CP 2, FSDP2 over 2": Layout(2, {**_CP, **_FSDP2}, ("Llama",)),
     "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
     "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
     "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
@@ -133,6 +138,7 @@ UNTESTED = (
     "The transports of `--cp-comm-type`, which is one gather on the CPU platform.",
     "Mamba, gated delta net and latent attention layers of hybrid models.",
     "fp16 with loss scaling.",
+    "torch FSDP2 with Transformer Engine's modules, which are wrapped one by one.",
     "`--moe-router-load-balancing-type global_aux_loss` against one process: by its definition it "
     "depends on the number of micro-batches of a rank.",
     "More than 4 processes.",

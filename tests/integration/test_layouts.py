@@ -28,7 +28,10 @@ TOLERANCES = {
 }
 PHASES = {"phase 1": range(1, SWITCH + 1), "phase 2": range(SWITCH + 1, STEPS + 1)}
 
-_FEW = ("TP 2 + SP", "PP 2, interleaved", "CP 2", "DP 2, distributed optimizer", "EP 2, alltoall")
+_FEW = (
+    *("TP 2 + SP", "PP 2, interleaved", "CP 2", "DP 2, distributed optimizer", "FSDP2 over 2"),
+    "EP 2, alltoall",
+)
 
 
 @dataclass(frozen=True)

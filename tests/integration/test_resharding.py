@@ -28,6 +28,12 @@ ROUTES: dict[tuple[str, str], dict[str, str]] = {
         "switch": "PP 2, interleaved, DP 2, distributed optimizer",
         "phase 2": "DP 2, distributed optimizer",
     },
+    ("Llama", "FSDP2 over 2"): {
+        "phase 1": "TP 2 + SP, FSDP2 over 2",
+        "switch": "one process",
+        "phase 2": "FSDP2 over 4",
+    },
+    ("Qwen3-MoE", "DP 2"): {"switch": "FSDP2 over 2"},
     ("Llama, hybrid", "PP 2"): {"phase 1": "TP 2 + SP", "switch": "CP 2", "phase 2": "one process"},
     ("Qwen3-MoE", "PP 2, EP 2"): {
         "phase 1": "EP 4",
