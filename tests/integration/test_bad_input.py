@@ -250,7 +250,6 @@ CONFLICTS: dict[str, Any] = {
     "--rampup-batch-size": [2, 2, 8],
     "--phase-transition-iterations": "4,8",
     "--use-megatron-fsdp": True,
-    "--use-torch-fsdp2": True,
     "--logits-load-dir": "logits",
 }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -309,6 +310,11 @@ def interrupt_save(folder: Path) -> None:
     (folder / "metadata.json").unlink()
 
 
+def save_as_torch_does(folder: Path) -> None:
+    shutil.rmtree(folder)
+    dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+
+
 def scramble_format(folder: Path) -> None:
     (folder / "metadata.json").write_text("[]")
 
@@ -339,6 +345,7 @@ def point_elsewhere(folder: Path) -> None:
         (truncate_index, r"\.metadata cannot be read"),
         (forget_a_shard, r"shards of 'decoder\.layers\.mlp\.linear_fc2\.weight' are missing"),
         (interrupt_save, "has no metadata.json"),
+        (save_as_torch_does, "is a torch_dcp or fsdp_dtensor checkpoint, which no tool reads"),
         (scramble_format, r"metadata\.json names no format of a checkpoint"),
         (save_text_as_arguments, r"common\.pt: the training arguments cannot be read"),
         (save_no_arguments, r"common\.pt holds no training arguments"),
