@@ -27,8 +27,8 @@ TARGET = ROOT / "docs" / "support-matrix.md"
 # The definitions that say what is compared, resumed and refused, and whole files.
 SOURCES: dict[str, tuple[str, ...]] = {
     "megatron_tst/settings/conflicts.py": (
-        *("_OTHER_BATCHES", "_DOCUMENT_BOUNDARIES", "_DOCUMENT_MASKING", "_PLAIN_PARAMETERS"),
-        *("_CONFLICTS", "_described"),
+        *("_OTHER_BATCHES", "_DOCUMENT_BOUNDARIES", "_DOCUMENT_MASKING"),
+        *("_CONFLICTS", "_described", "_with_torch_fsdp2"),
     ),
     "tests/integration/layouts.py": (),
     "tests/integration/test_layouts.py": ("SWITCH", "TOLERANCES", "_FEW", "Case", "_cases"),

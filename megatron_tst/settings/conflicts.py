@@ -37,9 +37,6 @@ _DOCUMENT_BOUNDARIES = "a bag may hold tokens of two documents"
 _DOCUMENT_MASKING = (
     "(--dataloader-inter-document-masking with --tst-document-boundary align keeps them apart)"
 )
-_PLAIN_PARAMETERS = (
-    "embedding rows are read from plain parameters (--use-distributed-optimizer saves memory too)"
-)
 _CONFLICTS = (
     _Conflict("--mtp-num-layers", "its targets are single tokens", at_any_bag_size=True),
     _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
@@ -90,7 +87,11 @@ _CONFLICTS = (
         "--phase-transition-iterations",
         "it restarts and reshuffles the data, and the switch happens inside the run",
     ),
-    _Conflict("--use-megatron-fsdp", _PLAIN_PARAMETERS),
+    _Conflict(
+        "--use-megatron-fsdp",
+        "Megatron saves it as fsdp_dtensor only, which no resume is compared with and no tool "
+        "reads (--use-torch-fsdp2 works)",
+    ),
     _Conflict(
         "--logits-load-dir", "cached teacher logits belong to single tokens", at_any_bag_size=True
     ),
