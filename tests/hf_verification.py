@@ -35,6 +35,8 @@ VERIFIED = (
     "gqa-untied-moe-shared-pp2",
     "gqa-untied-moe-sigmoid-pp2",
     "transformer-engine",
+    "gqa-untied-mtp",
+    "hybrid-gqa-untied-mtp",
 )
 SWAPS = {
     "layers": [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)],

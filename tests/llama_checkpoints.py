@@ -19,7 +19,11 @@ from megatron_tst import cpu
 ITERATION = 10
 VOCABULARY, PADDED_VOCABULARY = 250, 256
 DENSE_VARIANTS = ("gqa-untied", "gqa-tied", "mha-untied", "mha-tied", "gqa-untied-qknorm")
-VARIANTS = (*DENSE_VARIANTS, "gqa-untied-moe", "hybrid-gqa-untied", "hybrid-gqa-tied-moe")
+VARIANTS = (
+    *DENSE_VARIANTS,
+    *("gqa-untied-moe", "hybrid-gqa-untied", "hybrid-gqa-tied-moe"),
+    *("gqa-untied-mtp", "hybrid-gqa-untied-mtp"),
+)
 """Names say what a model has; ``gqa`` stands for two query heads a group, ``hybrid`` for
 Megatron's HybridModel."""
 PARALLEL_VARIANTS = (
@@ -87,9 +91,11 @@ def parse_variant(variant: str) -> Namespace:
         stages = 2 if "pp2" in words else 1
         size = _LAYERS // stages
         pattern = "|".join("".join(halves[:size]) for _ in range(stages))
-        sys.argv += ["--hybrid-layer-pattern", pattern]
+        sys.argv += ["--hybrid-layer-pattern", pattern + ("/*-" if "mtp" in words else "")]
     else:
         sys.argv += ["--num-layers", str(_LAYERS)]
+        if "mtp" in words:
+            sys.argv += ["--mtp-num-layers", "2"]
     if "moe" in words:
         sys.argv += _MOE_ARGUMENTS.split()
         if "shared" in words:

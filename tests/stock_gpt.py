@@ -67,6 +67,7 @@ def _forward_step(data_iterator: Any, model: Any) -> Any:
         batch["position_ids"],
         None,
         labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
         packed_seq_params=documents,
     )
     return losses, partial(_loss, batch["loss_mask"])

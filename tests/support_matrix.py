@@ -170,6 +170,8 @@ def _layout_table(cases: list[Properties]) -> Iterator[str]:
 
 
 def _without_tests(model: str, layout: str) -> str:
+    if "MTP" in model and "context_parallel_size" in LAYOUTS[layout].arguments:
+        return "refused"
     needs_experts = "expert_model_parallel_size" in LAYOUTS[layout].arguments
     return "no experts" if needs_experts and "num_experts" not in MODELS[model] else "untested"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 
 from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
+    MULTI_TOKEN_PREFIX,
     MegatronSlice,
     check_stored_shapes,
     find_layout,
@@ -130,7 +132,11 @@ def export_to_huggingface(
         iteration=iteration,
         shape=shape,
         parameters=sum(weight.elements for weight in weights.values()),
-        warnings=(*_warnings(args, iteration, shape), *_class_note(loaded)),
+        warnings=(
+            *_warnings(args, iteration, shape),
+            *_left_out(stored),
+            *_class_note(loaded),
+        ),
     )
 
 
@@ -223,6 +229,17 @@ def _tokenizer_settings(folder: Path, loaded: HuggingFaceTokenizer) -> dict[str,
     end = loaded.tokenizer.eos_token
     missing = [name for name in ("bos_token", "pad_token") if not getattr(loaded.tokenizer, name)]
     return settings | (dict.fromkeys(missing, end) if end is not None else {})
+
+
+def _left_out(stored: dict[str, tuple[int, ...]]) -> list[str]:
+    sizes = [math.prod(size) for key, size in stored.items() if key.startswith(MULTI_TOKEN_PREFIX)]
+    if not sizes:
+        return []
+    return [
+        f"The layers of multi-token prediction were left out, {sum(sizes):,} parameters "
+        f"({MULTI_TOKEN_PREFIX}*): the model predicts the next token without them, and its class "
+        "in transformers has no place for them."
+    ]
 
 
 def _class_note(loaded: HuggingFaceTokenizer) -> list[str]:

@@ -16,7 +16,9 @@ from torch import Tensor
 from megatron_tst.checkpoint.hf_shapes import ModelShape
 from megatron_tst.common.errors import UsageError
 
-_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "adapter.")
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.", "encoder.", "adapter.")
+MULTI_TOKEN_PREFIX = "mtp."
+"""Of the layers of multi-token prediction, which the model itself does without."""
 _LAYERS = "decoder.layers."
 _QKV = "self_attention.linear_qkv.weight"
 # The second norm of a layer goes by the name that Transformer Engine has where it fuses norm and

@@ -129,8 +129,12 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
 
 
 def _pattern(args: Namespace) -> str:
-    """Layers of a HybridModel without the marks between pipeline stages; empty for a GPTModel."""
-    return (getattr(args, "hybrid_layer_pattern", None) or "").replace("|", "")
+    """Layers of a HybridModel, empty for a GPTModel.
+
+    Without the marks between pipeline stages and the layers of multi-token prediction.
+    """
+    pattern: str = getattr(args, "hybrid_layer_pattern", None) or ""
+    return pattern.partition("/")[0].replace("|", "")
 
 
 def _has_experts(args: Namespace) -> bool:
@@ -202,6 +206,5 @@ _SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("--activation-func-clamp-value", "activation_func_clamp_value", None),
     ("--glu-linear-offset", "glu_linear_offset", 0.0),
     ("--use-mup", "use_mup", False),
-    ("--mtp-num-layers", "mtp_num_layers", None, 0),
     ("--heterogeneous-layers-config-path", "heterogeneous_layers_config_path", None),
 )

@@ -65,6 +65,7 @@ _ONE_PROCESS_IN_FP32: dict[str, Any] = {
     "pipeline_model_parallel_layout": None,
     "account_for_embedding_in_pipeline_split": False,
     "account_for_loss_in_pipeline_split": False,
+    "mtp_num_layers": None,
     "moe_grouped_gemm": False,
     "moe_token_dispatcher_type": "allgather",
     "moe_enable_deepep": False,
@@ -159,8 +160,9 @@ def _build(trained: Namespace) -> Any:
             setattr(args, field.name, field.default)
     vars(args).update(_ONE_PROCESS_IN_FP32, use_cpu_initialization=True)
     if args.hybrid_layer_pattern:
-        # Without the marks between pipeline stages, of which there is one.
-        args.hybrid_layer_pattern = args.hybrid_layer_pattern.replace("|", "")
+        # One pipeline stage, and what is exported.
+        main_layers = args.hybrid_layer_pattern.partition("/")[0]
+        args.hybrid_layer_pattern = main_layers.replace("|", "")
     builder = HybridModelBuilder if args.hybrid_layer_pattern else GPTModelBuilder
     config = model_config_from_args(args)
     config.perform_initialization = False

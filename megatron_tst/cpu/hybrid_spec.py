@@ -18,6 +18,12 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -33,14 +39,54 @@ class LocalHybridStack(HybridStack):
 
     Args:
         config: of the model.
+        submodules: not read; what the layers are follows from the configuration.
         **kwargs: passed to ``HybridStack``.
     """
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: HybridStackSubmodules, **kwargs: Any
+    ) -> None:
         super().__init__(config, _submodules(config), **kwargs)
 
 
-HYBRID_STACK_SPEC = ModuleSpec(module=LocalHybridStack)
+class LocalMultiTokenLayer(MultiTokenPredictionLayer):
+    """A depth of multi-token prediction with such layers.
+
+    Args:
+        config: of the model.
+        *args: passed to ``MultiTokenPredictionLayer``.
+        hybrid_submodules: not read, as above.
+        **kwargs: passed to ``MultiTokenPredictionLayer``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *args: Any,
+        hybrid_submodules: HybridStackSubmodules,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, *args, hybrid_submodules=_submodules(config), **kwargs)
+
+
+_MULTI_TOKEN_LAYER = ModuleSpec(
+    module=LocalMultiTokenLayer,
+    submodules=MultiTokenPredictionLayerSubmodules(
+        enorm=WrappedTorchNorm,
+        hnorm=WrappedTorchNorm,
+        layer_norm=WrappedTorchNorm,
+        eh_proj=ColumnParallelLinear,
+    ),
+)
+HYBRID_STACK_SPEC = ModuleSpec(
+    module=LocalHybridStack,
+    submodules=HybridStackSubmodules(
+        mtp_block_spec=ModuleSpec(
+            module=MultiTokenPredictionBlock,
+            submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[_MULTI_TOKEN_LAYER]),
+        )
+    ),
+)
 
 
 def _submodules(config: TransformerConfig) -> HybridStackSubmodules:

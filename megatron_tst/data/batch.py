@@ -70,6 +70,11 @@ def reads_data_on_stage(args: Namespace, vp_stage: int | None) -> bool:
     return args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage)
 
 
+def _predicts_several(args: Namespace) -> bool:
+    """Whether this pipeline stage embeds tokens to predict those behind them."""
+    return bool(args.mtp_num_layers) and mpu.is_pipeline_last_stage()
+
+
 def packed_documents(batch: Batch, args: Namespace) -> PackedSeqParams | None:
     """What the layers have to know of the documents of a packed batch; None of any other.
 
@@ -134,7 +139,7 @@ def _plain_batch_on_this_tp_rank(batch: Batch, args: Namespace) -> Batch:
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=_predicts_several(args),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -148,7 +153,7 @@ def _bags_on_this_tp_rank(batch: Batch, args: Namespace, phase: Phase) -> Batch:
     positions = (args.micro_batch_size, local_length)
     bags = (*positions, phase.bag_size)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if mpu.is_pipeline_first_stage():
+    if mpu.is_pipeline_first_stage() or _predicts_several(args):
         expected["tokens"] = (bags if phase.reads_bags else positions, torch.int64)
         expected["position_ids"] = (positions, torch.int64)
     if mpu.is_pipeline_last_stage():

@@ -86,7 +86,7 @@ def superpose_embedding(embedding: nn.Module, superposition: SuperpositionConfig
         UsageError: its rows are not whole outside of its forward.
     """
     _refuse_weight_shards(embedding)
-    layer: Any = _mix_in(embedding, Bag)
+    layer: Any = mix_in(embedding, Bag)
     if superposition.aligns_documents:
         layer.ignore_index = IGNORE_INDEX
     layer.implementation = superposition.implementation
@@ -105,7 +105,7 @@ def leave_product_to_the_loss(output_layer: nn.Module) -> None:
             f"--tst-loss-impl linear computes the product of the output layer by itself, and "
             f"{type(output_layer).__name__} has a forward of its own: use --tst-loss-impl auto."
         )
-    _mix_in(output_layer, LeftToTheLoss)
+    mix_in(output_layer, LeftToTheLoss)
 
 
 def _refuse_weight_shards(layer: nn.Module) -> None:
@@ -125,7 +125,7 @@ def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     return next(c for c in classes if c not in (Bag, LeftToTheLoss)) is not known
 
 
-def _mix_in(module: nn.Module, mixin: Any) -> nn.Module:
+def mix_in(module: nn.Module, mixin: Any) -> nn.Module:
     if not isinstance(module, mixin):
         found: Any = type(module)
         module.__class__ = _mixed(mixin, found)

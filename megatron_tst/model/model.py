@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
+from megatron_tst.model.multi_token import superpose_multi_token
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
@@ -138,8 +139,11 @@ class SuperpositionModel(LanguageModule):
         self.superposition = superposition
         if self.post_process and superposition.loss_impl == "linear":
             leave_product_to_the_loss(self.output_layer)
-        if self.pre_process and superposition.enabled:
+        predicts_several = getattr(self, "mtp_process", False)
+        if (self.pre_process or predicts_several) and superposition.enabled:
             superpose_embedding(self.embedding.word_embeddings, superposition)
+        if predicts_several:
+            superpose_multi_token(self)
 
 
 class SuperpositionGPTModel(SuperpositionModel, GPTModel):

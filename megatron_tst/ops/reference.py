@@ -6,6 +6,8 @@ check. Shapes: weight [V, h], bags [..., s], logits [..., V].
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -105,6 +107,52 @@ def multi_label_hinge_reference(
         pairs = 1 - row[distinct].unsqueeze(1) + row[is_other].unsqueeze(0)
         losses.append(pairs.clamp(min=0).sum() / len(row))
     return torch.stack(losses).view(target_bags.shape[:-1])
+
+
+def multi_token_losses_reference(
+    hidden: Tensor,
+    token_bags: Tensor,
+    target_bags: Tensor,
+    loss_mask: Tensor,
+    depths: Sequence[Callable[[Tensor, Tensor], Tensor]],
+    embedding: Tensor,
+    output: Tensor,
+    target_weights: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Mean loss of each depth of multi-token prediction, all in one dtype.
+
+    Depth k joins its state at position i with the mean embedding of bag i + k, of token 0 where the
+    sequence has none, and is compared with target bag i + k, where there is one that counts. As
+    Megatron's on single tokens, which are bags of one.
+
+    Args:
+        hidden: [b, l, h], of the model itself.
+        token_bags: [b, l, s], input of the model.
+        target_bags: [b, l, t], targets of the model.
+        loss_mask: [b, l], 1 where a target bag counts.
+        depths: layers; of states and embeddings, both [b, l, h].
+        embedding: [V, h].
+        output: [V, h], of the output layer.
+        target_weights: [t], uniform by default.
+        ignore_index: token and target that does not count.
+
+    Returns:
+        [k], 0 for a depth without targets.
+    """
+    losses, length, states = [], hidden.shape[1], hidden
+    for k, depth in enumerate(depths, start=1):
+        bags = torch.zeros_like(token_bags)
+        bags[:, : length - k] = token_bags[:, k:]
+        embedded = bag_embedding_reference(embedding, bags, hidden.dtype, ignore_index)
+        states = depth(states, embedded)
+        logits = (states @ output.T)[:, : length - k]
+        targets, counts = target_bags[:, k:], loss_mask[:, k:].to(hidden.dtype)
+        loss = multi_hot_cross_entropy_reference(
+            logits, targets, target_weights, ignore_index, hidden.dtype
+        )
+        losses.append((loss * counts).sum() / counts.sum().clamp(min=1))
+    return torch.stack(losses)
 
 
 def _valid_weights(

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import has_bags
+from megatron_tst.settings.multi_token import multi_token_conflicts
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ _DOCUMENT_MASKING = (
     "(--dataloader-inter-document-masking with --tst-document-boundary align keeps them apart)"
 )
 _CONFLICTS = (
-    _Conflict("--mtp-num-layers", "its targets are single tokens", at_any_bag_size=True),
     _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
@@ -135,6 +135,7 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield from _with_gated_delta_net(args, "--experimental-attention-variant gated_delta_net")
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
+    yield from multi_token_conflicts(args)
     if is_superposed or args.tst_loss_impl == "linear":
         yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":

@@ -11,6 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.settings.multi_token import depths
 
 _MODEL = (
     "num_layers",
@@ -27,6 +28,7 @@ _MODEL = (
     "untie_embeddings_and_output_weights",
     "num_experts",
     "mtp_num_layers",
+    "mtp_use_repeated_layer",
 )
 _MAY_BE_NONE = ("num_experts", "mtp_num_layers")
 # No weight depends on them, so that Megatron goes on with other positions without a word.
@@ -51,6 +53,7 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
     Raises:
         UsageError: naming the argument, both values and the remedy.
     """
+    args = Namespace(**{**vars(args), "mtp_num_layers": depths(args) or None})
     # Megatron loads a GPT model into a hybrid one, whose layers are counted otherwise.
     if bool(getattr(saved, "hybrid_layer_pattern", None)) == bool(args.hybrid_layer_pattern):
         names = [name for name in _MODEL if getattr(args, name) is not None or name in _MAY_BE_NONE]

@@ -24,10 +24,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*-*-"},
     "Llama, tied embeddings": {"num_layers": 2, "untie_embeddings_and_output_weights": None},
     "Qwen3-MoE, hybrid": {"num_layers": None, "hybrid_layer_pattern": "*E*E", **_EXPERTS},
+    "Llama, MTP 2": {"num_layers": 2, "mtp_num_layers": 2},
+    "Qwen3-MoE, MTP": {"num_layers": 2, "mtp_num_layers": 1, **_EXPERTS},
+    "Llama, hybrid, MTP": {"num_layers": None, "hybrid_layer_pattern": "*-*-/*-"},
 }
 """Of two layers, which is as many as two stages need."""
 _GPT = ("Llama", "Qwen3-MoE")
 _MOE = ("Qwen3-MoE", "Qwen3-MoE, hybrid")
+_MTP = ("Llama, MTP 2", "Qwen3-MoE, MTP", "Llama, hybrid, MTP")
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,25 @@ _OVERLAPPED_EXPERTS: dict[str, Any] = {"overlap_moe_expert_parallel_comm": True}
 _INTERLEAVED: dict[str, Any] = {**_PP, "num_layers_per_virtual_pipeline_stage": 1}
 
 _ALL = ("Llama", "Llama, hybrid", "Qwen3-MoE", "Qwen3-MoE, hybrid")
-_ALL_AND_TIED = tuple(MODELS)
+_ALL_AND_TIED = (*_ALL, "Llama, tied embeddings")
 
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(1, {}, ()),
     "DP 2": Layout(2, {}),
-    "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, _ALL),
+    "DP 2, distributed optimizer": Layout(
+        2, {**SHARDED_OPTIMIZER, **_OVERLAP}, (*_ALL, "Llama, MTP 2")
+    ),
     "FSDP2 over 2": Layout(2, _FSDP2, _ALL),
-    "TP 2": Layout(2, _TP, ("Llama",)),
-    "TP 2 + SP": Layout(2, _SP, _ALL_AND_TIED),
-    "PP 2": Layout(2, _PP, _ALL_AND_TIED),
-    "PP 2, interleaved": Layout(2, _INTERLEAVED, _ALL_AND_TIED),
+    "TP 2": Layout(2, _TP, ("Llama", "Llama, MTP 2")),
+    "TP 2 + SP": Layout(2, _SP, (*_ALL_AND_TIED, *_MTP)),
+    "PP 2": Layout(2, _PP, (*_ALL_AND_TIED, *_MTP)),
+    "PP 2, interleaved": Layout(2, _INTERLEAVED, (*_ALL_AND_TIED, "Llama, MTP 2")),
     "CP 2": Layout(2, _CP, _ALL),
     "EP 2, allgather": Layout(2, {**_EP, "moe_token_dispatcher_type": "allgather"}, _MOE),
-    "EP 2, alltoall": Layout(2, _EP, _MOE),
-    "EP 2, overlapped": Layout(2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)),
+    "EP 2, alltoall": Layout(2, _EP, (*_MOE, "Qwen3-MoE, MTP")),
+    "EP 2, overlapped": Layout(
+        2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE", "Qwen3-MoE, MTP"), ("bf16",)
+    ),
     "TP 2 + SP, EP 2, ETP 1": Layout(
         2, {**_SP, **_EP, "expert_tensor_parallel_size": 1}, ("Qwen3-MoE",)
     ),
@@ -99,7 +107,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 + SP, FSDP2 over 2": Layout(4, {**_SP, **_FSDP2}),
     "CP 2, FSDP2 over 2": Layout(2, {**_CP, **_FSDP2}, ("Llama",)),
     "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
-    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
+    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, (*_ALL, "Llama, MTP 2")),
     "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
     "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}, ("Llama",)),
     "PP 2, CP 2": Layout(4, {**_PP, **_CP}, ("Llama",)),
@@ -149,7 +157,8 @@ def model_arguments(model: str, layers: int) -> dict[str, Any]:
     """Megatron arguments of a model with an even number of layers."""
     arguments = dict(MODELS[model])
     if "hybrid_layer_pattern" in arguments:
-        arguments["hybrid_layer_pattern"] *= layers // 2
+        main, mark, ahead = arguments["hybrid_layer_pattern"].partition("/")
+        arguments["hybrid_layer_pattern"] = main * (layers // 2) + mark + ahead
     else:
         arguments["num_layers"] = layers
     return arguments
@@ -163,7 +172,8 @@ def arguments_of(model: str, layout: str, layers: int | None = None) -> dict[str
     if pattern and stages > 1:
         # A hybrid model is cut at the pipes of its pattern, also into virtual stages.
         arguments.pop("num_layers_per_virtual_pipeline_stage", None)
-        length = len(pattern) // stages
-        segments = [pattern[i : i + length] for i in range(0, len(pattern), length)]
-        arguments["hybrid_layer_pattern"] = "|".join(segments)
+        main, mark, ahead = pattern.partition("/")
+        length = len(main) // stages
+        segments = [main[i : i + length] for i in range(0, len(main), length)]
+        arguments["hybrid_layer_pattern"] = "|".join(segments) + mark + ahead
     return arguments

@@ -225,6 +225,56 @@ def test_what_needs_whole_logits(check: Check, small_run: SmallRun) -> None:
     assert_messages(check(runs), [message for _, message in LINEAR_LOSS])
 
 
+MULTI_TOKEN: list[tuple[dict[str, Any], str | None]] = [
+    ({}, None),
+    ({"tst_loss_impl": "linear"}, "--tst-loss-impl linear: Megatron counts right predictions"),
+    ({"context_parallel_size": 2}, "--context-parallel-size 2: .* the end of a sequence has fewer"),
+    ({"calculate_per_token_loss": True}, None),
+    (
+        {"calculate_per_token_loss": True, "eod_mask_loss": True},
+        "--calculate-per-token-loss and --eod-mask-loss: Megatron divides",
+    ),
+    (
+        {"calculate_per_token_loss": True, "tst_document_boundary": "align"},
+        "--calculate-per-token-loss and --tst-document-boundary align: Megatron divides",
+    ),
+    (
+        {"dataloader_inter_document_masking": True, "tst_document_boundary": "align"},
+        "--dataloader-inter-document-masking: Megatron shifts targets",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": None},
+        "--pipeline-model-parallel-size 2 without --untie-embeddings-and-output-weights: Megatron",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "tst_reset_at_switch": "embeddings"},
+        "--tst-reset-at-switch embeddings and --pipeline-model-parallel-size 2: the last stage",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et|tm|L|"},
+        "--pipeline-model-parallel-layout .*: tokens and targets reach the first and the last",
+    ),
+    (
+        {"pipeline_model_parallel_size": 2, "defer_embedding_wgrad_compute": True},
+        "--defer-embedding-wgrad-compute: Megatron would multiply the inputs of one depth by",
+    ),
+]
+
+
+def test_what_multi_token_prediction_does_not_work_with(
+    check: Check, small_run: SmallRun
+) -> None:
+    always = {**SUPERPOSED, "mtp_num_layers": 1}
+    runs = [small_run.with_(**{**always, **settings}) for settings, _ in MULTI_TOKEN]
+    start = "--mtp-num-layers 1 does not work with "
+    expected = [message and start + message for _, message in MULTI_TOKEN]
+    # Before Megatron counts the depths of the pattern.
+    hybrid = {"num_layers": None, "hybrid_layer_pattern": "*-*-/*-", "context_parallel_size": 2}
+    runs.append(small_run.with_(**SUPERPOSED, **hybrid))
+    expected.append(r"--hybrid-layer-pattern \*-\*-/\*- does not work with --context-parallel-size 2")
+    assert_messages(check(runs), expected)
+
+
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
     cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
@@ -233,7 +283,6 @@ def test_bad_settings(check: Check, small_run: SmallRun) -> None:
 
 # Arguments of Megatron that superposition does not work with: one value that its parser takes.
 CONFLICTS: dict[str, Any] = {
-    "--mtp-num-layers": 1,
     "--sft": True,
     "--fim-data": True,
     "--perform-rl-step": True,

@@ -60,7 +60,14 @@ def damaged(checkpoints: Path, tmp_path: Path) -> Path:
 def test_logits_equal_megatrons(
     checkpoints: Path, tokenizer: Path, tmp_path: Path, variant: str
 ) -> None:
-    export_to_huggingface(checkpoints / variant, tokenizer, tmp_path / "hf")
+    result = export_to_huggingface(checkpoints / variant, tokenizer, tmp_path / "hf")
+    # Two norms and a projection, a layer, and a norm behind it.
+    layer = 32 * (4 + 4) * 16 + 4 * 16 * 32 + 3 * 32 * 48 + 2 * 32
+    depth = layer + 2 * 32 * 32 + 3 * 32
+    number = {"gqa-untied-mtp": f"{2 * depth:,}", "hybrid-gqa-untied-mtp": f"{depth:,}"}
+    left_out = [text for text in result.warnings if "multi-token prediction were left out" in text]
+    assert bool(left_out) == (variant in number)
+    assert not left_out or f", {number[variant]} parameters (mtp.*)" in left_out[0]
     expected = torch.load(checkpoints / variant / "expected.pt", weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert model.dtype == torch.float32

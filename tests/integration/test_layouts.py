@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,6 +181,10 @@ def test_a_layout_trains_as_one_process(
     assert {key: v for key, v in deviations.items() if not v <= tolerances[key[1]]} == {}
     _same_scalars(results, one, "lm loss validation", tolerances["loss"])
     _same_scalars(results, one, "tst/data tokens", 0)
+    depths = [tag for tag in one.scalars if re.fullmatch(r"mtp_\d loss", tag)]
+    assert bool(depths) == ("MTP" in case.model)
+    for tag in depths:
+        _same_scalars(results, one, tag, tolerances["loss"])
     if "MoE" in case.model:
         # It counts tokens by expert: bf16 rounding sends a few to another one.
         of_counts = tolerances["loss"] if case.dtype == "fp32" else 5e-3

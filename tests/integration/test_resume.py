@@ -120,6 +120,7 @@ MODELS: list[tuple[dict[str, Any], str | None]] = [
     ({"num_layers": 4}, "--num-layers 2, and this command has 4"),
     ({"num_query_groups": 4}, "--num-query-groups 2, and this command has 4"),
     ({"num_experts": 4}, "--num-experts None, and this command has 4"),
+    ({"mtp_num_layers": 1}, "--mtp-num-layers None, and this command has 1"),
     (
         {"untie_embeddings_and_output_weights": None},
         "--untie-embeddings-and-output-weights True, and this command has False",

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "distributed": {
         "use_distributed_optimizer": True,
         "dist_ckpt_optim_fully_reshardable": True,
+        "mtp_num_layers": 1,
     },
 }
 SUPERPOSED: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": SWITCH}
@@ -105,7 +106,9 @@ def test_from_the_switch_on_losses_and_weights_are_those_of_our_phase_2(
     assert_was_alone(plain)
     expected, actual = ours.scalars(), plain.scalars()
     steps = range(SWITCH + 1, LAST + 1)
-    for scalar in ("lm loss", "grad-norm", "learning-rate"):
+    ahead = {"mtp_1 loss", "mtp_1_acceptance_rate"} & expected.keys()
+    assert bool(ahead) == ("mtp_num_layers" in OPTIMIZERS[optimizer])
+    for scalar in ("lm loss", "grad-norm", "learning-rate", *ahead):
         assert actual[scalar] == {step: expected[scalar][step] for step in steps}
     assert_faultless(plain.checkpoint_folder(LAST), ours.checkpoint_folder(LAST))
     # Weights, moments and master weights.
