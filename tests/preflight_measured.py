@@ -8,8 +8,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import num_floating_point_operations
@@ -47,8 +49,8 @@ def measured_optimizer(argv: list[str], world_size: int, rank: int) -> dict[str,
         }
 
 
-def measured_activations(argv: list[str]) -> dict[str, float]:
-    """Bytes that autograd keeps after the forward of one rank, without logits, by layer added.
+def measured_activations(argv: list[str], added: str = "--num-layers") -> dict[str, float]:
+    """Bytes that autograd keeps after the forward of one rank, by layer added.
 
     The difference between three layers and two, so that embedding and output do not matter.
     """
@@ -58,17 +60,20 @@ def measured_activations(argv: list[str]) -> dict[str, float]:
         (MLP, "forward"),
         (TransformerLayer, "_forward_attention"),
         (TransformerLayer, "_forward_mlp"),
+        (tensor_parallel, "vocab_parallel_cross_entropy"),
     ]
     with ExitStack() as stack:
         for owner, name in of_upstream:
             method = inspect.unwrap(getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, method))
-        kept = [_saved_bytes([*argv, "--num-layers", str(layers)]) for layers in (2, 3)]
+        kept = [_saved_bytes([*argv, added, str(layers)]) for layers in (2, 3)]
     return {"bytes": kept[1] - kept[0]}
 
 
 def _saved_bytes(argv: list[str]) -> int:
     args, config = _configured(argv, 1)
+    # As long as the depths of the first model that it saw.
+    MTPLossLoggingHelper.tracker.clear()
     with rank_simulation.as_rank(args, 0) as groups:
         model = config.get_builder_cls()(config).build_model(groups).bfloat16()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -37,6 +37,16 @@ def layer_bytes(args: argparse.Namespace, is_moe: bool, is_fp8: bool) -> dict[st
     return kept
 
 
+def depth_bytes(args: argparse.Namespace) -> dict[str, float]:
+    """Bytes that a depth of multi-token prediction keeps around its layers, as ``layer_bytes``."""
+    hidden = _element(args) * args.hidden_size * _split(args)
+    # The output feeds the next depth, and joined to those of the others the output layer.
+    kept = {"embedding": hidden, "joined outputs": hidden}
+    if args.recompute_granularity == "full":
+        return kept
+    return kept | {"normed pair": 2 * hidden, "layer output": hidden, "output": hidden}
+
+
 # What is computed again instead of kept, by module of --recompute-modules.
 _DROPPED = {
     "core_attn": ("attention output",),

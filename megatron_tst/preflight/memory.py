@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from megatron_tst.preflight.activations import fp8_bytes, layer_bytes, micro_batches_in_flight
+from megatron_tst.preflight.activations import (
+    depth_bytes,
+    fp8_bytes,
+    layer_bytes,
+    micro_batches_in_flight,
+)
 from megatron_tst.preflight.rank_simulation import Stage, gradient_buffers
 from megatron_tst.settings.losses import losses_of_run
 from megatron_tst.settings.phases import Phase
@@ -19,8 +24,9 @@ ALLOWANCE_BYTES = 6 * GIB
 """For what no formula here covers: CUDA and NCCL, workspaces of kernels, fragmentation."""
 
 _LAYER_WEIGHT = re.compile(
-    r"\blayers\.(\d+)\..*linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)\.weight\d*$"
+    r"\blayers\.(\d+)\..*(linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)|eh_proj)\.weight\d*$"
 )
+_MULTI_TOKEN = re.compile(r"\bmtp\.")
 # Logits of a block of --tst-loss-impl linear, on a GPU.
 _BLOCK_LOGITS = 1 << 27
 
@@ -52,7 +58,8 @@ class Memory:
         optimizer: main weights and moments.
         activations: kept for the backward, an estimate.
         logits: output layer and loss, an estimate; 0 but on the last stage.
-        inputs: token bags and their mean, an estimate; 0 but on the first stage.
+        inputs: token bags and their mean, an estimate; 0 but on the first stage, and on the one
+            with multi-token prediction.
     """
 
     weights: float
@@ -114,6 +121,9 @@ def is_fp8_weight(
     """Whether a parameter is the weight of a matrix product in FP8."""
     if not is_layer_product(name, parameter):
         return False
+    if is_multi_token(name):
+        # The first and the last layer of the decoder are the only ones in bf16.
+        return bool(args.fp8)
     match = _LAYER_WEIGHT.search(name)
     assert match is not None
     layer = decoder_layers(chunk)[int(match.group(1))]
@@ -123,6 +133,11 @@ def is_fp8_weight(
 def is_layer_product(name: str, parameter: torch.Tensor) -> bool:
     """Whether a parameter is the weight of a matrix product of a layer, without the router."""
     return parameter.ndim == 2 and _LAYER_WEIGHT.search(name) is not None
+
+
+def is_multi_token(name: str) -> bool:
+    """Whether a parameter belongs to the layers of multi-token prediction."""
+    return _MULTI_TOKEN.search(name) is not None
 
 
 def is_bf16_layer(args: argparse.Namespace, layer_number: int) -> bool:
@@ -139,6 +154,15 @@ def decoder_layers(chunk: torch.nn.Module) -> list[Any]:
     """The layers of a chunk of the model."""
     model: Any = getattr(chunk, "module", chunk)
     return list(model.decoder.layers)
+
+
+def multi_token_layers(args: argparse.Namespace, chunk: torch.nn.Module) -> list[Any]:
+    """The layers of multi-token prediction of a chunk, one for each depth."""
+    model: Any = getattr(chunk, "module", chunk)
+    if not hasattr(model, "mtp"):
+        return []
+    layers = list(model.mtp.layers)
+    return layers * (args.mtp_num_layers // len(layers))
 
 
 def weight_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
@@ -194,6 +218,7 @@ def phase_memory(
     in_flight = micro_batches_in_flight(args, stage.pipeline_rank, count)
     is_first = stage.pipeline_rank == 0
     is_last = stage.pipeline_rank == args.pipeline_model_parallel_size - 1
+    is_ahead = any(multi_token_layers(args, chunk) for chunk in stage.chunks)
     return Memory(
         weights=weight_bytes(args, parameters),
         gradients=gradient_bytes(args, parameters),
@@ -201,13 +226,23 @@ def phase_memory(
         activations=positions * in_flight * _layers_bytes(args, stage)
         + _working_bytes(args, positions),
         logits=_logit_bytes(args, positions, phase) if is_last else 0.0,
-        inputs=_input_bytes(args, positions, phase) if is_first else 0.0,
+        inputs=_input_bytes(args, positions, phase) if is_first or is_ahead else 0.0,
     )
 
 
 def _layers_bytes(args: argparse.Namespace, stage: Stage) -> float:
     """For each latent position, over the layers of a stage."""
-    return sum(
+    ahead = sum(
+        sum(
+            sum(layer_bytes(args, hasattr(layer.mlp, "router"), bool(args.fp8)).values())
+            for layer in getattr(depth.mtp_model_layer, "layers", [depth.mtp_model_layer])
+            if hasattr(layer, "mlp")
+        )
+        + sum(depth_bytes(args).values())
+        for chunk in stage.chunks
+        for depth in multi_token_layers(args, chunk)
+    )
+    return ahead + sum(
         sum(
             layer_bytes(
                 args,
@@ -230,6 +265,8 @@ def _working_bytes(args: argparse.Namespace, positions: int) -> float:
 
 def _logit_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:
     logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
+    # Those of all depths are kept for the backward.
+    logits *= 1 + (args.mtp_num_layers or 0)
     if args.tst_loss_impl == "linear":
         return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
     losses = losses_of_run(args, has_gpu=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tst.planning.accounting import ModelSize
+from megatron_tst.preflight.memory import is_multi_token
 from megatron_tst.preflight.rank_simulation import Stage
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.", "output_layer."
@@ -21,26 +22,33 @@ class BuiltModel:
         active: those that a token visits.
         embedding: rows of the input embedding, and of learned positions.
         output: of the output layer; 0 where it shares the embedding's.
+        multi_token: active ones of the layers of multi-token prediction.
     """
 
     total: int
     active: int
     embedding: int
     output: int
+    multi_token: int
 
     @property
     def active_without_embeddings(self) -> int:
         """The count that names such as A1B use."""
-        return self.active - self.embedding - self.output
+        return self.active - self.embedding - self.output - self.multi_token
 
     def size(self, args: argparse.Namespace) -> ModelSize:
         """What FLOPs follow from."""
+        depths = args.mtp_num_layers or 0
+        # The output layer follows each depth, and one layer may serve all of them.
+        passes = depths if args.mtp_use_repeated_layer else min(depths, 1)
         multiplied = self.active - (self.embedding if self.output else 0)
+        multiplied += depths * (self.output or self.embedding)
+        multiplied += max(passes - 1, 0) * self.multi_token
         return ModelSize(
             name="model",
             parameters=self.total,
             matmul_parameters=multiplied,
-            layers=args.num_layers,
+            layers=args.num_layers + depths,
             attention_width=args.num_attention_heads * args.kv_channels,
         )
 
@@ -52,7 +60,7 @@ def whole_model(args: argparse.Namespace, stages: Sequence[Stage]) -> BuiltModel
         args: validated command line.
         stages: one rank of each.
     """
-    total = active = embedding = output = 0
+    total = active = embedding = output = multi_token = 0
     for stage in stages:
         for name, parameter in stage.parameters():
             # The last stage has a second copy of a tied embedding.
@@ -60,13 +68,14 @@ def whole_model(args: argparse.Namespace, stages: Sequence[Stage]) -> BuiltModel
                 continue
             elements = parameter.numel() * _ranks_of(args, name, parameter)
             total += elements
+            visited = elements
             if ".experts." in name:
-                active += elements * args.moe_router_topk // args.num_experts
-                continue
-            active += elements
+                visited = elements * args.moe_router_topk // args.num_experts
+            active += visited
+            multi_token += visited if is_multi_token(name) else 0
             embedding += elements if _EMBEDDING in name or "position_embed" in name else 0
             output += elements if _OUTPUT in name else 0
-    return BuiltModel(total, active, embedding, output)
+    return BuiltModel(total, active, embedding, output, multi_token)
 
 
 def _ranks_of(args: argparse.Namespace, name: str, parameter: object) -> int:

@@ -35,7 +35,8 @@ def summary_lines(report: Report) -> list[str]:
     per_rank = " / ".join(f"{stage.parameters.weights:,}" for stage in report.stages)
     lines = [
         f"model        {model.total:,} parameters; {model.active:,} active, "
-        f"{model.active_without_embeddings:,} without embedding and output layer",
+        f"{model.active_without_embeddings:,} without embedding and output layer"
+        + (f", {model.multi_token:,} for multi-token prediction" if model.multi_token else ""),
         f"per rank     {per_rank} parameters ({_ranks(report)})",
         f"layout       {_layout(report)}",
         f"batch        {schedule.batch_sizes.size_at(steps):,} sequences of {args.seq_length:,}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from scripts.host_faults import checkpoint, data, fsdp, loss, optimizer, router
+from scripts.host_faults import checkpoint, data, fsdp, loss, multi_token, optimizer, router
 
 FAULTS = {
     function.__name__: function
@@ -15,7 +15,11 @@ FAULTS = {
         router.layers_of_a_hybrid_model,
         router.local_count_with_padding,
         loss.gathered_logits,
-        loss.packed_targets_of_mtp,
+        multi_token.mtp_and_deferred_gradients,
+        multi_token.mtp_and_tied_embeddings,
+        multi_token.mtp_counts_of_a_rank,
+        multi_token.mtp_counts_under_context_parallelism,
+        multi_token.packed_targets_of_mtp,
         optimizer.attention_sinks_in_clipping,
         optimizer.gated_delta_net_norm,
         optimizer.weight_decay_after_resume,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 
 from scripts.host_faults.ranks import on_ranks
@@ -27,18 +25,3 @@ def gathered_logits() -> str:
     loss, gradient = on_ranks(2, _loss_of_gathered_logits, tensor_model_parallel_size=2)[0]
     assert loss - right > 0.5, f"loss {loss}, expected {right}"
     return f"loss {loss:.3f} in place of {right:.3f}, gradient {gradient}"
-
-
-def packed_targets_of_mtp() -> str:
-    """PR 6205: the targets of multi-token prediction are shifted at unpadded boundaries."""
-    from megatron.core.transformer.multi_token_prediction import roll_tensor
-
-    # Two documents of 3 tokens, each padded to 4: 1 2 3 0 and 5 6 7 0.
-    packed = SimpleNamespace(
-        cu_seqlens_q=torch.tensor([0, 3, 6]), cu_seqlens_q_padded=torch.tensor([0, 4, 8])
-    )
-    text = torch.tensor([[1, 2, 3, 0, 5, 6, 7, 0]])
-    rolled = roll_tensor(text, shifts=-1, dims=-1, packed_seq_params=packed)[0].tolist()[0]
-    right = [2, 3, 0, 0, 6, 7, 0, 0]
-    assert rolled != right, "mended"
-    return f"next tokens {rolled} in place of {right}"

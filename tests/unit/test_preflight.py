@@ -42,10 +42,16 @@ _EXPERTS = shlex.split(
     "--num-experts 8 --moe-ffn-hidden-size 64 --moe-router-topk 2 --moe-token-dispatcher-type "
     "alltoall --moe-router-dtype fp32"
 )
-SMALL = {"dense": _SMALL, "experts": [*_SMALL, *_EXPERTS]}
+_DEPTHS = "--mtp-num-layers"
+SMALL = {
+    "dense": _SMALL,
+    "experts": [*_SMALL, *_EXPERTS],
+    "multi-token": [*_SMALL, _DEPTHS, "2"],
+}
 LAYOUTS = {
     "dense": ["--tensor-model-parallel-size", "2"],
     "experts": ["--expert-model-parallel-size", "2"],
+    "multi-token": ["--tensor-model-parallel-size", "2"],
 }
 OPTIMIZER_RANKS = (0, 7)
 # Model, precision, GPUs and what is wrong in checkpoints without the mend; as documented.
@@ -118,6 +124,20 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("pipeline", [*dense, *pipeline.split()])
     virtual = "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 3"
     checked.add("virtual", [*dense, *virtual.split()])
+    ahead = {
+        "": [*dense, _DEPTHS, "2"],
+        " in a pipeline": [*dense, _DEPTHS, "2", *pipeline.split()],
+        " of one layer": [*dense, _DEPTHS, "2", "--mtp-use-repeated-layer"],
+        " of experts": [*experts, _DEPTHS, "1"],
+    }
+    for name, argv in ahead.items():
+        checked.add(f"multi-token{name}", argv)
+        flops = "preflight_measured.megatron_flops"
+        checked.measure(f"FLOPs multi-token{name}", flops, argv, 64)
+    depths = "preflight_measured.measured_activations"
+    checked.measure("activations of a depth", depths, _SMALL, _DEPTHS)
+    for number in "23":
+        checked.add(f"activations of {number} depths", [*_SMALL, _DEPTHS, number], size=1)
     split = f"{pipeline} --expert-model-parallel-size 4 --micro-batch-size 1"
     fewer = ["--num-layers", "8"]
     checked.add("experts whole", [*experts, *fewer])
@@ -301,7 +321,12 @@ def test_published_sizes(checked: Checked) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "one_stage"),
-    [("pipeline", "3b tst"), ("virtual", "3b tst"), ("experts split", "experts whole")],
+    [
+        ("pipeline", "3b tst"),
+        ("virtual", "3b tst"),
+        ("experts split", "experts whole"),
+        ("multi-token in a pipeline", "multi-token"),
+    ],
 )
 def test_every_layout_has_the_same_model(checked: Checked, layout: str, one_stage: str) -> None:
     found, whole = checked.found[layout], checked.found[one_stage]
@@ -350,6 +375,40 @@ def test_activations_of_a_layer_are_those_that_autograd_keeps(
     expected = layer + 2 * 128 * (heads + swiglu)
     # Not in the formula: statistics of rows, angles of RoPE, indices of permutations.
     assert expected == pytest.approx(checked.measured[f"activations {name}"]["bytes"], rel=0.04)
+
+
+def test_activations_of_a_depth_are_those_that_autograd_keeps(checked: Checked) -> None:
+    two, three = (
+        checked.found[f"activations of {number} depths"]["ranks"][0]["memory_bytes"]["training"]
+        for number in "23"
+    )
+    # As above, and Megatron's loss on a CPU keeps its logits in fp32.
+    heads, swiglu, logits = 2 * 2 * (128 - 64), 2 * 256, 4 * 256
+    expected = three["activations"] - two["activations"] + 2 * 128 * (heads + swiglu + logits)
+    assert expected == pytest.approx(checked.measured["activations of a depth"]["bytes"], rel=0.04)
+    assert three["logits"] == pytest.approx(two["logits"] * 4 / 3)
+
+
+def test_multi_token_prediction_is_counted(checked: Checked) -> None:
+    usual = checked.found["3b tst"]["parameters"]
+    layer, rest = divmod(usual["total"] - checked.found["3b of 4"]["parameters"]["total"], 36 - 4)
+    assert rest == 0
+    depth = layer + 2 * 2048 * 2048 + 3 * 2048
+    for name, number in (("", 2), (" of one layer", 1)):
+        parameters = checked.found[f"multi-token{name}"]["parameters"]
+        assert parameters["total"] == usual["total"] + number * depth
+        assert parameters["active_without_embeddings"] == usual["active_without_embeddings"]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [f"multi-token{kind}" for kind in ("", " in a pipeline", " of one layer", " of experts")],
+)
+def test_flops_of_multi_token_prediction_are_near_those_that_megatron_logs(
+    checked: Checked, launch: str
+) -> None:
+    found = checked.found[launch]["flops_per_step"]
+    assert found == pytest.approx(checked.measured[f"FLOPs {launch}"], rel=0.01)
 
 
 @pytest.mark.parametrize("model", MODELS)
