@@ -115,15 +115,14 @@ def _depth(w: Weights, number: int, states: Tensor, embedded: Tensor) -> Tensor:
     return _norm(states, w[f"{prefix}final_layernorm.weight"])
 
 
-def _expected(model: Any, batch: SimpleNamespace) -> tuple[Tensor, Tensor, Weights]:
-    """Loss of the model itself, losses of the depths, and gradients of both, scaled."""
+def _sums(w: Weights, batch: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    """Losses of the model itself and of the depths, [1 + depths], and the counts of targets."""
     from megatron_tst.ops.reference import (
         bag_embedding_reference,
         multi_hot_cross_entropy_reference,
         multi_token_losses_reference,
     )
 
-    w = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
     embedding, output = w["embedding.word_embeddings.weight"], w["output_layer.weight"]
     weights = torch.tensor([1 / i for i in range(1, batch.labels.shape[-1] + 1)])
     states = bag_embedding_reference(embedding, batch.tokens, ignore_index=-100)
@@ -131,7 +130,6 @@ def _expected(model: Any, batch: SimpleNamespace) -> tuple[Tensor, Tensor, Weigh
         states = _layer(w, f"decoder.layers.{number}.", states)
     states = _norm(states, w["decoder.final_layernorm.weight"])
     main = multi_hot_cross_entropy_reference(states @ output.T, batch.labels, weights)
-    main = (main * batch.mask).sum() / batch.mask.sum()
     depths = [
         lambda states, embedded, number=number: _depth(w, number, states, embedded)
         for number in range(DEPTHS)
@@ -139,11 +137,26 @@ def _expected(model: Any, batch: SimpleNamespace) -> tuple[Tensor, Tensor, Weigh
     losses = multi_token_losses_reference(
         states, batch.tokens, batch.labels, batch.mask, depths, embedding, output, weights
     )
-    (main + FACTOR * losses.mean()).backward()
-    return main.detach(), losses.detach(), {n: p.grad for n, p in w.items() if p.grad is not None}
+    counts = torch.stack([batch.mask[:, k:].sum() for k in range(DEPTHS + 1)])
+    return torch.cat(((main * batch.mask).sum().view(1), losses * counts[1:])), counts
 
 
-def _compare(model: Any, batch: SimpleNamespace, per_token: bool = False) -> None:
+def _expected(model: Any, sequences: list[SimpleNamespace]) -> tuple[Tensor, Weights]:
+    """Mean losses of the model itself and of the depths, and gradients of both, scaled."""
+    w = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
+    totals, counts = zip(*(_sums(w, batch) for batch in sequences), strict=True)
+    losses = sum(totals) / sum(counts)
+    (losses[0] + FACTOR * losses[1:].mean()).backward()
+    return losses.detach(), {n: p.grad for n, p in w.items() if p.grad is not None}
+
+
+def _compare(
+    model: Any,
+    batch: SimpleNamespace,
+    per_token: bool = False,
+    documents: tuple[int, ...] | None = None,
+) -> None:
+    """Requires the losses and gradients of float64, of documents those of each by itself."""
     from megatron.core.transformer.multi_token_prediction import (
         MTPLossAutoScaler,
         MTPLossLoggingHelper,
@@ -153,25 +166,60 @@ def _compare(model: Any, batch: SimpleNamespace, per_token: bool = False) -> Non
     tokens, labels = (
         t if t.shape[-1] == BAG else t.squeeze(-1) for t in (batch.tokens, batch.labels)
     )
-    positions = torch.arange(LENGTH).expand(BATCH, -1)
-    found = model(tokens, positions, None, labels=labels, loss_mask=batch.mask)
+    positions = torch.arange(LENGTH).expand(tokens.shape[:2])
+    packed = None if documents is None else _packed(documents)
+    found = model(
+        tokens, positions, None, labels=labels, loss_mask=batch.mask, packed_seq_params=packed
+    )
     count = batch.mask.sum()
     # As Megatron's schedules: the sum, whose gradients are divided by the count at the end.
     MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     found = (found * batch.mask).sum()
     (found if per_token else found / count).backward()
 
-    main, losses, gradients = _expected(model, batch)
-    same = {"rtol": 2e-5, "atol": 1e-6}
-    torch.testing.assert_close(found.detach().double() / count, main, **same)
+    sequences = [batch] if documents is None else _cut(batch, documents)
+    losses, gradients = _expected(model, sequences)
+    same: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-6}
+    torch.testing.assert_close(found.detach().double() / count, losses[0], **same)
     logged = MTPLossLoggingHelper.tracker["loss_values"].double()
-    torch.testing.assert_close(logged, losses, **same)
+    torch.testing.assert_close(logged, losses[1:], **same)
     assert gradients.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.double() / (count if per_token else 1)
         # float32, through four layers and two more.
         limit = 2e-5 * float(gradients[name].abs().max())
         torch.testing.assert_close(gradient, gradients[name], rtol=0, atol=limit, msg=name)
+
+
+def _packed(documents: tuple[int, ...]) -> Any:
+    """What the layers know of documents of these lengths, as ``packed_documents`` says it."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = torch.tensor((0, *documents)).cumsum(0).int()
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(documents),
+        max_seqlen_kv=max(documents),
+        tokens_per_sample=LENGTH,
+    )
+
+
+def _cut(batch: SimpleNamespace, documents: tuple[int, ...]) -> list[SimpleNamespace]:
+    parts = {name: tensor.split(documents, 1) for name, tensor in vars(batch).items()}
+    return [
+        SimpleNamespace(**dict(zip(parts, cut, strict=True)))
+        for cut in zip(*parts.values(), strict=True)
+    ]
+
+
+def check_documents() -> None:
+    """The next bags of a document end with it; one is too short for the second depth."""
+    for reads_bags, predicts_bags in ((True, True), (False, False)):
+        batch = _batch(reads_bags, predicts_bags)
+        one = SimpleNamespace(**{name: tensor[:1] for name, tensor in vars(batch).items()})
+        _compare(_model(), one, documents=(4, 5, 2))
 
 
 def check_losses_and_gradients() -> None:

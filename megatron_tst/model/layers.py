@@ -126,6 +126,7 @@ def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:
 
 
 def mix_in(module: nn.Module, mixin: Any) -> nn.Module:
+    """Puts a class before that of a module, in place and once; returns the module."""
     if not isinstance(module, mixin):
         found: Any = type(module)
         module.__class__ = _mixed(mixin, found)

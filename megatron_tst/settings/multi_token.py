@@ -22,7 +22,7 @@ def multi_token_conflicts(args: argparse.Namespace) -> Iterator[str]:
     setting = f"--mtp-num-layers {args.mtp_num_layers}"
     if args.mtp_num_layers is None:
         setting = f"--hybrid-layer-pattern {args.hybrid_layer_pattern}"
-    for other, (is_set, reason) in {**_losses(args), **_layouts(args), **_documents(args)}.items():
+    for other, (is_set, reason) in {**_losses(args), **_layouts(args)}.items():
         if is_set:
             yield f"{setting} does not work with {other}: {reason}. Remove one of them."
 
@@ -62,12 +62,16 @@ def _losses(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
             and args.tst_document_boundary == "align",
             _LOCAL_COUNTS,
         ),
+        "--calculate-per-token-loss and --dataloader-inter-document-masking": (
+            args.calculate_per_token_loss and args.dataloader_inter_document_masking,
+            _LOCAL_COUNTS,
+        ),
     }
 
 
 _LOCAL_COUNTS = (
     "Megatron divides the losses of a depth by the targets that a micro-batch of one rank has, and "
-    "with masked targets these differ"
+    "these differ"
 )
 
 
@@ -91,19 +95,8 @@ def _layouts(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
             "tokens and targets reach the first and the last stage only, so that these layers (m) "
             "have to be on the last one",
         ),
-        "--tst-reset-at-switch embeddings and --pipeline-model-parallel-size "
-        f"{stages}": (
+        f"--tst-reset-at-switch embeddings and --pipeline-model-parallel-size {stages}": (
             stages > 1 and has_bags(args) and args.tst_reset_at_switch == "embeddings",
             "the last stage has a copy of the embedding, which would be drawn anew by itself",
-        ),
-    }
-
-
-def _documents(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
-    # Megatron-LM PRs 4495 and 6205.
-    return {
-        "--dataloader-inter-document-masking": (
-            args.dataloader_inter_document_masking,
-            "Megatron shifts targets at boundaries of documents that do not count their padding",
         ),
     }

@@ -97,6 +97,7 @@ def _tied_last_stage() -> str | None:
         mtp_num_layers=1,
         pipeline_model_parallel_size=2,
         pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
     )
     spec = get_gpt_layer_local_spec()
     is_last = parallel_state.is_pipeline_last_stage()
@@ -144,12 +145,16 @@ def _deferred_gradient() -> float:
         embedding_activation_buffer=inputs,
         grad_output_buffer=gradients,
     )
+    # The kernel of apex would add up what is deferred here.
+    layer.gradient_accumulation_fusion = True
+    layer.weight.main_grad = torch.zeros(5, 3)
     states, targets = torch.randn(2, 4, 1, 3), torch.randn(2, 4, 1, 5)
     # The depth comes first, as in process_mtp_loss, and then the model itself.
-    losses = [(layer(s)[0] * t).sum() for s, t in zip(states.requires_grad_(), targets)]
-    sum(losses).backward()  # type: ignore[union-attr]
-    pairs = zip(inputs, gradients, strict=True)
-    got = sum(g.flatten(0, 1).T @ i.flatten(0, 1) for i, g in pairs)
+    states.requires_grad_()
+    ahead, own = ((layer(s)[0] * t).sum() for s, t in zip(states, targets, strict=True))
+    (ahead + own).backward()
+    first, second = zip(inputs, gradients, strict=True)
+    got = sum(g.flatten(0, 1).T @ i.flatten(0, 1) for i, g in (first, second))
     right = torch.einsum("nlbo,nlbi->oi", targets, states.detach())
     return float((got - right).norm() / right.norm())
 

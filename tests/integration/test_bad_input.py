@@ -238,9 +238,15 @@ MULTI_TOKEN: list[tuple[dict[str, Any], str | None]] = [
         {"calculate_per_token_loss": True, "tst_document_boundary": "align"},
         "--calculate-per-token-loss and --tst-document-boundary align: Megatron divides",
     ),
+    ({"dataloader_inter_document_masking": True, "tst_document_boundary": "align"}, None),
     (
-        {"dataloader_inter_document_masking": True, "tst_document_boundary": "align"},
-        "--dataloader-inter-document-masking: Megatron shifts targets",
+        {
+            "dataloader_inter_document_masking": True,
+            "calculate_per_token_loss": True,
+            "tst_bag_size": 1,
+            "tst_steps": None,
+        },
+        "--calculate-per-token-loss and --dataloader-inter-document-masking: Megatron divides",
     ),
     (
         {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": None},
@@ -261,17 +267,16 @@ MULTI_TOKEN: list[tuple[dict[str, Any], str | None]] = [
 ]
 
 
-def test_what_multi_token_prediction_does_not_work_with(
-    check: Check, small_run: SmallRun
-) -> None:
+def test_what_multi_token_prediction_does_not_work_with(check: Check, small_run: SmallRun) -> None:
     always = {**SUPERPOSED, "mtp_num_layers": 1}
     runs = [small_run.with_(**{**always, **settings}) for settings, _ in MULTI_TOKEN]
     start = "--mtp-num-layers 1 does not work with "
     expected = [message and start + message for _, message in MULTI_TOKEN]
     # Before Megatron counts the depths of the pattern.
-    hybrid = {"num_layers": None, "hybrid_layer_pattern": "*-*-/*-", "context_parallel_size": 2}
+    hybrid: dict[str, Any] = {"num_layers": None, "hybrid_layer_pattern": "*-*-/*-"}
+    hybrid["context_parallel_size"] = 2
     runs.append(small_run.with_(**SUPERPOSED, **hybrid))
-    expected.append(r"--hybrid-layer-pattern \*-\*-/\*- does not work with --context-parallel-size 2")
+    expected.append(r"--hybrid-layer-pattern \*-\*-/\*- does not work with --context-parallel")
     assert_messages(check(runs), expected)
 
 

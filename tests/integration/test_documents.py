@@ -96,8 +96,10 @@ BALANCED = {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coef
         ("Llama, hybrid", {}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         ("Qwen3-MoE", {}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         ("Qwen3-MoE", BALANCED, {"micro_batch_size": 1}),
+        # Depths have fewer targets than positions, as many as documents in a micro-batch.
+        ("Llama, MTP 2", {"micro_batch_size": 1}, {"pipeline_model_parallel_size": 2}),
     ],
-    ids=["hybrid", "experts", "balanced experts"],
+    ids=["hybrid", "experts", "balanced experts", "multi-token"],
 )
 def test_other_models(
     launcher: Launcher,
@@ -116,10 +118,12 @@ def test_other_models(
     shutil.copytree(run.folder / "checkpoints", other.folder / "checkpoints")
     launcher.run(run.argv, run.log)
     launcher.run(other.argv, other.log, world_size=2)
-    expected, actual = run.scalars()["lm loss"], other.scalars()["lm loss"]
-    assert expected[FEW_STEPS] < expected[1]
-    assert sorted(actual) == list(range(2, FEW_STEPS + 1))
-    assert actual == pytest.approx({step: expected[step] for step in actual}, rel=1e-6)
+    losses = ["lm loss", *(["mtp_1 loss", "mtp_2 loss"] if "MTP" in model else [])]
+    for tag in losses:
+        expected, actual = run.scalars()[tag], other.scalars()[tag]
+        assert expected[FEW_STEPS] < expected[1]
+        assert sorted(actual) == list(range(2, FEW_STEPS + 1))
+        assert actual == pytest.approx({step: expected[step] for step in actual}, rel=1e-6), tag
 
 
 def test_padding_is_no_text(single: SmallRun) -> None:

@@ -44,6 +44,11 @@ ROUTES: dict[tuple[str, str], dict[str, str]] = {
         "phase 1": "EP 4, distributed optimizer",
         "switch": "TP 2 + SP, EP 2, distributed optimizer",
     },
+    ("Llama, MTP 2", "PP 2"): {
+        "phase 1": "TP 2 + SP",
+        "switch": "PP 2, interleaved",
+        "phase 2": "one process",
+    },
 }
 # As many as the layout with the most stages needs, of each run that saves.
 LAYERS = {
