@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _EXPERTS: dict[str, Any] = {
@@ -31,7 +31,6 @@ MODELS: dict[str, dict[str, Any]] = {
 """Of two layers, which is as many as two stages need."""
 _GPT = ("Llama", "Qwen3-MoE")
 _MOE = ("Qwen3-MoE", "Qwen3-MoE, hybrid")
-_MTP = ("Llama, MTP 2", "Qwen3-MoE, MTP", "Llama, hybrid, MTP")
 
 
 @dataclass(frozen=True)
@@ -85,20 +84,16 @@ _ALL_AND_TIED = (*_ALL, "Llama, tied embeddings")
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(1, {}, ()),
     "DP 2": Layout(2, {}),
-    "DP 2, distributed optimizer": Layout(
-        2, {**SHARDED_OPTIMIZER, **_OVERLAP}, (*_ALL, "Llama, MTP 2")
-    ),
+    "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, _ALL),
     "FSDP2 over 2": Layout(2, _FSDP2, _ALL),
-    "TP 2": Layout(2, _TP, ("Llama", "Llama, MTP 2")),
-    "TP 2 + SP": Layout(2, _SP, (*_ALL_AND_TIED, *_MTP)),
-    "PP 2": Layout(2, _PP, (*_ALL_AND_TIED, *_MTP)),
-    "PP 2, interleaved": Layout(2, _INTERLEAVED, (*_ALL_AND_TIED, "Llama, MTP 2")),
+    "TP 2": Layout(2, _TP, ("Llama",)),
+    "TP 2 + SP": Layout(2, _SP, _ALL_AND_TIED),
+    "PP 2": Layout(2, _PP, _ALL_AND_TIED),
+    "PP 2, interleaved": Layout(2, _INTERLEAVED, _ALL_AND_TIED),
     "CP 2": Layout(2, _CP, _ALL),
     "EP 2, allgather": Layout(2, {**_EP, "moe_token_dispatcher_type": "allgather"}, _MOE),
-    "EP 2, alltoall": Layout(2, _EP, (*_MOE, "Qwen3-MoE, MTP")),
-    "EP 2, overlapped": Layout(
-        2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE", "Qwen3-MoE, MTP"), ("bf16",)
-    ),
+    "EP 2, alltoall": Layout(2, _EP, _MOE),
+    "EP 2, overlapped": Layout(2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)),
     "TP 2 + SP, EP 2, ETP 1": Layout(
         2, {**_SP, **_EP, "expert_tensor_parallel_size": 1}, ("Qwen3-MoE",)
     ),
@@ -107,7 +102,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 + SP, FSDP2 over 2": Layout(4, {**_SP, **_FSDP2}),
     "CP 2, FSDP2 over 2": Layout(2, {**_CP, **_FSDP2}, ("Llama",)),
     "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
-    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, (*_ALL, "Llama, MTP 2")),
+    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
     "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
     "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}, ("Llama",)),
     "PP 2, CP 2": Layout(4, {**_PP, **_CP}, ("Llama",)),
@@ -131,6 +126,19 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "CP 2, EP 2": Layout(4, {**_CP, **_EP}, ("Qwen3-MoE",)),
 }
+
+# Several tokens or bags ahead, in the layouts that it might concern.
+_MULTI_TOKEN: dict[str, tuple[str, ...]] = {
+    "Llama, MTP 2": (
+        *("DP 2, distributed optimizer", "TP 2", "TP 2 + SP", "PP 2", "PP 2, interleaved"),
+        "TP 2 + SP, PP 2",
+    ),
+    "Qwen3-MoE, MTP": ("TP 2 + SP", "PP 2", "EP 2, alltoall", "EP 2, overlapped"),
+    "Llama, hybrid, MTP": ("TP 2 + SP", "PP 2"),
+}
+for _model, _names in _MULTI_TOKEN.items():
+    for _name in _names:
+        LAYOUTS[_name] = replace(LAYOUTS[_name], models=(*LAYOUTS[_name].models, _model))
 
 # What differs from the full variant in fp32 or bf16, for the layouts that it might concern.
 RECIPES: dict[str, dict[str, Any]] = {
