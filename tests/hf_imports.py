@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def measure() -> int:
     (source / "config.json").write_text(json.dumps(config))
     # Imports and Megatron's parser take memory of their own, once.
     import_from_huggingface(source, folder / "first")
-    peak = peak_bytes(lambda: import_from_huggingface(source, folder / "second"))
-    results.write_text(json.dumps(peak))
+    peaks = [
+        peak_bytes(partial(import_from_huggingface, source, folder / kind, kind=kind))
+        for kind in ("gpt", "hybrid")
+    ]
+    results.write_text(json.dumps(peaks))
     return 0

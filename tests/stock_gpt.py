@@ -14,7 +14,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import flatten_batch_for_packed_sequences
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -77,6 +81,8 @@ def main() -> int:
     """Trains as the command line says."""
     _datasets.is_distributed = True  # type: ignore[attr-defined]
     args = parse_and_validate_args(extra_args_provider=set_cpu_defaults)
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    # The second is Megatron's pretrain_hybrid.py.
+    make = hybrid_config_from_args if args.hybrid_layer_pattern else gpt_config_from_args
+    config = pretrain_cfg_container_from_args(args, make(args))
     pretrain(config, _datasets, ModelType.encoder_or_decoder, _forward_step)
     return 0

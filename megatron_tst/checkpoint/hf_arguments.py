@@ -16,7 +16,7 @@ from megatron_tst.checkpoint.hf_expert_arguments import (
     unsupported_experts,
 )
 from megatron_tst.checkpoint.hf_rope import rope_arguments, unsupported_rope
-from megatron_tst.checkpoint.hf_shapes import ModelShape
+from megatron_tst.checkpoint.hf_shapes import ModelShape, layer_pattern
 from megatron_tst.common.errors import UsageError
 
 _ANYTHING_ELSE = "Megatron computes something else, so that it cannot be imported"
@@ -153,10 +153,17 @@ def shape_from_config(config: Any, vocabulary_multiple: int) -> ModelShape:
     )
 
 
-def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
-    """Every argument of Megatron that the model needs, each with its value if it has one."""
+def megatron_arguments(config: Any, shape: ModelShape, hybrid: bool) -> list[list[str]]:
+    """Every argument of Megatron that the model needs, each with its value if it has one.
+
+    Args:
+        config: as :func:`read_config` gives it.
+        shape: its sizes.
+        hybrid: whether Megatron's model is a ``HybridModel``.
+    """
     values: dict[str, Any] = {
-        "num-layers": shape.layers,
+        "num-layers": None if hybrid else shape.layers,
+        "hybrid-layer-pattern": layer_pattern(shape) if hybrid else None,
         "hidden-size": shape.hidden,
         "ffn-hidden-size": config.intermediate_size,
         "num-attention-heads": shape.heads,
@@ -181,6 +188,9 @@ def megatron_arguments(config: Any, shape: ModelShape) -> list[list[str]]:
     }
     if shape.experts:
         values |= expert_arguments(config, shape)
+    if hybrid:
+        # The pattern says it.
+        values.pop("moe-layer-freq", None)
     return [
         [f"--{name}"] if value is True else [f"--{name}", str(value)]
         for name, value in values.items()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 from megatron_tst.evaluation.folder import check_model_folder
 
+ModelKind = Literal["auto", "hybrid", "gpt"]
+"""Megatron's model: HybridModel, GPTModel, or HybridModel where it computes the same."""
 RELEASE = "release"
 """What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""
 _OUTPUT_LAYER, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -47,6 +49,8 @@ _OUTPUT_LAYER, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _COMMON_BYTES = 40_000
 # Tables of sines and cosines, which early releases of transformers saved.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+# Megatron's HybridModel leaves the scaling of Llama 3.1 out.
+_ONLY_GPT = "rope_parameters of rope_type llama3"
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class ImportResult:
         shape: sizes of the model.
         parameters: number of weights read.
         arguments: of Megatron that a run of the model needs, each with its value.
+        hybrid: whether it is for a ``HybridModel``; for a ``GPTModel`` otherwise.
     """
 
     shape: ModelShape
     parameters: int
     arguments: tuple[tuple[str, ...], ...]
+    hybrid: bool
 
 
 def import_from_huggingface(
@@ -71,6 +77,7 @@ def import_from_huggingface(
     vocabulary_multiple: int = 1,
     overwrite: bool = False,
     on_progress: CountCallback = no_progress,
+    kind: ModelKind = "auto",
 ) -> ImportResult:
     """Imports a model as a torch_dist checkpoint that Megatron loads at any parallel layout.
 
@@ -86,6 +93,7 @@ def import_from_huggingface(
             zeros, as Megatron fills rows when it loads into a larger vocabulary.
         overwrite: whether an existing ``output`` is replaced.
         on_progress: called with the parts of the model that are read, and their number.
+        kind: of Megatron's model that the checkpoint is for.
 
     Raises:
         UsageError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
@@ -98,15 +106,16 @@ def import_from_huggingface(
     folder = check_model_folder(model, needs_tokenizer=False)
     config = read_config(folder.config, named)
     shape = shape_from_config(config, vocabulary_multiple)
-    slices = _slices(shape)
+    hybrid = _is_hybrid(kind, config, named)
+    slices = _slices(shape, hybrid)
     weights = split_fused_experts(stored_weights([model / name for name in folder.weights]), shape)
     _check_weights(shape, slices, weights, named)
     chunks = _plan_chunks(slices, weights, dtype, named)
     shapes = stored_shapes(slices)
-    states = _module_states(slices, shapes)
+    states = _module_states(slices, shapes, hybrid)
     check_disk(output, checkpoint_bytes(chunks, len(states)) + _COMMON_BYTES)
 
-    arguments = megatron_arguments(config, shape)
+    arguments = megatron_arguments(config, shape, hybrid)
     if folder.has_tokenizer:
         tokenizer = str(model.resolve())
         arguments += [
@@ -128,6 +137,7 @@ def import_from_huggingface(
         shape=shape,
         parameters=sum(weights[name].elements for name in used),
         arguments=tuple(tuple(argument) for argument in arguments),
+        hybrid=hybrid,
     )
 
 
@@ -137,6 +147,9 @@ def _common_state(arguments: Sequence[Sequence[str]]) -> dict[str, Any]:
     args = parse_arguments([*words, "--no-save-optim", "--no-save-rng"])
     # A plain string: checkpoints hold no class of torch.
     args.tst_torch_version = str(torch.__version__)
+    if args.hybrid_layer_pattern:
+        # As Megatron's validation has it, and compares it.
+        args.num_layers = len(args.hybrid_layer_pattern)
     return {
         "args": args,
         # The order of queries, keys and values since Megatron-LM 2.
@@ -152,21 +165,30 @@ def _not_an_import(output: Path) -> str | None:
     return "holds something else than an imported model"
 
 
-def _slices(shape: ModelShape) -> list[MegatronSlice]:
+def _is_hybrid(kind: ModelKind, config: Any, named: str) -> bool:
+    is_scaled = config.rope_parameters["rope_type"] == "llama3"
+    if kind == "hybrid" and is_scaled:
+        raise UsageError(
+            f"{named} has {_ONLY_GPT}, which Megatron's HybridModel leaves out: pass --model-kind "
+            "gpt."
+        )
+    return kind == "hybrid" or (kind == "auto" and not is_scaled)
+
+
+def _slices(shape: ModelShape, hybrid: bool) -> list[MegatronSlice]:
     """The parts of the model; the norm before experts under both names that Megatron has for it."""
+    # HybridModel has one of them, and GPTModel numbers the layers where they are of two kinds.
+    is_stacked = not (hybrid or shape.dense_layers)
     parts = {
         (part.key, part.index): part
-        for fused_norm in (True, False)
-        # Megatron numbers the layers where they are of two kinds.
-        for part in weight_slices(
-            shape, KeyLayout(stacked=not shape.dense_layers, fused_norm=fused_norm)
-        )
+        for fused_norm in ((False,) if hybrid else (True, False))
+        for part in weight_slices(shape, KeyLayout(hybrid, is_stacked, fused_norm))
     }
     return list(parts.values())
 
 
 def _module_states(
-    slices: Sequence[MegatronSlice], shapes: Mapping[str, Sequence[int]]
+    slices: Sequence[MegatronSlice], shapes: Mapping[str, Sequence[int]], hybrid: bool
 ) -> dict[str, Tensor]:
     """What Megatron's linear layers save besides their weights, by key.
 
@@ -174,7 +196,9 @@ def _module_states(
     Transformer Engine the state of fp8, for the absence of which an empty tensor stands. The latter
     have it in norms and attention too; what no module asks for does no harm.
     """
-    states = {}
+    empty = torch.empty(0, dtype=torch.uint8)
+    # Of the layer outside the decoder that HybridModel saves it for, tied or not.
+    states = {"output_layer._extra_state/shard_0_1": empty} if hybrid else {}
     for part in slices:
         module = part.key.removesuffix(".weight")
         if module == part.key or not module.startswith("decoder."):
@@ -183,9 +207,7 @@ def _module_states(
         place = ".".join(map(str, part.index or (0,)))
         places = ".".join(map(str, shapes[part.key][:stacks] or (1,)))
         for name in {module, module.replace("linear_qkv", "core_attention")}:
-            states[f"{name}._extra_state/shard_{place}_{places}"] = torch.empty(
-                0, dtype=torch.uint8
-            )
+            states[f"{name}._extra_state/shard_{place}_{places}"] = empty
     return states
 
 

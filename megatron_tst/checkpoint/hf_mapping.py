@@ -23,8 +23,8 @@ _LAYERS = "decoder.layers."
 _QKV = "self_attention.linear_qkv.weight"
 # The second norm of a layer goes by the name that Transformer Engine has where it fuses norm and
 # linear layer. Experts take a norm of its own there; Megatron's local modules keep the name.
-_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
-_SEPARATE_NORM = "pre_mlp_layernorm.weight"
+FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
+SEPARATE_NORM = "pre_mlp_layernorm.weight"
 _EXPERT_BIAS = "mlp.router.expert_bias"
 
 
@@ -54,7 +54,7 @@ def find_layout(keys: Collection[str]) -> KeyLayout:
     return KeyLayout(
         hybrid="decoder.final_norm.weight" in keys and not stacked,
         stacked=stacked,
-        fused_norm=not any(key.endswith(_SEPARATE_NORM) for key in keys),
+        fused_norm=not any(key.endswith(SEPARATE_NORM) for key in keys),
     )
 
 
@@ -158,7 +158,7 @@ def check_stored_shapes(
         and key not in expected
         and not key.endswith("._extra_state")
         # Written under both names, the norm before the experts suits both kinds of modules.
-        and not (shape.experts and key.endswith(_FUSED_NORM))
+        and not (shape.experts and key.endswith(FUSED_NORM))
     )
     if unknown:
         raise UsageError(
@@ -267,7 +267,7 @@ def _mlp_rules(shape: ModelShape, layout: KeyLayout, layer: int) -> list[_Rule]:
     expert = bool(shape.experts) and layer not in shape.dense_layers
     ffn = shape.dense_ffn if shape.experts and not expert else shape.ffn
     fused = layout.fused_norm or not expert
-    norm = _Rule(_FUSED_NORM if fused else _SEPARATE_NORM, ("post_attention_layernorm",), (hidden,))
+    norm = _Rule(FUSED_NORM if fused else SEPARATE_NORM, ("post_attention_layernorm",), (hidden,))
     prefix = "mlp.experts.experts" if expert else "mlp"
     gate_and_up, down = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
     fc1 = f"{prefix}.linear_fc1.weight", gate_and_up, (2 * ffn, hidden), _GATE_AND_UP, expert

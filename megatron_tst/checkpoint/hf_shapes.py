@@ -128,6 +128,12 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
     )
 
 
+def layer_pattern(shape: ModelShape) -> str:
+    """The ``--hybrid-layer-pattern`` of a model: attention, and an MLP or experts, a layer."""
+    is_dense = [not shape.experts or layer in shape.dense_layers for layer in range(shape.layers)]
+    return "".join("*-" if dense else "*E" for dense in is_dense)
+
+
 def _pattern(args: Namespace) -> str:
     """Layers of a HybridModel, empty for a GPTModel.
 

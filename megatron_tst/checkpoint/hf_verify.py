@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tst.checkpoint.hf_mapping import FUSED_NORM, SEPARATE_NORM
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 
@@ -25,8 +26,6 @@ LOGIT_TOLERANCE = 1e-3
 
 # Few, because of experts: rarely, two are so close that the models choose different ones.
 _PROMPTS, _LONGEST_PROMPT = 2, 32
-_FUSED_NORM = "mlp.linear_fc1.layer_norm_weight"
-_SEPARATE_NORM = "pre_mlp_layernorm.weight"
 
 # How the run computed, as opposed to what: not needed in one process on a CPU, or not possible.
 _ONE_PROCESS_IN_FP32: dict[str, Any] = {
@@ -183,7 +182,7 @@ def _fill(model: Any, source: TorchDistCheckpoint, dtype: torch.dtype) -> None:
         key = part.key
         if key not in stored:
             # The local modules of GPTModel name the norm before experts as if it were fused.
-            key = key.replace(_FUSED_NORM, _SEPARATE_NORM)
+            key = key.replace(FUSED_NORM, SEPARATE_NORM)
         weight = source.read_chunk(key, part.global_offset, part.local_shape, part.prepend_axis_num)
         with torch.no_grad():
             # The bias of a router stays in fp32 on both sides.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -38,8 +39,7 @@ from megatron_tst.checkpoint.torch_dist_index import FORMAT_FILE
 # What torch.save adds to the data of a tensor, or takes for a small object, and what the index
 # says about it; measured.
 _OVERHEAD = 2_000
-# Beyond it another file begins: torch holds on to the last tensor of every key, such as the
-# embedding, until a file is complete.
+# Beyond it another file begins.
 _FILE_BYTES = 1_000_000_000
 
 
@@ -95,7 +95,7 @@ def write_checkpoint(
 ) -> None:
     """Writes the folder of one iteration.
 
-    Memory: what loading the largest chunk takes, and the last chunk of every key of a file.
+    Memory: the largest chunk, and what loading it takes.
 
     Args:
         folder: to create.
@@ -139,6 +139,8 @@ class _Source(DefaultSavePlanner):
         self._advance = advance
         self._chunks = {(chunk.key, chunk.box.offsets): chunk for chunk in chunks}
         self._objects = objects
+        # One for all: torch holds on to the last tensor of every key until a file is complete.
+        self._buffer = mmap.mmap(-1, max([1, *(chunk.bytes for chunk in chunks)]))
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
@@ -155,4 +157,5 @@ class _Source(DefaultSavePlanner):
         tensor = chunk.load()
         assert tensor.shape == chunk.size
         self._advance()
-        return tensor.to(chunk.dtype).view(chunk.box.sizes)
+        written = torch.frombuffer(self._buffer, dtype=chunk.dtype, count=tensor.numel())
+        return written.view(tensor.shape).copy_(tensor).view(chunk.box.sizes)

@@ -11,7 +11,7 @@ from typing import get_args
 from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName
-from megatron_tst.checkpoint.hf_import import ImportResult, import_from_huggingface
+from megatron_tst.checkpoint.hf_import import ImportResult, ModelKind, import_from_huggingface
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             vocabulary_multiple=options.pad_vocab_to_multiple_of,
             overwrite=options.overwrite,
             on_progress=display.counting("Importing", "parts"),
+            kind=options.model_kind,
         )
     _print(result, options.model, options.output)
     return 0
@@ -40,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, required=True, help="folder with config.json and safetensors")
     add("--output", type=Path, required=True, help="folder to write, for --load")
     add("--dtype", choices=get_args(DtypeName), help="of the weights (default: as in --model)")
+    add(
+        "--model-kind",
+        choices=get_args(ModelKind),
+        default="auto",
+        help="HybridModel or GPTModel, which Megatron has deprecated (default: hybrid, but gpt for "
+        "the scaled RoPE of Llama 3.1, which HybridModel leaves out)",
+    )
     add(
         "--pad-vocab-to-multiple-of",
         type=int,
@@ -57,7 +65,8 @@ def _print(result: ImportResult, model: Path, output: Path) -> None:
     shape = result.shape
     print(
         f"# {model}: {shape.architecture}, {result.parameters:,} parameters, vocabulary "
-        f"{shape.vocabulary:,} in {shape.padded_vocabulary:,} rows"
+        f"{shape.vocabulary:,} in {shape.padded_vocabulary:,} rows, for Megatron's "
+        f"{'HybridModel' if result.hybrid else 'GPTModel'}"
     )
     print("# Training starts at step 0 from these weights:")
     print("MODEL_ARGS=(")

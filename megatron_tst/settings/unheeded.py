@@ -59,6 +59,10 @@ def _anywhere(args: argparse.Namespace) -> Iterator[str]:
             args.qk_l2_norm and args.multi_latent_attention,
             "Megatron has no such layer (--qk-layernorm is heeded)",
         ),
+        f"--use-rope-scaling with --hybrid-layer-pattern {args.hybrid_layer_pattern}": (
+            args.use_rope_scaling and args.hybrid_layer_pattern,
+            "Megatron's HybridModel does not scale positions (GPTModel, by --num-layers, does)",
+        ),
         f"--multi-latent-attention with --hybrid-layer-pattern {args.hybrid_layer_pattern}": (
             args.multi_latent_attention and "*" in (args.hybrid_layer_pattern or ""),
             "layers marked * have the usual attention (+ is latent attention)",

@@ -31,6 +31,7 @@ from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.failures import one_line
+from megatron_tst.training.gpt_to_hybrid import prepare_start, prepare_translation
 from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
 from megatron_tst.training.resume_model import refuse_other_model
 from megatron_tst.training.resume_schedule import refuse_other_learning_rate
@@ -78,7 +79,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     """
     folder = checkpoint_to_load(args)
     if folder is None or args.finetune:
-        _check_index_of_weights(args, folder)
+        _check_start(args, folder)
         return 0
     steps_done = 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
     if not _is_distributed(folder):
@@ -91,6 +92,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         return steps_done
     saved_args = _saved_arguments(folder)
     _warn_of_newer_torch(args, saved_args, folder)
+    prepare_translation(args, saved_args, folder, f"--load {args.load}")
     if folder.name == RELEASE or args.skip_train:
         return steps_done
     refuse_other_model(args, saved_args)
@@ -118,12 +120,21 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     return steps_done
 
 
-def _check_index_of_weights(args: Namespace, folder: Path | None) -> None:
+def _check_start(args: Namespace, folder: Path | None) -> None:
+    """Looks at a checkpoint of which a new run takes the weights."""
+    named = f"--load {args.load}"
+    if folder is None and (start := getattr(args, "pretrained_checkpoint", None)):
+        named, tracker = f"--pretrained-checkpoint {start}", Path(start) / _TRACKER
+        # Megatron says what is wrong with one that it cannot find.
+        folder = tracker.parent / _read_tracker(tracker) if tracker.is_file() else None
+    if folder is not None and folder.is_dir() and _is_distributed(folder):
+        _check_index_of_weights(folder)
+        prepare_start(args, _saved_arguments(folder), folder, named)
+
+
+def _check_index_of_weights(folder: Path) -> None:
     """Refuses weights for a new run that this torch cannot read."""
-    if folder is None and args.pretrained_checkpoint is not None:
-        weights = {**vars(args), "load": args.pretrained_checkpoint}
-        folder = checkpoint_to_load(Namespace(**weights))
-    if folder is None or not (folder / INDEX_FILE).is_file():
+    if not (folder / INDEX_FILE).is_file():
         return
     try:
         FileSystemReader(str(folder)).read_metadata()

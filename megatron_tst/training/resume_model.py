@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.multi_token import depths
+from megatron_tst.training.gpt_to_hybrid import is_translated
 
 _MODEL = (
     "num_layers",
@@ -54,12 +55,15 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
         UsageError: naming the argument, both values and the remedy.
     """
     args = Namespace(**{**vars(args), "mtp_num_layers": depths(args) or None})
-    # Megatron loads a GPT model into a hybrid one, whose layers are counted otherwise.
-    if bool(getattr(saved, "hybrid_layer_pattern", None)) == bool(args.hybrid_layer_pattern):
-        names = [name for name in _MODEL if getattr(args, name) is not None or name in _MAY_BE_NONE]
-        if args.group_query_attention:
-            names.append("num_query_groups")
-        _refuse(args, saved, names, "the weights do not fit", "--load and --save of another run")
+    # A HybridModel counts attention and MLP as a layer each.
+    skipped = {"num_layers"} if is_translated(args, saved) else set()
+    given = {name for name in _MODEL if getattr(args, name) is not None or name in _MAY_BE_NONE}
+    names = [name for name in _MODEL if name in given - skipped]
+    if args.group_query_attention:
+        names.append("num_query_groups")
+    if args.hybrid_layer_pattern and not skipped:
+        _refuse_other_layers(args, saved.hybrid_layer_pattern)
+    _refuse(args, saved, names, "the weights do not fit", "--load and --save of another run")
     names = [*_POSITIONS]
     names += _LLAMA3 if args.use_rope_scaling else ()
     names += _YARN if args.position_embedding_type == "yarn" else ()
@@ -68,6 +72,16 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
     if not (args.no_load_optim or args.skip_train):
         reason = "the state of the optimizer is that of the checkpoint"
         _refuse(args, saved, _OPTIMIZER, reason, "--no-load-optim")
+
+
+def _refuse_other_layers(args: Namespace, was: str) -> None:
+    # Pipes part pipeline stages, of which there may be other numbers.
+    if was.replace("|", "") != args.hybrid_layer_pattern.replace("|", ""):
+        raise UsageError(
+            f"--load {args.load} was saved with --hybrid-layer-pattern {was}, and this command has "
+            f"{args.hybrid_layer_pattern}: the weights do not fit. Keep the layers, or pass --load "
+            "and --save of another run."
+        )
 
 
 def _refuse(

@@ -128,6 +128,10 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         ]
     ),
     (
+        {"hybrid_layer_pattern": "*-", "use_rope_scaling": True},
+        r"--use-rope-scaling with --hybrid-layer-pattern \*- does not work: .*GPTModel",
+    ),
+    (
         {"hybrid_layer_pattern": "*-", "multi_latent_attention": True},
         r"--multi-latent-attention with --hybrid-layer-pattern \*- does not work: .*\(\+ is latent",
     ),

@@ -126,11 +126,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("hybrid", [True, False], ids=["HybridModel", "GPTModel"])
 @pytest.mark.parametrize("family", IMPORTED)
-def test_families_that_are_imported(family: str) -> None:
+def test_families_that_are_imported(family: str, hybrid: bool) -> None:
     content, expected = IMPORTED[family]
     config = read_config({**SIZES, "max_position_embeddings": 131072, **content}, family)
-    arguments = megatron_arguments(config, shape_from_config(config, 1))
+    arguments = megatron_arguments(config, shape_from_config(config, 1), hybrid)
     assert f" {expected} " in " " + " ".join(" ".join(one) for one in arguments) + " "
 
 
