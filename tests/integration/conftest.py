@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.synthetic_checkpoint import save_tokenizer
+from tests import shipped_script
 from tests.hf_models import KINDS, save_model
 from tests.llama_checkpoints import (
     ITERATION,
@@ -48,6 +49,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_run(corpus: Path, tmp_path: Path) -> SmallRun:
     return SmallRun(corpus, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def one_node_run(
+    launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SmallRun:
+    """The run of tests.shipped_script, not interrupted."""
+
+    def make(folder: Path) -> None:
+        shipped_script.run_on_one_node(launcher, SmallRun(corpus, folder))
+
+    return SmallRun(corpus, made_once(tmp_path_factory, "one-node", make))
 
 
 @pytest.fixture

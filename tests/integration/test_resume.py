@@ -16,7 +16,7 @@ from megatron_tst.checkpoint.torch_dist_index import read_index
 from tests.corpus import write_corpus
 from tests.integration.layouts import arguments_of
 from tests.newer_torch import NEWER, record_torch, write_as_newer_torch
-from tests.runs import Check, SmallRun, assert_bit_equal
+from tests.runs import Check, SmallRun, assert_bit_equal, assert_faultless
 from tests.survival import (
     BAG_SIZE,
     BATCH,
@@ -214,6 +214,13 @@ def test_damaged_checkpoints(check: Check, trained: SmallRun, tmp_path: Path) ->
         assert message is not None
         assert re.match(expected, message), message
     assert messages[len(runs) :] == [None] * len(runs)
+
+
+def test_each_checkpoint_of_the_shipped_script_can_be_read(one_node_run: SmallRun) -> None:
+    """From the second one on, Megatron writes the plans of the save before into the index."""
+    folders = sorted((one_node_run.folder / "checkpoints").glob("iter_*"))
+    assert len(folders) == 6
+    assert_faultless(*folders)
 
 
 def test_the_checkpoint_of_a_newer_torch_is_not_called_damaged(

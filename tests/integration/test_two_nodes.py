@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -17,26 +15,21 @@ import psutil
 import pytest
 
 from tests.network_namespaces import INTERFACE, NETWORK, Cluster, Node, cluster, why_unavailable
-from tests.runs import SmallRun, assert_bit_equal
+from tests.runs import SmallRun
+from tests.shipped_script import (
+    SAVE_INTERVAL,
+    SCRIPT,
+    SWITCH,
+    TINY,
+    TOTAL,
+    assert_same_run,
+    variables,
+)
 from tests.survival import last_checkpoint
-from tests.zygote import Launcher
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples/pretrain/pretrain_gpt_270m.sh"
-TOTAL, SWITCH, SAVE_INTERVAL = 24, 12, 4
 TIMEOUT = 10
-# The published model is too large for a CPU; what is not named here is the script's own, such as
-# the distributed optimizer, its overlaps and the saves in the background.
-TINY = shlex.split(
-    f"""
-    --transformer-impl local --num-layers 2 --hidden-size 32 --ffn-hidden-size 64
-    --num-attention-heads 4 --kv-channels 8 --make-vocab-size-divisible-by 1
-    --seq-length 32 --max-position-embeddings 32 --global-batch-size 4 --split 90,10,0
-    --lr 3e-3 --lr-warmup-iters 2 --tst-bag-size 4 --tst-step-ratio {SWITCH / TOTAL}
-    --num-workers 0 --eval-iters 0 --log-interval 1
-    --distributed-timeout-seconds-after-init {TIMEOUT}
-    """
-)
+ARGUMENTS = [*TINY, "--distributed-timeout-seconds-after-init", str(TIMEOUT)]
 
 
 @pytest.fixture
@@ -117,25 +110,6 @@ def test_nodes_end_with_their_processes(two_nodes: Cluster, tmp_path: Path) -> N
         time.sleep(0.02)
 
 
-def variables(run: SmallRun) -> dict[str, str]:
-    """What the script is told by its environment, on any number of nodes."""
-    return {
-        **os.environ,
-        "CUDA_GRAPHS": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "DATA_PATH": str(run.corpus),
-        "TOKENIZER": f"{run.corpus}-tokenizer",
-        "OUTPUT_DIR": str(run.folder),
-        "PRECISION": "bf16",
-        "TRAIN_STEPS": str(TOTAL),
-        "SAVE_INTERVAL": str(SAVE_INTERVAL),
-        "MICRO_BATCH_SIZE": "2",
-        "NUM_QUERY_GROUPS": "2",
-    }
-
-
 def launch(made: Cluster, run: SmallRun) -> list[subprocess.Popen[bytes]]:
     """Starts the script on each node, one rank a node."""
     shared = {
@@ -146,7 +120,7 @@ def launch(made: Cluster, run: SmallRun) -> list[subprocess.Popen[bytes]]:
     }
     return [
         node.start(
-            [str(SCRIPT), *TINY],
+            [str(SCRIPT), *ARGUMENTS],
             run.folder / f"{node.name}.txt",
             {**variables(run), **shared, "NODE_RANK": str(rank)},
         )
@@ -170,34 +144,6 @@ def wait(
         raise TimeoutError(tails) from None
 
 
-@pytest.fixture(scope="module")
-def reference(
-    launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> SmallRun:
-    """The same command with both ranks on one node, not interrupted."""
-    run = SmallRun(corpus, tmp_path_factory.mktemp("one-node"))
-    printed = subprocess.run(
-        [str(SCRIPT), *TINY],
-        env={**variables(run), "DRY_RUN": "1", "GPUS_PER_NODE": "2"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    command = shlex.split(printed.stdout)
-    argv = command[command.index("megatron_tst.pretrain") + 1 :]
-    launcher.run(argv, run.log, world_size=2)
-    return run
-
-
-def assert_same_run(run: SmallRun, reference: SmallRun) -> None:
-    """Each loss and gradient norm to the bit, and all weights and moments at the end."""
-    found, expected = run.scalars(), reference.scalars()
-    for tag in ("lm loss", "grad-norm"):
-        assert found[tag] == expected[tag]
-        assert list(found[tag]) == list(range(1, TOTAL + 1))
-    assert_bit_equal(run.checkpoint(TOTAL), reference.checkpoint(TOTAL))
-
-
 def launch_until_a_checkpoint(two_nodes: Cluster, run: SmallRun) -> list[subprocess.Popen[bytes]]:
     jobs = launch(two_nodes, run)
     tracker = run.folder / "checkpoints/latest_checkpointed_iteration.txt"
@@ -211,10 +157,10 @@ def launch_until_a_checkpoint(two_nodes: Cluster, run: SmallRun) -> list[subproc
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_does_though_one_is_cut_off(
-    two_nodes: Cluster, reference: SmallRun, tmp_path: Path
+    two_nodes: Cluster, one_node_run: SmallRun, tmp_path: Path
 ) -> None:
     """What was trained before and after it is, to the bit, the run of one node."""
-    run = SmallRun(reference.corpus, tmp_path)
+    run = SmallRun(one_node_run.corpus, tmp_path)
     jobs = launch_until_a_checkpoint(two_nodes, run)
     two_nodes.cut_off(1)
     cut = time.monotonic()
@@ -243,7 +189,7 @@ def test_two_nodes_train_as_one_does_though_one_is_cut_off(
     whole = ["superposition"] * SWITCH + ["recovery"] * (TOTAL - SWITCH)
     assert phases[saved - TOTAL :] == whole[saved:]
     assert phases[: saved - TOTAL] == whole[: len(phases) + saved - TOTAL]
-    assert_same_run(run, reference)
+    assert_same_run(run, one_node_run)
     # In each step a node sends the other half of its gradients in fp32 and its own half of the
     # weights in bf16: less would mean that they took another way.
     parameters = run.description()["parameters"]
