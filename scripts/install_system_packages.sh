@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs by apt what the tests need of the system and do without elsewhere: a browser for the
-# report, and the tools that make networks for two nodes. Does nothing where both are there.
+# report, the tools that make networks for nodes, and Slurm. Does nothing where all are there.
 set -euo pipefail
 
 say() { echo "system packages: $*"; }
@@ -13,6 +13,10 @@ done
 [[ $browser != none ]] || packages+=(chromium)
 has ip || packages+=(iproute2)
 has nsenter || packages+=(util-linux)
+has slurmctld || packages+=(slurmctld)
+has slurmd || packages+=(slurmd)
+has sbatch || packages+=(slurm-client)
+has munged || packages+=(munge)
 [[ ${packages[*]} ]] || exit 0
 
 if ! has apt-get || [[ $(id -u) != 0 ]]; then

@@ -64,25 +64,22 @@ class Node:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*self._enter, *command], stdout=output, stderr=output, env=environment
+                self.inside(command), stdout=output, stderr=output, env=environment
             )
 
     def run(self, *command: str) -> str:
         """Runs a command and returns what it prints."""
         done = subprocess.run(
-            [*self._enter, *command],
-            env=_ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=60,
+            self.inside(command), env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True, timeout=60
         )
         assert done.returncode == 0, command
         return done.stdout
 
-    @property
-    def _enter(self) -> list[str]:
+    def inside(self, command: Sequence[str]) -> list[str]:
+        """The command that runs a command in the node."""
         # The folder is named because entering namespaces of mounts leaves it.
-        return ["nsenter", "--target", str(self.first_process), "--all", f"--wd={Path.cwd()}"]
+        enter = ["nsenter", "--target", str(self.first_process), "--all", f"--wd={Path.cwd()}"]
+        return [*enter, *command]
 
 
 @dataclass
