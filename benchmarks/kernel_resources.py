@@ -42,6 +42,7 @@ class Specialisation:
     constants: dict[str, Any]
     aligned: frozenset[str]
     num_warps: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def specialisations(
         for padded_bag in sorted({next_power_of_2(s) for s in bag_sizes}):
             for vocabulary in vocabularies:
                 yield from _cross_entropy(dtype, padded_bag, vocabulary)
+            yield _whole_rows(dtype, padded_bag)
+        yield _rescale(dtype)
         for masked in (False, True):
             for s in bag_sizes:
                 yield _bag_mean(dtype, s, masked)
@@ -101,7 +104,10 @@ def compile_for(specialisation: Specialisation, capability: int) -> tuple[Resour
             compiled = triton.compile(
                 source,
                 target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": specialisation.num_warps},
+                options={
+                    "num_warps": specialisation.num_warps,
+                    "maxnreg": specialisation.max_registers,
+                },
             )
     report = log.getvalue()
     resources = Resources(
@@ -158,6 +164,40 @@ def _cross_entropy(
         {"block": depth * threads * width, "padded_bag": padded_bag},
         divisible,
         num_warps,
+    )
+
+
+def _whole_rows(dtype: torch.dtype, padded_bag: int) -> Specialisation:
+    from megatron_tst.ops.kernels import whole_rows as kernels
+
+    vocabulary = kernels._ROW_BYTES // dtype.itemsize
+    depth, width, num_warps = kernels.row_shape(vocabulary, dtype)
+    arguments = {"logits": f"*{_TYPE_NAMES[dtype]}", "columns": "*i64", "coefficients": "*fp32"}
+    arguments |= dict.fromkeys(("scale", "maximum", "sums", "target_logits"), "*fp32")
+    arguments |= {"s": "i32", "row_stride": "i32"}
+    constants = {"v": vocabulary, "depth": depth, "threads": 32 * num_warps, "width": width}
+    return _specialise(
+        kernels._replace_kernel,
+        f"{_TYPE_NAMES[dtype]} s<={padded_bag} v={vocabulary}",
+        arguments,
+        {**constants, "padded_bag": padded_bag, "compiled": True},
+        {"row_stride"},
+        num_warps,
+        kernels._MAX_REGISTERS,
+    )
+
+
+def _rescale(dtype: torch.dtype) -> Specialisation:
+    from megatron_tst.ops.kernels import whole_rows as kernels
+
+    arguments = {"gradient": f"*{_TYPE_NAMES[dtype]}", "expected": "*fp32", "scale": "*fp32"}
+    return _specialise(
+        kernels._rescale_kernel,
+        _TYPE_NAMES[dtype],
+        arguments | {"v": "i32", "row_stride": "i32"},
+        {"block": kernels._RESCALE_BLOCK},
+        {"v", "row_stride"},
+        8,
     )
 
 
@@ -221,11 +261,12 @@ def _specialise(
     constants: dict[str, Any],
     divisible: set[str],
     num_warps: int,
+    max_registers: int | None = None,
 ) -> Specialisation:
     """Tensors start at multiples of 16 bytes, as those that torch allocates do."""
     pointers = {name for name, kind in arguments.items() if kind.startswith("*")}
     aligned = frozenset(pointers | (divisible & arguments.keys()))
-    return Specialisation(kernel, label, arguments, constants, aligned, num_warps)
+    return Specialisation(kernel, label, arguments, constants, aligned, num_warps, max_registers)
 
 
 def print_table(rows: Sequence[Resources]) -> None:

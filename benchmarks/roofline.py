@@ -19,6 +19,8 @@ from pathlib import Path
 BF16, FP32, INT64, SECTOR = 2, 4, 8, 32
 # Logits of a block of the linear loss on a GPU.
 BLOCK_ELEMENTS = 1 << 27
+# Columns that a program of the loss can hold.
+LARGEST_ROW = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def loss_costs(n: int, v: int, s: int) -> dict[str, Cost]:
         "Triton": Cost(read_twice_and_write + targets, extra_bytes=BF16 * logits),
         "Triton, in place": Cost(read_twice_and_write + targets),
     }
+    if v <= LARGEST_ROW:
+        # The backward reads what it expects and what it gets for each position.
+        costs["Triton, one read"] = Cost(2 * BF16 * logits + 1.5 * targets + 2 * n * FP32)
     # One float32 copy. A target: log-softmax (reads twice, writes), a dense gradient of the
     # negative log-likelihood (writes), that of log-softmax (reads both, one of them twice, writes)
     # and, from the second target on, an addition of gradients (reads two, writes).

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.roofline import BF16, Cost, Model, embedding_costs, head_costs, loss_costs
+from benchmarks.roofline import (
+    BF16,
+    LARGEST_ROW,
+    Cost,
+    Model,
+    embedding_costs,
+    head_costs,
+    loss_costs,
+)
 from megatron_tst.ops import linear_cross_entropy
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.ops.embedding import bag_embedding
@@ -61,6 +69,23 @@ def loss_contestants(n: int, v: int, s: int, device: str) -> Contestants:
         yield from other_losses(leaf, targets.squeeze(-1), grad)
     # Last, because it leaves gradients where the logits were.
     yield "Triton, in place", lambda: triton(logits.detach())
+
+
+def one_read_contestants(n: int, v: int, s: int, device: str) -> Contestants:
+    """The loss of rows that a program can hold: the gradient left by the forward, or by two."""
+    from megatron_tst.ops.kernels.whole_rows import replace_by_gradient, rescale
+
+    logits = torch.randn(n, v, device=device, dtype=torch.bfloat16)
+    targets = torch.randint(0, v, (n, s), device=device)
+    shares, grad = torch.full((n, s), 1 / s, device=device), torch.full((n,), 1 / n, device=device)
+
+    def one_read() -> None:
+        replace_by_gradient(logits, targets, shares, grad)
+        rescale(logits, grad, grad)
+
+    contestants = dict(loss_contestants(n, v, s, device))
+    yield "Triton, in place", contestants["Triton, in place"]
+    yield "Triton, one read", one_read
 
 
 def other_losses(logits: Tensor, targets: Tensor, grad: Tensor) -> Contestants:
@@ -237,4 +262,7 @@ def operations(
         }
         costs = {**loss_costs(n, v, bag), **halves}
         yield "loss", bag, loss_contestants(n, v, bag, device), costs
+    row = LARGEST_ROW if v > LARGEST_ROW else 256
+    contestants = one_read_contestants(n, row, s, device)
+    yield f"loss, {row} columns", s, contestants, loss_costs(n, row, s)
     yield "embedding", s, embedding_contestants(n, v, s, h, device), embedding_costs(n, v, s, h)

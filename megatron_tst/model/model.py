@@ -41,10 +41,16 @@ class SuperpositionModel(LanguageModule):
         *args: passed to the model of upstream.
         superposition: settings of phase 1; its ``loss_impl`` is that of all phases.
         **kwargs: passed to the model of upstream.
+
+    Attributes:
+        offset_loss_meter: collects the losses by offset in the bag; None where nobody wants them.
+        expected_gradient: one number, the gradient that the backward will bring for each loss of
+            the next forward that counts; None where it is not known.
     """
 
     superposition: SuperpositionConfig
     offset_loss_meter: OffsetLossMeter | None = None
+    expected_gradient: Tensor | None = None
     _weights: Tensor | None = None
 
     def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
@@ -64,7 +70,8 @@ class SuperpositionModel(LanguageModule):
             labels: next tokens, [b, l], or next bags, [b, l, s]; int64, -100 where a target of a
                 bag does not count.
             logits: [l, b, v], local to a tensor-parallel rank. With ``linear`` the hidden states
-                that they would be made from. The backward pass overwrites those of bags.
+                that they would be made from. The backward pass overwrites them, or the forward
+                where the gradient is known, unless the loss is Megatron's.
 
         Returns:
             [b, l], float32.
@@ -97,6 +104,7 @@ class SuperpositionModel(LanguageModule):
             "tp_group": self.tp_group,
             "reuse_logits": True,
             "implementation": self.superposition.implementation,
+            "expected_gradient": self.expected_gradient,
         }
         if self.offset_loss_meter is None:
             return multi_hot_cross_entropy(logits, targets, weights, **settings)

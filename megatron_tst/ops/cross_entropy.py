@@ -17,7 +17,11 @@ from megatron_tst.ops.targets import (
     validate_targets,
 )
 from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
-from megatron_tst.ops.triton_cross_entropy import TritonMultiHotCrossEntropy
+from megatron_tst.ops.triton_cross_entropy import (
+    OneReadMultiHotCrossEntropy,
+    TritonMultiHotCrossEntropy,
+    reads_once,
+)
 
 
 def multi_hot_cross_entropy(
@@ -28,6 +32,7 @@ def multi_hot_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reuse_logits: bool = False,
     implementation: Implementation = "auto",
+    expected_gradient: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean of the cross-entropies of a bag of targets, sharing one log-sum-exp.
 
@@ -38,15 +43,17 @@ def multi_hot_cross_entropy(
     Exactly two all-reduces, whatever s: one number a position for the maximum, then two (sum of
     exponentials, weighted target logit). Statistics are float32 (float64 for float64 logits).
     The logits are what is saved for the backward, which recomputes the exponentials chunk by chunk,
-    unless all fit one chunk and are kept. The forward does not modify them, and neither does the
-    backward unless it may reuse them. At s = 1 loss and gradient of the torch implementation have
-    the bits of the host's unfused ``vocab_parallel_cross_entropy`` (one or two ranks; with more,
-    the order of the ranks' sums is up to the collective).
+    unless all fit one chunk and are kept. The forward does not modify them unless it may reuse them
+    and knows the gradient of the losses, and neither does the backward unless it may reuse them. At
+    s = 1 loss and gradient of the torch implementation have the bits of the host's unfused
+    ``vocab_parallel_cross_entropy`` (one or two ranks; with more, the order of the ranks' sums is
+    up to the collective).
 
     The kernels for one CPU core read a row twice in the forward, the second time from a cache, and
-    once in the backward. The Triton kernels read the logits once in each pass, and their results
-    repeat bit for bit. The torch implementation adds the gradients of repeated tokens of unequal
-    weight in no fixed order on CUDA, unless ``torch.use_deterministic_algorithms(True)`` is set.
+    once in the backward. The Triton kernels read the logits once in each pass, or once altogether
+    (``expected_gradient``), and their results repeat bit for bit. The torch implementation adds the
+    gradients of repeated tokens of unequal weight in no fixed order on CUDA, unless
+    ``torch.use_deterministic_algorithms(True)`` is set.
 
     Args:
         logits: [..., v], this rank's contiguous vocabulary shard; padded rows take part in the
@@ -61,6 +68,13 @@ def multi_hot_cross_entropy(
         implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
             the kernels of ``megatron_tst.ops.native`` on a CPU with one shard and one thread, where
             they can be compiled.
+        expected_gradient: one number, not 0: what the backward will bring as the gradient of each
+            loss that counts, if the caller knows. With ``reuse_logits`` the forward of the Triton
+            kernels then writes the gradient over logits of up to 65536 columns (32768 of
+            float32) on one shard, and reads them once altogether. Where the backward brings
+            another number for a position, off by more than 2^-21 of it, the gradient there is
+            multiplied and rounded again; the GPU finds these positions, nobody waits for it.
+            Without gradients, and elsewhere, it changes nothing.
 
     Returns:
         [...] loss a position, float32 (float64 for float64 logits), the same on every rank.
@@ -79,6 +93,7 @@ def multi_hot_cross_entropy(
         ignore_index,
         reuse_logits,
         implementation,
+        expected_gradient,
         by_offset=False,
     )
     return loss
@@ -92,6 +107,7 @@ def multi_hot_cross_entropy_by_offset(
     ignore_index: int = IGNORE_INDEX,
     reuse_logits: bool = False,
     implementation: Implementation = "auto",
+    expected_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of :func:`multi_hot_cross_entropy`, and those of each target without a gradient.
 
@@ -108,6 +124,7 @@ def multi_hot_cross_entropy_by_offset(
         ignore_index,
         reuse_logits,
         implementation,
+        expected_gradient,
         by_offset=True,
     )
     assert by_offset is not None
@@ -122,6 +139,7 @@ def _multi_hot_cross_entropy(
     ignore_index: int,
     reuse_logits: bool,
     implementation: Implementation,
+    expected_gradient: Tensor | None,
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
     weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
@@ -137,6 +155,15 @@ def _multi_hot_cross_entropy(
             rows, targets, weights, name, ignore_index, implementation, by_offset
         )[:2]
         offset_losses = offset_losses if by_offset else None
+    elif (
+        expected_gradient is not None
+        and reuse_logits
+        and uses_triton(implementation, logits)
+        and reads_once(rows, tp_group)
+    ):
+        loss, offset_losses = OneReadMultiHotCrossEntropy.apply(
+            rows, targets, weights, expected_gradient, ignore_index, by_offset
+        )
     else:
         loss, offset_losses = function_for(implementation, logits, tp_group).apply(
             rows, targets, weights, tp_group, ignore_index, reuse_logits, by_offset

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model, unwrap_model
 from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
@@ -90,6 +92,8 @@ class ForwardStep:
         timers("batch-generator").stop()
 
         self._choose_meter(model, args, phase)
+        # A plan runs when the batch of another may have come.
+        _expect_gradient(model, None if return_schedule_plan else batch["loss_mask"])
         with _straggler_detector:
             run = model.build_schedule_plan if return_schedule_plan else model
             losses = run(
@@ -118,6 +122,40 @@ class ForwardStep:
             has_bags = phase is not None and phase.is_superposed
             is_logged = has_bags and (args.curr_iteration + 1) % args.log_interval == 0
             inner.offset_loss_meter = self.offset_loss_meter if is_logged else None
+
+
+def _expect_gradient(model: LanguageModule, loss_mask: Tensor | None) -> None:
+    """Lets the loss of a micro-batch know the gradient that its backward will bring."""
+    inner = unwrap_model(model)
+    if isinstance(inner, SuperpositionModel):
+        inner.expected_gradient = None
+        # The losses of further tokens have scales of their own.
+        if loss_mask is None or not torch.is_grad_enabled() or inner.config.mtp_num_layers:
+            return
+        gradient = gradient_of_losses(loss_mask, inner.config, get_num_microbatches())
+        inner.expected_gradient = gradient
+
+
+def gradient_of_losses(
+    loss_mask: Tensor, config: TransformerConfig, num_microbatches: int
+) -> Tensor:
+    """What Megatron's backward brings as the gradient of each loss that counts, [1], float32.
+
+    By the divisions of ``forward_step_calc_loss`` in
+    ``megatron/core/pipeline_parallel/schedules.py``, the last first, as autograd goes through them.
+
+    Args:
+        loss_mask: [b, l], as for :func:`masked_mean_loss`.
+        config: of the model.
+        num_microbatches: of a step.
+    """
+    gradient = torch.ones(1, device=loss_mask.device)
+    if config.grad_scale_func is not None:
+        gradient = config.grad_scale_func(gradient)
+    if config.calculate_per_token_loss:
+        return gradient
+    positions = loss_mask.float().sum().to(torch.int)
+    return gradient / num_microbatches / positions.clamp(min=1)
 
 
 def masked_mean_loss(

@@ -16,7 +16,15 @@ import pytest
 from benchmarks.gpu import check
 from benchmarks.gpu.tables import least_step, tables
 from benchmarks.gpu.training import LINEAR, OURS, VOCABULARY
-from benchmarks.roofline import BLOCK_ELEMENTS, GPUS, Cost, Gpu, Model, loss_costs
+from benchmarks.roofline import (
+    BLOCK_ELEMENTS,
+    GPUS,
+    LARGEST_ROW,
+    Cost,
+    Gpu,
+    Model,
+    loss_costs,
+)
 from megatron_tst.ops import linear_cross_entropy
 from tests.kernel_devices import Runner
 
@@ -45,7 +53,7 @@ def run_contestants(device: str) -> None:
                     step()
                 assert name in costs or cost_is_unknown(name)
                 seen.append((operation, bag_size, name))
-    assert len(seen) == len(set(seen)) == 6 + 11 + 4 + 7 + 10
+    assert len(seen) == len(set(seen)) == 6 + 11 + 2 + 4 + 7 + 10
 
 
 def cost_is_unknown(name: str) -> bool:
@@ -63,6 +71,13 @@ def test_the_kernels_move_each_logit_three_times_whatever_the_bag() -> None:
     assert costs[0] == pytest.approx(3 * 2 * n * v, rel=1e-3)
     assert costs[1] == pytest.approx(costs[0], rel=2e-3)
     assert linear_cross_entropy._BLOCK_ELEMENTS_GPU == BLOCK_ELEMENTS
+
+
+def test_rows_that_a_program_holds_move_each_logit_twice() -> None:
+    n, v = 1024, LARGEST_ROW
+    costs = loss_costs(n, v, 16)
+    assert costs["Triton, one read"].bytes_moved == pytest.approx(2 * 2 * n * v, rel=1e-2)
+    assert "Triton, one read" not in loss_costs(n, v + 16, 16)
 
 
 def test_the_least_time_adds_kernels_and_takes_the_slower_side_of_products() -> None:

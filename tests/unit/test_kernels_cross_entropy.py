@@ -104,6 +104,69 @@ def test_the_largest_vocabulary(on_device: Runner) -> None:
     on_device(check_oracle, torch.bfloat16, 262144, 16, 1, 1)
 
 
+def check_whole_rows(device: str, dtype: torch.dtype, v: int, s: int, n: int) -> None:
+    """Loss and gradient of one pass against the oracle, and the gradient brought to another."""
+    from megatron_tst.ops.kernels.whole_rows import replace_by_gradient, rescale, serves
+
+    logits, targets, grad = case(device, dtype, -(-v // 16) * 16, s, n)
+    logits, targets = logits[:, :v], targets.clamp(max=v - 1)
+    assert serves(logits)
+    weights = 1 / torch.arange(1, s + 1)
+    shares = coefficients(targets, weights)
+    live = shares.sum(-1) > 0
+    exact_logits = logits.double().requires_grad_()
+    exact = multi_hot_cross_entropy_reference(exact_logits, targets, weights.to(device))
+    exact.backward(grad.double())
+    assert exact_logits.grad is not None
+    # What lies between the rows belongs to others.
+    whole = torch.as_strided(logits, (n, logits.stride(0)), (logits.stride(0), 1))
+    between = whole[:-1, v:].clone()
+    maximum, sums, target_logits = replace_by_gradient(logits, targets, shares, grad * live)
+    loss = (maximum + sums.log() - target_logits) * live
+    torch.testing.assert_close(loss.double(), exact, **LOSS_TOLERANCE)
+    tolerance = gradient_tolerance(device, dtype)
+    torch.testing.assert_close(logits.double(), exact_logits.grad, **tolerance)
+    assert torch.equal(whole[:-1, v:], between)
+    # 1. As expected, or nearly so. 2. Not, in some rows.
+    before, wanted = logits.clone(), grad * live
+    rescale(logits, wanted, wanted * (1 + 2**-22))
+    assert torch.equal(logits, before)
+    wanted[-1] *= 3
+    rescale(logits, grad * live, wanted)
+    assert torch.equal(logits[:-1], before[:-1])
+    twice = {**tolerance, "rtol": 2 * tolerance["rtol"]}
+    torch.testing.assert_close(logits[-1].double(), 3 * exact_logits.grad[-1], **twice)
+    rescale(logits, wanted, wanted * torch.nan)
+    assert logits[-1].isnan().all()
+
+
+# Less than a warp reads; a part of the last read; several warps.
+@pytest.mark.parametrize(("v", "s", "n"), [(8, 1, 3), (250, 16, 5), (8200, 6, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_whole_rows_equal_the_oracle(
+    on_device: Runner, dtype: torch.dtype, v: int, s: int, n: int
+) -> None:
+    on_device(check_whole_rows, dtype, v, s, n)
+
+
+def test_the_largest_row(on_device: Runner) -> None:
+    on_device(check_whole_rows, torch.bfloat16, 65536, 6, 2)
+
+
+def check_served(device: str) -> None:
+    from megatron_tst.ops.kernels.whole_rows import serves
+
+    for dtype, columns in ((torch.float32, 32768), (torch.bfloat16, 65536)):
+        assert serves(torch.empty(2, columns, dtype=dtype, device=device))
+        assert not serves(torch.empty(2, columns + 16, dtype=dtype, device=device))
+    assert not serves(torch.empty(2, 250, device=device))  # rows start anywhere
+    assert not serves(torch.empty(16, 16, device=device).t()[:, :8])
+
+
+def test_rows_that_no_program_holds_are_not_served(on_device: Runner) -> None:
+    on_device(check_served)
+
+
 def check_bits(device: str, dtype: torch.dtype) -> None:
     from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from megatron_tst.model.model import SuperpositionGPTModel
 from megatron_tst.ops.cross_entropy import (
@@ -67,6 +68,100 @@ def check_loss(device: str, is_weighted: bool, reuse: bool) -> None:
 @pytest.mark.parametrize("is_weighted", [False, True])
 def test_loss(on_device: Runner, is_weighted: bool, reuse: bool) -> None:
     on_device(check_loss, is_weighted, reuse)
+
+
+def check_known_gradient(device: str, is_by_offset: bool) -> None:
+    """The gradient that the forward left is that of two passes, whether the guess was right."""
+    logits, targets, weights, grad = loss_case(device)
+    logits = torch.nn.functional.pad(logits, (0, 4))  # rows at multiples of 16
+    function: Any = multi_hot_cross_entropy_by_offset if is_by_offset else multi_hot_cross_entropy
+    grad[:2] = 0.375
+    results = []
+    for expected in (None, torch.tensor(0.375, device=device), torch.tensor([4.0], device=device)):
+        leaf = logits.clone().requires_grad_()
+        own = leaf * 1
+        loss = function(own, targets, weights, None, -100, True, "triton", expected)
+        loss, *offsets = loss if is_by_offset else (loss,)
+        assert torch.equal(own.detach(), logits) == (expected is None)
+        forward = own.detach().clone()
+        (own_grad,) = torch.autograd.grad(loss, own, grad)
+        assert own_grad.data_ptr() == own.data_ptr()
+        results.append([loss.detach(), *offsets, own_grad])
+        if expected is not None and expected.dim() == 0:
+            assert torch.equal(own_grad[:2], forward[:2])  # as expected: nothing to do
+            assert not torch.equal(own_grad[2], forward[2])
+    for result in results[1:]:
+        for found, wanted in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, wanted, **SAME)
+
+
+@pytest.mark.parametrize("is_by_offset", [False, True])
+def test_a_known_gradient_is_left_by_the_forward(on_device: Runner, is_by_offset: bool) -> None:
+    on_device(check_known_gradient, is_by_offset)
+
+
+def check_who_else_reads_the_logits(device: str) -> None:
+    logits, targets, _, grad = loss_case(device)
+    logits = torch.nn.functional.pad(logits, (0, 4))
+    settings: dict[str, Any] = {
+        "reuse_logits": True,
+        "expected_gradient": torch.ones((), device=device),
+        **TRITON,
+    }
+    # 1. Without a gradient nothing is written.
+    leaf = logits.clone().requires_grad_()
+    with torch.no_grad():
+        loss = multi_hot_cross_entropy(leaf, targets, **settings)
+    assert torch.equal(leaf, logits)
+    multi_hot_cross_entropy(leaf.detach(), targets, **settings)
+    assert torch.equal(leaf, logits)
+    # 2. Who has kept them, or wants them a second time, is refused.
+    kept = leaf.exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        multi_hot_cross_entropy(kept, targets, **settings).backward(grad)
+    once = multi_hot_cross_entropy(leaf * 1, targets, **settings)
+    once.backward(grad, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        once.backward(grad)
+    # 3. Checkpoints compute them again.
+    expected = leaf.grad
+    for use_reentrant in (False, True):
+        leaf.grad = None
+
+        def of_leaf(leaf: torch.Tensor) -> torch.Tensor:
+            return multi_hot_cross_entropy(leaf * 1, targets, **settings)
+
+        again: Any = torch.utils.checkpoint.checkpoint(of_leaf, leaf, use_reentrant=use_reentrant)
+        torch.testing.assert_close(again, loss, **SAME)
+        again.backward(grad)
+        assert leaf.grad is not None
+        assert expected is not None
+        assert torch.equal(leaf.grad, expected)
+
+
+def test_a_known_gradient_is_left_to_nobody_elses_harm(on_device: Runner) -> None:
+    on_device(check_who_else_reads_the_logits)
+
+
+def check_model(device: str) -> None:
+    """The loss of a model leaves the gradient in the logits where its trainer knows it."""
+    model: Any = SuperpositionGPTModel.__new__(SuperpositionGPTModel)
+    torch.nn.Module.__init__(model)
+    model.superposition = SuperpositionConfig(bag_size=4, steps=1, loss_impl="triton")
+    model.config, model.tp_group = Namespace(cross_entropy_loss_fusion=False), None
+    logits = torch.randn(5, 2, 304, device=device, requires_grad=True)
+    for labels in (torch.ones(2, 5), torch.ones(2, 5, 4)):
+        for expected in (None, torch.ones(1, device=device)):
+            model.expected_gradient = expected
+            given = logits * 1
+            loss = model.compute_language_model_loss(labels.long().to(device), given)
+            assert torch.equal(given, logits) == (expected is None)
+            loss.sum().backward()
+            assert not torch.equal(given, logits)
+
+
+def test_a_model_knows_the_gradient_of_its_losses(on_device: Runner) -> None:
+    on_device(check_model)
 
 
 def check_linear_loss(device: str) -> None:

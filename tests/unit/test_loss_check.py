@@ -1,20 +1,23 @@
-"""How often the check of a micro-batch's loss waits for the device."""
+"""How often a micro-batch waits for the device, and the gradient that its losses get."""
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.pipeline_parallel.schedules import backward_step, forward_step_calc_loss
 from megatron.core.rerun_state_machine import (
     destroy_rerun_state_machine,
     initialize_rerun_state_machine,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import global_vars
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tst.training.forward_step import masked_mean_loss
+from megatron_tst.training.forward_step import gradient_of_losses, masked_mean_loss
 
 
 class _CountsReads(TorchDispatchMode):
@@ -45,3 +48,28 @@ def test_a_finite_loss_is_read_once() -> None:
         loss, positions, _ = masked_mean_loss(torch.ones(2, 3), torch.full((2, 3), 0.5))
     assert counter.reads == 1
     assert (loss.item(), positions.item()) == (3.0, 6)
+
+
+@pytest.mark.usefixtures("checking")
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("loss_scale", [None, 4096.0])
+def test_the_gradient_of_the_losses_is_known_before_the_backward(
+    per_token: bool, loss_scale: float | None
+) -> None:
+    """To the bit, by the host's own scaling and backward."""
+    scale: Any = None if loss_scale is None else lambda loss: loss * loss_scale
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=1, calculate_per_token_loss=per_token,
+        grad_scale_func=scale,
+    )  # fmt: skip
+    for positions in (1, 7, 2047):
+        losses = torch.rand(2, 1024, requires_grad=True)
+        mask = (torch.randperm(2048) < positions).float().view(2, 1024)
+        expected = gradient_of_losses(mask, config, num_microbatches=3)
+        loss, _ = forward_step_calc_loss(
+            SimpleNamespace(), losses, partial(masked_mean_loss, mask), config, None, False, 3, [],
+            cp_group_size=1, is_last_stage=True,
+        )  # fmt: skip
+        backward_step([None], [loss], [None], config)
+        assert losses.grad is not None
+        assert torch.equal(losses.grad, expected * mask)
