@@ -36,12 +36,14 @@ def add_in_blocks(make_hook: Callable[..., Hook]) -> Callable[..., Hook]:
                 hook(*arguments)
                 return
             _add(param.main_grad, grad)
-            param.grad_added_to_main_grad = True
+            # Of a weight that two layers share the hook would add it all the same.
+            is_shared = getattr(param, "zero_out_wgrad", False)
+            param.grad_added_to_main_grad, param.zero_out_wgrad = True, False
             try:
                 hook(*arguments)
             finally:
                 # The next micro-batch has another gradient.
-                param.grad_added_to_main_grad = False
+                param.grad_added_to_main_grad, param.zero_out_wgrad = False, is_shared
 
         return add_and_hook
 

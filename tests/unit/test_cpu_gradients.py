@@ -30,12 +30,14 @@ def backward_hook(param: Any) -> Any:
 @pytest.mark.parametrize("shape", [(7, 5), (2, _BLOCK // 2 + 3)])
 @pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
 def test_every_micro_batch_is_added_once(
     monkeypatch: pytest.MonkeyPatch,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     has_kernels: bool,
     is_transposed: bool,
+    is_shared: bool,
 ) -> None:
     if not has_kernels:
         monkeypatch.setattr(gradients, "kernels", lambda: None)
@@ -43,6 +45,8 @@ def test_every_micro_batch_is_added_once(
     param: Any = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
     param.main_grad = torch.randn(shape, generator=generator)
     param.grad_added_to_main_grad = False
+    # As of an embedding that is the output layer too.
+    param.zero_out_wgrad = is_shared
     hook, expected = backward_hook(param), param.main_grad.clone()
     for _ in range(2):
         grad = torch.randn(shape[::-1], generator=generator).to(dtype).t()
@@ -52,6 +56,7 @@ def test_every_micro_batch_is_added_once(
         hook()
         assert param.grad is None
         assert torch.equal(param.main_grad, expected)
+        assert param.zero_out_wgrad == is_shared
 
 
 def test_a_gradient_that_a_fused_kernel_has_added_is_left_out() -> None:
