@@ -227,18 +227,16 @@ def _bag_mean_backward(dtype: torch.dtype, masked: bool) -> Iterator[Specialisat
     constants = {"piece": kernels._PIECE, "block": block}
     common = {"grad": element, "bags": "*i64", "divisors": "*fp32", "partial": "*fp32"}
     common |= {"h": "i32", "grad_stride": "i32"}
-    for kernel, own in (
-        (kernels._piece_kernel, {"sorted_rows": "*i64", "num_rows": "i32"}),
-        (
-            kernels._row_kernel,
-            {"sorted_rows": "*i64", "num_rows": "i32", "starts": "*i64", "out": element}
-            | {"bag_size": "fp32"},
-        ),
+    row = {"sorted_rows": "*i64", "num_rows": "i32", "starts": "*i64", "bag_size": "fp32"}
+    for kernel, into, own, fixed in (
+        (kernels._piece_kernel, "", {"sorted_rows": "*i64", "num_rows": "i32"}, {}),
+        (kernels._row_kernel, "", {**row, "out": element}, {"adds": False}),
+        (kernels._row_kernel, " into fp32", {**row, "out": "*fp32"}, {"adds": True}),
     ):
         yield _specialise(
             kernel,
-            label,
-            *_optional(common | own, constants, ("divisors",), masked),
+            label + into,
+            *_optional(common | own, constants | fixed, ("divisors",), masked),
             {"h", "grad_stride", "num_rows"},
             num_warps,
         )

@@ -41,9 +41,13 @@ class Bag(nn.Module):
             [b, l, h]; [l/tp, b, h] where the embedding reduce-scatters for sequence parallelism.
         """
         embed = super().forward
-        if input_.dim() == 2:
-            return cast(Tensor, embed(input_))
         layer: Any = self
+        if input_.dim() == 2:
+            # With CUDA graphs the host never resets the mark that bags have left, and would take
+            # the gradient of these tokens for added.
+            if torch.is_grad_enabled() and _fuses_accumulation(layer):
+                layer.weight.grad_added_to_main_grad = False
+            return cast(Tensor, embed(input_))
         if has_own_forward(layer, VocabParallelEmbedding):
             return _mean_of_embedded(layer, embed, input_)
         return bag_embedding(
@@ -53,6 +57,7 @@ class Bag(nn.Module):
             sequence_parallel=layer.reduce_scatter_embeddings,
             ignore_index=self.ignore_index,
             implementation=self.implementation,
+            accumulate_into_main_grad=_fuses_accumulation(layer),
         )
 
 
@@ -115,6 +120,12 @@ def _refuse_weight_shards(layer: nn.Module) -> None:
             f"--tensor-parallel-num-weight-shards cuts the rows of {type(layer).__name__} into "
             f"{shards} more shards, which only its own forward gathers: remove it."
         )
+
+
+def _fuses_accumulation(layer: Any) -> bool:
+    """Whether layers add to the sum of their gradients by themselves."""
+    config = getattr(layer, "config", None)
+    return bool(getattr(config, "gradient_accumulation_fusion", False))
 
 
 def has_own_forward(module: nn.Module, known: type[nn.Module]) -> bool:

@@ -30,6 +30,7 @@ def bag_embedding(
     sequence_parallel: bool = False,
     ignore_index: int | None = None,
     implementation: Implementation = "auto",
+    accumulate_into_main_grad: bool = False,
 ) -> Tensor:
     """Average the embeddings of each bag: ``e'[b, j] = (1/s) * sum_i E[token_bags[b, j, i]]``.
 
@@ -51,6 +52,10 @@ def bag_embedding(
             zero where a bag has no others. ``None`` when every place holds one.
         implementation: ``torch``, ``triton``, or ``auto``: Triton on CUDA, where it is installed;
             the kernels of ``megatron_tst.ops.native`` on a CPU, where they can be compiled.
+        accumulate_into_main_grad: let the Triton kernels add the rows of the weight's gradient that
+            are not zero to ``weight.main_grad``, unrounded, where Megatron's DDP has put one:
+            ``gradient_accumulation_fusion``. Not for a weight that the output layer shares
+            (``zero_out_wgrad``), whose gradient Megatron's hook adds whole anyhow.
 
     Returns:
         [b, l, h] in the weight's dtype, the same on every rank; under sequence parallelism
@@ -77,6 +82,8 @@ def bag_embedding(
     else:
         places = shard.places_of(token_bags)
         function = function_for(implementation, weight_shard, token_bags, places[2])
+        if accumulate_into_main_grad and function is _FusedBagMean and _has_own_sum(weight_shard):
+            function = _FusedBagMeanIntoMainGrad
         partial = function.apply(weight_shard, *places)
     if sequence_parallel:
         return reduce_scatter_to_sequence_parallel(partial.transpose(0, 1).contiguous(), tp_group)
@@ -208,6 +215,35 @@ class _FusedBagMean(torch.autograd.Function):
         operands = _by_bag(*ctx.saved_tensors)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         return bag_mean_backward(grad, *operands, ctx.shard_size), None, None, None
+
+
+class _FusedBagMeanIntoMainGrad(_FusedBagMean):
+    """As ``_FusedBagMean``, with the gradient in the weight's ``main_grad``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, bags: Tensor, outside: Tensor | None, sizes: Tensor | None
+    ) -> Tensor:
+        ctx.weight = weight
+        return _FusedBagMean.forward(ctx, weight, bags, outside, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        from megatron_tst.ops.kernels.bag_embedding import bag_mean_backward
+
+        weight, grad = ctx.weight, grad_output.reshape(-1, grad_output.shape[-1])
+        bag_mean_backward(grad, *_by_bag(*ctx.saved_tensors), len(weight), add_to=weight.main_grad)
+        # As the host's linear layers: its hooks want a gradient and do not read it.
+        weight.grad_added_to_main_grad = True
+        return torch.empty_like(weight), None, None, None
+
+
+def _has_own_sum(weight: Any) -> bool:
+    """Whether Megatron's DDP sums this weight's gradients, and its layers may add to the sum."""
+    is_summed = hasattr(weight, "main_grad") and hasattr(weight, "grad_added_to_main_grad")
+    is_sharded = hasattr(weight, "__fsdp_param__")
+    return is_summed and not is_sharded and not getattr(weight, "zero_out_wgrad", False)
 
 
 def _by_bag(

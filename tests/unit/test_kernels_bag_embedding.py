@@ -111,6 +111,8 @@ def check_what_is_moved(device: str) -> None:
         rows = torch.tensor([[2, 9], [9, 2], [2, 2]])
         gradient = bag_mean_backward(torch.randn(3, 40), rows, None, None, num_rows=1000)
         assert within(gradient) == 2 * 40
+        bag_mean_backward(torch.randn(3, 40), rows, None, None, 1000, add_to=gradient)
+        assert within(gradient) == (2 + 2 * 2) * 40
     finally:
         interpreter_builder.create_masked_load = load
         interpreter_builder.create_masked_store = store
@@ -118,6 +120,31 @@ def check_what_is_moved(device: str) -> None:
 
 def test_reads_what_is_held_and_writes_rows_that_occur(on_device: Runner) -> None:
     on_device(check_what_is_moved)
+
+
+def check_sums(device: str, dtype: torch.dtype, holes: bool) -> None:
+    """Into a sum in float32: what the gradient by itself adds, without its rounding."""
+    from megatron_tst.ops.kernels.bag_embedding import bag_mean_backward
+
+    _, bags, grad = case(device, dtype, 7, 6, 20, 70, holes)
+    total = torch.randn(20, 70, device=device)
+    dense = bag_mean_backward(grad, *arguments(bags), num_rows=20)
+    exact = bag_mean_backward(grad.float(), *arguments(bags), num_rows=20)
+    expected = total + exact
+    assert bag_mean_backward(grad, *arguments(bags), num_rows=20, add_to=total) is total
+    assert torch.equal(total, expected)
+    assert dtype == torch.float32 or not torch.equal(exact, dense.float())
+    narrow = torch.ones(20, 70, dtype=torch.bfloat16, device=device)
+    bag_mean_backward(grad, *arguments(bags), num_rows=20, add_to=narrow)
+    torch.testing.assert_close(narrow, (1 + exact).bfloat16(), rtol=2**-7, atol=2**-8)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_can_be_added_to_a_sum(
+    on_device: Runner, dtype: torch.dtype, holes: bool
+) -> None:
+    on_device(check_sums, dtype, holes)
 
 
 def check_bits_of_torch(device: str, s: int, holes: bool) -> None:
@@ -222,6 +249,9 @@ def check_refusals(device: str) -> None:
         bag_mean(torch.zeros(3, 4).t(), rows)
     with pytest.raises(ValueError, match=r"grad \(3, 4\) does not fit rows \(2, 5\)"):
         bag_mean_backward(torch.zeros(3, 4), rows, None, None, 4)
+    for add_to in (weight[:3], torch.zeros(3, 4).t()):
+        with pytest.raises(ValueError, match=r"does not fit: pass a contiguous \(4, 3\)"):
+            bag_mean_backward(torch.zeros(2, 3), rows, None, None, 4, add_to=add_to)
     for unfit in ((rows[0],), (rows[:, :0],), (rows, rows[:1] > 0), (rows, None, torch.ones(5))):
         with pytest.raises(ValueError, match="do not fit"):
             bag_mean(weight, *unfit)

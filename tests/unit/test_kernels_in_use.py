@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,86 @@ def on_ranks() -> list[torch.Tensor]:
 def test_tensor_parallel_ranks_join_what_kernels_give(tmp_path: Path) -> None:
     for by_kernels, without in run_interpreted_on_ranks(2, on_ranks, tmp_path):
         torch.testing.assert_close(by_kernels, without, **SAME)
+
+
+def main_grads() -> dict[tuple[torch.dtype, bool, bool], list[torch.Tensor]]:
+    """Sums of this rank's gradients after steps of Megatron's DDP, by dtype, tying and fusion."""
+    from megatron.core import parallel_state
+
+    from megatron_tst import cpu
+
+    cpu.activate()
+    parallel_state.initialize_model_parallel(2, create_gloo_process_groups=False)
+    cases = itertools.product((torch.float32, torch.bfloat16), (False, True), (False, True))
+    return {case: main_grads_of_steps(*case) for case in cases}
+
+
+def main_grads_of_steps(dtype: torch.dtype, is_tied: bool, fuses: bool) -> list[torch.Tensor]:
+    """A step of three micro-batches of bags, and one of single tokens."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_tst.model.layers import superpose_embedding
+    from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, tensor_model_parallel_size=2,
+        params_dtype=dtype, use_cpu_initialization=True, gradient_accumulation_fusion=fuses,
+    )  # fmt: skip
+    # With these Megatron never resets the mark of a gradient that is in its sum.
+    config.cuda_graph_impl = "transformer_engine"
+    embedding: Any = VocabParallelEmbedding(
+        48, 16, init_method=torch.nn.init.normal_, config=config, tp_group=group
+    )
+    torch.manual_seed(1)
+    embedding.weight.data.normal_()
+    settings = SuperpositionConfig(bag_size=4, steps=1, loss_impl="triton")
+    superpose_embedding(embedding, settings)
+    embedding.weight.zero_out_wgrad = is_tied
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    model: Any = DistributedDataParallel(config, ddp_config, embedding)
+
+    def run(tokens: torch.Tensor) -> None:
+        hidden = model(tokens)
+        loss = hidden.float().square().sum()
+        if is_tied:
+            targets = torch.randint(0, 48, (2, 3, 4))
+            loss = loss + linear_multi_hot_cross_entropy(
+                hidden, embedding.weight, targets, tp_group=group, implementation="torch",
+                accumulate_into_main_grad=fuses,
+            ).sum()  # fmt: skip
+        loss.backward()
+
+    results = []
+    for step in ([(2, 3, 4)] * 3, [(2, 3)]):
+        model.zero_grad_buffer()
+        *first, last = [torch.randint(0, 48, shape) for shape in step]
+        with model.no_sync():
+            for tokens in first:
+                run(tokens)
+        run(last)
+        model.finish_grad_sync()
+        assert embedding.weight.grad is None
+        results.append(embedding.weight.main_grad.clone())
+    return results
+
+
+@pytest.mark.skipif(missing_for_interpreter() is not None, reason=str(missing_for_interpreter()))
+def test_the_embeddings_gradient_goes_into_megatrons_sum(tmp_path: Path) -> None:
+    """To the bit in float32; in bfloat16 within the rounding of three micro-batches it spares."""
+    for results in run_interpreted_on_ranks(2, main_grads, tmp_path):
+        for (dtype, is_tied, fuses), sums in results.items():
+            assert all(total.abs().sum() > 0 for total in sums)
+            if fuses:
+                for total, dense in zip(sums, results[dtype, is_tied, False], strict=True):
+                    near = 2**-7 * dense.abs().max() if dtype == torch.bfloat16 else 1e-6
+                    atol = 0 if (dtype, is_tied) == (torch.float32, False) else near
+                    torch.testing.assert_close(total, dense, rtol=0, atol=atol)
+        unrounded = results[torch.bfloat16, False, True][0]
+        assert not torch.equal(unrounded, results[torch.bfloat16, False, False][0])
 
 
 def test_what_cannot_run_is_refused() -> None:

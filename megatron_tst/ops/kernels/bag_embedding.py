@@ -72,11 +72,13 @@ def bag_mean_backward(
     absent: Tensor | None,
     divisors: Tensor | None,
     num_rows: int,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """Gradient of :func:`bag_mean`: adds ``grad / divisor`` once for each occurrence of a row.
 
     Reads one gradient row an occurrence, fills the result with zeros and writes the rows that occur
-    (2 or 4 bytes an element); beside it, sorts n * s integers. No atomics: the sums run in float32
+    (2 or 4 bytes an element), or adds these to a sum and touches none of its others; beside it,
+    sorts n * s integers. No atomics: the sums run in float32
     in a fixed order (offset by offset and bag by bag, in pieces of 128 where a token is frequent)
     and are rounded once, so that they repeat bit for bit. Where the divisor is s, it divides the
     sum.
@@ -88,9 +90,12 @@ def bag_mean_backward(
         absent: [n, s] bool or ``None``, as in the forward.
         divisors: [n] float32 or ``None``, as in the forward.
         num_rows: v, rows of the weight.
+        add_to: [v, h] float32, bfloat16 or float16, to which the gradient is added in float32
+            before it is rounded. ``None`` allocates.
 
     Returns:
         [v, h] in the gradient's dtype, local to the rank; zero for rows that do not occur.
+        ``add_to`` if given.
 
     Raises:
         ValueError: a dtype, shape or stride that the kernel does not take.
@@ -104,7 +109,15 @@ def bag_mean_backward(
             "row a bag."
         )
     (n, s), h = rows.shape, grad.shape[1]
-    out = torch.zeros(num_rows, h, dtype=grad.dtype, device=grad.device)
+    out = add_to
+    if out is None:
+        out = torch.zeros(num_rows, h, dtype=grad.dtype, device=grad.device)
+    elif out.shape != (num_rows, h) or not out.is_contiguous():
+        raise ValueError(
+            f"add_to {tuple(out.shape)} of strides {out.stride()} does not fit: pass a contiguous "
+            f"{(num_rows, h)}."
+        )
+    require_rows("add_to", out)
     if not out.numel() or not rows.numel():
         return out
     sorted_rows, bags, starts = _sort_occurrences(rows, absent, num_rows)
@@ -131,6 +144,7 @@ def bag_mean_backward(
             num_rows,
             h,
             grad.stride(0),
+            adds=add_to is not None,
             **sizes,
         )
     return out
@@ -267,6 +281,7 @@ def _row_kernel(
     num_rows: tl.tensor,
     h: tl.tensor,
     grad_stride: tl.tensor,
+    adds: tl.constexpr,
     piece: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
@@ -293,4 +308,7 @@ def _row_kernel(
         )
         if divisors is None:
             total = tl.div_rn(total, bag_size)
-        tl.store(out + row * h + columns, total.to(out.dtype.element_ty), mask=inside)
+        places = out + row * h + columns
+        if adds:
+            total += tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(places, total.to(out.dtype.element_ty), mask=inside)
