@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_tst.settings.phases import Phase
 
 _DOCUMENT_KEYS = ("cu_seqlens", "max_seqlen")
-BATCH_KEYS = ("tokens", "position_ids", "labels", "loss_mask", "attention_mask", *_DOCUMENT_KEYS)
+_POSITION_KEYS = ("tokens", "position_ids", "labels", "loss_mask")
+BATCH_KEYS = (*_POSITION_KEYS, "attention_mask", *_DOCUMENT_KEYS)
 Batch = dict[str, Tensor | None]
 
 
@@ -42,26 +43,29 @@ def get_batch(
         The entries of ``BATCH_KEYS``, None where this stage needs none. tokens [b, l/cp] or
         [b, l/cp, s]; labels [b, l/cp] or [b, l/cp, s]; loss_mask and position_ids [b, l/cp].
         With inter-document masking the samples of a micro-batch become one packed sequence, so that
-        b is 1 and l is the sum of theirs; every stage gets cu_seqlens, [1, documents + 1], and
-        max_seqlen, [1], int32 in latent positions.
+        b is 1 and l is the sum of theirs; every stage gets cu_seqlens, [1, documents + 1], int32 in
+        latent positions, and max_seqlen, [samples], int32 in latent positions and in the memory of
+        the host where the loader is: reading it waits for nothing.
         Collectives: one broadcast an entry within the tensor-parallel group.
     """
     if not reads_data_on_stage(args, vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     batch: Batch = dict.fromkeys(BATCH_KEYS)
+    on_host: Batch | None = None
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         sample = next(data_iterator)
+        on_host = {key: sample.get(key) for key in BATCH_KEYS}
         batch = {
-            key: sample[key].cuda(non_blocking=True) if key in sample else None
-            for key in BATCH_KEYS
+            key: None if tensor is None else tensor.cuda(non_blocking=True)
+            for key, tensor in on_host.items()
         }
     if phase is None or not phase.is_superposed:
         batch = _on_this_cp_rank(_plain_batch_on_this_tp_rank(batch, args))
     else:
         # Bags are s times as large: a context-parallel rank broadcasts its own positions only.
         batch = _bags_on_this_tp_rank(_on_this_cp_rank(batch), args, phase)
-    return batch if batch["cu_seqlens"] is None else _packed(batch)
+    return batch if batch["cu_seqlens"] is None else _packed(batch, on_host or batch)
 
 
 def reads_data_on_stage(args: Namespace, vp_stage: int | None) -> bool:
@@ -85,7 +89,8 @@ def packed_documents(batch: Batch, args: Namespace) -> PackedSeqParams | None:
     if batch["cu_seqlens"] is None:
         return None
     assert batch["max_seqlen"] is not None
-    cu_seqlens, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].item())
+    cu_seqlens, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"].max())
+    total = len(batch["max_seqlen"]) * args.seq_length
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -95,17 +100,28 @@ def packed_documents(batch: Batch, args: Namespace) -> PackedSeqParams | None:
         # Lets layers that look at samples, such as a router's balance, tell them apart.
         tokens_per_sample=args.seq_length,
         # Attention takes cu_seqlens; state-space layers need the document of each position.
-        total_tokens=int(cu_seqlens[-1]) if args.hybrid_layer_pattern is not None else None,
+        total_tokens=total if args.hybrid_layer_pattern is not None else None,
     )
 
 
-def _packed(batch: Batch) -> Batch:
-    """Makes one packed sequence of the samples of a micro-batch."""
+def _packed(batch: Batch, source: Batch) -> Batch:
+    """Makes one packed sequence of the samples of a micro-batch.
+
+    Args:
+        batch: of this rank.
+        source: what holds the documents. How many there are is the shape of ``cu_seqlens``, so that
+            a rank waits for the GPU unless it has them in the memory of the host.
+    """
     # Upstream's function would flatten the bags as well.
-    bags = {"tokens": batch["tokens"], "labels": batch["labels"]}
-    packed: Batch = flatten_batch_for_packed_sequences({**batch, **dict.fromkeys(bags)})
-    for key, tensor in bags.items():
-        packed[key] = None if tensor is None else tensor.flatten(0, 1).unsqueeze(0)
+    merged = flatten_batch_for_packed_sequences({**source, "tokens": None, "labels": None})
+    packed: Batch = {
+        key: None if tensor is None else tensor.flatten(0, 1).unsqueeze(0)
+        for key, tensor in batch.items()
+        if key in _POSITION_KEYS
+    }
+    packed["attention_mask"] = batch["attention_mask"]
+    packed["cu_seqlens"] = merged["cu_seqlens"].cuda(non_blocking=True)
+    packed["max_seqlen"] = source["max_seqlen"]
     return packed
 
 

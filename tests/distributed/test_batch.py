@@ -9,6 +9,8 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.distributed.harness import run_distributed
 
@@ -106,6 +108,47 @@ def test_without_tensor_parallelism_nothing_is_sent() -> None:
         assert sent == []
 
 
+WAITING = (
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave",
+)
+
+
+class WaitsForDevice(TorchDispatchMode):
+    """Counts reads of what ``Tensor.cuda`` gave, on a machine where that gives memory of the CPU.
+
+    On a GPU each waits for all that is queued: numbers, and shapes that depend on numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self._kept: list[Tensor] = []
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        self._kept.append(copy := tensor.clone())
+        return copy
+
+    def _is_on_device(self, tensor: Any) -> bool:
+        storages = {kept.untyped_storage().data_ptr() for kept in self._kept}
+        return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in storages
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = operator(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs))
+        if any(map(self._is_on_device, leaves)):
+            name = operator.overloadpacket.__name__
+            if name in WAITING:
+                self.waits.append(name)
+            # Kept, so that no other tensor gets its memory.
+            self._kept += [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        return result
+
+
 def packed_on_a_rank(pattern: str | None) -> Any:
     from megatron.core import parallel_state
 
@@ -127,8 +170,11 @@ def packed_on_a_rank(pattern: str | None) -> Any:
     documents = {"cu_seqlens": cu_seqlens, "max_seqlen": torch.tensor([5, 8], dtype=torch.int32)}
     phase = Phase(0, 0, BAG_SIZE, aligns_documents=True)
     try:
-        batch = get_batch(iter([draw_sample("full") | documents]), args, phase)
-        return batch, packed_documents(batch, args)
+        counter = WaitsForDevice()
+        copies = mock.patch.object(Tensor, "cuda", lambda host, **_: counter.to_device(host))
+        with counter, copies:
+            batch = get_batch(iter([draw_sample("full") | documents]), args, phase)
+            return batch, packed_documents(batch, args), counter.waits
     finally:
         parallel_state.destroy_model_parallel()
 
@@ -136,7 +182,9 @@ def packed_on_a_rank(pattern: str | None) -> Any:
 @pytest.mark.parametrize("pattern", [None, "*-M-"])
 def test_samples_with_documents_become_one_sequence(pattern: str | None) -> None:
     sample = draw_sample("full")
-    ((batch, packed),) = run_distributed(1, packed_on_a_rank, pattern, cpu_platform=True)
+    ((batch, packed, waits),) = run_distributed(1, packed_on_a_rank, pattern, cpu_platform=True)
+    # The host's own, for state-space layers.
+    assert waits == ([] if pattern is None else ["repeat_interleave"])
     for name, tensor in sample.items():
         assert torch.equal(batch[name], tensor.flatten(0, 1)[None]), name
     assert packed.qkv_format == "thd"
