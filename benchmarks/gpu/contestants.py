@@ -22,7 +22,7 @@ from benchmarks.roofline import (
     head_costs,
     loss_costs,
 )
-from megatron_tst.ops import linear_cross_entropy
+from megatron_tst.ops import logit_blocks
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
 from megatron_tst.ops.embedding import bag_embedding
 from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
@@ -187,12 +187,12 @@ def head_contestants(n: int, v: int, h: int, s: int, device: str) -> Contestants
 
     def in_blocks(elements: int) -> Contestant:
         def step() -> None:
-            kept = linear_cross_entropy._BLOCK_ELEMENTS_GPU
-            linear_cross_entropy._BLOCK_ELEMENTS_GPU = elements
+            kept = logit_blocks._BLOCK_ELEMENTS_GPU
+            logit_blocks._BLOCK_ELEMENTS_GPU = elements
             try:
                 train(linear)()
             finally:
-                linear_cross_entropy._BLOCK_ELEMENTS_GPU = kept
+                logit_blocks._BLOCK_ELEMENTS_GPU = kept
 
         return step
 

@@ -29,12 +29,12 @@ def bf16_products() -> BF16Products:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", ""))
     if limit.upper() in _WITHOUT_BF16:
         return "widened"
-    return "native" if _hardware_flags() else "widened"
+    return "native" if hardware_flags() else "widened"
 
 
 def describe_bf16() -> str:
     """The choice and its reason, for people: ``widened to fp32 (no avx512_bf16, ...)``."""
-    flags = sorted(_hardware_flags())
+    flags = sorted(hardware_flags())
     if bf16_products() == "native":
         return f"native ({', '.join(flags)})"
     why = "ONEDNN_MAX_CPU_ISA forbids it" if flags else "this CPU has no bf16 instructions"
@@ -42,7 +42,7 @@ def describe_bf16() -> str:
 
 
 @functools.cache
-def _hardware_flags() -> frozenset[str]:
+def hardware_flags() -> frozenset[str]:
     """bf16 instructions of this CPU, by the kernel's names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

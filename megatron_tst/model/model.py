@@ -46,11 +46,13 @@ class SuperpositionModel(LanguageModule):
         offset_loss_meter: collects the losses by offset in the bag; None where nobody wants them.
         expected_gradient: one number, the gradient that the backward will bring for each loss of
             the next forward that counts; None where it is not known.
+        sums_up_losses: who calls the model adds all losses up, so that they have one gradient.
     """
 
     superposition: SuperpositionConfig
     offset_loss_meter: OffsetLossMeter | None = None
     expected_gradient: Tensor | None = None
+    sums_up_losses: bool = False
     _weights: Tensor | None = None
 
     def __init__(self, *args: Any, superposition: SuperpositionConfig, **kwargs: Any) -> None:
@@ -120,7 +122,9 @@ class SuperpositionModel(LanguageModule):
         settings: dict[str, Any] = {
             "tp_group": self.tp_group,
             "sequence_parallel": layer.sequence_parallel,
-            "accumulate_into_main_grad": layer.gradient_accumulation_fusion,
+            # On a CPU the hook of Megatron's DDP would add it after a rounding.
+            "accumulate_into_main_grad": layer.gradient_accumulation_fusion or not hidden.is_cuda,
+            "uniform_gradient": self.sums_up_losses,
         }
         if self.offset_loss_meter is None:
             return linear_multi_hot_cross_entropy(hidden, weight, targets, weights, **settings)

@@ -7,6 +7,7 @@ the current CUDA device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,33 @@ def all_reduce_sum_(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     if group_size(group) > 1:
         torch.distributed.all_reduce(tensor, group=group)
     return tensor
+
+
+def start_all_reduce(tensor: Tensor, group: ProcessGroup | None) -> Callable[[], Tensor]:
+    """Starts the sum over the group, in place, without a gradient; what to call for the result."""
+    if group_size(group) == 1:
+        return lambda: tensor
+    work = torch.distributed.all_reduce(tensor, group=group, async_op=True)
+    return lambda: _finished(work, tensor)
+
+
+def start_reduce_scatter(partial: Tensor, group: ProcessGroup | None) -> Callable[[], Tensor]:
+    """Starts the sum over the group, split along dimension 0, without a gradient.
+
+    Returns what to call for this rank's slice.
+    """
+    if group is None or group_size(group) == 1:
+        return lambda: partial
+    scattered = partial.new_empty(partial.shape[0] // group.size(), *partial.shape[1:])
+    work = torch.distributed.reduce_scatter_tensor(
+        scattered, partial.contiguous(), group=group, async_op=True
+    )
+    return lambda: _finished(work, scattered)
+
+
+def _finished(work: Any, result: Tensor) -> Tensor:
+    work.wait()
+    return result
 
 
 def join_shards(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_tst.ops import cross_entropy, embedding
 from megatron_tst.ops.collectives import group_of, group_size
-from megatron_tst.ops.kernels.launch import Implementation, uses_triton
-from megatron_tst.ops.linear_cross_entropy import Layout, LinearMultiHotCrossEntropy
+from megatron_tst.ops.kernels.launch import Implementation
+from megatron_tst.ops.linear_function import Layout, LinearMultiHotCrossEntropy
+from megatron_tst.ops.logit_blocks import kernels_for
 from megatron_tst.ops.targets import validate_target_values
 from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
 
@@ -185,11 +186,11 @@ def linear_multi_hot_loss(
     vocabulary_size = weight.shape[0] * group_size(layout.tp_group)
     validate_target_values(targets, vocabulary_size, ignore_index)
     ctx = _Context()
-    fused = uses_triton(cast(Implementation, implementation), hidden)
+    by = kernels_for(cast(Implementation, implementation), hidden)
     losses = LinearMultiHotCrossEntropy.forward(
-        ctx, hidden, weight, targets, target_weights, ignore_index, layout, fused, by_offset
+        ctx, hidden, weight, targets, target_weights, ignore_index, layout, by, by_offset, None
     )
-    _, _, columns, shares, live, log_sum_exp = ctx.saved_tensors
+    _, _, columns, shares, live, log_sum_exp, *_ = ctx.saved_tensors
     statistics = cast(Tensor, log_sum_exp).unsqueeze(0)
     return _outputs(*losses, columns, shares, live, statistics)
 
@@ -220,8 +221,10 @@ def linear_multi_hot_gradients(
     ctx = _Context(
         *(hidden, weight, columns, shares, live, statistics[0]),
         layout=Layout(group_of(group), sequence_parallel, False),
-        fused=uses_triton(cast(Implementation, implementation), hidden),
+        by=kernels_for(cast(Implementation, implementation), hidden),
         main_grad=None,
+        expected=None,
+        adds_here=False,
     )
     return cast(tuple[Tensor, Tensor], LinearMultiHotCrossEntropy.backward(ctx, grad, None)[:2])
 

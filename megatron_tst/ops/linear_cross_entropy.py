@@ -1,38 +1,22 @@
-"""Output layer and multi-hot cross-entropy together, one block of the vocabulary at a time."""
+"""Output layer and multi-hot cross-entropy together, one block of the logits at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megatron_tst.ops.collectives import (
-    all_gather_from_sequence_parallel,
-    all_reduce_sum_,
-    group_name,
-    group_size,
-    join_shards,
-    reduce_scatter_to_sequence_parallel,
-)
-from megatron_tst.ops.kernels.launch import Implementation, uses_triton
+from megatron_tst.ops.collectives import group_name, group_size
+from megatron_tst.ops.kernels.launch import Implementation
+from megatron_tst.ops.linear_function import Expected, Layout, LinearMultiHotCrossEntropy
+from megatron_tst.ops.logit_blocks import kernels_for
 from megatron_tst.ops.targets import (
     IGNORE_INDEX,
     TargetWeights,
     as_ids,
     as_weights,
-    bag_coefficients,
-    to_local_targets,
     validate_targets,
 )
-from megatron_tst.ops.torch_cross_entropy import exponentials
-
-# Logits of a block: large enough for efficient products, small beside the activations of a model.
-_BLOCK_ELEMENTS_CPU = 1 << 24
-_BLOCK_ELEMENTS_GPU = 1 << 27
 
 
 def linear_multi_hot_cross_entropy(
@@ -45,22 +29,34 @@ def linear_multi_hot_cross_entropy(
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
     implementation: Implementation = "auto",
+    uniform_gradient: bool = False,
+    expected_gradient: Tensor | None = None,
 ) -> Tensor:
     """``multi_hot_cross_entropy(hidden @ weight.T, target_bags)``, whose logits are never whole.
 
-    A block of the vocabulary at a time, its logits are computed and folded into a running maximum
-    and sum of exponentials. The backward computes them once more, turns them into their gradient
-    in place, and multiplies it with the hidden states and with the weight. So the output layer
-    costs four matrix products instead of three, and memory for one block of logits.
+    Logits exist for a block of positions at a time, over the whole vocabulary shard. Where the
+    caller says that all positions that count will have the same gradient, as those of a sum have,
+    the forward turns them into their gradient in place, and multiplies it with the hidden states
+    and with the weight: three matrix products, as whole logits take. The backward multiplies the
+    results by the gradient that comes, which is exact for any number. For a gradient that is not
+    one number, and where nothing was said, the backward computes the logits once more, a block of
+    the vocabulary at a time: four products, and right for any gradient. Without gradients
+    (``torch.no_grad``) there is one product.
+
+    Whether it is one number is seen without waiting for a GPU: what the backward of a sum expands
+    has strides of 0. So let positions that do not count have targets of ``ignore_index`` and add
+    the losses up; a product with a mask leaves a gradient without these strides, which is compared
+    on a CPU, and takes the logits once more on a GPU.
 
     Logits have the dtype of ``hidden``, as the host's; under autocast that of autocast, as
     ``torch.nn.functional.linear`` makes them. Statistics are float32 (float64 for
-    float64). The weight's gradient of a block is one matrix product over all positions, as the
-    host's; that of the hidden states adds the products of the blocks up in float32.
+    float64), and so are the sums over blocks: of the weight's gradient, in room of its size, with
+    three products; of the hidden states' always.
 
-    Collectives: an all-gather of the hidden states under sequence parallelism, in each pass; two
-    all-reduces in the forward, of one and of two numbers a position; in the backward one all-reduce
-    of the gradient of the hidden states, or a reduce-scatter under sequence parallelism.
+    Collectives: an all-gather of the hidden states under sequence parallelism, in the forward, and
+    in a backward with logits once more; two all-reduces for each block of positions, of one and of
+    two numbers each; in the backward one all-reduce of the gradient of the hidden states, or a
+    reduce-scatter under sequence parallelism, while that of the weight is added.
 
     Args:
         hidden: [..., h], the same on every rank of the group; under sequence parallelism
@@ -76,7 +72,13 @@ def linear_multi_hot_cross_entropy(
             ``weight.grad`` gets a placeholder. Not under ``torch.compile`` nor for a weight that
             autocast casts.
         implementation: of what happens to the logits of a block: ``torch``, ``triton``, or
-            ``auto``, which takes Triton on CUDA, where it is installed.
+            ``auto``: Triton on CUDA, where it is installed, the kernels of
+            ``megatron_tst.ops.native`` on a CPU with one thread, where they can be compiled.
+        uniform_gradient: all positions that count will have the same gradient. A mistake costs
+            time. Not heeded under ``torch.compile``, whose gradients have strides of their own.
+        expected_gradient: that gradient, one number, not 0, if the caller knows it. On a CPU the
+            forward then adds the weight's gradient to a ``main_grad`` in float32 and needs no room
+            for it, so that a backward has to follow; one that brings another number takes it back.
 
     Returns:
         [...] loss a position, float32 (float64 for float64), the same on every rank.
@@ -96,6 +98,7 @@ def linear_multi_hot_cross_entropy(
         ignore_index,
         Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
         implementation,
+        _expected(uniform_gradient, expected_gradient, hidden),
         by_offset=False,
     )
     return loss
@@ -111,6 +114,8 @@ def linear_multi_hot_cross_entropy_by_offset(
     sequence_parallel: bool = False,
     accumulate_into_main_grad: bool = False,
     implementation: Implementation = "auto",
+    uniform_gradient: bool = False,
+    expected_gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of :func:`linear_multi_hot_cross_entropy`, and those of each target, [..., s].
 
@@ -125,31 +130,19 @@ def linear_multi_hot_cross_entropy_by_offset(
         ignore_index,
         Layout(tp_group, sequence_parallel, accumulate_into_main_grad),
         implementation,
+        _expected(uniform_gradient, expected_gradient, hidden),
         by_offset=True,
     )
     assert by_offset is not None
     return loss, by_offset
 
 
-class Layout(NamedTuple):
-    """Where the operands lie, and where the weight's gradient goes."""
-
-    tp_group: ProcessGroup | None
-    sequence_parallel: bool
-    accumulates_into_main_grad: bool
-
-    def gather(self, hidden: Tensor) -> Tensor:
-        """All positions, [n, h]."""
-        if self.sequence_parallel:
-            hidden = all_gather_from_sequence_parallel(hidden, self.tp_group)
-        return hidden.reshape(-1, hidden.shape[-1])
-
-    def reduce_gradient(self, grad: Tensor, hidden: Tensor) -> Tensor:
-        """Sums the gradients of all shards: [n, h] -> the shape of the hidden states."""
-        if self.sequence_parallel:
-            whole = grad.view(-1, *hidden.shape[1:])
-            return reduce_scatter_to_sequence_parallel(whole, self.tp_group)
-        return all_reduce_sum_(grad, self.tp_group).view(hidden.shape)
+def _expected(is_uniform: bool, number: Tensor | None, hidden: Tensor) -> Expected | None:
+    if not (is_uniform or number is not None) or not torch.is_grad_enabled():
+        return None
+    if number is not None:
+        return Expected(number.detach().reshape(()), True)
+    return Expected(torch.ones((), device=hidden.device), False)
 
 
 def _linear_multi_hot_cross_entropy(
@@ -160,6 +153,7 @@ def _linear_multi_hot_cross_entropy(
     ignore_index: int,
     layout: Layout,
     implementation: Implementation,
+    expected: Expected | None,
     by_offset: bool,
 ) -> tuple[Tensor, Tensor | None]:
     weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
@@ -195,9 +189,11 @@ def _linear_multi_hot_cross_entropy(
             by_offset,
         )[:2]  # fmt: skip
         return loss, offset_losses if by_offset else None
-    fused = uses_triton(implementation, hidden)
+    if not (hidden.requires_grad or weight.requires_grad):
+        expected = None
+    by = kernels_for(implementation, hidden)
     result: tuple[Tensor, Tensor | None] = LinearMultiHotCrossEntropy.apply(
-        hidden, weight, target_bags, weights, ignore_index, layout, fused, by_offset
+        hidden, weight, target_bags, weights, ignore_index, layout, by, by_offset, expected
     )
     return result
 
@@ -208,162 +204,3 @@ def _autocast(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
-
-
-class LinearMultiHotCrossEntropy(torch.autograd.Function):
-    """[..., h], [v, h], [..., s] -> [...]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target_bags: Tensor,
-        target_weights: Tensor | None,
-        ignore_index: int,
-        layout: Layout,
-        fused: bool,
-        by_offset: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the losses [...] and, if asked for, those of each target, [..., s]."""
-        # 1. Share of each target, zero on the ranks that do not hold it.
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        targets = target_bags.reshape(-1, target_bags.shape[-1])
-        valid = targets != ignore_index
-        coefficients, live = bag_coefficients(targets, target_weights, ignore_index, dtype)
-        columns, inside = to_local_targets(targets, valid, len(weight), layout.tp_group)
-        coefficients.masked_fill_(~inside, 0)
-        # 2. Running maximum and sum of exponentials of this shard, and the logits of its targets.
-        states = layout.gather(hidden)
-        maximum = states.new_full((len(states),), -torch.inf, dtype=dtype)
-        sums, target_logits = torch.zeros_like(maximum), torch.zeros_like(coefficients)
-        for logits, first in _blocks(states, weight):
-            own, outside = _columns_in_block(columns, first, logits.shape[1])
-            target_logits += logits.gather(1, own).to(dtype).masked_fill_(outside | ~inside, 0)
-            if fused:
-                highest, block_sums = _fused_statistics(logits)
-                higher = torch.maximum(maximum, highest)
-                block_sums.mul_((highest - higher).exp_())
-            else:
-                higher = torch.maximum(maximum, logits.amax(-1).to(dtype))
-                block_sums = _sum_exponentials(logits, higher)
-            sums.mul_((maximum - higher).exp_()).add_(block_sums)
-            maximum = higher
-        # 3. The whole vocabulary.
-        weighted = (target_logits * coefficients).sum(-1)
-        log_sum_exp, target_logit = join_shards(maximum, sums, weighted, layout.tp_group)
-        ctx.save_for_backward(hidden, weight, columns, coefficients, live, log_sum_exp)
-        ctx.layout, ctx.fused = layout, fused
-        # A model without Megatron's DDP has none, as in the host.
-        has_main_grad = layout.accumulates_into_main_grad and hasattr(weight, "main_grad")
-        ctx.main_grad = cast(Any, weight).main_grad if has_main_grad else None
-        loss = (log_sum_exp - target_logit).masked_fill_(~live, 0).view(target_bags.shape[:-1])
-        if not by_offset:
-            return loss, None
-        target_logits = all_reduce_sum_(target_logits, layout.tp_group)
-        offset_losses = (log_sum_exp.unsqueeze(-1) - target_logits).masked_fill_(~valid, 0)
-        offset_losses = offset_losses.view(target_bags.shape)
-        ctx.mark_non_differentiable(offset_losses)
-        return loss, offset_losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the hidden states and of the weight."""
-        hidden, weight, columns, coefficients, live, log_sum_exp = ctx.saved_tensors
-        layout: Layout = ctx.layout
-        states = layout.gather(hidden)
-        scale = grad_output.reshape(-1).masked_fill(~live, 0)
-        grad_states = torch.zeros_like(states, dtype=log_sum_exp.dtype)
-        product = torch.empty_like(states)
-        grad_weight = torch.empty_like(weight) if ctx.main_grad is None else None
-        for logits, first in _blocks(states, weight):
-            own, outside = _columns_in_block(columns, first, logits.shape[1])
-            shares = coefficients.masked_fill(outside, 0)
-            into_gradient_ = _fused_into_gradient_ if ctx.fused else _into_gradient_
-            into_gradient_(logits, own, shares, log_sum_exp, scale)
-            rows = slice(first, first + logits.shape[1])
-            grad_states += torch.mm(logits, weight[rows], out=product)
-            if grad_weight is None:
-                _add_product_(ctx.main_grad[rows], logits.t(), states)
-            else:
-                torch.mm(logits.t(), states, out=grad_weight[rows])
-        del product
-        grad_hidden = layout.reduce_gradient(grad_states.to(hidden.dtype), hidden)
-        if grad_weight is None:
-            grad_weight = _placeholder(weight)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-def _blocks(states: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Logits [n, block] of each block of the vocabulary, in one buffer, and its first row."""
-    elements = _BLOCK_ELEMENTS_CPU if states.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
-    # A multiple of 256, which suits the tiles of a matrix product.
-    width = min(max(elements // max(len(states), 1) // 256 * 256, 256), len(weight))
-    buffer = states.new_empty(len(states) * width)
-    for first in range(0, len(weight), width):
-        rows = weight[first : first + width]
-        logits = buffer[: len(states) * len(rows)].view(len(states), len(rows))
-        yield torch.mm(states, rows.t(), out=logits), first
-
-
-def _columns_in_block(columns: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
-    """Column of each target in a block, 0 for those of other blocks, and which those are."""
-    shifted = columns - first
-    outside = (shifted < 0) | (shifted >= width)
-    return shifted.masked_fill_(outside, 0), outside
-
-
-def _sum_exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
-    """``sum_v exp(z_v - maximum)`` of a block: [n, block], [n] -> [n]."""
-    sums = torch.empty_like(maximum)
-    for wide, rows in exponentials(logits, maximum):
-        torch.sum(wide, -1, out=sums[rows])
-    return sums
-
-
-def _fused_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum of a block, and its sum of exponentials relative to it: [n, block] -> [n], [n]."""
-    from megatron_tst.ops.kernels.cross_entropy import shard_statistics
-
-    no_target = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
-    maximum, sums, _ = shard_statistics(logits, no_target, no_target.float())
-    return maximum, sums
-
-
-def _fused_into_gradient_(
-    logits: Tensor, columns: Tensor, shares: Tensor, log_sum_exp: Tensor, scale: Tensor
-) -> None:
-    from megatron_tst.ops.kernels.cross_entropy import shard_gradient
-
-    shard_gradient(logits, columns, shares, log_sum_exp, scale, out=logits)
-
-
-def _into_gradient_(
-    logits: Tensor, columns: Tensor, shares: Tensor, log_sum_exp: Tensor, scale: Tensor
-) -> None:
-    """Overwrites the logits of a block with their gradient."""
-    negated, scale = -shares, scale.unsqueeze(-1)
-    for wide, rows in exponentials(logits, log_sum_exp):
-        wide.scatter_add_(-1, columns[rows], negated[rows]).mul_(scale[rows])
-        logits[rows] = wide
-
-
-def _add_product_(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """``sums += left @ right``, not rounded to the dtype of the operands before it is added."""
-    if sums.dtype == left.dtype:
-        sums.addmm_(left, right)
-    elif sums.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        sums += torch.mm(left, right, out_dtype=sums.dtype)
-    else:
-        sums.addmm_(left.to(sums.dtype), right.to(sums.dtype))
-
-
-def _placeholder(weight: Tensor) -> Tensor | None:
-    """What autograd gets for a gradient that is in ``main_grad`` already, as in the host."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    # The host's hooks wait for a gradient of the shape of the weight and do not read it.
-    zero_out = getattr(weight, "zero_out_wgrad", False)
-    return torch.zeros_like(weight) if zero_out else torch.empty_like(weight)

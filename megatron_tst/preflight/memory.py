@@ -264,11 +264,12 @@ def _working_bytes(args: argparse.Namespace, positions: int) -> float:
 
 
 def _logit_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:
-    logits = positions * args.padded_vocab_size / args.tensor_model_parallel_size
+    rows = args.padded_vocab_size / args.tensor_model_parallel_size
     # Those of all depths are kept for the backward.
-    logits *= 1 + (args.mtp_num_layers or 0)
+    logits = positions * rows * (1 + (args.mtp_num_layers or 0))
     if args.tst_loss_impl == "linear":
-        return 2 * min(_BLOCK_LOGITS, logits) + 4 * positions * args.hidden_size
+        # A block, and the gradients of the hidden states and the weight that its forward computes.
+        return 2 * min(_BLOCK_LOGITS, logits) + 4 * (positions + rows) * args.hidden_size
     losses = losses_of_run(args, has_gpu=True)
     loss = losses["bags" if phase.predicts_bags else "plain"]
     # A kernel's gradient takes the place of the logits. Megatron's own loss and that of torch keep

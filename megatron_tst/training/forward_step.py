@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -20,6 +20,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.data.batch import get_batch, packed_documents
 from megatron_tst.model.model import SuperpositionModel
 from megatron_tst.model.offset_loss import OffsetLossMeter
+from megatron_tst.ops.targets import IGNORE_INDEX
 from megatron_tst.settings.phases import Phase
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.metrics import StepClock
@@ -94,17 +95,21 @@ class ForwardStep:
         self._choose_meter(model, args, phase)
         # A plan runs when the batch of another may have come.
         _expect_gradient(model, None if return_schedule_plan else batch["loss_mask"])
+        labels, sums_up = batch["labels"], args.tst_loss_impl == "linear"
+        if sums_up:
+            labels = _without_masked(labels, batch["loss_mask"])
+            cast(SuperpositionModel, unwrap_model(model)).sums_up_losses = True
         with _straggler_detector:
             run = model.build_schedule_plan if return_schedule_plan else model
             losses = run(
                 batch["tokens"],
                 batch["position_ids"],
                 batch["attention_mask"],
-                labels=batch["labels"],
+                labels=labels,
                 loss_mask=batch["loss_mask"],
                 packed_seq_params=documents,
             )
-        return losses, partial(masked_mean_loss, batch["loss_mask"])
+        return losses, partial(masked_mean_loss, batch["loss_mask"], is_masked=sums_up)
 
     def _refuse_a_reset_that_nobody_does(self) -> None:
         reset = self.schedule.config.reset_at_switch
@@ -158,14 +163,26 @@ def gradient_of_losses(
     return gradient / num_microbatches / positions.clamp(min=1)
 
 
+def _without_masked(labels: Tensor | None, loss_mask: Tensor | None) -> Tensor | None:
+    """Labels [b, l] or [b, l, s] of which those that do not count are ``IGNORE_INDEX``."""
+    if labels is None or loss_mask is None:
+        return labels
+    is_masked = loss_mask == 0
+    return labels.masked_fill(
+        is_masked if labels.dim() == 2 else is_masked[..., None], IGNORE_INDEX
+    )
+
+
 def masked_mean_loss(
-    loss_mask: Tensor | None, losses: Tensor
+    loss_mask: Tensor | None, losses: Tensor, is_masked: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sums the losses of a micro-batch and counts its positions; Megatron divides one by the other.
 
     Args:
         loss_mask: [b, l], 0 where a position does not count.
         losses: [b, l], float32.
+        is_masked: they are 0 already where a position does not count, as labels can make them. Not
+            multiplied by a mask, all have one gradient, which the linear loss sees.
 
     Returns:
         The sum, the number of latent positions that count, and both under the name that upstream
@@ -173,7 +190,8 @@ def masked_mean_loss(
     """
     assert loss_mask is not None, "called on a pipeline stage that has no targets"
     mask = loss_mask.view(-1).float()
-    loss = torch.sum(losses.view(-1).float() * mask)
+    losses = losses.view(-1).float()
+    loss = torch.sum(losses if is_masked else losses * mask)
     positions = mask.sum().clone().detach().to(torch.int)
     _check_loss(loss)
     report = torch.cat([loss.clone().detach().view(1), positions.view(1)])

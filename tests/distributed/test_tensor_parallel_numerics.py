@@ -16,6 +16,7 @@ from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy, per_target_c
 from megatron_tst.ops.embedding import bag_embedding
 from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
 from megatron_tst.ops.objectives import superposition_loss
+from megatron_tst.ops.reference import multi_hot_cross_entropy_reference
 from tests.distributed.harness import run_distributed
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 8, 16, 48
@@ -97,18 +98,34 @@ def linear_case(bag_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(LENGTH, BATCH, HIDDEN), torch.randn(48, HIDDEN), targets, weights, grad
 
 
-def linear_loss_on_ranks(bag_size: int, sequence_parallel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, targets, weights, grad = linear_case(bag_size)
-    hidden = shard(hidden, 0) if sequence_parallel else hidden.requires_grad_()
-    weight_shard = shard(weight, 0)
-    group = torch.distributed.group.WORLD
-    loss = linear_multi_hot_cross_entropy(
-        hidden, weight_shard, targets, weights, group, sequence_parallel=sequence_parallel
-    )
-    loss.backward(grad)
-    assert hidden.grad is not None
-    assert weight_shard.grad is not None
-    return loss.detach(), hidden.grad, weight_shard.grad
+def linear_loss_on_ranks(
+    bag_size: int, sequence_parallel: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Losses and gradients: computed by the backward, and by the forward for a sum of the losses.
+
+    The forward has blocks of 5 positions.
+    """
+    results = []
+    for is_uniform in (False, True):
+        hidden, weight, targets, weights, grad = linear_case(bag_size)
+        hidden = shard(hidden, 0) if sequence_parallel else hidden.requires_grad_()
+        weight_shard = shard(weight, 0)
+        blocks: dict[str, Any] = {"_LEAST_POSITIONS": 5, "_BLOCK_ELEMENTS_CPU": 1}
+        with mock.patch.multiple("megatron_tst.ops.logit_blocks", **blocks):
+            loss = linear_multi_hot_cross_entropy(
+                *(hidden, weight_shard, targets, weights, torch.distributed.group.WORLD),
+                sequence_parallel=sequence_parallel,
+                uniform_gradient=is_uniform,
+            )
+            if is_uniform:
+                with mock.patch("megatron_tst.ops.linear_function._computed_again", None):
+                    (0.37 * loss.sum()).backward()
+            else:
+                loss.backward(grad)
+        assert hidden.grad is not None
+        assert weight_shard.grad is not None
+        results.append((loss.detach(), hidden.grad, weight_shard.grad))
+    return results
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -118,16 +135,21 @@ def test_linear_loss_equals_one_rank(ranks: int, bag_size: int, sequence_paralle
     hidden, weight, targets, weights, grad = linear_case(bag_size)
     hidden.requires_grad_()
     weight.requires_grad_()
-    expected = linear_multi_hot_cross_entropy(hidden, weight, targets, weights)
-    expected.backward(grad)
-    results = run_distributed(ranks, linear_loss_on_ranks, bag_size, sequence_parallel)
-    for loss, _, _ in results:
-        torch.testing.assert_close(loss, expected, **SAME)
-    hidden_grads = [grad for _, grad, _ in results]
-    whole = [torch.cat(hidden_grads)] if sequence_parallel else hidden_grads
-    for actual in whole:
-        torch.testing.assert_close(actual, hidden.grad, **SAME)
-    torch.testing.assert_close(torch.cat([g for _, _, g in results]), weight.grad, **SAME)
+    expected = multi_hot_cross_entropy_reference(hidden @ weight.t(), targets, weights).float()
+    of_ranks = run_distributed(ranks, linear_loss_on_ranks, bag_size, sequence_parallel)
+    for results, up in zip(
+        zip(*of_ranks, strict=True), (grad, torch.full_like(grad, 0.37)), strict=True
+    ):
+        of_hidden, of_weight = torch.autograd.grad(
+            expected, (hidden, weight), up, retain_graph=True
+        )
+        for loss, _, _ in results:
+            torch.testing.assert_close(loss, expected, **SAME)
+        hidden_grads = [grad for _, grad, _ in results]
+        whole = [torch.cat(hidden_grads)] if sequence_parallel else hidden_grads
+        for actual in whole:
+            torch.testing.assert_close(actual, of_hidden, **SAME)
+        torch.testing.assert_close(torch.cat([g for _, _, g in results]), of_weight, **SAME)
 
 
 def loss_on_ranks(objective: str, bag_size: int) -> tuple[Tensor, Tensor, bool]:

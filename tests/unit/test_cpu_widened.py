@@ -41,7 +41,7 @@ def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unlimited")
 def test_a_cpu_with_instructions_keeps_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bf16, "_hardware_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(bf16, "hardware_flags", lambda: frozenset({"avx512_bf16"}))
     monkeypatch.setattr(widened, "_library", lambda: pytest.fail("replaced"))
     before = torch._C._dispatch_dump("aten::mm")
     widened.install()
@@ -66,7 +66,7 @@ def use_cpu(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
         return text
 
     monkeypatch.setattr(bf16, "Path", lambda path: SimpleNamespace(read_text=read_text))
-    monkeypatch.setattr(bf16, "_hardware_flags", bf16._hardware_flags.__wrapped__)
+    monkeypatch.setattr(bf16, "hardware_flags", bf16.hardware_flags.__wrapped__)
 
 
 @pytest.mark.usefixtures("unlimited")

@@ -25,7 +25,7 @@ from benchmarks.roofline import (
     Model,
     loss_costs,
 )
-from megatron_tst.ops import linear_cross_entropy
+from megatron_tst.ops import logit_blocks
 from tests.kernel_devices import Runner
 
 OTHERS = {
@@ -70,7 +70,7 @@ def test_the_kernels_move_each_logit_three_times_whatever_the_bag() -> None:
     costs = [loss_costs(n, v, s)["Triton"].bytes_moved for s in (1, 16)]
     assert costs[0] == pytest.approx(3 * 2 * n * v, rel=1e-3)
     assert costs[1] == pytest.approx(costs[0], rel=2e-3)
-    assert linear_cross_entropy._BLOCK_ELEMENTS_GPU == BLOCK_ELEMENTS
+    assert logit_blocks._BLOCK_ELEMENTS_GPU == BLOCK_ELEMENTS
 
 
 def test_rows_that_a_program_holds_move_each_logit_twice() -> None:

@@ -165,23 +165,26 @@ def test_a_model_knows_the_gradient_of_its_losses(on_device: Runner) -> None:
     on_device(check_model)
 
 
-def check_linear_loss(device: str) -> None:
-    from megatron_tst.ops import linear_cross_entropy
+def check_linear_loss(device: str, is_uniform: bool) -> None:
+    from megatron_tst.ops import logit_blocks
 
     torch.manual_seed(0)
     hidden = torch.randn(3, 4, 20, device=device, requires_grad=True)
     weight = torch.randn(300, 20, device=device, requires_grad=True)
     _, targets, weights, grad = loss_case(device)
-    block = linear_cross_entropy._BLOCK_ELEMENTS_CPU
+    blocks = logit_blocks._BLOCK_ELEMENTS_CPU, logit_blocks._LEAST_POSITIONS
+    settings: dict[str, Any] = {**TRITON, "uniform_gradient": is_uniform}
+    if is_uniform:
+        grad = torch.full((), 0.37, device=device).expand(3, 4)
     try:
-        # Blocks of 256 rows and of the 44 that are left.
-        linear_cross_entropy._BLOCK_ELEMENTS_CPU = 1
+        # Blocks of 5 positions and of the 2 that are left, of 256 rows and of 44.
+        logit_blocks._BLOCK_ELEMENTS_CPU, logit_blocks._LEAST_POSITIONS = 1, 5
         loss, by_offset = linear_multi_hot_cross_entropy_by_offset(
-            hidden, weight, targets, weights, **TRITON
+            hidden, weight, targets, weights, **settings
         )
         grads = torch.autograd.grad(loss, (hidden, weight), grad)
     finally:
-        linear_cross_entropy._BLOCK_ELEMENTS_CPU = block
+        logit_blocks._BLOCK_ELEMENTS_CPU, logit_blocks._LEAST_POSITIONS = blocks
     leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
     logits = leaves[0] @ leaves[1].t()
     exact = multi_hot_cross_entropy_reference(logits, targets, weights)
@@ -193,8 +196,9 @@ def check_linear_loss(device: str) -> None:
         torch.testing.assert_close(ours.double(), exact_grad, **SAME)
 
 
-def test_linear_loss(on_device: Runner) -> None:
-    on_device(check_linear_loss)
+@pytest.mark.parametrize("is_uniform", [False, True])
+def test_linear_loss(on_device: Runner, is_uniform: bool) -> None:
+    on_device(check_linear_loss, is_uniform)
 
 
 def check_layouts_that_are_copied(device: str) -> None:

@@ -17,7 +17,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import global_vars
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tst.training.forward_step import gradient_of_losses, masked_mean_loss
+from megatron_tst.training.forward_step import (
+    _without_masked,
+    gradient_of_losses,
+    masked_mean_loss,
+)
 
 
 class _CountsReads(TorchDispatchMode):
@@ -73,3 +77,33 @@ def test_the_gradient_of_the_losses_is_known_before_the_backward(
         backward_step([None], [loss], [None], config)
         assert losses.grad is not None
         assert torch.equal(losses.grad, expected * mask)
+
+
+@pytest.mark.usefixtures("checking")
+def test_losses_that_are_masked_have_one_gradient_that_strides_show() -> None:
+    """As the linear loss needs it, through what the model and the schedule do with its losses."""
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
+    found: dict[str, torch.Tensor] = {}
+    for is_masked in (True, False):
+        leaf = torch.rand(3, 2).masked_fill(mask.t() == 0, 0).requires_grad_()
+        of_model = leaf.view(3, 2)  # [l, b]
+        of_model.register_hook(lambda grad: found.__setitem__("gradient", grad))
+        losses = of_model.transpose(0, 1).contiguous()
+        loss, positions, report = masked_mean_loss(mask, losses, is_masked)
+        assert loss == report["lm loss"][0] == (losses * mask).sum()
+        loss /= positions.clamp(min=1)
+        loss /= 3
+        loss.backward()
+        assert found["gradient"].stride() == ((0, 0) if is_masked else (1, 3))
+        assert float(found["gradient"][0, 0]) == pytest.approx(1 / 12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4)])
+def test_labels_take_the_mask(shape: tuple[int, ...]) -> None:
+    mask, labels = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), torch.ones(shape).long()
+    masked = _without_masked(labels, mask)
+    assert masked is not None
+    assert torch.equal(
+        masked == -100, (mask == 0).view(2, 3, *[1] * (len(shape) - 2)).expand(shape)
+    )
+    assert bool((labels == 1).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tst.cpu import fused_attention
-from megatron_tst.ops.native import Kernels, describe_kernels, kernels
+from megatron_tst.ops.native import Kernels, describe_kernels, kernels, products
 from megatron_tst.ops.native.kernels import SWITCH, _choose, _compiled
 from tests.zygote import ROOT
 
@@ -574,6 +575,54 @@ def test_the_cache_is_used_the_second_time(
     assert sorted(library.parent.iterdir()) == sorted(set(libraries.values()))
 
 
+# Products.
+
+
+@pytest.mark.skipif(products() is None, reason="needs avx512_bf16 without AMX, and a compiler")
+@pytest.mark.parametrize(
+    ("n", "v", "h"), [(1, 2, 2), (7, 66, 64), (33, 200, 70), (6, 96, 130), (13, 1030, 100)]
+)
+def test_products(n: int, v: int, h: int) -> None:
+    """Odd counts of positions, parts of tiles, several passes over the vocabulary."""
+    found = products()
+    assert found is not None
+    states, weight = draw(n, h, dtype=torch.bfloat16), draw(v, h, dtype=torch.bfloat16, seed=1)
+    logits = found.logits_of(states, weight, torch.empty(n, v, dtype=torch.bfloat16))
+    terms = states.double().abs() @ weight.double().abs().t()
+    assert_near(logits, states.double() @ weight.double().t(), terms)
+    of_states, of_weight = torch.ones(n, h), torch.ones(v, h)
+    found.add_product_(of_states, logits, weight)
+    found.add_transposed_product_(of_weight, logits, states)
+    for sums, left, right in (
+        (of_states, logits.double(), weight.double()),
+        (of_weight, logits.double().t(), states.double()),
+    ):
+        assert_near(sums, 1 + left @ right, 1 + left.abs() @ right.abs())
+
+
+@pytest.mark.skipif(products() is None, reason="needs avx512_bf16 without AMX, and a compiler")
+def test_products_of_some_shapes_and_dtypes_are_torchs() -> None:
+    found = products()
+    assert found is not None
+    whole = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert found.serves(whole, whole)
+    for other in (whole.float(), whole[:, :5].contiguous(), whole.t(), whole[:, :4], whole[:0]):
+        assert not found.serves(whole, other)
+
+
+def test_products_are_torchs_where_they_are_faster_or_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = import_module("megatron_tst.ops.native.products")
+
+    for flags in ({"amx_bf16", "avx512_bf16"}, {"bf16"}, set()):
+        monkeypatch.setattr(module, "hardware_flags", lambda flags=flags: flags)
+        assert products.__wrapped__() is None
+    monkeypatch.setattr(module, "hardware_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert products.__wrapped__() is None
+
+
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs an x86 processor")
 @DTYPES
 def test_fewer_instructions_make_another_library_of_the_same_results(
@@ -594,8 +643,6 @@ def test_another_source_makes_another_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A library of an older version, in the same cache, is not taken."""
-    from importlib import import_module
-
     module = import_module("megatron_tst.ops.native.kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "kernels.cpp"

@@ -24,7 +24,7 @@ MACHINES = pytest.mark.parametrize(("isa", "precision"), [("AVX2", "fp32"), ("AL
 @pytest.fixture(autouse=True)
 def cpu_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU. ONEDNN_MAX_CPU_ISA takes the instructions away again."""
-    monkeypatch.setattr(bf16, "_hardware_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(bf16, "hardware_flags", lambda: frozenset({"amx_bf16"}))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 

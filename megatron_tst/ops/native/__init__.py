@@ -4,5 +4,6 @@ Needs torch only.
 """
 
 from megatron_tst.ops.native.kernels import Kernels, compiled_kernels, describe_kernels, kernels
+from megatron_tst.ops.native.products import Products, products
 
-__all__ = ["Kernels", "compiled_kernels", "describe_kernels", "kernels"]
+__all__ = ["Kernels", "Products", "compiled_kernels", "describe_kernels", "kernels", "products"]

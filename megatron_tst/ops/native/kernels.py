@@ -284,17 +284,29 @@ def _choose() -> tuple[Kernels | None, str]:
         return None, f"torch (cannot compile: {' '.join(str(reason).split())[:200]})"
 
 
-def _compiled(compiler: str) -> Path:
-    """Compiles the source, unless this machine has done so before, and returns the library."""
+def compiled_library(source: Path) -> Path | None:
+    """The library of another source; None where it cannot be compiled for all instructions."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None or "-march=native" not in _instructions():
+        return None
+    try:
+        return _compiled(compiler, source)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str, source: Path | None = None) -> Path:
+    """Compiles a source, unless this machine has done so before, and returns the library."""
+    source = source or _SOURCE
     command = [compiler, *_FLAGS, *_instructions()]
-    identity = repr((_SOURCE.read_bytes(), command, _version(compiler), _cpu()))
-    name = f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    identity = repr((source.read_bytes(), command, _version(compiler), _cpu()))
+    name = f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     library = _cache_folder() / name
     if not library.exists():
         # Several ranks may do this at once.
         with replacing(library) as built:
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(built)],
+                [*command, str(source), "-o", str(built)],
                 check=True,
                 capture_output=True,
                 text=True,
