@@ -42,8 +42,6 @@ def _checked(parser: argparse.ArgumentParser, case: dict[str, Any]) -> dict[str,
     from megatron_tst.preflight.wording import finding_lines, report_as_json, summary_lines
 
     begin = time.perf_counter()
-    # No flag sets them.
-    parser.set_defaults(tst_bags=case.pop("bags", ()))
     launch = Launch(**case)
     report = check_launch(parser, launch)
     return report_as_json(report, launch.gpu_bytes) | {

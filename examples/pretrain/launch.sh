@@ -150,6 +150,9 @@ if [[ -n ${WANDB_PROJECT:-} ]]; then
   LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "$(basename "$0" .sh)-$VARIANT")
 fi
 
+# Several bag sizes take the place of the one above.
+[[ " $*" == *" --tst-schedule"* ]] && TST_ARGS=()
+
 PROGRAM=(-m megatron_tst.pretrain)
 if [[ -n ${STOCK_MEGATRON:-} ]]; then
   # Phase 2 without this project: docs/stock-megatron.md.

@@ -248,10 +248,11 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
             )
         return
     ratio = schedule.switch_step / schedule.total_steps
+    length = "--tst-schedule" if args.tst_schedule else "--tst-step-ratio"
     low, high = _PUBLISHED_RATIOS
     if not low <= ratio <= high:
         yield warning(
-            f"{bags_name(schedule.phases)} takes {ratio:.3g} of the steps (--tst-step-ratio): "
+            f"{bags_name(schedule.phases)} takes {ratio:.3g} of the steps ({length}): "
             f"published best is {low} to {high}; below there is little gain, above 0.5 no full "
             "recovery."
         )
@@ -265,13 +266,13 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
         yield warning(
             f"the switch at step {schedule.switch_step} comes after the decay of the learning rate "
             f"has begun at {schedule.total_steps - decay} (--lr-wsd-decay-iters {decay}): "
-            f"{plain_name(schedule.phases)} never has the full rate. Lower --tst-step-ratio."
+            f"{plain_name(schedule.phases)} never has the full rate. Lower {length}."
         )
     first_switch = schedule.phases[1].first_step
     if args.lr_warmup_iters and first_switch < args.lr_warmup_iters:
         yield warning(
             f"the switch at step {first_switch} comes before the end of the warm-up "
-            f"(--lr-warmup-iters {args.lr_warmup_iters}): raise --tst-step-ratio."
+            f"(--lr-warmup-iters {args.lr_warmup_iters}): raise {length}."
         )
 
 

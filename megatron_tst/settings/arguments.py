@@ -54,7 +54,14 @@ def _add_setting(group: argparse._ArgumentGroup, known: Setting) -> None:
 
 def has_bags(args: argparse.Namespace) -> bool:
     """Whether a command line, valid or not, asks for phases with bags."""
-    return bool(args.tst_bag_size > 1)
+    return bool(args.tst_bag_size > 1 or args.tst_schedule)
+
+
+def bags_flag(args: argparse.Namespace) -> str:
+    """The flag by which a command line asks for bags, with its value."""
+    if args.tst_schedule:
+        return f"--tst-schedule {args.tst_schedule}"
+    return f"--tst-bag-size {args.tst_bag_size}"
 
 
 def superposition_config_from_args(args: argparse.Namespace) -> SuperpositionConfig:
@@ -81,8 +88,6 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
             total_steps=total_steps_from_args(args),
             batch_sizes=batch_sizes_from_args(args),
             sequence_length=args.seq_length,
-            # No flag sets it: a script may.
-            bags=getattr(args, "tst_bags", ()),
         )
 
 

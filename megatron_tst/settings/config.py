@@ -8,6 +8,7 @@ from math import exp
 from typing import Any, Literal
 
 from megatron_tst.settings.setting_fields import Setting, SettingError, said, settings_of
+from megatron_tst.settings.size_schedule import parse_sizes
 from megatron_tst.settings.variants import VARIANTS
 
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
@@ -61,6 +62,9 @@ class SuperpositionConfig:
         bag_size: tokens folded into one latent position (s). 1 turns superposition off.
         step_ratio: fraction of all optimizer steps in phase 1 (r). Exclusive with ``steps``.
         steps: number of optimizer steps in phase 1. Exclusive with ``step_ratio``.
+        schedule: several bag sizes one behind the other, each with its share of all steps or its
+            steps, as in ``8:0.05,4:0.1``; instead of ``bag_size`` and a length, and then
+            ``bag_size`` is the largest of them.
         variant: which side is superposed, a key of ``VARIANTS``: bags in and out, bags in only, or
             bags out only.
         target_weighting: weight of the i-th token of a target bag, a key of ``WEIGHTINGS``;
@@ -93,6 +97,14 @@ class SuperpositionConfig:
     steps: int | None = field(
         default=None,
         metadata=said("Optimizer steps of phase 1, instead of a ratio.", is_axis=False),
+    )
+    schedule: str | None = field(
+        default=None,
+        metadata=said(
+            "Several bag sizes, one behind the other, each with its share of all steps or its "
+            "steps: 8:0.05,4:0.1,2:0.15; instead of one bag size and its length.",
+            is_method=False,
+        ),
     )
     variant: str = field(
         default="full",
@@ -150,6 +162,8 @@ class SuperpositionConfig:
     def __post_init__(self) -> None:
         for known in SETTINGS.values():
             known.check(getattr(self, known.name))
+        if self.schedule is not None:
+            self._take_schedule(self.schedule)
         if self.bag_size < 1:
             raise SettingError(
                 "{bag_size} is {value}: use 1 to turn superposition off, or 2 and more.",
@@ -160,6 +174,18 @@ class SuperpositionConfig:
             object.__setattr__(self, "target_weighting", law)
         self._validate_phase_length()
         self._validate_weights()
+
+    def _take_schedule(self, schedule: str) -> None:
+        others = {"bag_size": self.bag_size, "step_ratio": self.step_ratio, "steps": self.steps}
+        for name, value in others.items():
+            if value != SETTINGS[name].default:
+                raise SettingError(
+                    f"{{schedule:{{schedule_value}}}} and {{{name}:{{value}}}} both set bag "
+                    "sizes or their steps: pass one of them.",
+                    schedule_value=schedule,
+                    value=value,
+                )
+        object.__setattr__(self, "bag_size", max(size for size, _ in parse_sizes(schedule)))
 
     def _validate_phase_length(self) -> None:
         values = {"ratio": self.step_ratio, "length": self.steps, "size": self.bag_size}
@@ -181,7 +207,8 @@ class SuperpositionConfig:
                 "use {bag_size:1} for a run without phase 1.",
                 **values,
             )
-        if self.enabled and self.step_ratio is None and self.steps is None:
+        lengths = (self.step_ratio, self.steps, self.schedule)
+        if self.enabled and lengths == (None, None, None):
             raise SettingError(
                 "{bag_size} is {size} but phase 1 has no length: "
                 "pass {step_ratio} (for example 0.3) or {steps}.",
@@ -245,7 +272,8 @@ class SuperpositionConfig:
 
     def resolved(self, switch_step: int) -> SuperpositionConfig:
         """The same settings with the length of phase 1 as a step count (none without phase 1)."""
-        return replace(self, step_ratio=None, steps=switch_step if self.enabled else None)
+        steps = switch_step if self.enabled else None
+        return replace(self, step_ratio=None, schedule=None, steps=steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the log and the checkpoint."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.settings.arguments import has_bags
+from megatron_tst.settings.arguments import bags_flag, has_bags
 from megatron_tst.settings.multi_token import multi_token_conflicts
 
 
@@ -157,7 +157,8 @@ def _described(conflict: _Conflict, args: argparse.Namespace) -> str:
     if conflict.at_any_bag_size:
         context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
     else:
-        context, remedy = f"--tst-bag-size {args.tst_bag_size}", "use --tst-bag-size 1"
+        context = bags_flag(args)
+        remedy = "--tst-schedule" if args.tst_schedule else "use --tst-bag-size 1"
     return f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
 
 
@@ -176,7 +177,7 @@ def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
     flag = "--dataloader-inter-document-masking"
     if has_bags(args) and args.tst_document_boundary != "align":
         yield (
-            f"{flag} does not work with --tst-bag-size {args.tst_bag_size} and "
+            f"{flag} does not work with {bags_flag(args)} and "
             f"--tst-document-boundary {args.tst_document_boundary}: {_DOCUMENT_BOUNDARIES}. Use "
             "--tst-document-boundary align."
         )
@@ -212,9 +213,7 @@ def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
 def _with_weight_shards(args: argparse.Namespace) -> Iterator[str]:
     shards, ranks = args.tensor_parallel_num_weight_shards, args.tensor_model_parallel_size
     if shards is not None and shards > ranks:
-        setting = (
-            f"--tst-bag-size {args.tst_bag_size}" if has_bags(args) else "--tst-loss-impl linear"
-        )
+        setting = bags_flag(args) if has_bags(args) else "--tst-loss-impl linear"
         yield (
             f"--tensor-parallel-num-weight-shards {shards} with --tensor-model-parallel-size "
             f"{ranks} does not work with {setting}: the rows of embedding and output layer are "

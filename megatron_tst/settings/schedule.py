@@ -10,6 +10,7 @@ from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Bags, Phase, lay_out, phase_at, phase_of_sample
 from megatron_tst.settings.setting_fields import SettingError
+from megatron_tst.settings.size_schedule import lay_out_sizes
 from megatron_tst.settings.variants import VARIANTS
 
 
@@ -18,7 +19,8 @@ class SuperpositionSchedule:
     """The phases of a run.
 
     Attributes:
-        config: superposition settings.
+        config: superposition settings; those with several bag sizes become ``bags``, and keep the
+            largest size and the steps of all.
         total_steps: optimizer steps of the whole run (N).
         batch_sizes: sequences a step.
         sequence_length: latent positions a sequence (l), the same in all phases.
@@ -40,6 +42,8 @@ class SuperpositionSchedule:
     bags: Bags = ()
 
     def __post_init__(self) -> None:
+        if self.config.schedule is not None:
+            self._take_sizes(self.config.schedule)
         if self.bags:
             self._check_bags()
         if not self.config.enabled:
@@ -58,6 +62,19 @@ class SuperpositionSchedule:
                 "the weights into an ordinary model: lower it or lengthen the run.",
                 **values,
             )
+
+    def _take_sizes(self, text: str) -> None:
+        bags = lay_out_sizes(text, self.total_steps)
+        length = sum(steps for _, steps in bags)
+        if length >= self.total_steps:
+            raise SettingError(
+                "{schedule:{text}} of {total} steps leaves no step for the last phase, which turns "
+                "the weights into an ordinary model: lower it or lengthen the run.",
+                text=text,
+                total=self.total_steps,
+            )
+        object.__setattr__(self, "config", self.config.resolved(length))
+        object.__setattr__(self, "bags", bags if len(bags) > 1 else ())
 
     def _check_bags(self) -> None:
         sizes, steps = zip(*self.bags, strict=True)

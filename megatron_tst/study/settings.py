@@ -55,7 +55,7 @@ class RunSettings:
     @property
     def is_baseline(self) -> bool:
         """Whether it has no superposition."""
-        return self.bag_size == 1
+        return self.bag_size == 1 and "schedule" not in dict(self.changed)
 
     @property
     def control(self) -> RunSettings:
@@ -92,9 +92,16 @@ class RunSettings:
         if self.is_baseline:
             parts.append("baseline")
         else:
-            parts += [f"s{self.bag_size}", f"r{changed.pop('step_ratio'):g}"]
+            parts += self._phase_names(changed)
         parts += [f"p{v:g}" if k == "power_law_exponent" else str(v) for k, v in changed.items()]
         return "-".join([*parts, f"seed{self.seed}"])
+
+    def _phase_names(self, changed: dict[str, Any]) -> list[str]:
+        if "schedule" in changed:
+            return [
+                "s" + changed.pop("schedule").replace(" ", "").replace(":", "r").replace(",", "s")
+            ]
+        return [f"s{self.bag_size}", f"r{changed.pop('step_ratio'):g}"]
 
     def arguments(self, warmup_share: float, decay_share: float) -> list[str]:
         """Megatron's arguments for these settings, the model's excepted.

@@ -11,7 +11,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import find_corpus
-from megatron_tst.settings.arguments import has_bags
+from megatron_tst.settings.arguments import has_bags, superposition_schedule_from_args
 
 
 def leave_out_documents(args: Namespace, samples_read: int) -> None:
@@ -35,6 +35,12 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
                 "out of a run of --tst-bag-size 1 that has begun, whose order is Megatron's and "
                 "depends on all documents: start it again from its first step, or a new run from "
                 "its weights with --finetune."
+            )
+        if new and samples_read and superposition_schedule_from_args(args).bags:
+            raise UsageError(
+                f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
+                f"out of a run of --tst-schedule {args.tst_schedule} that has begun, and only runs "
+                "with one bag size are planned anew: remove it, or start the run again with it."
             )
         if new:
             args.tst_left_out = [*args.tst_left_out, [samples_read, [list(pair) for pair in new]]]

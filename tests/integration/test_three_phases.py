@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,15 @@ from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.report.results import read_result
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
-from tests.three_phases import ARGUMENTS
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
 
-MAIN = "tests.three_phases:main"
+ARGUMENTS: dict[str, Any] = {
+    "tst_schedule": "8:2,4:3",
+    "tst_target_weighting": "power-law",
+    "save_interval": 4,
+}
 BAG_SIZES = [8, 8, 4, 4, 4, *[1] * 7]
 POSITIONS = 4 * 32  # global batch size times sequence length
 
@@ -23,7 +27,7 @@ POSITIONS = 4 * 32  # global batch size times sequence length
 @pytest.fixture(scope="module")
 def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     run = SmallRun(corpus, tmp_path_factory.mktemp("phases")).with_(**ARGUMENTS)
-    launcher.run(run.argv, run.log, main=MAIN)
+    launcher.run(run.argv, run.log)
     return run
 
 
@@ -44,29 +48,57 @@ def test_every_phase_trains_and_is_accounted_for(trained: SmallRun) -> None:
     assert "> switching to bags of 4 after 2 steps" in log
     assert "> switching to next-token prediction after 5 steps" in log
     saved = sorted(path.name for path in (trained.folder / "checkpoints").glob("iter_*"))
-    assert saved == [f"iter_{step:07d}" for step in (2, 5, TOTAL_STEPS)]
+    assert saved == [f"iter_{step:07d}" for step in (2, 4, 5, 8, TOTAL_STEPS)]
 
 
-def test_a_run_that_goes_on_from_the_first_switch_is_the_same(
-    launcher: Launcher, trained: SmallRun, tmp_path: Path
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_a_run_that_goes_on_at_a_switch_or_before_is_the_same(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path, step: int
 ) -> None:
     run = trained.with_(
         tmp_path,
         load=trained.folder / "checkpoints",
-        ckpt_step=2,
+        ckpt_step=step,
         save=tmp_path / "checkpoints",
         tensorboard_dir=tmp_path / "tensorboard",
     )
-    launcher.run(run.argv, run.log, main=MAIN)
+    launcher.run(run.argv, run.log)
     assert_bit_equal(run.checkpoint(TOTAL_STEPS), trained.checkpoint(TOTAL_STEPS))
-    # The entry point, which knows no such bags.
-    other = run.with_(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (
+            {"tst_schedule": None, "tst_bag_size": 8, "tst_steps": 5},
+            "was trained with bags of 8 from sample 0 (step 0) on, bags of 4 from sample 8 (step "
+            "2) on, bags of 1 from sample 20 (step 5) on, and this command has bags of 8 "
+            "from sample 0 (step 0) on, bags of 1 from sample 20 (step 5) on: keep its phases",
+        ),
+        (
+            {"tst_bag_size": 8},
+            "--tst-schedule 8:2,4:3 and --tst-bag-size 8 both set bag sizes or their steps: pass "
+            "one of them",
+        ),
+        (
+            {"tst_exclude_documents": "documents"},
+            "leaves 1 documents out of a run of --tst-schedule 8:2,4:3 that has begun",
+        ),
+    ],
+)
+def test_what_it_does_not_resume_with(
+    launcher: Launcher,
+    trained: SmallRun,
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    refusal: str,
+) -> None:
+    if "tst_exclude_documents" in arguments:
+        arguments = {"tst_exclude_documents": tmp_path / "documents"}
+        arguments["tst_exclude_documents"].write_text(f"{trained.corpus}:0\n")
+    checkpoints = trained.folder / "checkpoints"
+    other = trained.with_(tmp_path, load=checkpoints, ckpt_step=2, **arguments)
     assert launcher.wait(launcher.start(other.argv, other.log)) == [2]
-    refusal = (
-        "was trained with bags of 8 from sample 0 (step 0) on, bags of 4 from sample 8 (step 2) "
-        "on, bags of 1 from sample 20 (step 5) on, and this command has bags of 8 "
-        "from sample 0 (step 0) on, bags of 1 from sample 20 (step 5) on: keep its phases"
-    )
     assert refusal in other.log.read_text()
 
 

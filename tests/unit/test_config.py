@@ -21,6 +21,8 @@ from megatron_tst.settings.setting_fields import FLAGS, SettingError
 
 def config(**settings: Any) -> SuperpositionConfig:
     """A valid configuration of bag size 4 with the given settings in place of the defaults."""
+    if "schedule" in settings:
+        return SuperpositionConfig(**settings)
     length = {} if {"steps", "step_ratio"} & settings.keys() else {"step_ratio": 0.3}
     return SuperpositionConfig(**{"bag_size": 4} | length | settings)
 
@@ -41,6 +43,18 @@ def config(**settings: Any) -> SuperpositionConfig:
         ({"step_ratio": nan}, "--tst-step-ratio", "nan", "between 0 and 1"),
         ({"steps": 0}, "--tst-steps", "0", "use --tst-bag-size 1"),
         ({"steps": None}, "--tst-bag-size", "4", "pass --tst-step-ratio"),
+        ({"schedule": "8:0.1,4"}, "--tst-schedule", "'8:0.1,4'", "write bag size:share"),
+        ({"schedule": ""}, "--tst-schedule", "''", "write bag size:share"),
+        ({"schedule": "8:-0.1"}, "--tst-schedule", "'8:-0.1'", "write bag size:share"),
+        ({"schedule": "8:0.1,1:0.2"}, "--tst-schedule", "'8:0.1,1:0.2'", "are 2 or more"),
+        ({"schedule": "8:.1,4:.1,8:.1"}, "--tst-schedule", "'8:.1,4:.1,8:.1'", "8 is there 2"),
+        ({"schedule": "8:0.1,4:5"}, "--tst-schedule", "'8:0.1,4:5'", "mixes shares with whole"),
+        ({"schedule": "8:0.1,4:0.0"}, "--tst-schedule", "'8:0.1,4:0.0'", "above 0"),
+        ({"schedule": "8:0,4:3"}, "--tst-schedule", "'8:0,4:3'", "above 0"),
+        ({"schedule": "8:0.6,4:0.4"}, "--tst-schedule", "'8:0.6,4:0.4'", "add up to 1, keep"),
+        ({"schedule": "8:3", "bag_size": 8}, "--tst-bag-size", "8", "pass one of them"),
+        ({"schedule": "8:3", "step_ratio": 0.3}, "--tst-step-ratio", "0.3", "pass one of them"),
+        ({"schedule": "8:3", "steps": 5}, "--tst-schedule", "8:3", "pass one of them"),
         ({"power_law_exponent": nan}, "--tst-power-law-exponent", "nan", "a finite number"),
         ({"power_law_exponent": 11.0}, "--tst-power-law-exponent", "11.0", "between -10 and 10"),
         (

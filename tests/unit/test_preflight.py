@@ -152,9 +152,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("corpus", [*scripts["3b", "baseline"], *here])
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     checked.add("several mistakes", [*dense, *SEVERAL_MISTAKES])
-    bags = "--num-layers 3 --tst-bag-size 20 --tst-steps 6000 --save-interval 4000"
-    argv = [*without(dense, "--tst-step-ratio"), *bags.split()]
-    checked.add("three phases", argv, bags=((20, 1000), (6, 5000)))
+    bags = "--num-layers 3 --tst-schedule 20:1000,6:5000 --save-interval 4000"
+    argv = [*without(without(dense, "--tst-bag-size"), "--tst-step-ratio"), *bags.split()]
+    checked.add("three phases", argv)
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
         for rank in OPTIMIZER_RANKS:

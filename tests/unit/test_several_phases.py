@@ -44,6 +44,47 @@ def test_phases_lie_behind_each_other() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "total", "bags"),
+    [
+        ("8:15,4:30", 100, BAGS),
+        ("8:0.15, 4:0.3", 100, BAGS),
+        ("4:30,8:15", 100, ((4, 30), (8, 15))),
+        # The ends are rounded: 1.5, 3 and 4.5 of 15.
+        ("8:0.1,4:0.1,2:0.1", 15, ((8, 2), (4, 1), (2, 1))),
+        # Not 0.30000000000000004 of 10 ** 17.
+        ("8:0.1,4:0.2", 10**17, ((8, 10**16), (4, 2 * 10**16))),
+    ],
+)
+def test_a_schedule_is_the_bags_that_it_says(text: str, total: int, bags: Bags) -> None:
+    config = SuperpositionConfig(schedule=text)
+    schedule = SuperpositionSchedule(config, total, BatchSizes.constant(2), 8)
+    assert schedule.bags == bags
+    by_hand = SuperpositionConfig(bag_size=config.bag_size, steps=sum(steps for _, steps in bags))
+    assert schedule.config == by_hand
+    assert (
+        schedule.phases
+        == SuperpositionSchedule(by_hand, total, BatchSizes.constant(2), 8, bags=bags).phases
+    )
+
+
+def test_a_schedule_of_one_size_is_that_bag_size() -> None:
+    one, plain = SuperpositionConfig(schedule="4:0.3"), SuperpositionConfig(bag_size=4, steps=30)
+    assert schedule_of(one) == schedule_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("8:0.001,4:0.3", "gives bags of 8 no step"),
+        ("8:60,4:40", "leaves no step for the last phase"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_the_run_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^schedule={text} of 100 steps {message}"):
+        schedule_of(SuperpositionConfig(schedule=text))
+
+
+@pytest.mark.parametrize(
     "bags", [((8, 15), (4, 29)), ((6, 15), (4, 30)), ((8, 45), (4, 0)), ((8, 15), (1, 30))]
 )
 def test_bags_that_the_settings_contradict_are_refused(bags: Bags) -> None:
