@@ -23,6 +23,9 @@ from megatron_tst.corpus.lengths import LengthDistribution, length_distribution
 from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.phases import Bags, phase_name
+from megatron_tst.settings.setting_fields import Words, worded
+from megatron_tst.settings.size_schedule import parse_sizes
 
 if TYPE_CHECKING:
     from megatron_tst.corpus.inspection import PhaseOneSample
@@ -83,6 +86,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     bags("--split", help="--split (default: all documents are for training)")
     bags("--seed", type=int, help="--seed (default: 1234)")
     bags(
+        "--schedule",
+        metavar="S:N,...",
+        help="instead of --bag-size: sizes of --tst-schedule, each with its steps times global "
+        "batch size",
+    )
+    bags(
         "--phase-1-samples",
         type=int,
         metavar="N",
@@ -113,7 +122,7 @@ def show_corpus(args: argparse.Namespace, console: Console) -> None:
     if decode.vocabulary_size is not None:
         check_vocabulary(str(args.prefix), decode.vocabulary_size)
     console.print(_document_starts(corpus, decode))
-    if args.bag_size is not None:
+    if _has_bags(args):
         _show_bags(args, folder, decode, console)
 
 
@@ -124,13 +133,24 @@ def _flag(name: str) -> str:
 def _check_combination(args: argparse.Namespace) -> None:
     others = ("split", "seed", "sequence_length", "sample", "phase_1_samples")
     given = list(_given(args, (*_ORDER, *others)))
-    if args.bag_size is None and given:
+    if not _has_bags(args) and given:
         raise UsageError(f"{_flag(given[0])} goes with --bag-size, which is missing: add it.")
-    if args.bag_size is not None and args.sequence_length is None:
+    named = "bag_size" if args.schedule is None else "schedule"
+    if _has_bags(args) and args.sequence_length is None:
         raise UsageError(
-            f"--bag-size {args.bag_size} goes with --sequence-length, which is missing: "
+            f"{_flag(named)} {getattr(args, named)} goes with --sequence-length, which is missing: "
             "add the --seq-length of training."
         )
+    for name in ("bag_size", "phase_1_samples"):
+        if args.schedule is not None and getattr(args, name) is not None:
+            raise UsageError(
+                f"{_flag(name)} {getattr(args, name)} and --schedule {args.schedule} both set bag "
+                "sizes or their samples: pass one of them."
+            )
+
+
+def _has_bags(args: argparse.Namespace) -> bool:
+    return args.bag_size is not None or args.schedule is not None
 
 
 def _tokenizer_folder(args: argparse.Namespace) -> Path | None:
@@ -233,14 +253,20 @@ def _show_bags(
 
     given = {name: known.default for name, known in _ORDER.items()} | _given(args, _ORDER)
     order = _given(args, ("split", "seed"))
-    settings = PhaseOne(args.sequence_length, given, samples=args.phase_1_samples, **order)
-    said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
+    bags = _bags_of_schedule(args.schedule)
+    if bags:
+        given["bag_size"] = max(size for size, _ in bags)
+    samples = sum(count for _, count in bags) or args.phase_1_samples
+    settings = PhaseOne(args.sequence_length, given, samples=samples, bags=bags, **order)
     places = args.sample or [0]
     for place, sample in zip(
         places, read_phase_1(str(args.prefix), settings, places, folder), strict=True
     ):
+        given["bag_size"] = settings.schedule.bag_size_at(place)
+        said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
+        unit = phase_name(settings.schedule.phases, place)
         console.print(
-            f"\nsample {place} of phase 1: {said}, sequence length {settings.sequence_length}, "
+            f"\nsample {place} of {unit}: {said}, sequence length {settings.sequence_length}, "
             f"seed {settings.seed}, split {settings.split}",
             style="bold",
         )
@@ -250,6 +276,20 @@ def _show_bags(
             f"begins at token {sample.begin:,} of the stream; documents {documents}{more}"
         )
         console.print(_bags(sample, decode))
+
+
+def _bags_of_schedule(text: str | None) -> Bags:
+    if text is None:
+        return ()
+    with worded(Words(_flag, lambda name, value: f"{_flag(name)} {value}")):
+        sizes = parse_sizes(text)
+    bags = tuple((size, count) for size, count in sizes if isinstance(count, int))
+    if len(bags) < len(sizes):
+        raise UsageError(
+            f"--schedule is {text!r}: a corpus does not know the steps of the run; write samples, "
+            "steps times global batch size, in the place of shares."
+        )
+    return bags
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

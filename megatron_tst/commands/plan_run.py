@@ -32,6 +32,8 @@ from megatron_tst.planning.wording import (
     plan_table,
     superposition_flags,
 )
+from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.setting_fields import FLAGS, worded
 
 _PIPED_WIDTH = 170
 _SPEED_FLAGS = "pass --tokens-per-second-per-gpu (measured) or --mfu"
@@ -67,6 +69,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument_group("settings to use instead of choosing them").add_argument
     add("--tst-bag-size", metavar="S")
     add("--tst-step-ratio", metavar="R")
+    add(
+        "--tst-schedule",
+        metavar="S:R,...",
+        help="several bag sizes, to be shown beside the recommendation",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the plan there too; whole or not at all")
     add("--published", action="store_true", help="show the published runs as predicted, and stop")
@@ -104,7 +111,15 @@ def read_request(args: argparse.Namespace) -> Request:
         sequence_length=length,
         bag_size=_whole("--tst-bag-size", args.tst_bag_size),
         step_ratio=ratio,
+        several=_several(args),
     )
+
+
+def _several(args: argparse.Namespace) -> SuperpositionConfig | None:
+    if args.tst_schedule is None:
+        return None
+    with worded(FLAGS):
+        return SuperpositionConfig(schedule=args.tst_schedule)
 
 
 def _size(args: argparse.Namespace) -> ModelSize:
@@ -276,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(predictions_table())
         return 0
     check_json_path(args.json)
-    plan = make_plan(read_request(args))
+    request = read_request(args)
+    with worded(FLAGS):
+        plan = make_plan(request)
     if args.json is not None:
         write_json(args.json, plan_as_json(plan))
     show(plan, console)

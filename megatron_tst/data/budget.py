@@ -184,7 +184,7 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
         f"--tst-variant {OUTPUT_ONLY.name} reads no more tokens than a run without phase 1."
     )
     if schedule.bags:
-        return [output_only]
+        return ["Use smaller bags or fewer steps in --tst-schedule.", output_only]
     sizes = [s for s in range(2, config.bag_size) if fits(replace(as_steps, bag_size=s))]
     longest = bisect_right(
         range(1, steps), 0, key=lambda count: not fits(replace(as_steps, steps=count))

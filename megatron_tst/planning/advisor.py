@@ -163,11 +163,18 @@ class _Planner:
             limit,
             reason,
             recommended,
-            alternatives,
+            (*alternatives, *self._several()),
             tst,
             self.arms.superposed(self._wanted, self.budget_steps),
             self.arms.comparisons(tst),
         )
+
+    def _several(self) -> list[tuple[str, Arm]]:
+        config = self.request.several
+        if config is None:
+            return []
+        arm = self.arms.several_sizes(config, self.budget_steps)
+        return [("the sizes asked for", arm)]
 
     @cached_property
     def _wanted(self) -> Setting:

@@ -7,10 +7,17 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_tst.planning.accounting import Cluster, ModelSize
-from megatron_tst.planning.loss_estimate import Estimate, LossModel, loss_model
+from megatron_tst.planning.loss_estimate import (
+    LARGEST_STEP_RATIO,
+    Estimate,
+    LossModel,
+    loss_model,
+)
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.phases import bags_of
 from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.settings.setting_fields import SettingError
 from megatron_tst.settings.variants import FULL, OUTPUT_ONLY
 
 ROUNDING = 1e-9
@@ -49,6 +56,7 @@ class Request:
         sequence_length: latent positions a sequence.
         bag_size: to be used; None to have it chosen.
         step_ratio: likewise.
+        several: settings with several bag sizes, to be set beside the recommendation.
     """
 
     size: ModelSize
@@ -60,6 +68,7 @@ class Request:
     sequence_length: int
     bag_size: int | None = None
     step_ratio: float | None = None
+    several: SuperpositionConfig | None = None
 
     @property
     def batch_tokens(self) -> int:
@@ -103,6 +112,11 @@ class Arm:
     def phase_steps(self) -> tuple[int, int]:
         """Steps of phase 1, none in a baseline, and of phase 2."""
         return self.schedule.switch_step, self.steps - self.schedule.switch_step
+
+    @property
+    def step_ratio(self) -> float:
+        """Share of the steps with bags, as asked for or as the steps make it; 0 in a baseline."""
+        return self.schedule.config.step_ratio or self.schedule.switch_step / self.steps
 
     @property
     def equivalent_tokens(self) -> int:
@@ -167,9 +181,37 @@ class Arms:
         )
         return self.superposed(setting, steps, OUTPUT_ONLY.name, estimate)
 
+    def several_sizes(self, config: SuperpositionConfig, steps: int) -> Arm:
+        """A run with several bag sizes, of which nothing is published."""
+        tokens, none = self.tokens(steps), self.losses.baseline(self.tokens(steps))
+        schedule = self._schedule(config, steps)
+        lengths: dict[int, int] = {}
+        for size, count in bags_of(schedule.phases):
+            lengths[size] = lengths.get(size, 0) + count
+        ratio = schedule.switch_step / steps
+        if ratio > LARGEST_STEP_RATIO:
+            raise SettingError(
+                "{schedule} has bags in {ratio:.3g} of the steps: losses are published up to "
+                "{most} (best: 0.2 to 0.4); use at most that.",
+                ratio=ratio,
+                most=LARGEST_STEP_RATIO,
+            )
+        each = {size: self.losses.superposed(tokens, size, ratio) for size in lengths}
+        mean = sum(each[size].value * count for size, count in lengths.items())
+        estimate = Estimate(
+            value=mean / schedule.switch_step,
+            low=min(found.low for found in each.values()),
+            high=max(none.high, *(found.high for found in each.values())),
+            outside=(
+                "no loss of a run with several bag sizes is published: from that of its best size "
+                "alone to the baseline's",
+            ),
+        )
+        return self._arm(config, steps, estimate)
+
     def comparisons(self, tst: Arm) -> tuple[Comparison, ...]:
         """The run with superposition against baselines of equal FLOPs, loss and data."""
-        setting = Setting(tst.schedule.config.bag_size, tst.schedule.config.step_ratio or 0.0)
+        setting = Setting(tst.schedule.config.bag_size, tst.step_ratio)
         baseline = self.baseline(tst.steps)
         enough = self._steps_to(tst.loss.value, None, tst.steps)
         fewer = self._steps_to(baseline.loss.value, setting, tst.steps)
@@ -208,13 +250,16 @@ class Arms:
             low, high = (middle, high) if too_high(middle) else (low, middle)
         return high
 
-    def _arm(self, config: SuperpositionConfig, steps: int, loss: Estimate) -> Arm:
-        schedule = SuperpositionSchedule(
+    def _schedule(self, config: SuperpositionConfig, steps: int) -> SuperpositionSchedule:
+        return SuperpositionSchedule(
             config,
             total_steps=steps,
             batch_sizes=BatchSizes.constant(self.request.global_batch_size),
             sequence_length=self.request.sequence_length,
         )
+
+    def _arm(self, config: SuperpositionConfig, steps: int, loss: Estimate) -> Arm:
+        schedule = self._schedule(config, steps)
         cluster, hours = self.request.cluster, self.hours(steps)
         text = schedule.data_tokens(steps)
         return Arm(

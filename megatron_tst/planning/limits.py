@@ -8,6 +8,7 @@ from megatron_tst.common.units import quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
 from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.phases import bags_of
 
 SHORTEST_PUBLISHED_STEPS = 20_000
 FEWEST_TOKENS_A_PARAMETER = 12.5
@@ -116,4 +117,5 @@ def describe(arm: Arm) -> str:
     if not config.enabled:
         return "baseline"
     variant = SETTINGS["variant"].named(config.variant)
-    return ", ".join(filter(None, (variant, f"s={config.bag_size}", f"r={config.step_ratio:g}")))
+    sizes = ",".join(str(size) for size, _ in bags_of(arm.schedule.phases))
+    return ", ".join(filter(None, (variant, f"s={sizes}", f"r={arm.step_ratio:.4g}")))

@@ -13,6 +13,7 @@ from megatron_tst.planning.arms import Arm
 from megatron_tst.planning.limits import SHORTEST_PUBLISHED_STEPS, describe, warnings
 from megatron_tst.planning.loss_estimate import Estimate
 from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.phases import bags_of
 
 FORMAT = "megatron-tst plan 1"
 
@@ -84,6 +85,9 @@ def superposition_flags(arm: Arm) -> str:
     if not config.enabled:
         return "--tst-bag-size 1"
     flags = [f"--tst-bag-size {config.bag_size} --tst-steps {arm.phase_steps[0]}"]
+    if arm.schedule.bags:
+        sizes = ",".join(f"{size}:{steps}" for size, steps in arm.schedule.bags)
+        flags = [f"--tst-schedule {sizes}"]
     variant = SETTINGS["variant"]
     if variant.named(config.variant):
         flags.append(f"{variant.flag} {config.variant}")
@@ -144,7 +148,8 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
     return {
         "variant": config.variant if config.enabled else "baseline",
         "bag_size": config.bag_size,
-        "step_ratio": config.step_ratio or 0.0,
+        "bags": [list(pair) for pair in bags_of(arm.schedule.phases)],
+        "step_ratio": arm.step_ratio,
         "steps": arm.steps,
         "phase_1_steps": arm.phase_steps[0],
         "phase_2_steps": arm.phase_steps[1],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
@@ -29,9 +28,9 @@ def parse_sizes(text: str) -> Sizes:
     sizes = [size for size, _ in pairs]
     if min(sizes) < 2:
         raise _refusal(text, "bag sizes are 2 or more, and the steps behind the last are plain")
-    size, count = Counter(sizes).most_common(1)[0]
-    if count > 1:
-        raise _refusal(text, f"bag size {size} is there {count} times, use each once")
+    for size, following in pairwise(sizes):
+        if size == following:
+            raise _refusal(text, f"bag size {size} follows itself, write one entry of both lengths")
     if len({"." in length for _, length in pairs}) > 1:
         raise _refusal(text, "it mixes shares with whole steps, use one of them")
     lengths = [Fraction(length) for _, length in pairs]

@@ -79,6 +79,20 @@ def test_bags_of_the_variants(
         assert int(targets.split()[0]) == int(tokens.split()[-1]) + 1
 
 
+def test_bags_of_several_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_documents(tmp_path / "text", [np.arange(5000)])
+    schedule = ["--schedule", "4:2,2:3", "--sequence-length", "16"]
+    places = [str(place) for place in range(5)]
+    assert inspect_data.main([str(tmp_path / "text"), *schedule, "--sample", *places]) == 0
+    output = capsys.readouterr().out
+    tables = output.split("\nsample ")[1:]
+    for place, (phase, size) in enumerate([(1, 4), (1, 4), (2, 2), (2, 2), (2, 2)]):
+        assert tables[place].startswith(f"{place} of phase {phase}: bag size {size}, variant full")
+        assert {len(tokens.split()) for _, tokens, _ in bag_rows(tables[place])} == {size}
+    begins = sorted(int(begin) for begin in re.findall(r"begins at token (\d+)", output))
+    assert begins == [0, 64, 128, 160, 192]
+
+
 def test_bags_that_keep_to_their_document(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +133,17 @@ def test_report_that_does_not_belong_to_the_corpus(
         (["--tokenizer", "/none"], "--tokenizer /none does not exist: name a tokenizer.json"),
         (["--bag-size", "4"], "--bag-size 4 goes with --sequence-length"),
         (["--sample", "0"], "--sample goes with --bag-size"),
+        (["--schedule", "4:9"], "--schedule 4:9 goes with --sequence-length"),
+        ([*BAGS, "--schedule", "4:9"], "--bag-size 4 and --schedule 4:9 both set bag sizes"),
+        (
+            ["--schedule", "4:.1", "--sequence-length", "8"],
+            "--schedule is '4:.1': .* write samples",
+        ),
+        (["--schedule", "4", "--sequence-length", "8"], "--schedule is '4': write bag size:share"),
+        (
+            ["--schedule", "4:2,2:1", "--sequence-length", "8", "--sample", "3"],
+            "--sample 3 does not exist: phases 1 to 2 has 3 samples",
+        ),
         (["--seed", "0"], "--seed goes with --bag-size"),
         ([*BAGS, "--sample", "999999"], r"--sample 999999 does not exist: an epoch .* has \d+"),
         (["--bag-size", "1", "--sequence-length", "8"], "--bag-size is 1: use 2 or more"),

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_tst.common.progress import INTERVAL_VARIABLE
-from megatron_tst.report.families import SUPERPOSITION_SETTINGS, differing
+from megatron_tst.report.families import SUPERPOSITION_SETTINGS, differing, superposition_label
 from megatron_tst.report.results_table import read_results
 from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
@@ -25,6 +25,7 @@ from tests.studies import study_content, write_study
 pytestmark = pytest.mark.slow
 
 BASELINE, TST = "tiny-10steps-lr0.001-baseline-seed0", "tiny-10steps-lr0.001-s2-r0.3-seed0"
+SEVERAL = "tiny-10steps-lr0.001-s4r0.1s2r0.2-seed0"
 
 
 def run_study(study: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -52,26 +53,27 @@ def wait_for(condition: Any, seconds: float = 300) -> None:
 
 
 def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Path) -> None:
-    # The third arm diverges and the fourth cannot be started.
+    # The last but one diverges and the last cannot be started.
     content = study_content(corpus)
+    content["arms"].append({"schedule": "4:0.1,2:0.2"})
     content["models"]["odd batch"] = {**content["models"]["tiny"], "micro-batch-size": 3}
     content["arms"] += [{"learning_rate": 1e38}, {"model": "odd batch"}]
     study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
     done = run_study(study, output, "--jobs", "2")
     assert done.returncode == 1, done.stderr
-    assert "4 runs: 2 finished, 1 diverged, 1 failed" in done.stdout
+    assert "5 runs: 3 finished, 1 diverged, 1 failed" in done.stdout
     # How the study and its runs stand, where there is no terminal.
-    assert "\n4 runs: 2 running, 2 waiting, time left unknown\n" in done.stdout
+    assert "\n5 runs: 2 running, 3 waiting, time left unknown\n" in done.stdout
     assert f"\n{BASELINE}: step 0 of 10, loss -\n" in done.stdout
     assert "failed: odd batch-10steps-lr0.001-baseline-seed0: error: " in done.stderr
     found = records(output)
-    assert [found[name]["state"] for name in (BASELINE, TST)] == ["finished"] * 2
+    assert [found[name]["state"] for name in (BASELINE, TST, SEVERAL)] == ["finished"] * 3
     assert found[TST]["settings"]["bag_size"] == 2
     cores = [found[name]["cores"] for name in (BASELINE, TST)]
     assert not set(cores[0]) & set(cores[1])
 
     results = {result.name: result for result in read_results(output / "results.csv")}
-    assert set(results) == {BASELINE, TST, "tiny-10steps-lr1e+38-baseline-seed0"}
+    assert set(results) == {BASELINE, TST, SEVERAL, "tiny-10steps-lr1e+38-baseline-seed0"}
     assert results["tiny-10steps-lr1e+38-baseline-seed0"].status == "diverged"
     assert [results[name].status for name in (BASELINE, TST)] == ["finished"] * 2
     # Folders, ports and what else differs from run to run is no setting.
@@ -81,13 +83,17 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert results[BASELINE].data_tokens.tolist() == [384, 640]
     assert results[TST].data_tokens.tolist() == [576, 832]
     assert results[TST].equivalent_tokens.tolist() == [384, 640]
+    # Four times the text in the first step and twice in the next two.
+    assert results[SEVERAL].data_tokens.tolist() == [704, 960]
+    assert results[SEVERAL].equivalent_tokens.tolist() == [384, 640]
+    assert superposition_label(results[SEVERAL].settings) == "s=4,2 r=0.3"
 
     before = {name: record["seconds"] for name, record in found.items()}
     times = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/run.json")}
-    write_study(study, {**content, "arms": content["arms"][:3]})
+    write_study(study, {**content, "arms": content["arms"][:4]})
     again = run_study(study, output)
     assert again.returncode == 0, again.stderr
-    assert "3 runs: 2 finished, 1 diverged" in again.stdout
+    assert "4 runs: 3 finished, 1 diverged" in again.stdout
     assert times == {path: path.stat().st_mtime_ns for path in times}, before
 
 

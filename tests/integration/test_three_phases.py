@@ -1,16 +1,22 @@
-"""A run with bags of 8, then of 4, then single tokens: trained, resumed, checked and read."""
+"""Runs with bags of several sizes, then single tokens: trained, resumed, checked and read."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.report.results import read_result
-from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
+from tests.corpus import write_corpus
+from tests.integration.layouts import LAYOUTS
+from tests.integration.test_bad_input import assert_messages
+from tests.runs import TOTAL_STEPS, Check, SmallRun, assert_bit_equal, assert_faultless
+from tests.survival import MAIN, last_checkpoint, wait_until_stopped
 from tests.zygote import Launcher
 
 pytestmark = pytest.mark.slow
@@ -51,19 +57,146 @@ def test_every_phase_trains_and_is_accounted_for(trained: SmallRun) -> None:
     assert saved == [f"iter_{step:07d}" for step in (2, 4, 5, 8, TOTAL_STEPS)]
 
 
+def resumed(trained: SmallRun, folder: Path, step: int, **arguments: Any) -> SmallRun:
+    """The run from its checkpoint of a step on, in another folder."""
+    return trained.with_(
+        folder, load=trained.folder / "checkpoints", ckpt_step=step, save_interval=100, **arguments
+    )
+
+
 @pytest.mark.parametrize("step", [2, 4, 5])
 def test_a_run_that_goes_on_at_a_switch_or_before_is_the_same(
     launcher: Launcher, trained: SmallRun, tmp_path: Path, step: int
 ) -> None:
-    run = trained.with_(
-        tmp_path,
-        load=trained.folder / "checkpoints",
-        ckpt_step=step,
-        save=tmp_path / "checkpoints",
-        tensorboard_dir=tmp_path / "tensorboard",
-    )
+    run = resumed(trained, tmp_path, step)
     launcher.run(run.argv, run.log)
     assert_bit_equal(run.checkpoint(TOTAL_STEPS), trained.checkpoint(TOTAL_STEPS))
+
+
+@pytest.mark.parametrize(
+    ("step", "layout"), [(2, "TP 2 + SP"), (4, "PP 2"), (4, "CP 2"), (5, "DP 2")]
+)
+def test_it_goes_on_at_another_layout(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path, step: int, layout: str
+) -> None:
+    settings = {**LAYOUTS[layout].arguments, "micro_batch_size": 1}
+    run = resumed(trained, tmp_path, step, **settings)
+    launcher.run(run.argv, run.log, world_size=LAYOUTS[layout].processes)
+    for tag in ("lm loss", "tst/data tokens", "tst/bag size"):
+        actual, expected = run.scalars()[tag], trained.scalars()[tag]
+        assert sorted(actual) == list(range(step + 1, TOTAL_STEPS + 1))
+        # fp32: sums run in another order.
+        assert actual == pytest.approx({s: expected[s] for s in actual}, rel=1e-6), tag
+    assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
+
+
+def test_it_is_killed_inside_of_a_phase(
+    launcher: Launcher, trained: SmallRun, tmp_path: Path
+) -> None:
+    run = trained.with_(tmp_path)
+    started = launcher.start(run.argv, run.log, main=MAIN, environment={"STOP_AFTER": "3"})
+    wait_until_stopped(started)
+    started.kill(signum=signal.SIGKILL)
+    assert launcher.wait(started) == [-signal.SIGKILL]
+    # That of the switch.
+    assert last_checkpoint(run) == 2
+    launcher.run(run.argv, run.log)
+    assert_bit_equal(run.checkpoint(TOTAL_STEPS), trained.checkpoint(TOTAL_STEPS))
+
+
+# Sequences of each step, bag size of each step, and where the run is stopped and goes on.
+RAMP, RAMP_SIZES = f"0:2 {8 * 32}:4 {20 * 32}:8", [2, 2, 2, 2, 4, 4, 4, 8, 8]
+SCHEDULE, SCHEDULE_SIZES = "2:0.23,4:0.34,3:0.11", [2, 2, 4, 4, 4, 3, 1, 1, 1]
+MIXED: dict[str, Any] = {
+    **dict.fromkeys(("train_iters", "lr_warmup_iters", "lr_wsd_decay_iters", "global_batch_size")),
+    "train_samples": sum(RAMP_SIZES),
+    "lr_warmup_samples": 4,
+    "lr_wsd_decay_samples": 8,
+    "micro_batch_size": 1,
+    "step_batch_size_schedule": RAMP,
+    "tst_schedule": SCHEDULE,
+    "eval_iters": 0,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"tst_document_boundary": "align", "tst_reset_at_switch": "embeddings"},
+    "input-only": {"tst_reset_at_switch": "optimizer"},
+    "output-only": {"tst_document_boundary": "align", "tst_loss_impl": "linear"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_on_a_blend_with_a_ramp(
+    launcher: Launcher, corpus: Path, tmp_path: Path, variant: str
+) -> None:
+    write_corpus(tmp_path / "text", [300, 40, 7, 500, 64, 2, 1000] * 3, vocabulary_size=256)
+    write_corpus(tmp_path / "other", [3, 70, 5, 200, 33, 150, 90, 8] * 4, vocabulary_size=256)
+    run = SmallRun(corpus, tmp_path / "whole").with_(
+        **MIXED,
+        **VARIANTS[variant],
+        tst_variant=variant,
+        data_path=[70, tmp_path / "text", 30, tmp_path / "other"],
+    )
+    launcher.run(run.argv, run.log)
+    scalars, total = run.scalars(), len(RAMP_SIZES)
+    steps = range(1, total + 1)
+    assert [scalars["tst/bag size"][step] for step in steps] == SCHEDULE_SIZES
+    assert [scalars["batch-size"][step] for step in steps] == RAMP_SIZES
+    reads_bags = variant != "output-only"
+    places = [
+        32 * sequences * (size if reads_bags else 1)
+        for sequences, size in zip(RAMP_SIZES, SCHEDULE_SIZES, strict=True)
+    ]
+    (budget, other) = run.description()["data_budget"]
+    in_bags, padding, plain = (
+        budget[name] + other[name] for name in ("phase_1", "phase_1_padding", "phase_2")
+    )
+    assert (in_bags + padding, plain) == (sum(places[:6]), sum(places[6:]))
+    has_padding = reads_bags and "tst_document_boundary" in VARIANTS[variant]
+    assert bool(padding) == has_padding
+    if not has_padding:
+        read = [sum(places[:step]) for step in steps]
+        assert [scalars["tst/data tokens"][step] for step in steps] == read
+    assert scalars["tst/data tokens"][total] == pytest.approx(in_bags + plain, abs=2)
+    # Inside of the second phase, and at the last switch, where state is thrown away.
+    parts = run.with_(tmp_path / "parts")
+    for stop in (4, 6, None):
+        launcher.run(parts.with_(exit_interval=stop).argv, parts.log)
+    saved = sorted(path.name for path in (parts.folder / "checkpoints").glob("iter_*"))
+    assert saved == [f"iter_{step:07d}" for step in (2, 4, 5, 6, 7, total)]
+    assert_bit_equal(parts.checkpoint(total), run.checkpoint(total))
+    assert parts.scalars()["lm loss"] == scalars["lm loss"]
+    moments = {
+        step: torch.cat([v.flatten() for n, v in run.checkpoint(step).items() if "exp_avg" in n])
+        for step in (2, 5, 6)
+    }
+    is_reset = VARIANTS[variant].get("tst_reset_at_switch") == "optimizer"
+    assert [bool(moment.any()) for moment in moments.values()] == [True, True, not is_reset]
+
+
+BAD = {
+    "8:0.5,4:0.6": r"its shares add up to 1\.1, keep them below 1: the rest is plain",
+    "8:4,4:8": "of 12 steps leaves no step for the last phase",
+    "8:0,4:3": "each bag size needs a share or a count of steps above 0",
+    "8:0.01,4:0.3": "of 12 steps gives bags of 8 no step: raise their share",
+    "1:0.1": "bag sizes are 2 or more",
+    "4:2,4:2": "bag size 4 follows itself, write one entry of both lengths",
+    "4:2;2:2": "write bag size:share of the steps, or bag size:steps",
+}
+
+
+def test_schedules_that_cannot_be(check: Check, trained: SmallRun, tmp_path: Path) -> None:
+    new = trained.with_(tmp_path)
+    found = check([new.with_(tst_schedule=text) for text in BAD])
+    assert_messages(found, list(BAD.values()))
+
+
+def test_more_text_than_there_is(launcher: Launcher, trained: SmallRun, tmp_path: Path) -> None:
+    run = trained.with_(tmp_path, tst_schedule="4:2,4000:3")
+    assert launcher.wait(launcher.start(run.argv, run.log)) == [2]
+    text = run.log.read_text()
+    read = POSITIONS * (2 * 4 + 3 * 4000)
+    assert f"{read + 7 * POSITIONS:,} tokens ({read:,} in phases 1 to 2) of " in text
+    assert "Use smaller bags or fewer steps in --tst-schedule. --tst-variant output-only" in text
 
 
 @pytest.mark.parametrize(

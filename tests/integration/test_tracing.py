@@ -52,6 +52,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "tst_steps": SWITCH,
         "tst_document_boundary": "align",
     },
+    # The first start ends inside a phase of these, and at a switch of the others.
+    "several sizes, aligned": {"tst_schedule": "4:2,2:2", "tst_document_boundary": "align"},
+    "sizes that come again": {"tst_schedule": "2:1,4:2,2:1"},
     "baseline": {},
 }
 
@@ -265,6 +268,8 @@ def test_lists_that_are_refused(check: Check, run: SmallRun, tmp_path: Path) -> 
         "\nothers:2": r"list.txt, line 2: 'others:2': write CORPUS:INDEX with one of ",
         "text:1": "leaves 1 documents out of a run of --tst-bag-size 1 that has begun",
     }
+    if "tst-schedule" in run.overrides:
+        contents["text:1"] = "documents out of a run of --tst-schedule .* that has begun"
     runs: list[SmallRun] = []
     expected: list[str | None] = []
     for number, (content, message) in enumerate(contents.items()):

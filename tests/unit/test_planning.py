@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -354,6 +355,29 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert text in shown
 
 
+def test_several_bag_sizes_beside_the_recommendation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*GOOD, "--tst-schedule", "8:0.05,4:0.1,2:0.15", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\| instead: the sizes asked for +\| s=8,4,2, r=0.3 ", shown)
+    assert "--tst-schedule 8:1000,4:2000,2:3000" in shown
+    assert "no loss of a run with several bag sizes is published" in shown
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    (found,) = (arm for arm in plan["alternatives"] if len(arm["bags"]) > 1)
+    assert found["bags"] == [[8, 1000], [4, 2000], [2, 3000]]
+    assert found["steps"] == plan["recommended"]["steps"] == 20_000
+    assert found["data_tokens"] == 2**21 * (8 * 1000 + 4 * 2000 + 2 * 3000 + 14_000)
+    assert found["gpu_hours"] == plan["recommended"]["gpu_hours"]
+    sizes = [
+        loss_model(PUBLISHED_MODELS["3B"].size).superposed(20_000 * 2**21, size, 0.3)
+        for size in (8, 4, 2)
+    ]
+    assert found["loss"]["low"] == min(size.low for size in sizes)
+    assert min(s.value for s in sizes) < found["loss"]["value"] < max(s.value for s in sizes)
+
+
 def test_money_buys_hours(capsys: pytest.CaptureFixture[str]) -> None:
     tail = ("--model", "3B", "--tokens", "300B", "--price-per-gpu-hour", "4")
     shown = []
@@ -404,6 +428,9 @@ def test_published_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"--tst-bag-size": "64"}, ("--tst-bag-size is 64", "2 to 32")),
         ({"--tst-step-ratio": "1"}, ("--tst-step-ratio is '1'", "below 1")),
         ({"--tst-step-ratio": "0.95"}, ("--tst-step-ratio is 0.95", "use at most")),
+        ({"--tst-schedule": "8:0.5,4"}, ("--tst-schedule is '8:0.5,4'", "write bag size:share")),
+        ({"--tst-schedule": "8:0.9,4:0.05"}, ("--tst-schedule", "up to 0.9")),
+        ({"--tst-schedule": "8:9999,4:90000"}, ("--tst-schedule", "leaves no step")),
         ({"--json": "/nowhere/plan.json"}, ("--json is /nowhere/plan.json", "folder")),
     ],
 )

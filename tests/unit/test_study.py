@@ -110,6 +110,8 @@ def test_names_tell_all_settings_apart() -> None:
     common: dict[str, Any] = {"model": "m", "total_steps": 10, "learning_rate": 1e-3, "seed": 0}
     changes: list[Mapping[str, Any]] = [
         {"bag_size": 2},
+        {"bag_size": 1, "step_ratio": None, "schedule": "4:0.3,2:0.1"},
+        {"bag_size": 1, "step_ratio": None, "schedule": "2:0.1,4:0.3"},
         {"step_ratio": 0.31},
         {"variant": "output-only"},
         {"target_weighting": "exponential"},
@@ -144,6 +146,8 @@ def test_names_tell_all_settings_apart() -> None:
             {"arms": [{"bag_size": 2, "step_ratio": 0.3, "objective": "mse"}]},
             ["objective is 'mse'", "mce-sum"],
         ),
+        ({"arms": [{"schedule": "4:0.1,4:0.1"}]}, ["schedule is '4:0.1,4:0.1'", "follows itself"]),
+        ({"arms": [{"schedule": "4:0.1", "bag_size": 2}]}, ["schedule: 4:0.1 and bag_size: 2"]),
         ({"arms": [{"learning_rate": "fast"}]}, ["learning_rate is 'fast'", "a number"]),
         ({"arms": [{"learning_rate": 0}]}, ["learning_rate is 0", "above 0"]),
         ({"arms": [{"total_steps": 0}]}, ["total_steps is 0"]),
