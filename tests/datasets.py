@@ -51,7 +51,7 @@ def phases(config: SuperpositionConfig, switch_sample: int) -> tuple[Phase, ...]
         return (Phase(0, 0),)
     as_steps = replace(config, steps=switch_sample, step_ratio=None)
     schedule = SuperpositionSchedule(as_steps, switch_sample + 1, BatchSizes.constant(1), 1)
-    return schedule.phases
+    return schedule.stretches
 
 
 def make_config(

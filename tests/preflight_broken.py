@@ -119,7 +119,13 @@ BROKEN: dict[str, Broken] = {
     ),
     "small ratio": ("3b", "", "--tst-step-ratio 0.1", "warning", "phase 1 takes 0.1 of the steps"),
     "large ratio": ("3b", "", "--tst-step-ratio 0.6", "warning", "phase 1 takes 0.6 of the steps"),
-    "large bags": ("3b", "", "--tst-bag-size 32", "warning", "the largest published one is 16"),
+    "large bags": (
+        "3b",
+        "",
+        "--tst-bag-size 32",
+        "warning",
+        "the largest published",
+    ),
     "late switch": (
         "3b",
         "",

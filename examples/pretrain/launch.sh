@@ -151,7 +151,7 @@ if [[ -n ${WANDB_PROJECT:-} ]]; then
 fi
 
 # Several bag sizes take the place of the one above.
-[[ " $*" == *" --tst-schedule"* ]] && TST_ARGS=()
+[[ " $*" == *" --tst-schedule"* || " $*" == *" --tst-bag-sizes"* ]] && TST_ARGS=()
 
 PROGRAM=(-m megatron_tst.pretrain)
 if [[ -n ${STOCK_MEGATRON:-} ]]; then

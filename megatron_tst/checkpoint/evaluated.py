@@ -30,7 +30,7 @@ class SavedCheckpoint:
         step: optimizer steps done.
         total_steps: of the whole run, None where its arguments do not say.
         phase: of the last step, from 1; None in a run without superposition.
-        bag_size: of the last step.
+        bag_size: of the phase of the last step, the largest of those that are drawn.
         data_tokens: of text that were read, None where the arguments do not say.
     """
 

@@ -114,6 +114,8 @@ def _check_superposition(
         result.notes.append(f"its --tst-* values cannot be compared ({error})")
         return
     sizes = " and ".join(str(phase.bag_size) for phase in phases[:-1])
+    if schedule.config.bag_sizes is not None:
+        sizes = schedule.config.bag_sizes.replace(",", " or ")
     result.summary = (
         f"step {step} of {schedule.total_steps}, {phase_name(phases, step)}, "
         f"{switches_name(phases)}, bags of {sizes}, {samples:,} samples, "

@@ -36,6 +36,7 @@ from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.setting_fields import FLAGS, worded
 
 _PIPED_WIDTH = 170
+_USUAL_RATIO = 0.3
 _SPEED_FLAGS = "pass --tokens-per-second-per-gpu (measured) or --mfu"
 
 
@@ -74,6 +75,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="S:R,...",
         help="several bag sizes, to be shown beside the recommendation",
     )
+    add(
+        "--tst-bag-sizes",
+        metavar="S,...",
+        help=f"likewise, of which each step has one (ratio: that above, or {_USUAL_RATIO})",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the plan there too; whole or not at all")
     add("--published", action="store_true", help="show the published runs as predicted, and stop")
@@ -111,15 +117,18 @@ def read_request(args: argparse.Namespace) -> Request:
         sequence_length=length,
         bag_size=_whole("--tst-bag-size", args.tst_bag_size),
         step_ratio=ratio,
-        several=_several(args),
+        several=_several(args, ratio or _USUAL_RATIO),
     )
 
 
-def _several(args: argparse.Namespace) -> SuperpositionConfig | None:
-    if args.tst_schedule is None:
+def _several(args: argparse.Namespace, ratio: float) -> SuperpositionConfig | None:
+    schedule, sizes = args.tst_schedule, args.tst_bag_sizes
+    if schedule is None and sizes is None:
         return None
     with worded(FLAGS):
-        return SuperpositionConfig(schedule=args.tst_schedule)
+        return SuperpositionConfig(
+            schedule=schedule, bag_sizes=sizes, step_ratio=None if sizes is None else ratio
+        )
 
 
 def _size(args: argparse.Namespace) -> ModelSize:

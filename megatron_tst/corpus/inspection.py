@@ -80,6 +80,11 @@ class PhaseOne:
             if value is not None and value < minimum:
                 flag = "--phase-1-samples" if name == "samples" else f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is {value}: use {minimum} or more.")
+        if self.superposition.get("bag_sizes") is not None:
+            raise UsageError(
+                f"bag_sizes is {self.superposition['bag_sizes']}: sizes are drawn for steps, which "
+                "a corpus does not know. Trace a run (tst trace), or name one bag_size."
+            )
         if not re.fullmatch(r"[\d.]+(\s*,\s*[\d.]+){0,2}", self.split) or not float(
             self.split.split(",")[0]
         ):

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_tst.data.bags import BagFolder
-from megatron_tst.data.stream import SampleLayout, TokenSource, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenSource, TokenStream
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 
@@ -78,14 +79,15 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         self.schedule = schedule
         self._source = source
         self._samples = schedule.batch_sizes.samples_at(schedule.total_steps)
-        self._layout = SampleLayout(schedule.sequence_length, schedule.phases)
+        self._layout = SampleLayout(schedule.sequence_length, schedule.stretches)
         self._stream = TokenStream.build(
             self._layout, documents, lengths, self._samples, seed, type(source).__name__
         )
-        self._folders = [
-            BagFolder(phase, schedule.sequence_length, eod, None, eod_mask_loss=False)
-            for phase in schedule.phases
-        ]
+        phases = {phase.bag_size: phase for phase in schedule.stretches}
+        self._folders = {
+            size: BagFolder(phase, schedule.sequence_length, eod, None, eod_mask_loss=False)
+            for size, phase in phases.items()
+        }
 
     def __len__(self) -> int:
         """Samples of the whole run."""
@@ -94,11 +96,11 @@ class BagDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """tokens and labels, int64 [l, s] or [l] by phase and variant; loss_mask, float32 [l]."""
         sample = int(self._stream.samples[index])
-        phase = self._layout.phase_of(sample)
+        phase = self._layout.phases[self._layout.phase_of(sample)]
         text, _, lengths = self._stream.read(self._source, *self._layout.span(sample))
         tokens = torch.from_numpy(text)
-        if self.schedule.phases[phase].is_superposed:
-            return self._folders[phase].fold(tokens, lengths)
+        if phase.is_superposed:
+            return self._folders[phase.bag_size].fold(tokens, lengths)
         ones = torch.ones(self.schedule.sequence_length)
         return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": ones}
 

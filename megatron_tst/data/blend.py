@@ -10,6 +10,7 @@ import numpy as np
 from megatron.core.datasets import helpers
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import normalize
+from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
 
@@ -86,7 +87,13 @@ def find_corpus(text: str, paths: Sequence[str]) -> tuple[int, int]:
 
 
 def samples_by_corpus(weights: Sequence[float], samples: int) -> list[int]:
-    """What the first ``samples`` of a blend take from each corpus.
+    """What the first ``samples`` of a blend take from each corpus: one number a corpus."""
+    counts: list[int] = samples_by_corpus_at(weights, [samples])[0].tolist()
+    return counts
+
+
+def samples_by_corpus_at(weights: Sequence[float], samples: Sequence[int]) -> NDArray[np.int64]:
+    """What the first samples of a blend take from each corpus.
 
     Upstream's ``BlendedDataset`` gives each sample to the corpus that is furthest behind its
     weight, so that the weights hold in every beginning of a run to within a sample or two. All
@@ -95,20 +102,22 @@ def samples_by_corpus(weights: Sequence[float], samples: int) -> list[int]:
 
     Args:
         weights: of the corpora, in the order of the blend.
-        samples: at least 0.
+        samples: how many first ones, several such numbers, ascending.
 
     Returns:
-        One number a corpus.
+        [numbers, corpora].
     """
-    corpus_of_sample = np.zeros(samples, dtype=np.int16)
+    most = samples[-1]
+    corpus_of_sample = np.zeros(most, dtype=np.int16)
     helpers.build_blending_indices(
         corpus_of_sample,
-        np.zeros(samples, dtype=np.int64),
+        np.zeros(most, dtype=np.int64),
         # Twice, as upstream's builder and its dataset: the last bit decides ties.
         normalize(normalize(list(weights))),
         len(weights),
-        samples,
+        most,
         False,
     )
-    counts: list[int] = np.bincount(corpus_of_sample, minlength=len(weights)).tolist()
-    return counts
+    # Each is given to the corpus that is furthest behind, so that fewer samples are the first ones.
+    places = [np.flatnonzero(corpus_of_sample == corpus) for corpus in range(len(weights))]
+    return np.stack([place.searchsorted(samples) for place in places], axis=1)

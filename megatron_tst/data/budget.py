@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.data.blend import samples_by_corpus_at
 from megatron_tst.data.stream import fill_up
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Phase, bags_name
@@ -113,6 +114,8 @@ def data_budget(
 ) -> list[CorpusBudget]:
     """What a run needs of each corpus: its weight in each phase, to within two samples.
 
+    Where bag sizes are drawn, the samples of each size are counted as the blend takes them.
+
     Of aligned bags it knows the padding of the whole corpus, and of the part that is read only
     that it is about as much.
 
@@ -121,20 +124,39 @@ def data_budget(
         texts: the corpora of the train split.
         weights: of the corpora, in any unit.
     """
-    phases = schedule.positions_by_phase(schedule.total_steps)
+    if schedule.config.bag_sizes is not None and len(texts) > 1:
+        phases_of = _drawn_positions(schedule, weights)
+    else:
+        phases = schedule.positions_by_phase(schedule.total_steps)
+        shares = [weight / sum(weights) for weight in weights]
+        phases_of = [[(phase, share * count) for phase, count in phases] for share in shares]
+    return [_corpus_budget(text, phases) for text, phases in zip(texts, phases_of, strict=True)]
+
+
+def _drawn_positions(
+    schedule: SuperpositionSchedule, weights: Sequence[float]
+) -> list[list[tuple[Phase, float]]]:
+    """For each corpus, each bag size with its latent positions."""
+    stretches = schedule.stretches
+    bounds = [phase.first_sample for phase in stretches]
+    bounds.append(schedule.batch_sizes.samples_at(schedule.total_steps))
+    counts = np.diff(samples_by_corpus_at(weights, bounds), axis=0)
+    sizes = np.array([phase.bag_size for phase in stretches])
+    kinds = {phase.bag_size: phase for phase in stretches}
     return [
-        _corpus_budget(text, weight / sum(weights), phases)
-        for text, weight in zip(texts, weights, strict=True)
+        [
+            (phase, schedule.sequence_length * int(of_corpus[sizes == size].sum()))
+            for size, phase in kinds.items()
+        ]
+        for of_corpus in counts.T
     ]
 
 
-def _corpus_budget(
-    text: TrainText, share: float, phases: Sequence[tuple[Phase, int]]
-) -> CorpusBudget:
+def _corpus_budget(text: TrainText, phases: Sequence[tuple[Phase, float]]) -> CorpusBudget:
     """What phases with so many positions need of a corpus."""
     in_bags = padding = plain = 0
     for phase, positions in phases:
-        places = round(share * positions * phase.tokens_per_position)
+        places = round(positions * phase.tokens_per_position)
         if not phase.is_superposed:
             plain += places
             continue
@@ -185,6 +207,8 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     )
     if schedule.bags:
         return ["Use smaller bags or fewer steps in --tst-schedule.", output_only]
+    if config.bag_sizes is not None:
+        return ["Use smaller bags in --tst-bag-sizes, or fewer steps of them.", output_only]
     sizes = [s for s in range(2, config.bag_size) if fits(replace(as_steps, bag_size=s))]
     longest = bisect_right(
         range(1, steps), 0, key=lambda count: not fits(replace(as_steps, steps=count))

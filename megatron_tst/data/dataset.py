@@ -40,7 +40,8 @@ from megatron_tst.data.bags import IGNORE_INDEX, BagFolder, document_boundaries
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.data.exclusion import Exclusion, StreamBuilder, build_without
 from megatron_tst.data.files import check_document_lengths, check_indexed_dataset, fingerprint
-from megatron_tst.data.stream import SampleLayout, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenStream
 
 
 class SuperpositionGPTDataset(GPTDataset):
@@ -116,11 +117,11 @@ class SuperpositionGPTDataset(GPTDataset):
         if not self.is_superposed:
             return self._plain_item(idx)
         # By its place: a document left out in phase 1 lets it read samples from behind it.
-        phase = self.layout.phase_of(idx or 0)
-        if not self.layout.phases[phase].is_superposed:
+        phase = self.layout.phases[self.layout.phase_of(idx or 0)]
+        if not phase.is_superposed:
             return self._plain_item(idx)
         text, _, lengths = self.stream.read(self.dataset, *self.span(idx))
-        item = self._bags(phase, torch.from_numpy(text), lengths)
+        item = self._bags(phase.bag_size, torch.from_numpy(text), lengths)
         if idx is None:
             item["loss_mask"].zero_()
             if item["labels"].dim() == 2:
@@ -158,7 +159,14 @@ class SuperpositionGPTDataset(GPTDataset):
     def span(self, idx: int | None) -> tuple[int, int]:
         """Where the text of a sample lies in the stream, look-ahead included."""
         place = idx or 0
-        return self.layout.span(int(self.stream.samples[place]), self.layout.phase_of(place))
+        # Otherwise it is of the phase that it lies in, which may be another one of the same size.
+        phase = self.layout.phase_of(place) if self.leaves_out_later else None
+        return self.layout.span(int(self.stream.samples[place]), phase)
+
+    @cached_property
+    def leaves_out_later(self) -> bool:
+        """Whether documents are left out from some sample on, by reading others in their place."""
+        return any(exclusion.first_place for exclusion in self._exclusions)
 
     def _query_document_sample_shuffle_indices(
         self, idx: int
@@ -168,9 +176,9 @@ class SuperpositionGPTDataset(GPTDataset):
             return super()._query_document_sample_shuffle_indices(idx)
         return self.stream.read(self.dataset, *self.span(idx))
 
-    def _bags(self, phase: int, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
+    def _bags(self, size: int, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
         """A sample of bags from its text with look-ahead, [s * l + s] or [l + s] int64."""
-        folder = self._folders[phase]
+        folder = self._folders[size]
         item = folder.fold(text, document_lengths)
         if self.config.inter_document_masking:
             return item | document_boundaries(
@@ -182,13 +190,14 @@ class SuperpositionGPTDataset(GPTDataset):
         return item
 
     @cached_property
-    def _folders(self) -> list[BagFolder]:
-        """By phase."""
+    def _folders(self) -> dict[int, BagFolder]:
+        """By bag size."""
         special = self.config.tokenizer.eod, self._pad_token_id
-        return [
-            BagFolder(phase, self.config.sequence_length, *special, self.config.eod_mask_loss)
-            for phase in self.layout.phases
-        ]
+        phases = {phase.bag_size: phase for phase in self.layout.phases}
+        return {
+            size: BagFolder(phase, self.config.sequence_length, *special, self.config.eod_mask_loss)
+            for size, phase in phases.items()
+        }
 
     @cached_property
     def _position_ids(self) -> Tensor:

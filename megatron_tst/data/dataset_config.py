@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus
+from megatron_tst.data.blend import Blend, check_blend, samples_by_corpus, samples_by_corpus_at
 from megatron_tst.data.exclusion import Exclusion
 from megatron_tst.settings.config import SuperpositionConfig
 from megatron_tst.settings.phases import Phase
@@ -36,7 +37,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
 
     Attributes:
         superposition: settings of phase 1.
-        phases: of the run, from ``SuperpositionSchedule``.
+        phases: stretches of the run, from ``SuperpositionSchedule``.
         left_out: documents that are left out of the train split: the sample of the run from which
             on, and pairs of a corpus, by its place in the blend, and a document.
         reads_train_split: whether the train split is built; without it a run only evaluates, on
@@ -63,7 +64,7 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
             return
         if not any(phase.is_superposed for phase in self.phases):
             raise UsageError(
-                f"phases is {self.phases}, without bags: pass SuperpositionSchedule.phases."
+                f"phases is {self.phases}, without bags: pass SuperpositionSchedule.stretches."
             )
         bag_size = self.superposition.bag_size
         for name, flag, reason in _UNSUPPORTED:
@@ -101,7 +102,11 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
         """The phases with the samples that the run takes from a corpus."""
         if len(self.train_blend[0]) == 1:
             return self.phases
-        return tuple(phase.from_sample(first[path]) for phase, first in self._first_samples)
+        place = self.train_blend[0].index(path)
+        return tuple(
+            phase.from_sample(int(first[place]))
+            for phase, first in zip(self.phases, self._first_samples, strict=True)
+        )
 
     def exclusions_of(self, path: str) -> list[Exclusion]:
         """The documents of a corpus that are left out, from which of its samples on."""
@@ -118,13 +123,11 @@ class SuperpositionGPTDatasetConfig(GPTDatasetConfig):
         return found
 
     @cached_property
-    def _first_samples(self) -> list[tuple[Phase, dict[str, int]]]:
-        paths, weights = self.train_blend
+    def _first_samples(self) -> NDArray[np.int64]:
+        """Of each phase in each corpus."""
+        _, weights = self.train_blend
         assert weights is not None
-        return [
-            (phase, dict(zip(paths, samples_by_corpus(weights, phase.first_sample), strict=True)))
-            for phase in self.phases
-        ]
+        return samples_by_corpus_at(weights, [phase.first_sample for phase in self.phases])
 
     @property
     def train_blend(self) -> Blend:

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.data.stream import SampleLayout, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenStream
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ of a :class:`TokenStream` in these terms.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.data.stream import SampleLayout, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenStream
 
 # Beside the permutations of the stream itself: the third word of a seed.
 _LEFT_OF_PHASE_1 = 3
@@ -75,20 +75,20 @@ def _left_of_bags(
     samples: NDArray[np.int64], layout: SampleLayout, samples_read: int
 ) -> NDArray[np.int64]:
     """Where the plain samples begin that samples of bags are made of."""
-    begins = [np.zeros(0, dtype=np.int64)]
-    bounds = [phase.first_sample for phase in layout.phases]
-    for index, (first, end) in enumerate(pairwise(bounds)):
-        phase = layout.phases[index]
-        unread = samples[max(first, samples_read) : end] - first
-        if len(unread) and phase.document_multiple > 1:
-            raise UsageError(
-                f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "
-                "align they hold padding: take the checkpoint of the switch, or a later one."
-            )
-        parts = np.arange(phase.tokens_per_position) * layout.sequence_length
-        in_phase = unread[:, None] * layout.tokens(phase) + parts
-        begins.append(layout.begins[index] + in_phase.reshape(-1))
-    return np.concatenate(begins)
+    length, bags = layout.sequence_length, layout.phases[:-1]
+    unread = samples[samples_read : layout.phases[-1].first_sample]
+    if len(unread) and any(phase.document_multiple > 1 for phase in bags):
+        raise UsageError(
+            f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "
+            "align they hold padding: take the checkpoint of the switch, or a later one."
+        )
+    firsts = np.array([phase.first_sample for phase in bags])
+    # Samples that are read in the place of documents left out lie behind the last phase of bags.
+    index = np.clip(firsts.searchsorted(unread, side="right") - 1, 0, len(bags) - 1)
+    parts = np.array([phase.tokens_per_position for phase in bags])[index]
+    begins = np.array(layout.begins)[index] + (unread - firsts[index]) * length * parts
+    part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
+    return np.asarray(np.repeat(begins, parts) + part * length, dtype=np.int64)
 
 
 def _indices(

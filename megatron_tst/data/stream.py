@@ -14,8 +14,10 @@ Where bags must not cross documents, each document fills up its last bag with ``
 goes on behind the last token that phase 1 has read, without padding.
 
 So a token is read once an epoch, across the switch as well. Behind its interval a sample reads a
-few tokens of look-ahead, which serve as targets only. The samples are then shuffled, but only
-within a phase and an epoch, so that an epoch is read to its end before any of its text comes again.
+few tokens of look-ahead, which serve as targets only. The samples are then shuffled, but only with
+those of their bag size and epoch, so that an epoch is read to its end before any of its text comes
+again. Where bag sizes are drawn, each step has its interval, and the samples of all steps of one
+size are shuffled with each other.
 
 The order of the samples depends on the random seed, the documents of the split, the sequence
 length, and the bag size, variant and first sample of each phase. It does not depend on the batch
@@ -28,8 +30,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -38,15 +39,16 @@ from numpy.typing import NDArray
 
 from megatron_tst.common.atomic_files import replacing
 from megatron_tst.common.errors import UsageError
-from megatron_tst.settings.phases import Phase, phase_of_sample
+from megatron_tst.data.sample_layout import SampleLayout
 
 PADDING = -100
 """Stands in a bag where its document has no token left; targets know it as their ignore index."""
 
 # Which permutation a generator is for: the third word of its seed, beside the seed and the epoch.
-# All phases have one of their own.
+# All bag sizes have one of their own.
 _DOCUMENTS, _FIRST_PHASE = range(2)
 _DOCUMENTS_AT_ONCE = 1 << 20
+_FEWEST_DOCUMENTS = 1 << 6
 _ENDLESS = np.iinfo(np.int64).max
 
 
@@ -61,79 +63,6 @@ class TokenSource(Protocol):
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
         """``length`` tokens of document ``idx`` from token ``offset`` on."""
         ...
-
-
-@dataclass(frozen=True)
-class SampleLayout:
-    """Where each sample lies in the stream, before shuffling.
-
-    Attributes:
-        sequence_length: latent positions a sequence (l).
-        phases: of the run, with the samples that it takes from this stream.
-    """
-
-    sequence_length: int
-    phases: tuple[Phase, ...]
-
-    def phase_of(self, sample: int) -> int:
-        """Index of the phase that a sample belongs to."""
-        return phase_of_sample(self.phases, sample)
-
-    def tokens(self, phase: Phase) -> int:
-        """Positions of a sample of a phase, without look-ahead."""
-        return self.sequence_length * phase.tokens_per_position
-
-    @cached_property
-    def begins(self) -> tuple[int, ...]:
-        """Where each phase begins."""
-        lengths = [
-            (later.first_sample - phase.first_sample) * self.tokens(phase)
-            for phase, later in pairwise(self.phases)
-        ]
-        return (0, *accumulate(lengths))
-
-    def span(self, sample: int, index: int | None = None) -> tuple[int, int]:
-        """First position of a sample, and the position behind its look-ahead.
-
-        Args:
-            sample: which.
-            index: of the phase in whose length it is read; None for the one it belongs to.
-        """
-        index = self.phase_of(sample) if index is None else index
-        phase = self.phases[index]
-        begin = self.begins[index] + (sample - phase.first_sample) * self.tokens(phase)
-        return begin, begin + self.tokens(phase) + phase.look_ahead
-
-    def end(self, num_samples: int) -> int:
-        """Position behind all that the first samples read."""
-        # The look-ahead of the last bags may reach further than a short phase behind them.
-        ends = [phase.first_sample for phase in self.phases[1:]] + [num_samples]
-        return max(self.span(min(end, num_samples) - 1)[1] for end in ends)
-
-    def first_sample_from(self, position: int) -> int:
-        """Index of the first sample that begins at ``position`` or later."""
-        index = bisect_left(self.begins, position, lo=1) - 1
-        phase = self.phases[index]
-        return phase.first_sample - (self.begins[index] - position) // self.tokens(phase)
-
-    def samples_in(self, begin: int, end: int, index: int) -> range:
-        """Samples with text or look-ahead in the positions from ``begin`` up to ``end``, excluded.
-
-        Args:
-            begin: first position.
-            end: position behind the last.
-            index: of their phase, which is taken to go on for ever.
-        """
-        phase, start = self.phases[index], self.begins[index]
-        length, first = self.tokens(phase), phase.first_sample
-        if begin >= end:
-            return range(0)
-        before = max((begin - phase.look_ahead - start) // length, 0)
-        return range(first + before, first + max(-((start - end) // length), 0))
-
-    def text_order(self) -> list[dict[str, Any]]:
-        """All that the order of the text depends on, as plain values."""
-        return [phase.text_order() for phase in self.phases]
 
 
 def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> NDArray[np.int32]:
@@ -151,7 +80,7 @@ def shuffle_documents(documents: NDArray[np.int32], epochs: int, seed: int) -> N
 def shuffle_samples(
     layout: SampleLayout, num_samples: int, epoch_ends: NDArray[np.int64], seed: int
 ) -> NDArray[Any]:
-    """The sample that is read in each place, shuffled within each phase of each epoch.
+    """The sample that is read in each place, shuffled among those of its bag size and epoch.
 
     A sample belongs to the epoch in which it begins. The last samples of an epoch, whose text or
     look-ahead reaches into the next one, keep their places: reading the others does not ask for the
@@ -174,12 +103,36 @@ def shuffle_samples(
     for epoch, (epoch_begin, epoch_end) in enumerate(pairwise([0, *ends])):
         first = layout.first_sample_from(epoch_begin)
         last = layout.first_sample_from(epoch_end)
-        switches = [min(max(phase.first_sample, first), last) for phase in layout.phases[1:]]
-        for index, (begin, end) in enumerate(pairwise([first, *switches, last])):
-            while end > begin and layout.span(end - 1)[1] > epoch_end:
-                end -= 1
-            _random_state(seed, epoch, _FIRST_PHASE + index).shuffle(order[begin:end])
+        for index, intervals in enumerate(layout.of_one_size(first, last)):
+            generator = _random_state(seed, epoch, _FIRST_PHASE + index)
+            _shuffle(order, intervals, layout, epoch_end, generator)
     return order[:num_samples]
+
+
+def _shuffle(
+    order: NDArray[Any],
+    intervals: list[tuple[int, int]],
+    layout: SampleLayout,
+    epoch_end: int,
+    generator: np.random.RandomState,
+) -> None:
+    """Shuffles the samples of intervals in place, but for those that read beyond the epoch."""
+    while intervals:
+        begin, end = intervals[-1]
+        while end > begin and layout.span(end - 1)[1] > epoch_end:
+            end -= 1
+        intervals[-1] = begin, end
+        if end > begin:
+            break
+        intervals.pop()
+    if len(intervals) == 1:
+        # In place: the plain samples are most of a run.
+        generator.shuffle(order[slice(*intervals[0])])
+    elif intervals:
+        places = np.concatenate([np.arange(*interval) for interval in intervals])
+        samples = order[places]
+        generator.shuffle(samples)
+        order[places] = samples
 
 
 def _document_starts(
@@ -188,14 +141,18 @@ def _document_starts(
     """Where the documents begin in the given order, and where the last ends: [len(order) + 1]."""
     starts = np.zeros(len(order) + 1, dtype=np.int64)
     done = 0
+    mean = max(int(lengths[order[:_DOCUMENTS_AT_ONCE]].mean()), 1) if len(order) else 1
     for index, (phase, end) in enumerate(
         zip(layout.phases, (*layout.begins[1:], _ENDLESS), strict=True)
     ):
+        if not phase.aligns_documents:
+            # Nor do those behind it.
+            end = _ENDLESS
         while done < len(order) and starts[done] < end:
             # In chunks: all lengths in order would take half as much memory as their total.
-            positions = fill_up(
-                lengths[order[done : done + _DOCUMENTS_AT_ONCE]], phase.document_multiple
-            )
+            wanted = 2 * (end - int(starts[done])) // mean + _FEWEST_DOCUMENTS
+            chunk = order[done : done + min(wanted, _DOCUMENTS_AT_ONCE)]
+            positions = fill_up(lengths[chunk], phase.document_multiple)
             ends = starts[done] + np.cumsum(positions)
             inside = int(ends.searchsorted(end, side="right"))
             starts[done + 1 : done + 1 + inside] = ends[:inside]

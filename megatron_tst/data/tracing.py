@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.dataset import SuperpositionGPTDataset
-from megatron_tst.data.stream import SampleLayout, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenStream
 from megatron_tst.settings.phases import Phase
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
@@ -182,18 +183,24 @@ class _Reader:
 
 def _places_of(dataset: SuperpositionGPTDataset, document: int) -> NDArray[Any]:
     """Places of a dataset whose samples may read a document."""
+    if dataset.is_superposed and dataset.leaves_out_later:
+        return _places_by_phase(dataset.stream, dataset.layout, document)
     if dataset.is_superposed:
-        return _places_in_stream(dataset.stream, dataset.layout, document)
+        stream, samples = dataset.stream, [np.zeros(0, dtype=np.int64)]
+        for place in np.flatnonzero(stream.documents == document):
+            begin, end = stream.starts[place : place + 2].tolist()
+            samples.append(np.asarray(dataset.layout.samples_on(begin, end), dtype=np.int64))
+        return np.flatnonzero(np.isin(stream.samples, np.concatenate(samples)))
     starts = dataset.sample_index[:, 0]
-    samples: list[int] = []
+    of_upstream: list[int] = []
     for occurrence in np.flatnonzero(dataset.document_index == document).tolist():
         # A sample ends in the document in which the next one begins.
         first = int(starts.searchsorted(occurrence, side="left")) - 1
-        samples += range(max(first, 0), int(starts.searchsorted(occurrence, side="right")))
-    return np.flatnonzero(np.isin(dataset.shuffle_index, np.array(samples, dtype=np.int64)))
+        of_upstream += range(max(first, 0), int(starts.searchsorted(occurrence, side="right")))
+    return np.flatnonzero(np.isin(dataset.shuffle_index, np.array(of_upstream, dtype=np.int64)))
 
 
-def _places_in_stream(stream: TokenStream, layout: SampleLayout, document: int) -> NDArray[Any]:
+def _places_by_phase(stream: TokenStream, layout: SampleLayout, document: int) -> NDArray[Any]:
     bounds = [*(phase.first_sample for phase in layout.phases), len(stream.samples)]
     found = []
     for index, (first, end) in enumerate(pairwise(bounds)):

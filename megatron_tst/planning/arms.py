@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,7 +16,6 @@ from megatron_tst.planning.loss_estimate import (
 )
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
-from megatron_tst.settings.phases import bags_of
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.settings.setting_fields import SettingError
 from megatron_tst.settings.variants import FULL, OUTPUT_ONLY
@@ -185,21 +185,22 @@ class Arms:
         """A run with several bag sizes, of which nothing is published."""
         tokens, none = self.tokens(steps), self.losses.baseline(self.tokens(steps))
         schedule = self._schedule(config, steps)
-        lengths: dict[int, int] = {}
-        for size, count in bags_of(schedule.phases):
-            lengths[size] = lengths.get(size, 0) + count
+        lengths: Counter[int] = Counter()
+        for phase, positions in schedule.positions_by_phase(steps):
+            if phase.is_superposed:
+                lengths[phase.bag_size] += positions
         ratio = schedule.switch_step / steps
         if ratio > LARGEST_STEP_RATIO:
+            name = "schedule" if config.schedule else "bag_sizes"
             raise SettingError(
-                "{schedule} has bags in {ratio:.3g} of the steps: losses are published up to "
+                f"{{{name}}} has bags in {ratio:.3g} of the steps: losses are published up to "
                 "{most} (best: 0.2 to 0.4); use at most that.",
-                ratio=ratio,
                 most=LARGEST_STEP_RATIO,
             )
         each = {size: self.losses.superposed(tokens, size, ratio) for size in lengths}
         mean = sum(each[size].value * count for size, count in lengths.items())
         estimate = Estimate(
-            value=mean / schedule.switch_step,
+            value=mean / lengths.total(),
             low=min(found.low for found in each.values()),
             high=max(none.high, *(found.high for found in each.values())),
             outside=(

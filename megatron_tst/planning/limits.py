@@ -118,4 +118,6 @@ def describe(arm: Arm) -> str:
         return "baseline"
     variant = SETTINGS["variant"].named(config.variant)
     sizes = ",".join(str(size) for size, _ in bags_of(arm.schedule.phases))
+    if config.bag_sizes is not None:
+        sizes = config.bag_sizes.replace(",", "|")
     return ", ".join(filter(None, (variant, f"s={sizes}", f"r={arm.step_ratio:.4g}")))

@@ -88,6 +88,8 @@ def superposition_flags(arm: Arm) -> str:
     if arm.schedule.bags:
         sizes = ",".join(f"{size}:{steps}" for size, steps in arm.schedule.bags)
         flags = [f"--tst-schedule {sizes}"]
+    if config.bag_sizes is not None:
+        flags = [f"--tst-bag-sizes {config.bag_sizes} --tst-steps {arm.phase_steps[0]}"]
     variant = SETTINGS["variant"]
     if variant.named(config.variant):
         flags.append(f"{variant.flag} {config.variant}")
@@ -148,6 +150,7 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
     return {
         "variant": config.variant if config.enabled else "baseline",
         "bag_size": config.bag_size,
+        "bag_sizes": config.bag_sizes,
         "bags": [list(pair) for pair in bags_of(arm.schedule.phases)],
         "step_ratio": arm.step_ratio,
         "steps": arm.steps,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_tst.preflight.findings import Finding, note, warning
+from megatron_tst.settings.arguments import bags_flag
 from megatron_tst.settings.losses import is_hosts, losses_of_run
 from megatron_tst.settings.phases import bags_name, plain_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -258,8 +259,8 @@ def _superposition(args: argparse.Namespace, schedule: SuperpositionSchedule) ->
         )
     if schedule.config.bag_size > _LARGEST_PUBLISHED_BAG:
         yield warning(
-            f"--tst-bag-size is {schedule.config.bag_size}: the largest published one is "
-            f"{_LARGEST_PUBLISHED_BAG}."
+            f"{bags_flag(args)} has bags of {schedule.config.bag_size}: the largest published "
+            f"ones are of {_LARGEST_PUBLISHED_BAG}."
         )
     decay = args.lr_wsd_decay_iters if args.lr_decay_style == "WSD" else None
     if decay and schedule.switch_step > schedule.total_steps - decay:

@@ -65,7 +65,8 @@ def _phase_lines(schedule: SuperpositionSchedule) -> Iterator[str]:
     ends = [phase.first_step for phase in schedule.phases[1:]] + [schedule.total_steps]
     for number, (phase, end) in enumerate(zip(schedule.phases, ends, strict=True), start=1):
         text = quantity(schedule.data_tokens(end) - schedule.data_tokens(phase.first_step))
-        read = f", s = {phase.bag_size}: {text} tokens" if phase.is_superposed else f": {text}"
+        sizes = (schedule.config.bag_sizes or str(phase.bag_size)).replace(",", " or ")
+        read = f", s = {sizes}: {text} tokens" if phase.is_superposed else f": {text}"
         yield f"phase {number}      steps {phase.first_step:,} to {end - 1:,}{read}"
 
 

@@ -129,6 +129,8 @@ def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting
     found = {**config.method(), "step_ratio": ratio, "switch_step": schedule.switch_step}
     if config.target_weighting != "power-law":
         found.pop("power_law_exponent")
+    if config.bag_sizes is None:
+        found.pop("bag_sizes")
     if schedule.bags:
         found["bags"] = "+".join(f"{size}:{steps}" for size, steps in schedule.bags)
     return found

@@ -230,6 +230,8 @@ def superposition_label(settings: Mapping[str, Setting]) -> str:
     if not is_superposed(settings):
         return "baseline"
     sizes = ",".join(str(phase.bag_size) for phase in phases_of(settings)[:-1])
+    if drawn := settings.get("bag_sizes"):
+        sizes = str(drawn).replace(",", "|")
     ratio = float(settings.get("step_ratio", 0))
     parts = [f"s={sizes} r={ratio:.4g}"]
     for name, known in SETTINGS.items():

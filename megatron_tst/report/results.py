@@ -55,7 +55,8 @@ class RunResult:
         training_loss: nats a token, [m]; near the switch as logged, elsewhere means over
             neighbours.
         offset_losses: training loss of the i-th token of the predicted bag, averaged over the last
-            tenth of the last phase with bags, [its bag size] or [0].
+            tenth of the last phase with bags (of drawn bag sizes, the largest), [its bag size] or
+            [0].
         command: command line; not part of a table of results.
         arguments: all that can matter and that the settings do not tell; empty where they were not
             recorded. A table of results keeps those in which its runs differ, as settings.
@@ -178,7 +179,9 @@ def _offset_losses(run: Run) -> FloatArray:
     for phase in run.schedule.phases[:-1][-1:]:
         for i in range(1, phase.bag_size + 1):
             series = run.series(f"{OFFSET_LOSS_PREFIX}{i}")
-            logged = series.values[series.steps > phase.first_step]
+            sizes = [run.schedule.bag_size_at(int(step) - 1) for step in series.steps]
+            is_of_phase = np.array(sizes, dtype=int) == phase.bag_size
+            logged = series.values[is_of_phase & (series.steps > phase.first_step)]
             if not logged.size:
                 return np.zeros(0)
             losses.append(float(logged[-max(1, len(logged) // 10) :].mean()))

@@ -156,6 +156,7 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
             sequence_length=info["sequence_length"],
             text_share=info["text_share"],
             bags=bags if len(bags) > 1 else (),
+            seed=info["seed"],
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder}: {RUN_FILE} describes no valid run: {error}") from error

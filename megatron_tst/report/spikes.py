@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_tst.report.events import Series
+from megatron_tst.settings.phases import phase_at
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
 _WINDOW = 50
@@ -42,8 +43,8 @@ class Spike:
 def find_spikes(losses: Series, schedule: SuperpositionSchedule) -> list[Spike]:
     """Looks for losses more than six robust deviations above the median of the fifty before.
 
-    A loss is compared with those of its phase only: the switch is no spike. Deviations are median
-    absolute ones, so that one spike does not hide the next.
+    A loss is compared with those of its phase and bag size only: the switch is no spike. Deviations
+    are median absolute ones, so that one spike does not hide the next.
 
     Args:
         losses: logged training loss.
@@ -53,10 +54,13 @@ def find_spikes(losses: Series, schedule: SuperpositionSchedule) -> list[Spike]:
         The spikes, the highest first. Of a loss that stays up, those until it has become usual.
     """
     found = []
-    phases = np.array([schedule.phase_at(int(step) - 1).first_step for step in losses.steps])
+    steps = [int(step) - 1 for step in losses.steps]
+    phases = np.array(
+        [(phase_at(schedule.phases, step).first_step, schedule.bag_size_at(step)) for step in steps]
+    ).reshape(-1, 2)
     for index, (step, loss) in enumerate(zip(losses.steps, losses.values, strict=True)):
         window = slice(max(index - _WINDOW, 0), index)
-        before = losses.values[window][phases[window] == phases[index]]
+        before = losses.values[window][(phases[window] == phases[index]).all(axis=1)]
         before = before[np.isfinite(before)]
         if len(before) < _FEWEST:
             continue

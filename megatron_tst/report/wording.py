@@ -296,6 +296,8 @@ def jump_explanation(pair: Pair) -> str:
     """Why the training loss of a TST run is discontinuous."""
     phases = pair.tst.phases
     sizes = " and then ".join(str(phase.bag_size) for phase in phases[:-1])
+    if drawn := pair.tst.settings.get("bag_sizes"):
+        sizes = " or ".join(part.partition(":")[0] for part in str(drawn).split(","))
     if phases[0].predicts_bags:
         seen = f"it scores {sizes} tokens at once"
     else:

@@ -54,13 +54,14 @@ def _add_setting(group: argparse._ArgumentGroup, known: Setting) -> None:
 
 def has_bags(args: argparse.Namespace) -> bool:
     """Whether a command line, valid or not, asks for phases with bags."""
-    return bool(args.tst_bag_size > 1 or args.tst_schedule)
+    return bool(args.tst_bag_size > 1 or args.tst_schedule or args.tst_bag_sizes)
 
 
 def bags_flag(args: argparse.Namespace) -> str:
     """The flag by which a command line asks for bags, with its value."""
-    if args.tst_schedule:
-        return f"--tst-schedule {args.tst_schedule}"
+    for name in ("schedule", "bag_sizes"):
+        if value := getattr(args, SETTINGS[name].argument):
+            return f"{SETTINGS[name].flag} {value}"
     return f"--tst-bag-size {args.tst_bag_size}"
 
 
@@ -88,6 +89,7 @@ def superposition_schedule_from_args(args: argparse.Namespace) -> SuperpositionS
             total_steps=total_steps_from_args(args),
             batch_sizes=batch_sizes_from_args(args),
             sequence_length=args.seq_length,
+            seed=args.seed,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_tst.settings.setting_fields import Setting, SettingError, said, settings_of
 from megatron_tst.settings.size_schedule import parse_sizes
+from megatron_tst.settings.step_sizes import StepSizes
 from megatron_tst.settings.variants import VARIANTS
 
 ResetAtSwitch = Literal["none", "embeddings", "optimizer"]
@@ -65,6 +66,9 @@ class SuperpositionConfig:
         schedule: several bag sizes one behind the other, each with its share of all steps or its
             steps, as in ``8:0.05,4:0.1``; instead of ``bag_size`` and a length, and then
             ``bag_size`` is the largest of them.
+        bag_sizes: bag sizes of phase 1 of which each step has one, drawn by the seed of the
+            schedule, as in ``2,4`` or ``2:0.7,4:0.3``; instead of ``bag_size``, which is then the
+            largest of them.
         variant: which side is superposed, a key of ``VARIANTS``: bags in and out, bags in only, or
             bags out only.
         target_weighting: weight of the i-th token of a target bag, a key of ``WEIGHTINGS``;
@@ -104,6 +108,13 @@ class SuperpositionConfig:
             "Several bag sizes, one behind the other, each with its share of all steps or its "
             "steps: 8:0.05,4:0.1,2:0.15; instead of one bag size and its length.",
             is_method=False,
+        ),
+    )
+    bag_sizes: str | None = field(
+        default=None,
+        metadata=said(
+            "Bag sizes of phase 1, one of which is drawn for each step: 2,4 or with weights "
+            "2:0.7,4:0.3; instead of one bag size.",
         ),
     )
     variant: str = field(
@@ -164,6 +175,8 @@ class SuperpositionConfig:
             known.check(getattr(self, known.name))
         if self.schedule is not None:
             self._take_schedule(self.schedule)
+        if self.bag_sizes is not None:
+            self._take_bag_sizes(self.bag_sizes)
         if self.bag_size < 1:
             raise SettingError(
                 "{bag_size} is {value}: use 1 to turn superposition off, or 2 and more.",
@@ -176,8 +189,8 @@ class SuperpositionConfig:
         self._validate_weights()
 
     def _take_schedule(self, schedule: str) -> None:
-        others = {"bag_size": self.bag_size, "step_ratio": self.step_ratio, "steps": self.steps}
-        for name, value in others.items():
+        others = ("bag_size", "bag_sizes", "step_ratio", "steps")
+        for name, value in ((name, getattr(self, name)) for name in others):
             if value != SETTINGS[name].default:
                 raise SettingError(
                     f"{{schedule:{{schedule_value}}}} and {{{name}:{{value}}}} both set bag "
@@ -186,6 +199,18 @@ class SuperpositionConfig:
                     value=value,
                 )
         object.__setattr__(self, "bag_size", max(size for size, _ in parse_sizes(schedule)))
+
+    def _take_bag_sizes(self, text: str) -> None:
+        sizes = StepSizes.parse(text)
+        largest = max(sizes.sizes)
+        if self.bag_size not in (SETTINGS["bag_size"].default, largest):
+            raise SettingError(
+                "{bag_sizes:{text}} and {bag_size:{value}} both set bag sizes: pass one of them.",
+                text=text,
+                value=self.bag_size,
+            )
+        object.__setattr__(self, "bag_size", largest)
+        object.__setattr__(self, "bag_sizes", sizes.text)
 
     def _validate_phase_length(self) -> None:
         values = {"ratio": self.step_ratio, "length": self.steps, "size": self.bag_size}
@@ -209,10 +234,11 @@ class SuperpositionConfig:
             )
         lengths = (self.step_ratio, self.steps, self.schedule)
         if self.enabled and lengths == (None, None, None):
+            name = "bag_size" if self.bag_sizes is None else "bag_sizes"
             raise SettingError(
-                "{bag_size} is {size} but phase 1 has no length: "
+                f"{{{name}}} is {{given}} but phase 1 has no length: "
                 "pass {step_ratio} (for example 0.3) or {steps}.",
-                **values,
+                given=getattr(self, name),
             )
 
     def _validate_weights(self) -> None:

@@ -158,7 +158,8 @@ def _described(conflict: _Conflict, args: argparse.Namespace) -> str:
         context, remedy = "megatron_tst.pretrain", "run Megatron's pretrain_gpt.py"
     else:
         context = bags_flag(args)
-        remedy = "--tst-schedule" if args.tst_schedule else "use --tst-bag-size 1"
+        flag = context.partition(" ")[0]
+        remedy = "use --tst-bag-size 1" if flag == "--tst-bag-size" else flag
     return f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SuperpositionConfig
-from megatron_tst.settings.phases import Bags, Phase, lay_out, phase_at, phase_of_sample
+from megatron_tst.settings.phases import Bags, Phase, lay_out
 from megatron_tst.settings.setting_fields import SettingError
 from megatron_tst.settings.size_schedule import lay_out_sizes
+from megatron_tst.settings.step_sizes import StepSizes
 from megatron_tst.settings.variants import VARIANTS
 
 
@@ -28,6 +31,7 @@ class SuperpositionSchedule:
             aligned, whose last bags are filled up with padding.
         bags: where there are several phases with bags, the bag size and the steps of each. The
             settings then have the largest bag size, and the steps of all of them.
+        seed: of the bag sizes that are drawn.
 
     Raises:
         UsageError: the switch falls on step 0 or on the last step, or bags do not go with the
@@ -40,6 +44,7 @@ class SuperpositionSchedule:
     sequence_length: int
     text_share: float = 1.0
     bags: Bags = ()
+    seed: int = 1234
 
     def __post_init__(self) -> None:
         if self.config.schedule is not None:
@@ -93,6 +98,22 @@ class SuperpositionSchedule:
         variant = VARIANTS[config.variant]
         return lay_out(bags, variant, config.aligns_documents, self.batch_sizes.samples_at)
 
+    @cached_property
+    def stretches(self) -> tuple[Phase, ...]:
+        """The phases as text is laid out: cut where a bag size that is drawn changes."""
+        if self.config.bag_sizes is None:
+            return self.phases
+        bags, plain = self.phases
+        found: list[Phase] = []
+        sizes = StepSizes.parse(self.config.bag_sizes).draw(self.seed, plain.first_step)
+        for step, size in enumerate(sizes):
+            if not found or found[-1].bag_size != size:
+                first_sample = self.batch_sizes.samples_at(step)
+                found.append(
+                    replace(bags, first_step=step, first_sample=first_sample, bag_size=size)
+                )
+        return (*found, plain)
+
     @property
     def _length_of_bags(self) -> int:
         if not self.config.enabled:
@@ -108,12 +129,20 @@ class SuperpositionSchedule:
         return self.phases[-1].first_step
 
     def phase_at(self, step: int) -> Phase:
-        """Phase of the optimizer step with this zero-based index."""
-        return phase_at(self.phases, step)
+        """What the optimizer step with this zero-based index is of: one of the stretches."""
+        return self.stretches[bisect_right(self._first_steps, step) - 1]
 
     def phase_of_sample(self, sample: int) -> Phase:
-        """Phase of the sample with this zero-based index."""
-        return self.phases[phase_of_sample(self.phases, sample)]
+        """What the sample with this zero-based index is of: one of the stretches."""
+        return self.stretches[bisect_right(self._first_samples, sample) - 1]
+
+    @cached_property
+    def _first_steps(self) -> list[int]:
+        return [phase.first_step for phase in self.stretches]
+
+    @cached_property
+    def _first_samples(self) -> list[int]:
+        return [phase.first_sample for phase in self.stretches]
 
     def begins_phase(self, step: int) -> bool:
         """Whether a phase ends before the step with this index."""
@@ -128,7 +157,12 @@ class SuperpositionSchedule:
         return self.batch_sizes.samples_at(step) * self.sequence_length
 
     def positions_by_phase(self, step: int) -> list[tuple[Phase, int]]:
-        """Each phase with its latent positions among the first ``step`` steps."""
+        """Each phase with its latent positions among the first ``step`` steps.
+
+        A phase whose bag sizes are drawn comes once for each of them.
+        """
+        if self.config.bag_sizes is not None:
+            return self._positions_by_size(step)
         ends = [phase.first_step for phase in self.phases[1:]] + [step]
         return [
             (
@@ -141,6 +175,36 @@ class SuperpositionSchedule:
             )
             for phase, end in zip(self.phases, ends, strict=True)
         ]
+
+    def _positions_by_size(self, step: int) -> list[tuple[Phase, int]]:
+        last = bisect_right(self._first_steps, step) - 1
+        now, samples = self.stretches[last], self.batch_sizes.samples_at(step)
+        bags, plain = self.phases
+        kinds = [replace(bags, bag_size=size) for size in self._samples_before if size > 1]
+        return [
+            (
+                kind,
+                self.sequence_length
+                * (
+                    self._samples_before[kind.bag_size][last]
+                    + (samples - now.first_sample if kind.bag_size == now.bag_size else 0)
+                ),
+            )
+            for kind in (*kinds, plain)
+        ]
+
+    @cached_property
+    def _samples_before(self) -> dict[int, list[int]]:
+        """For each bag size, its samples before each stretch."""
+        sizes = sorted({phase.bag_size for phase in self.stretches})
+        found: dict[int, list[int]] = {}
+        for size in sizes:
+            counts = [
+                (later.first_sample - phase.first_sample) * (phase.bag_size == size)
+                for phase, later in pairwise(self.stretches)
+            ]
+            found[size] = list(accumulate(counts, initial=0))
+        return found
 
     def data_tokens(self, step: int) -> int:
         """Tokens of text read by the first ``step`` steps."""

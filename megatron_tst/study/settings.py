@@ -55,7 +55,7 @@ class RunSettings:
     @property
     def is_baseline(self) -> bool:
         """Whether it has no superposition."""
-        return self.bag_size == 1 and "schedule" not in dict(self.changed)
+        return self.bag_size == 1 and not {"schedule", "bag_sizes"} & dict(self.changed).keys()
 
     @property
     def control(self) -> RunSettings:
@@ -101,7 +101,9 @@ class RunSettings:
             return [
                 "s" + changed.pop("schedule").replace(" ", "").replace(":", "r").replace(",", "s")
             ]
-        return [f"s{self.bag_size}", f"r{changed.pop('step_ratio'):g}"]
+        sizes = str(changed.pop("bag_sizes", self.bag_size))
+        sizes = sizes.replace(" ", "").replace(":", "w").replace(",", "or")
+        return [f"s{sizes}", f"r{changed.pop('step_ratio'):g}"]
 
     def arguments(self, warmup_share: float, decay_share: float) -> list[str]:
         """Megatron's arguments for these settings, the model's excepted.

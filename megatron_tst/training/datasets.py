@@ -204,7 +204,7 @@ def dataset_config_from_args(
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
         superposition=schedule.config,
-        phases=schedule.phases,
+        phases=schedule.stretches,
         left_out=getattr(args, "tst_left_out", []),
         reads_train_split=not args.skip_train,
     )

@@ -32,7 +32,13 @@ from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.gpt_to_hybrid import prepare_start, prepare_translation
-from megatron_tst.training.resume_batches import refuse_other_past, refuse_other_switch
+from megatron_tst.training.resume_batches import (
+    DRAWN_SIZES,
+    drawn_sizes,
+    refuse_other_draws,
+    refuse_other_past,
+    refuse_other_switch,
+)
 from megatron_tst.training.resume_model import refuse_other_model
 from megatron_tst.training.resume_schedule import refuse_other_learning_rate
 from megatron_tst.training.saved_state_check import refuse_wrong_state
@@ -106,6 +112,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
     is_superposed = schedule.config.enabled or len(before) > 1
     if is_superposed:
         _refuse_other_settings(args, saved, current, before)
+        refuse_other_draws(args, schedule, saved)
     has_ramp = args.step_batch_size_schedule or getattr(
         saved_args, "step_batch_size_schedule", None
     )
@@ -158,7 +165,7 @@ def _refuse_other_settings(
 ) -> None:
     for name in current:
         # Another batch size may move the step of the switch; its sample is compared elsewhere.
-        if name == "phases":
+        if name in ("phases", DRAWN_SIZES):
             continue
         # A checkpoint of an earlier version does not hold every setting.
         known = SETTINGS.get(name)
@@ -237,10 +244,12 @@ def _refuse_no_moments(args: Namespace, saved: Any, folder: Path) -> None:
 def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, object]:
     # Given as a ratio or as steps: what counts of phase 1 is where it puts the switch.
     method = schedule.config.method()
-    phases = {
+    phases: dict[str, object] = {
         "phases": [phase.record() for phase in schedule.phases],
         "sequence_length": schedule.sequence_length,
     }
+    if schedule.config.bag_sizes is not None:
+        phases[DRAWN_SIZES] = drawn_sizes(schedule)
     data = {
         "seed": args.seed,
         "split": args.split,

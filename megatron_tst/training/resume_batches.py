@@ -6,8 +6,9 @@ A run whose batch size changes at a resume is one run: its batch sizes are writt
 
 from __future__ import annotations
 
+import hashlib
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
@@ -16,6 +17,41 @@ from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.resume_schedule import learning_rate_flags
+
+DRAWN_SIZES = "drawn_sizes"
+"""Under which settings of a checkpoint have :func:`drawn_sizes`."""
+
+
+def drawn_sizes(schedule: SuperpositionSchedule) -> str:
+    """Which samples have which of the bag sizes that are drawn, as a fingerprint."""
+    drawn = [(phase.first_sample, phase.bag_size) for phase in schedule.stretches]
+    return hashlib.sha256(repr(drawn).encode()).hexdigest()
+
+
+def refuse_other_draws(
+    args: Namespace, schedule: SuperpositionSchedule, saved: Mapping[str, Any]
+) -> None:
+    """Refuses steps that would read other samples in bags of a size than the run has laid out.
+
+    Args:
+        args: command line.
+        schedule: phases and batch sizes of the command line.
+        saved: settings in the checkpoint.
+
+    Raises:
+        UsageError: naming the arguments that must stay.
+    """
+    # Both have the same --tst-bag-sizes, or none.
+    if schedule.config.bag_sizes is None or saved[DRAWN_SIZES] == drawn_sizes(schedule):
+        return
+    was, now = recorded_phases(saved)[-1], schedule.phases[-1]
+    raise UsageError(
+        f"--load {args.load} drew the bag sizes of its steps up to sample {was.first_sample} (step "
+        f"{was.first_step}), and with this command (up to sample {now.first_sample}, step "
+        f"{now.first_step}) other samples would have them: keep the length of phase 1 and the "
+        "batch sizes in it (--tst-step-ratio or --tst-steps, --train-iters, --global-batch-size or "
+        "--step-batch-size-schedule), or start a new run from its weights with --finetune."
+    )
 
 
 def refuse_other_past(

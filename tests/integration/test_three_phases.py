@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.report.results import read_result
-from tests.corpus import write_corpus
 from tests.integration.layouts import LAYOUTS
 from tests.integration.test_bad_input import assert_messages
 from tests.runs import TOTAL_STEPS, Check, SmallRun, assert_bit_equal, assert_faultless
@@ -102,75 +100,6 @@ def test_it_is_killed_inside_of_a_phase(
     assert last_checkpoint(run) == 2
     launcher.run(run.argv, run.log)
     assert_bit_equal(run.checkpoint(TOTAL_STEPS), trained.checkpoint(TOTAL_STEPS))
-
-
-# Sequences of each step, bag size of each step, and where the run is stopped and goes on.
-RAMP, RAMP_SIZES = f"0:2 {8 * 32}:4 {20 * 32}:8", [2, 2, 2, 2, 4, 4, 4, 8, 8]
-SCHEDULE, SCHEDULE_SIZES = "2:0.23,4:0.34,3:0.11", [2, 2, 4, 4, 4, 3, 1, 1, 1]
-MIXED: dict[str, Any] = {
-    **dict.fromkeys(("train_iters", "lr_warmup_iters", "lr_wsd_decay_iters", "global_batch_size")),
-    "train_samples": sum(RAMP_SIZES),
-    "lr_warmup_samples": 4,
-    "lr_wsd_decay_samples": 8,
-    "micro_batch_size": 1,
-    "step_batch_size_schedule": RAMP,
-    "tst_schedule": SCHEDULE,
-    "eval_iters": 0,
-}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full": {"tst_document_boundary": "align", "tst_reset_at_switch": "embeddings"},
-    "input-only": {"tst_reset_at_switch": "optimizer"},
-    "output-only": {"tst_document_boundary": "align", "tst_loss_impl": "linear"},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_on_a_blend_with_a_ramp(
-    launcher: Launcher, corpus: Path, tmp_path: Path, variant: str
-) -> None:
-    write_corpus(tmp_path / "text", [300, 40, 7, 500, 64, 2, 1000] * 3, vocabulary_size=256)
-    write_corpus(tmp_path / "other", [3, 70, 5, 200, 33, 150, 90, 8] * 4, vocabulary_size=256)
-    run = SmallRun(corpus, tmp_path / "whole").with_(
-        **MIXED,
-        **VARIANTS[variant],
-        tst_variant=variant,
-        data_path=[70, tmp_path / "text", 30, tmp_path / "other"],
-    )
-    launcher.run(run.argv, run.log)
-    scalars, total = run.scalars(), len(RAMP_SIZES)
-    steps = range(1, total + 1)
-    assert [scalars["tst/bag size"][step] for step in steps] == SCHEDULE_SIZES
-    assert [scalars["batch-size"][step] for step in steps] == RAMP_SIZES
-    reads_bags = variant != "output-only"
-    places = [
-        32 * sequences * (size if reads_bags else 1)
-        for sequences, size in zip(RAMP_SIZES, SCHEDULE_SIZES, strict=True)
-    ]
-    (budget, other) = run.description()["data_budget"]
-    in_bags, padding, plain = (
-        budget[name] + other[name] for name in ("phase_1", "phase_1_padding", "phase_2")
-    )
-    assert (in_bags + padding, plain) == (sum(places[:6]), sum(places[6:]))
-    has_padding = reads_bags and "tst_document_boundary" in VARIANTS[variant]
-    assert bool(padding) == has_padding
-    if not has_padding:
-        read = [sum(places[:step]) for step in steps]
-        assert [scalars["tst/data tokens"][step] for step in steps] == read
-    assert scalars["tst/data tokens"][total] == pytest.approx(in_bags + plain, abs=2)
-    # Inside of the second phase, and at the last switch, where state is thrown away.
-    parts = run.with_(tmp_path / "parts")
-    for stop in (4, 6, None):
-        launcher.run(parts.with_(exit_interval=stop).argv, parts.log)
-    saved = sorted(path.name for path in (parts.folder / "checkpoints").glob("iter_*"))
-    assert saved == [f"iter_{step:07d}" for step in (2, 4, 5, 6, 7, total)]
-    assert_bit_equal(parts.checkpoint(total), run.checkpoint(total))
-    assert parts.scalars()["lm loss"] == scalars["lm loss"]
-    moments = {
-        step: torch.cat([v.flatten() for n, v in run.checkpoint(step).items() if "exp_avg" in n])
-        for step in (2, 5, 6)
-    }
-    is_reset = VARIANTS[variant].get("tst_reset_at_switch") == "optimizer"
-    assert [bool(moment.any()) for moment in moments.values()] == [True, True, not is_reset]
 
 
 BAD = {

@@ -55,6 +55,12 @@ RUNS: dict[str, dict[str, Any]] = {
     # The first start ends inside a phase of these, and at a switch of the others.
     "several sizes, aligned": {"tst_schedule": "4:2,2:2", "tst_document_boundary": "align"},
     "sizes that come again": {"tst_schedule": "2:1,4:2,2:1"},
+    "drawn sizes": {"tst_bag_sizes": "2,4", "tst_steps": SWITCH},
+    "drawn sizes, aligned": {
+        "tst_bag_sizes": "2,3",
+        "tst_steps": SWITCH,
+        "tst_document_boundary": "align",
+    },
     "baseline": {},
 }
 
@@ -268,8 +274,8 @@ def test_lists_that_are_refused(check: Check, run: SmallRun, tmp_path: Path) -> 
         "\nothers:2": r"list.txt, line 2: 'others:2': write CORPUS:INDEX with one of ",
         "text:1": "leaves 1 documents out of a run of --tst-bag-size 1 that has begun",
     }
-    if "tst-schedule" in run.overrides:
-        contents["text:1"] = "documents out of a run of --tst-schedule .* that has begun"
+    if {"tst-schedule", "tst-bag-sizes"} & run.overrides.keys():
+        contents["text:1"] = "documents out of a run of --tst-(schedule|bag-sizes) .* has begun"
     runs: list[SmallRun] = []
     expected: list[str | None] = []
     for number, (content, message) in enumerate(contents.items()):

@@ -29,12 +29,14 @@ SETTINGS = {
 # TensorBoard stores float32.
 RTOL = 1e-6
 
+SEED = 7
+
 Curve = Callable[[int], float]
 
 
 def schedule_of(config: SuperpositionConfig, bags: Bags = ()) -> SuperpositionSchedule:
     sizes = BatchSizes.constant(BATCH)
-    return SuperpositionSchedule(config, TOTAL_STEPS, sizes, LENGTH, bags=bags)
+    return SuperpositionSchedule(config, TOTAL_STEPS, sizes, LENGTH, bags=bags, seed=SEED)
 
 
 def write_events(
@@ -83,7 +85,7 @@ def write_info(run: Path, config: SuperpositionConfig, bags: Bags = (), **change
         "sequence_length": LENGTH,
         "text_share": 1.0,
         "parameters": 1_234_567,
-        "seed": 7,
+        "seed": SEED,
         "settings": SETTINGS,
         "commit": "abc1234",
         "machine": {"cpu": "Example <CPU>", "cores": 2},

@@ -14,7 +14,7 @@ from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.budget import TrainText, data_budget, refuse_repetition
 from megatron_tst.settings.config import DocumentBoundary
 from tests.corpus import write_corpus
-from tests.datasets import DOCUMENT_LENGTHS, VARIANTS, build_train
+from tests.datasets import DOCUMENT_LENGTHS, TRAIN, VARIANTS, build, build_train, make_config
 
 TOKENS = sum(DOCUMENT_LENGTHS)
 
@@ -90,6 +90,31 @@ def test_a_blend_needs_its_weights_in_each_phase(prefix: Path, tmp_path: Path) -
     for i, budget in enumerate(data_budget(plan, texts, weights)):
         assert budget.phase_1 == pytest.approx(12 * in_phase_1[i], abs=2 * 12)
         assert budget.phase_2 == pytest.approx(4 * (in_both[i] - in_phase_1[i]), abs=2 * 4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_drawn_sizes_are_counted_as_a_blend_reads_them(
+    prefix: Path, tmp_path: Path, variant: str
+) -> None:
+    write_corpus(tmp_path / "text", [500])
+    paths = [str(prefix), str(tmp_path / "text")]
+    config = SuperpositionConfig(bag_sizes="2,3,5", steps=12, variant=variant)
+    ramp = BatchSizes(((0, 1), (7, 3), (20, 2)))
+    plan = SuperpositionSchedule(config, 20, ramp, 4, seed=3)
+    samples = ramp.samples_at(20)
+    for weights in ([1.0], [30.0, 70.0]):
+        blend = paths[: len(weights)], weights if len(weights) > 1 else None
+        settings = make_config(prefix, superposition=config, phases=plan.stretches, blend=blend)
+        dataset = build(settings, [samples, 0, 0])[TRAIN]
+        read = np.zeros((2, 2), dtype=int)
+        for place in range(samples):
+            corpus = int(dataset.dataset_index[place]) if len(weights) > 1 else 0
+            in_bags = int(place < plan.phases[-1].first_sample)
+            read[corpus, in_bags] += dataset[place]["tokens"].numel()
+        texts = [TrainText(path) for path in paths[: len(weights)]]
+        found = [(b.phase_2, b.phase_1) for b in data_budget(plan, texts, weights)]
+        assert found == [tuple(row) for row in read[: len(weights)].tolist()]
+        assert plan.data_tokens(20) == read.sum()
 
 
 def refusal(plan: SuperpositionSchedule, prefix: Path) -> str:

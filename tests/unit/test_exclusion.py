@@ -10,7 +10,8 @@ import pytest
 
 from megatron_tst.data.bag_dataset import ArraySource
 from megatron_tst.data.exclusion import Exclusion, StreamBuilder, build_without
-from megatron_tst.data.stream import PADDING, SampleLayout, TokenStream
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import PADDING, TokenStream
 from megatron_tst.settings.phases import Phase
 
 LENGTH, BAG_SIZE, SWITCH, SAMPLES = 4, 3, 10, 30

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.commands.plan_run import main
 from megatron_tst.planning.accounting import Cluster, ModelSize, parse_tokens
 from megatron_tst.planning.advisor import Plan, make_plan
@@ -378,6 +379,23 @@ def test_several_bag_sizes_beside_the_recommendation(
     assert min(s.value for s in sizes) < found["loss"]["value"] < max(s.value for s in sizes)
 
 
+def test_drawn_bag_sizes_beside_the_recommendation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*GOOD, "--tst-bag-sizes", "4:1,2:3", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "--tst-bag-sizes 2:3,4:1 --tst-steps 6000" in shown
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    (found,) = (arm for arm in plan["alternatives"] if arm["bag_sizes"])
+    config = SuperpositionConfig(bag_sizes="2:3,4:1", steps=6000)
+    batch = BatchSizes.constant(2**21 // 4096)
+    schedule = SuperpositionSchedule(config, 20_000, batch, 4096)
+    assert found["data_tokens"] == schedule.data_tokens(20_000)
+    # 2.5 tokens a position, give or take what 6000 draws may.
+    assert found["data_tokens"] / 2**21 == pytest.approx(6000 * 2.5 + 14_000, abs=300)
+
+
 def test_money_buys_hours(capsys: pytest.CaptureFixture[str]) -> None:
     tail = ("--model", "3B", "--tokens", "300B", "--price-per-gpu-hour", "4")
     shown = []
@@ -429,6 +447,11 @@ def test_published_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"--tst-step-ratio": "1"}, ("--tst-step-ratio is '1'", "below 1")),
         ({"--tst-step-ratio": "0.95"}, ("--tst-step-ratio is 0.95", "use at most")),
         ({"--tst-schedule": "8:0.5,4"}, ("--tst-schedule is '8:0.5,4'", "write bag size:share")),
+        ({"--tst-bag-sizes": "2"}, ("--tst-bag-sizes is '2'", "one as --tst-bag-size")),
+        (
+            {"--tst-bag-sizes": "2,4", "--tst-schedule": "8:0.1"},
+            ("--tst-schedule 8:0.1 and --tst-bag-sizes 2,4", "pass one of them"),
+        ),
         ({"--tst-schedule": "8:0.9,4:0.05"}, ("--tst-schedule", "up to 0.9")),
         ({"--tst-schedule": "8:9999,4:90000"}, ("--tst-schedule", "leaves no step")),
         ({"--json": "/nowhere/plan.json"}, ("--json is /nowhere/plan.json", "folder")),

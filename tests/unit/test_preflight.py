@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
+from megatron_tst.common.units import quantity
 from megatron_tst.preflight.launch_command import read_launch
 from tests.corpus import write_corpus
 from tests.hf_models import save_model
@@ -155,6 +157,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     bags = "--num-layers 3 --tst-schedule 20:1000,6:5000 --save-interval 4000"
     argv = [*without(without(dense, "--tst-bag-size"), "--tst-step-ratio"), *bags.split()]
     checked.add("three phases", argv)
+    argv = [*without(dense, "--tst-bag-size"), "--tst-bag-sizes", "2:3,20:1", "--num-layers", "3"]
+    checked.add("drawn", argv)
     checked.add("recomputed", [*dense, *recompute.split()])
     for name, argv in SMALL.items():
         for rank in OPTIMIZER_RANKS:
@@ -481,8 +485,23 @@ def test_each_of_three_phases_is_counted(checked: Checked) -> None:
     assert starts[2].startswith("phase 3      steps 6,000 to 19,999: ")
     # Five by the interval, and one at each switch.
     assert any(" 7 of them" in line for line in lines)
-    assert any("--tst-bag-size is 20" in line for line in lines)
+    flag = "--tst-schedule 20:1000,6:5000 has bags of 20: the largest published ones are of 16."
+    assert any(flag in line for line in lines)
     assert any("the switch at step 1000 comes before the end of the warm-up" in x for x in lines)
+
+
+def test_drawn_sizes_are_counted(checked: Checked) -> None:
+    found = checked.found["drawn"]
+    config = SuperpositionConfig(bag_sizes="2:3,20:1", steps=6000)
+    schedule = SuperpositionSchedule(config, 20_000, BatchSizes.constant(512), 4096)
+    text = quantity(schedule.data_tokens(6000))
+    assert f"phase 1      steps 0 to 5,999, s = 2:3 or 20:1: {text} tokens" in found["lines"]
+    # The largest bags need the most memory.
+    inputs, largest = (
+        checked.found[name]["ranks"][0]["memory_bytes"]["phase 1"]["inputs"]
+        for name in ("drawn", "three phases")
+    )
+    assert inputs == largest
 
 
 @pytest.mark.parametrize(

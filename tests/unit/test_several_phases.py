@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.report.comparison import study_of_two
@@ -18,6 +21,8 @@ from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import read_results, write_results
 from megatron_tst.report.wording import jump_explanation, verdict
 from megatron_tst.settings.phases import Bags, bags_of, recorded_phases
+from megatron_tst.settings.step_sizes import StepSizes
+from megatron_tst.settings.variants import VARIANTS
 from megatron_tst.training.resume_batches import refuse_other_switch
 from tests.unit.run_folders import (
     BASELINE,
@@ -31,6 +36,7 @@ from tests.unit.run_folders import (
 
 BAGS = ((8, 15), (4, 30))
 CONFIG = SuperpositionConfig(bag_size=8, steps=45)
+DRAWN = [2, 4, 4, 2, 4, 4, 4, 2, 2, 2, 2, 4]
 TEXT = TOKENS_PER_STEP * (8 * 15 + 4 * 30 + 55)
 
 
@@ -83,6 +89,62 @@ def test_a_schedule_of_one_size_is_that_bag_size() -> None:
 def test_a_schedule_that_does_not_fit_the_run_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^schedule={text} of 100 steps {message}"):
         schedule_of(SuperpositionConfig(schedule=text))
+
+
+def test_a_draw_depends_on_seed_and_step_alone() -> None:
+    even, uneven = StepSizes.parse("4, 2"), StepSizes.parse("8:1,2:2.5,4:0.5")
+    # Runs that were started with them go on for years.
+    assert list(even.draw(1234, 12)) == DRAWN
+    assert list(even.draw(1234, 4000))[:12] == DRAWN
+    assert list(even.draw(1235, 12)) != DRAWN
+    counts = Counter(uneven.draw(7, 8000))
+    for size, share in ((2, 0.625), (4, 0.125), (8, 0.25)):
+        # Five standard deviations.
+        assert counts[size] == pytest.approx(
+            8000 * share, abs=5 * (8000 * share * (1 - share)) ** 0.5
+        )
+    assert (even.text, uneven.text) == ("2,4", "2:2.5,4:0.5,8:1")
+
+
+@given(
+    sizes=st.lists(st.integers(2, 9), min_size=2, max_size=4, unique=True),
+    ramp=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    steps=st.integers(1, 39),
+    variant=st.sampled_from(sorted(VARIANTS)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_drawn_sizes_count_every_step(
+    sizes: list[int], ramp: list[int], steps: int, variant: str, seed: int
+) -> None:
+    config = SuperpositionConfig(bag_sizes=",".join(map(str, sizes)), steps=steps, variant=variant)
+    batches = BatchSizes(tuple((13 * i, size) for i, size in enumerate(ramp)))
+    schedule = SuperpositionSchedule(config, 40, batches, 8, seed=seed)
+    drawn = list(StepSizes(tuple(sorted(sizes))).draw(seed, steps)) + [1] * (40 - steps)
+    assert [schedule.bag_size_at(step) for step in range(40)] == drawn
+    read = 0
+    for step, size in enumerate(drawn):
+        assert schedule.data_tokens(step) == read
+        first, end = (batches.samples_at(s) for s in (step, step + 1))
+        sample_sizes = {schedule.phase_of_sample(sample).bag_size for sample in range(first, end)}
+        assert sample_sizes == {size}
+        read += 8 * (end - first) * (1 if variant == "output-only" else size)
+    assert schedule.data_tokens(40) == read
+    assert [phase.first_step for phase in schedule.phases] == [0, steps]
+    assert [step for step in range(40) if schedule.begins_phase(step)] == [steps]
+
+
+def test_the_report_of_drawn_sizes(tmp_path: Path) -> None:
+    config = SuperpositionConfig(bag_sizes="2,4", steps=45)
+    baseline = read_result(make_run(tmp_path / "baseline", BASELINE, baseline_loss))
+    tst = read_result(make_run(tmp_path / "tst", config, tst_loss))
+    assert (tst.bag_size, tst.settings["bag_sizes"], len(tst.phases)) == (4, "2,4", 2)
+    write_results([tst], tmp_path / "results.csv")
+    (again,) = read_results(tmp_path / "results.csv")
+    assert (again.settings, again.phases) == (tst.settings, tst.phases)
+    study = study_of_two(baseline, tst)
+    assert study.best is not None
+    assert study.best.tst.label == "TST (s=2|4 r=0.45)"
+    assert "in phase 1 it scores 2 or 4 tokens at once" in jump_explanation(study.best.pairs[0])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", [None, "2,3"])
 @pytest.mark.parametrize("done", [0, 2, SWITCH - 1])
 def test_before_the_switch_each_token_is_read_once(
-    corpus: Corpus, tmp_path: Path, variant: str, done: int
+    corpus: Corpus, tmp_path: Path, variant: str, sizes: str | None, done: int
 ) -> None:
     prefix, documents = corpus
     config = make_config(
         prefix,
-        superposition=superposition(BAG_SIZE, variant),
+        superposition=replace(superposition(BAG_SIZE, variant), bag_sizes=sizes),
         switch_sample=SWITCH,
         sequence_length=LENGTH,
         path_to_cache=str(tmp_path),
@@ -100,8 +102,8 @@ def test_before_the_switch_each_token_is_read_once(
     assert times_read.max() == 1
     # What the run would have read by its switch comes first.
     by_the_switch = np.concatenate([run[place]["tokens"].ravel() for place in range(SWITCH)])
-    stride = 1 if variant == "output-only" else BAG_SIZE
-    ends = done + (SWITCH - done) * stride
+    left = sum(run[place]["tokens"].numel() for place in range(done, SWITCH))
+    ends = done + left // LENGTH
     first = [run[place]["tokens"].ravel() for place in range(done)]
     then = [stock[place]["tokens"] for place in range(done, min(ends, num_samples))]
     assert set(np.concatenate([*first, *then]).tolist()) == set(by_the_switch.tolist())

@@ -12,12 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tst.data import stream as stream_module
-from megatron_tst.data.stream import (
-    SampleLayout,
-    TokenStream,
-    shuffle_documents,
-    shuffle_samples,
-)
+from megatron_tst.data.sample_layout import SampleLayout
+from megatron_tst.data.stream import TokenStream, shuffle_documents, shuffle_samples
 from megatron_tst.settings.phases import Phase
 from megatron_tst.settings.variants import VARIANTS
 
@@ -31,11 +27,11 @@ def two_phases(
 
 @st.composite
 def phase_lists(draw: st.DrawFn) -> SampleLayout:
-    """One to four phases of any sizes, of which the last is plain."""
+    """One to eight phases of any sizes, also again and again, of which the last is plain."""
     variant = VARIANTS[draw(st.sampled_from(sorted(VARIANTS)))]
     phases, first = [], 0
-    for step in range(draw(st.integers(0, 3))):
-        phases.append(Phase(step, first, draw(st.integers(2, 6)), variant))
+    for step in range(draw(st.integers(0, 7))):
+        phases.append(Phase(step, first, draw(st.integers(2, 5)), variant))
         first += draw(st.integers(1, 12))
     return SampleLayout(draw(st.integers(1, 8)), (*phases, Phase(len(phases), first)))
 
@@ -102,7 +98,7 @@ def long_enough(layout: SampleLayout, tokens: int) -> int:
 
 
 @given(layout=layouts, tokens=st.integers(1, 150), num_samples=st.integers(1, 80))
-def test_samples_are_shuffled_within_phase_and_epoch(
+def test_samples_are_shuffled_within_bag_size_and_epoch(
     layout: SampleLayout, tokens: int, num_samples: int
 ) -> None:
     tokens = long_enough(layout, tokens)
@@ -110,7 +106,7 @@ def test_samples_are_shuffled_within_phase_and_epoch(
     assert len(order) == len(set(order)) == num_samples
 
     def group(sample: int) -> tuple[int, int]:
-        return layout.span(sample)[0] // tokens, layout.phase_of(sample)
+        return layout.span(sample)[0] // tokens, layout.phases[layout.phase_of(sample)].bag_size
 
     groups = [group(sample) for sample in order]
     # Reading goes group by group, each with the samples that lie there without shuffling.
@@ -153,14 +149,17 @@ def readable_samples(
     sample = next(samples)
     for epoch in count():
         epoch_end = (epoch + 1) * tokens_per_epoch
-        of_phase: list[list[int]] = [[] for _ in layout.phases]
+        of_size: dict[int, list[int]] = {phase.bag_size: [] for phase in layout.phases}
         while layout.span(sample)[0] < epoch_end:
-            of_phase[layout.phase_of(sample)].append(sample)
+            of_size[layout.phases[layout.phase_of(sample)].bag_size].append(sample)
             sample = next(samples)
-        for phase, group in enumerate(of_phase, start=1):
+        shuffled: dict[int, int] = {}
+        for index, group in enumerate(of_size.values(), start=1):
             whole = [member for member in group if layout.span(member)[1] <= epoch_end]
-            np.random.RandomState([seed, epoch, phase]).shuffle(whole)
-            order += whole + group[len(whole) :]
+            places = whole.copy()
+            np.random.RandomState([seed, epoch, index]).shuffle(whole)
+            shuffled |= dict(zip(places, whole, strict=True))
+        order += [shuffled.get(place, place) for place in range(len(order), sample)]
         if len(order) >= num_samples:
             return order[:num_samples]
     raise AssertionError
