@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,26 @@ def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathF
     run = SmallRun(corpus, tmp_path_factory.mktemp("drawn")).with_(
         tst_bag_sizes=TEXT, tst_steps=STEPS, save_interval=4, seed=SEED
     )
-    launcher.run(run.argv, run.log)
+    environment = {"RECORD_READS": str(run.folder / "reads")}
+    launcher.run(run.argv, run.log, main=MAIN, environment=environment)
     return run
+
+
+def test_each_token_is_read_once(trained: SmallRun) -> None:
+    lines = (trained.folder / "reads" / "rank0").read_text().splitlines()
+    reads = [json.loads(line) for line in lines]
+    assert [read["index"] for read in reads] == list(range(4 * TOTAL_STEPS))
+    assert [read["tokens"] for read in reads] == [
+        LENGTH * size for size in DRAWN_SIZES for _ in range(4)
+    ]
+    # The bags lie side by side in the stream, in another order than they are read in.
+    begins = [read["begin"] for read in reads[: 4 * STEPS]]
+    position = 0
+    for begin, tokens in sorted((read["begin"], read["tokens"]) for read in reads[: 4 * STEPS]):
+        assert begin == position
+        position += tokens
+    assert begins != sorted(begins)
+    assert min(read["begin"] for read in reads[4 * STEPS :]) >= position
 
 
 def test_a_size_is_drawn_for_each_step(trained: SmallRun) -> None:

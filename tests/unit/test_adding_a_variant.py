@@ -55,7 +55,7 @@ def test_the_command_line_takes_them() -> None:
 
 
 def test_a_study_takes_them(tmp_path: Path) -> None:
-    content = study_content(tmp_path / "corpus", arms=[TOY])
+    content = study_content(tmp_path / "corpus", arms=[TOY], controls=False)
     (run,) = read_study(write_study(tmp_path / "study.yaml", content)).runs()
     assert run.name.endswith("-s4-r0.5-falling-first-seed0")
     assert run.settings.superposition == SuperpositionConfig(**TOY)

@@ -123,6 +123,20 @@ def refusal(plan: SuperpositionSchedule, prefix: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "way_out"),
+    [
+        (SuperpositionConfig(bag_sizes="3,9", steps=12), "smaller bags in --tst-bag-sizes, or"),
+        (SuperpositionConfig(schedule="3:6,9:6"), "smaller bags or fewer steps in --tst-schedule"),
+    ],
+)
+def test_ways_out_of_several_sizes(prefix: Path, config: SuperpositionConfig, way_out: str) -> None:
+    plan = SuperpositionSchedule(config, 20, BatchSizes.constant(2), 4)
+    message = refusal(plan, prefix)
+    assert f"Use {way_out}" in message
+    assert "--tst-variant output-only reads no more tokens" in message
+
+
 def fits(plan: SuperpositionSchedule, prefix: Path) -> bool:
     (budget,) = data_budget(plan, [TrainText(str(prefix))], [1.0])
     return budget.epochs <= 1

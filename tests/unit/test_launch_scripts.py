@@ -189,6 +189,18 @@ def test_arguments_and_paths_with_spaces_arrive_whole(cases: Cases) -> None:
     assert command[start + 1 : start + 5] == ["30", "/a", "70", "/b"]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    ["--tst-schedule 8:0.1,4:0.2", "--tst-schedule=8:0.1", "--tst-bag-sizes 2,4 --tst-steps 9"],
+)
+def test_several_bag_sizes_take_the_place_of_one(cases: Cases, flags: str) -> None:
+    command = cases.command("3b", *flags.split())
+    assert [
+        word for word in command if word.startswith("--tst-bag-size") and word not in flags
+    ] == []
+    assert "--tst-step-ratio" not in command
+
+
 def test_launchers(cases: Cases) -> None:
     alone = cases.command("3b")
     assert alone[0] == "torchrun"

@@ -131,6 +131,17 @@ def test_names_tell_all_settings_apart() -> None:
     assert len(names - {RunSettings.of(**base).name}) == len(changes)
 
 
+def test_several_bag_sizes_on_the_command_line(tmp_path: Path) -> None:
+    arms = [{"bag_sizes": ["2,4", "4:1,2:3"], "step_ratio": 0.3}, {"schedule": "4:0.1,2:0.2"}]
+    drawn, weighted, schedule = read(tmp_path, arms=arms, controls=False).runs()
+    for run, sizes in ((drawn, "2,4"), (weighted, "4:1,2:3")):
+        assert option(run.arguments, "--tst-bag-sizes") == sizes
+        assert option(run.arguments, "--tst-step-ratio") == "0.3"
+    assert drawn.name == "tiny-10steps-lr0.001-s2or4-r0.3-seed0"
+    assert option(schedule.arguments, "--tst-schedule") == "4:0.1,2:0.2"
+    assert "--tst-step-ratio" not in schedule.arguments
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
