@@ -163,6 +163,8 @@ def test_a_size_is_drawn_for_each_step(trained: SmallRun) -> None:
     assert scalars["tst/bag size"] == dict(zip(steps, DRAWN_SIZES, strict=True))
     read = [POSITIONS * sum(DRAWN_SIZES[:step]) for step in steps]
     assert scalars["tst/data tokens"] == dict(zip(steps, read, strict=True))
+    # Each step costs the same.
+    assert scalars["tst/equivalent tokens"] == {step: POSITIONS * step for step in steps}
     of_four = [step for step, size in zip(steps, DRAWN_SIZES, strict=True) if size == 4]
     assert sorted(scalars["tst/loss at offset 4"]) == of_four
     saved = sorted(path.name for path in (trained.folder / "checkpoints").glob("iter_*"))
@@ -227,7 +229,7 @@ def test_layouts_draw_the_same(
     assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
 
 
-REFUSALS: list[tuple[dict[str, Any], str]] = [
+REFUSALS: list[tuple[dict[str, Any], str | None]] = [
     ({"tst_bag_sizes": "2,4"}, "--tst-bag-sizes 2:3,4:2, and this command has 2,4: resume with"),
     (
         {"tst_bag_sizes": None, "tst_bag_size": 4},
@@ -251,6 +253,18 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
         },
         r"drew the bag sizes .* up to sample 28 \(step 7\), .*up to sample 28, step 6\)",
     ),
+    # Behind the switch a batch may change.
+    (
+        {
+            "ckpt_step": 8,
+            **dict.fromkeys(("global_batch_size", *IN_STEPS)),
+            "train_samples": 48,
+            "lr_warmup_samples": 8,
+            "lr_wsd_decay_samples": 8,
+            "step_batch_size_schedule": f"0:4 {32 * LENGTH}:8",
+        },
+        None,
+    ),
     ({"tst_exclude_documents": "list"}, "out of a run of --tst-bag-sizes 2:3,4:2 that has begun"),
     ({"reset_position_ids": True}, "does not work with --tst-bag-sizes 2:3,4:2: "),
 ]
@@ -258,7 +272,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
 
 def test_what_it_does_not_resume_with(check: Check, trained: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "list").write_text(f"{trained.corpus}:0\n")
-    runs = [trained.with_(ckpt_step=4, **settings) for settings, _ in REFUSALS]
+    runs = [trained.with_(**{"ckpt_step": 4, **settings}) for settings, _ in REFUSALS]
     for run in runs:
         if "tst-exclude-documents" in run.overrides:
             run.overrides["tst-exclude-documents"] = tmp_path / "list"

@@ -40,6 +40,8 @@ def test_every_phase_trains_and_is_accounted_for(trained: SmallRun) -> None:
     assert scalars["tst/bag size"] == dict(zip(steps, BAG_SIZES, strict=True))
     read = [POSITIONS * sum(BAG_SIZES[:step]) for step in steps]
     assert scalars["tst/data tokens"] == dict(zip(steps, read, strict=True))
+    # Each step costs the same.
+    assert scalars["tst/equivalent tokens"] == {step: POSITIONS * step for step in steps}
     assert sorted(scalars["tst/loss at offset 4"]) == [1, 2, 3, 4, 5]
     assert sorted(scalars["tst/loss at offset 8"]) == [1, 2]
     # Power-law weights of the bags' own size.
