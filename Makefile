@@ -31,7 +31,7 @@ test-main: setup ## Run the fast tests against a checkout of Megatron-LM (MEGATR
 test-tokenizers: setup ## Compare training and transformers on tokenizers of npm packages (100 MB)
 	$(PY) -m pytest tests/public_tokenizers.py $(ARGS)
 
-test-engines: setup ## Run exported models in other engines (1 GB of packages, kept in ~/.cache)
+test-engines: setup ## Run exported models in other engines (1.4 GB of packages, kept in ~/.cache)
 	$(PY) -m pytest tests/engines/engines.py $(ARGS)
 
 durations: setup ## Run all tests and write tests/durations.md, what each file costs
