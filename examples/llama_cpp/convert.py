@@ -9,6 +9,7 @@ writes a byte tokenizer that llama.cpp cannot load; both are mended here.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import runpy
@@ -23,9 +24,15 @@ _NO_EFFECT = "\u0100 \u0100"
 
 def main() -> None:
     """Reads the command line and runs the converter of llama.cpp on it."""
-    llama_cpp, folder, output, *options = sys.argv[1:]
+    parser = argparse.ArgumentParser(description="Makes a GGUF file of an exported folder.")
+    parser.add_argument("llama_cpp", type=Path, help="checkout of llama.cpp")
+    parser.add_argument("folder", type=Path, help="exported model")
+    parser.add_argument("output", type=Path, help="file to write")
+    args, options = parser.parse_known_args()
+    if not (args.llama_cpp / "conversion").is_dir():
+        parser.error(f"{args.llama_cpp} has no folder conversion/: it is no checkout of llama.cpp.")
     # Its own gguf goes before an installed one, which may be older.
-    sys.path[:0] = [llama_cpp, str(Path(llama_cpp, "gguf-py"))]
+    sys.path[:0] = [str(args.llama_cpp), str(args.llama_cpp / "gguf-py")]
     base: Any = importlib.import_module("conversion.base")
     gguf: Any = importlib.import_module("gguf")
     known, add = base.TextModel.get_vocab_base_pre, gguf.SpecialVocab.add_to_gguf
@@ -34,7 +41,7 @@ def main() -> None:
         try:
             return known(model, tokenizer)
         except NotImplementedError:
-            _check_splitting(Path(folder))
+            _check_splitting(args.folder)
             return _SPLIT_AS_GPT2
 
     def add_with_a_merge(vocabulary: Any, *arguments: Any) -> None:
@@ -43,9 +50,9 @@ def main() -> None:
 
     base.TextModel.get_vocab_base_pre = name_of_splitting
     gguf.SpecialVocab.add_to_gguf = add_with_a_merge
-    converter = Path(llama_cpp, "convert_hf_to_gguf.py")
-    sys.argv = [str(converter), folder, "--outfile", output, *options]
-    runpy.run_path(str(converter), run_name="__main__")
+    converter = str(args.llama_cpp / "convert_hf_to_gguf.py")
+    sys.argv = [converter, str(args.folder), "--outfile", str(args.output), *options]
+    runpy.run_path(converter, run_name="__main__")
 
 
 def _check_splitting(folder: Path) -> None:
