@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import add_megatron_arguments, validate_args
 from packaging.version import Version
 
+from megatron_tst.common.platform import pose_connections
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.settings.batch_arguments import refuse_unusable_batch_sizes
 from megatron_tst.settings.conflicts import refuse_conflicting_arguments
@@ -51,6 +51,7 @@ def _finding(parser: argparse.ArgumentParser, world_size: int, argv: list[str]) 
             args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
             check_arguments(args)
             given = _given(args, argv)
+            pose_connections(args)
             validate_args(args)
             refuse_conflicting_arguments(args)
             schedule = superposition_schedule_from_args(args)
@@ -97,5 +98,4 @@ def _build_configuration(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     sys.exit(main())

@@ -19,6 +19,8 @@ what to train
   TRAIN_STEPS     optimizer steps; the decay of the learning rate is the last tenth of them
   PRECISION       mxfp8 (B200; default from 3B on), fp8 (H100) or bf16 (default below)
   CUDA_GRAPHS     1 (default below 3B): layers are replayed as CUDA graphs; 0: they are not
+  FSDP            1: weights, gradients and optimizer in shards of torch FSDP2, in bf16 and without
+                  CUDA graphs; 0 (default): the optimizer alone in shards
 where
   NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
   MICRO_BATCH_SIZE                                                sequences a GPU at a time
@@ -108,6 +110,20 @@ if [[ $PRECISION != bf16 ]]; then
     # An expert gets any number of tokens, and these products take multiples of 16 or 32.
     FP8_ARGS+=(--moe-router-padding-for-quantization)
   fi
+fi
+
+if [[ ${FSDP:-0} == 1 ]]; then
+  [[ $PRECISION == bf16 ]] || fail "FSDP=1 with PRECISION=$PRECISION was not tried: use PRECISION=bf16"
+  [[ -z ${STOCK_MEGATRON:-} ]] || fail "FSDP=1: Megatron 0.19.2 alone neither saves nor resumes it right"
+  [[ " ${PARALLEL_ARGS[*]} " != *' --expert-model-parallel-size '* ]] ||
+    fail 'FSDP=1: Megatron has no expert parallelism with torch FSDP2'
+  PARALLEL_ARGS=(
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1
+    --use-torch-fsdp2
+    --no-gradient-accumulation-fusion
+  )
+  CUDA_GRAPHS=0
 fi
 
 # All ranks collect garbage at the same steps, so that none waits for another that does.
@@ -205,7 +221,10 @@ fi
 
 tensor=$(value_of --tensor-model-parallel-size)
 context=$(value_of --context-parallel-size)
-if [[ $PRECISION != mxfp8 ]] && ((${tensor:-1} * ${context:-1} > 1)); then
+if [[ ${FSDP:-0} == 1 ]]; then
+  # One connection keeps gathering from overlapping, and Megatron refuses it.
+  unset CUDA_DEVICE_MAX_CONNECTIONS
+elif [[ $PRECISION != mxfp8 ]] && ((${tensor:-1} * ${context:-1} > 1)); then
   # The order of kernels that tensor and context parallelism rely on, before Blackwell. Elsewhere
   # one connection only keeps communication from overlapping.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}

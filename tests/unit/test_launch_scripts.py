@@ -91,6 +91,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
         variables = dict(word.split("=", 1) for word in words if "=" in word)
         cases.add(row, 64, "3b", *(word for word in words if "=" not in word), **variables)
     cases.add("stock", 64, "10b_a1b", "--ckpt-step", "12483", STOCK_MEGATRON="/opt/Megatron-LM")
+    for model in ("270m", "3b"):
+        cases.add(f"{model} FSDP2", 8, model, FSDP="1", PRECISION="bf16")
     cases.add("synchronous", 64, "3b", ASYNC_SAVE="0", EXIT_DURATION_MINS="200")
     cases.add("misspelt", 64, "3b", "--no-such-argument")
     cases.add("undivided", 48, "3b")
@@ -238,6 +240,15 @@ def test_connections_are_limited_where_the_order_of_kernels_counts(cases: Cases)
     assert environment_of(cases, PRECISION="bf16", **{name: "8"})[name] == "8"
 
 
+def test_shards_of_fsdp2(cases: Cases) -> None:
+    command = cases.command("270m", FSDP="1")
+    assert {"--use-torch-fsdp2", "--no-gradient-accumulation-fusion"} <= set(command)
+    assert not {"--use-distributed-optimizer", "--cuda-graph-impl"} & set(command)
+    # Megatron refuses one connection with it.
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    assert name not in environment_of(cases, FSDP="1", **{name: "1"})
+
+
 def test_small_models_take_graphs_and_bf16_and_none_makes_masks(cases: Cases) -> None:
     for model in MODELS:
         command = cases.command(model)
@@ -269,6 +280,11 @@ def test_graphs_and_registered_buffers_do_not_meet_expandable_segments(cases: Ca
         ({"PRECISION": "int8"}, "error: PRECISION is 'int8': use mxfp8, fp8 or bf16"),
         ({"VARIANT": "tts"}, "error: VARIANT is 'tts': use tst or baseline"),
         ({"NNODES": "2"}, "error: NNODES is 2: set MASTER_ADDR"),
+        ({"FSDP": "1"}, "error: FSDP=1 with PRECISION=mxfp8 was not tried: use PRECISION=bf16"),
+        (
+            {"FSDP": "1", "PRECISION": "bf16", "STOCK_MEGATRON": "/opt/Megatron-LM"},
+            "error: FSDP=1: Megatron 0.19.2 alone neither saves nor resumes it right",
+        ),
     ],
 )
 def test_bad_variables_are_named(cases: Cases, variables: dict[str, str], message: str) -> None:
