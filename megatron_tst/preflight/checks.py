@@ -239,6 +239,7 @@ def _build(report: Report, args: argparse.Namespace, launch: Launch) -> None:
     report.stages = [_stage_report(report, args, stage) for stage in shown]
     report.alignment = model_checks.alignment(args, built)
     report.findings.extend(model_checks.empty_stages(shown) + model_checks.unmodelled(args))
+    report.findings.extend(model_checks.unequal_shards(args, built[: len(ranks)]))
     # The same product may be on many stages.
     misaligned = [
         finding for stage in built for finding in model_checks.fp8_misalignments(args, stage)

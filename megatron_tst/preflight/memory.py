@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ _LAYER_WEIGHT = re.compile(
     r"\blayers\.(\d+)\..*(linear_(qkv|q_proj|q_up_proj|kv_up_proj|proj|fc1|fc2)|eh_proj)\.weight\d*$"
 )
 _MULTI_TOKEN = re.compile(r"\bmtp\.")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Logits of a block of --tst-loss-impl linear, on a GPU.
 _BLOCK_LOGITS = 1 << 27
 
@@ -37,12 +39,14 @@ class RankParameters:
 
     Attributes:
         weights: all parameters.
+        kept: those in memory at the peak of a step.
         fp8_weights: those kept or copied in FP8.
         buffer: of gradients, with the padding that the distributed optimizer needs.
         shard: parameters that the rank's optimizer updates.
     """
 
     weights: int
+    kept: int
     fp8_weights: int
     buffer: int
     shard: int
@@ -91,8 +95,10 @@ def rank_parameters(args: argparse.Namespace, stage: Stage) -> RankParameters:
         for name, parameter in chunk.named_parameters()
         if args.fp8 and is_fp8_weight(args, chunk, name, parameter)
     )
+    if args.use_torch_fsdp2:
+        return _fully_sharded(args, stage, weights, fp8)
     if not args.use_distributed_optimizer:
-        return RankParameters(weights, fp8, weights, weights)
+        return RankParameters(weights, weights, fp8, weights, weights)
     buffer = shard = 0
     for key, layout in gradient_buffers(args, stage):
         if key.is_expert_parallel:
@@ -101,7 +107,28 @@ def rank_parameters(args: argparse.Namespace, stage: Stage) -> RankParameters:
             rank = stage.data_parallel_rank
         buffer += layout.bucket_indices[-1][1]
         shard += _shard(layout, rank % layout.num_optimizer_shards)
-    return RankParameters(weights, fp8, buffer, shard)
+    return RankParameters(weights, weights, fp8, buffer, shard)
+
+
+def _fully_sharded(
+    args: argparse.Namespace, stage: Stage, weights: int, fp8: int
+) -> RankParameters:
+    """A shard of everything, and what FSDP2 gathers at once: two layers, and what is in none.
+
+    The second layer is the one that is gathered while the first computes; gradients are whole of
+    one.
+    """
+    layers: Counter[str] = Counter()
+    others = 0
+    for name, parameter in stage.parameters():
+        if match := _LAYER.search(name):
+            layers[match.group(1)] += parameter.numel()
+        elif "embedding." not in name:
+            others += parameter.numel()
+    shard = -(-weights // stage.data_parallel_size)
+    largest = max(layers.values(), default=0)
+    gathered = others + 2 * largest if args.torch_fsdp2_reshard_after_forward else weights
+    return RankParameters(weights, shard + gathered, fp8, shard + others + largest, shard)
 
 
 def _shard(layout: Any, rank: int) -> int:
@@ -169,17 +196,22 @@ def weight_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
     """Bytes of the weights and of their FP8 copies, by row and by column."""
     element = 2 if args.bf16 or args.fp16 else 4
     if not parameters.fp8_weights:
-        return element * parameters.weights
+        return element * parameters.kept
     copies = 2 * fp8_bytes(args) * parameters.fp8_weights
     if args.fp8_param_gather:
-        return element * (parameters.weights - parameters.fp8_weights) + copies
-    return element * parameters.weights + copies
+        return element * (parameters.kept - parameters.fp8_weights) + copies
+    return element * parameters.kept + copies
 
 
 def gradient_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
     """Bytes of the buffer in which gradients are accumulated and reduced."""
-    is_fp32 = args.accumulate_allreduce_grads_in_fp32 or not (args.bf16 or args.fp16)
+    is_fp32 = _adds_in_fp32(args) or not (args.bf16 or args.fp16)
     return (4 if is_fp32 else 2) * parameters.buffer
+
+
+def _adds_in_fp32(args: argparse.Namespace) -> bool:
+    # FSDP2 adds in the dtype of the weights.
+    return bool(args.accumulate_allreduce_grads_in_fp32 and not args.use_torch_fsdp2)
 
 
 def optimizer_bytes(args: argparse.Namespace, parameters: RankParameters) -> float:
@@ -193,7 +225,7 @@ def optimizer_bytes(args: argparse.Namespace, parameters: RankParameters) -> flo
         return (main + moments) * parameters.shard
     # Weights in fp32 are their own main weights.
     main = 4 if args.bf16 or args.fp16 else 0
-    copy = 4 if args.bf16 and not args.accumulate_allreduce_grads_in_fp32 else 0
+    copy = 4 if args.bf16 and not _adds_in_fp32(args) else 0
     return (main + 8 + copy) * parameters.shard
 
 

@@ -10,6 +10,7 @@ from megatron_tst.preflight.engine import has_transformer_engine
 from megatron_tst.preflight.findings import Finding, error, warning
 from megatron_tst.preflight.memory import decoder_layers, is_fp8_weight, is_layer_product
 from megatron_tst.preflight.rank_simulation import Stage
+from megatron_tst.settings.fully_sharded import uneven_shards
 
 # Multiples that the dimensions of a matrix product in FP8 must be of, by --fp8-recipe.
 _ALIGNMENT = {"mxfp8": 32, "blockwise": 128}
@@ -168,7 +169,6 @@ def unmodelled(args: argparse.Namespace) -> list[Finding]:
         "--multi-latent-attention": args.multi_latent_attention,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
-        "--use-torch-fsdp2": args.use_torch_fsdp2,
     }
     found = [
         warning(f"{flag}: memory and FLOPs are estimated as without it.")
@@ -178,6 +178,23 @@ def unmodelled(args: argparse.Namespace) -> list[Finding]:
     if args.optimizer != "adam":
         found.append(warning(f"--optimizer {args.optimizer}: its state is estimated as Adam's."))
     return found
+
+
+def unequal_shards(args: argparse.Namespace, stages: list[Stage]) -> list[Finding]:
+    """What FSDP2 cannot save; nothing without it."""
+    messages = [
+        uneven_shards(
+            (
+                (name.removeprefix("module."), parameter.shape)
+                for name, parameter in stage.parameters()
+            ),
+            stage.data_parallel_size,
+            args.swiglu,
+        )
+        for stage in stages
+        if args.use_torch_fsdp2 and args.save
+    ]
+    return [error(message) for message in messages if message is not None]
 
 
 def empty_stages(stages: list[Stage]) -> list[Finding]:

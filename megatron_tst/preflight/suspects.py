@@ -185,12 +185,13 @@ def _parallelism(args: argparse.Namespace) -> Iterator[Finding]:
             "holds weights in more than one precision, or gathers them into memory of their own: "
             "add both."
         )
-    if args.data_parallel_size > 1 and not args.use_distributed_optimizer:
+    has_replicas = args.data_parallel_size > 1 and not args.use_torch_fsdp2
+    if has_replicas and not args.use_distributed_optimizer:
         yield warning(
             "--use-distributed-optimizer is not given: each GPU holds the optimizer state of all "
             "its weights. Add it."
         )
-    if args.data_parallel_size > 1 and not args.overlap_grad_reduce:
+    if has_replicas and not args.overlap_grad_reduce:
         yield warning("--overlap-grad-reduce is not given: the GPUs wait for each reduction.")
     if args.create_attention_mask_in_dataloader and not args.reset_attention_mask:
         size = args.micro_batch_size * args.seq_length**2

@@ -146,6 +146,9 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     checked.add("experts split", [*experts, *fewer, *split.split()])
     checked.add("a rank", [*dense, *pipeline.split()], ranks=[63])
     checked.add("linear", [*dense, "--tst-loss-impl", "linear"])
+    sharded = checked.script("3b", FSDP="1", PRECISION="bf16")
+    checked.add("FSDP2", sharded)
+    checked.add("FSDP2 over 24", [*sharded, "--global-batch-size", "384"], size=24)
     low = ["--use-precision-aware-optimizer"]
     low += ["--exp-avg-dtype", "bf16", "--exp-avg-sq-dtype", "bf16"]
     checked.add("low mxfp8", [*dense, *low])
@@ -203,6 +206,23 @@ def test_launches_pass_without_a_warning(checked: Checked, model: str, variant: 
     assert not checked.texts(name, "error") + checked.texts(name, "warning")
     # Not the import of Megatron; some ten times what was measured.
     assert checked.found[name]["seconds"] < 30
+
+
+def test_the_shards_of_fsdp2_are_counted(checked: Checked) -> None:
+    found = checked.found["FSDP2"]
+    assert found["fits"], found["findings"]
+    assert not checked.texts("FSDP2", "warning")
+    memory = found["ranks"][0]["memory_bytes"]["phase 1"]
+    # Main weights and moments in fp32, and a gradient in fp32 while it is taken in.
+    shard = found["parameters"]["total"] / 64
+    assert memory["optimizer"] == pytest.approx(16 * shard, rel=1e-6)
+    # Two layers and the output layer are whole, of 36 layers.
+    output = 128256 * 2048
+    layer = (found["parameters"]["total"] - 2 * output - 2048) / 36
+    assert memory["weights"] == pytest.approx(2 * (shard + output + 2048 + 2 * layer), rel=1e-6)
+    assert memory["gradients"] == pytest.approx(2 * (shard + output + 2048 + layer), rel=1e-6)
+    unequal = checked.texts("FSDP2 over 24", "error")
+    assert any("over 24 ranks" in text and "cannot be saved" in text for text in unequal), unequal
 
 
 def test_a_weak_balance_of_experts_is_noted(checked: Checked) -> None:
