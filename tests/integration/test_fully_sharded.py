@@ -66,7 +66,12 @@ def test_tools_read_its_checkpoints(launcher: Launcher, pair: SmallRun, tmp_path
 def test_embeddings_are_redrawn_as_by_one_process(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    settings = {"tst_bag_size": 4, "tst_steps": 1, "train_iters": 3, "eval_iters": 0}
+    settings: dict[str, Any] = {
+        "tst_bag_size": 4,
+        "tst_steps": 1,
+        "train_iters": 3,
+        "eval_iters": 0,
+    }
     one = SmallRun(corpus, tmp_path / "one").with_(**settings, tst_reset_at_switch="embeddings")
     two = one.with_(tmp_path / "two", **FSDP2)
     for ranks, run in enumerate((one, two), start=1):
@@ -100,7 +105,11 @@ def test_shards_that_cannot_be_saved_are_refused(
 
 
 def test_what_does_not_work_with_it(check: Check, small_run: SmallRun) -> None:
-    experts = {"num_experts": 4, "tensor_model_parallel_size": 2, "sequence_parallel": True}
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    }
     refused: dict[str, dict[str, Any]] = {
         "--ckpt-format torch_dcp: Megatron 0.19.2 cannot load": {"ckpt_format": "torch_dcp"},
         "--expert-tensor-parallel-size 1 and --tensor-model-parallel-size 2: ": {
@@ -115,5 +124,5 @@ def test_what_does_not_work_with_it(check: Check, small_run: SmallRun) -> None:
     for message, expected in zip(messages, refused, strict=True):
         assert message is not None
         assert message.startswith(f"--use-torch-fsdp2 does not work with {expected}"), message
-    bags = {"tst_bag_size": 4, "tst_steps": 2}
+    bags: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": 2}
     assert check([plain.with_(**bags), plain.with_(**bags, **experts)]) == [None, None]

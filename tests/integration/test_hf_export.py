@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
@@ -319,7 +319,7 @@ def interrupt_save(folder: Path) -> None:
 
 def save_as_torch_does(folder: Path) -> None:
     shutil.rmtree(folder)
-    dcp.save({"model": {"weight": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
+    save({"model": {"weight": torch.ones(2)}}, checkpoint_id=folder, no_dist=True)
 
 
 def scramble_format(folder: Path) -> None:
