@@ -5,6 +5,7 @@ Run by ``tests/integration/test_multi_token.py``, in a process where the platfor
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -26,34 +27,62 @@ def main() -> None:
     globals()[sys.argv[1]]()
 
 
-def _model(**settings: Any) -> Any:
+def _model(is_hybrid: bool = False, loss: Any = "auto", **settings: Any) -> Any:
     """A superposed model of two layers and two depths, with weights far from their start."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
-    from megatron_tst.model.model import SuperpositionGPTModel
+    from megatron_tst.cpu.hybrid_spec import HYBRID_STACK_SPEC
+    from megatron_tst.model.model import SuperpositionGPTModel, SuperpositionHybridModel
     from megatron_tst.settings.config import SuperpositionConfig
 
+    layers = 4 if is_hybrid else 2
     config = layer_config(
-        num_layers=2, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=FACTOR, **settings
+        num_layers=layers, mtp_num_layers=DEPTHS, mtp_loss_scaling_factor=FACTOR, **settings
+    )
+    superposition = SuperpositionConfig(
+        bag_size=BAG,
+        step_ratio=0.5,
+        target_weighting="power-law",
+        document_boundary="align",
+        loss_impl=loss,
     )
     spec = local_spec(config)
-    model = SuperpositionGPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=VOCABULARY,
-        max_sequence_length=LENGTH,
-        position_embedding_type="rope",
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
-        superposition=SuperpositionConfig(
-            bag_size=BAG, step_ratio=0.5, target_weighting="power-law", document_boundary="align"
-        ),
-    )
+    common: dict[str, Any] = {
+        "config": config,
+        "vocab_size": VOCABULARY,
+        "max_sequence_length": LENGTH,
+        "position_embedding_type": "rope",
+        "superposition": superposition,
+    }
+    model: Any
+    if is_hybrid:
+        pattern = "*-*-" + "/*-" * DEPTHS
+        model = SuperpositionHybridModel(
+            hybrid_stack_spec=HYBRID_STACK_SPEC, hybrid_layer_pattern=pattern, **common
+        )
+    else:
+        ahead = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        model = SuperpositionGPTModel(transformer_layer_spec=spec, mtp_block_spec=ahead, **common)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise / 10 if parameter.dim() == 1 else noise / 8)
     return model
+
+
+def _name_in_gpt(name: str) -> str:
+    """The name that GPTModel has for a parameter; HybridModel counts halves of a layer."""
+    name = re.sub(r"decoder\.layers\.(\d+)", lambda m: f"decoder.layers.{int(m[1]) // 2}", name)
+    name = re.sub(r"mtp_model_layer\.layers\.\d+", "mtp_model_layer", name)
+    return name.replace("final_norm", "final_layernorm")
+
+
+def _parameters(model: Any) -> Weights:
+    """By the names of GPTModel."""
+    if not hasattr(model, "hybrid_layer_pattern"):
+        return dict(model.named_parameters())
+    return {_name_in_gpt(name): parameter for name, parameter in model.named_parameters()}
 
 
 def _batch(reads_bags: bool, predicts_bags: bool) -> SimpleNamespace:
@@ -143,7 +172,7 @@ def _sums(w: Weights, batch: SimpleNamespace) -> tuple[Tensor, Tensor]:
 
 def _expected(model: Any, sequences: list[SimpleNamespace]) -> tuple[Tensor, Weights]:
     """Mean losses of the model itself and of the depths, and gradients of both, scaled."""
-    w = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters()}
+    w = {n: p.detach().double().requires_grad_() for n, p in _parameters(model).items()}
     totals, counts = zip(*(_sums(w, batch) for batch in sequences), strict=True)
     losses = sum(totals) / sum(counts)
     (losses[0] + FACTOR * losses[1:].mean()).backward()
@@ -183,8 +212,10 @@ def _compare(
     torch.testing.assert_close(found.detach().double() / count, losses[0], **same)
     logged = MTPLossLoggingHelper.tracker["loss_values"].double()
     torch.testing.assert_close(logged, losses[1:], **same)
-    assert gradients.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
-    for name, parameter in model.named_parameters():
+    parameters = _parameters(model)
+    assert gradients.keys() == {n for n, p in parameters.items() if p.grad is not None}
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
         gradient = parameter.grad.double() / (count if per_token else 1)
         # float32, through four layers and two more.
         limit = 2e-5 * float(gradients[name].abs().max())
@@ -225,6 +256,14 @@ def check_documents() -> None:
 def check_losses_and_gradients() -> None:
     for reads_bags, predicts_bags in ((True, True), (True, False), (False, True), (False, False)):
         _compare(_model(), _batch(reads_bags, predicts_bags))
+
+
+def check_hybrid_model() -> None:
+    _compare(_model(is_hybrid=True), _batch(True, True))
+
+
+def check_loss_of_torch() -> None:
+    _compare(_model(loss="torch"), _batch(True, True))
 
 
 def check_loss_per_token() -> None:

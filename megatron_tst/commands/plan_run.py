@@ -46,7 +46,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help=f"published: {', '.join(PUBLISHED_MODELS)}")
     add("--parameters", metavar="N", help="or a size of your own, such as 7B")
-    add("--active-parameters", metavar="N", help="that a token is multiplied with (default: all)")
+    add(
+        "--active-parameters",
+        metavar="N",
+        help="that a token is multiplied with (default: all); with multi-token prediction the "
+        "output layer counts once more for each depth",
+    )
     add("--num-layers", metavar="N", help="with --hidden-size: counts attention in the FLOPs")
     add("--hidden-size", metavar="H", help="query heads times head dimension")
     add = parser.add_argument_group("GPUs").add_argument
