@@ -44,9 +44,9 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 MpiDefault=none
 ReturnToService=2
-# A node may be given more CPUs than this machine has.
+# Nodes may have more CPUs and memory together than this machine has.
 SlurmdParameters=config_overrides
-NodeName={nodes} CPUs=2
+NodeName={nodes} CPUs=2 RealMemory=16000
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE
 """
 

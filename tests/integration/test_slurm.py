@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_tst.report.results_table import read_results
+from tests.integration.test_preprocessing import EXAMPLE, files_of, reference, web_text
 from tests.network_namespaces import INTERFACE, Node
 from tests.runs import SmallRun
 from tests.shipped_script import SAVE_INTERVAL, SCRIPT, TINY, TOTAL, assert_same_run, variables
@@ -67,7 +69,11 @@ def job_variables(run: SmallRun, **more: str) -> dict[str, str]:
 def wait_until_stopped(cluster: Slurm, job: str, ranks: int) -> None:
     """Waits for the ranks to have stopped themselves."""
 
-    cluster.wait_until(lambda: sum(map(stopped_processes, cluster.nodes)) == ranks, job=job)
+    def stopped() -> int:
+        names = hosts(cluster, job)
+        return sum(stopped_processes(node) for node in cluster.nodes if node.name in names)
+
+    cluster.wait_until(lambda: stopped() == ranks, job=job)
 
 
 def stopped_processes(node: Node) -> int:
@@ -97,33 +103,44 @@ def wait_for_restart(cluster: Slurm, job: str) -> None:
 
 def hosts(cluster: Slurm, job: str) -> list[str]:
     listed = cluster.job(job)["NodeList"]
+    if listed in ("", "(null)"):
+        return []
     return cluster.run("scontrol", "show", "hostnames", listed).stdout.split()
 
 
-@pytest.mark.slow
-def test_a_job_goes_on_on_other_nodes_after_its_time_limit(
-    cluster: Slurm, one_node_run: SmallRun, tmp_path: Path
-) -> None:
-    """A node is drained under the job; the bits are those of an undisturbed run."""
-    run = SmallRun(one_node_run.corpus, tmp_path)
-    job = submit(cluster, run, "--nodes", "2", "--time", "9", EXIT_DURATION_MINS="1")
+@dataclass
+class LimitedJob:
+    """A job on two nodes, one of them drained, that is to end after a minute."""
+
+    job: str
+    run: SmallRun
+    drained: str
+    started: float
+
+
+@pytest.fixture(scope="module")
+def limited_job(
+    cluster: Slurm, one_node_run: SmallRun, tmp_path_factory: pytest.TempPathFactory
+) -> LimitedJob:
+    """Its ranks stop themselves: other tests need not wait for the minute to be over.
+
+    Slurm's limit is an hour, as those may take long on a busy machine.
+    """
+    run = SmallRun(one_node_run.corpus, tmp_path_factory.mktemp("limited"))
+    job = submit(cluster, run, "--nodes", "2", "--time", "60", EXIT_DURATION_MINS="1")
     cluster.wait_until(lambda: "using world size: 2" in cluster.log(job), job=job)
     started = time.monotonic()
     wait_until_stopped(cluster, job, 2)
-    drained, other = hosts(cluster, job)
+    drained = hosts(cluster, job)[0]
     cluster.run("scontrol", "update", f"nodename={drained}", "state=drain", "reason=test")
-    # The ranks see after this step that the minute is over.
-    time.sleep(max(0, started + 60 - time.monotonic()))
-    assert cluster.job(job)["JobState"] == "RUNNING"
-    cluster.run("scancel", "--signal=CONT", job)
-    wait_for_restart(cluster, job)
-    assert last_checkpoint(run) == STOP_AFTER
-    assert "the time is over; the job is queued again" in cluster.log(job)
-    ended = cluster.wait(job, "COMPLETED", "FAILED")
-    assert ended["ExitCode"] == "0:0", cluster.log(job)[-4000:]
-    assert drained not in hosts(cluster, job)
-    assert other in hosts(cluster, job)
-    assert_same_run(run, one_node_run)
+    return LimitedJob(job, run, drained, started)
+
+
+@pytest.mark.slow
+def test_a_drained_node_keeps_its_job(cluster: Slurm, limited_job: LimitedJob) -> None:
+    assert cluster.job(limited_job.job)["JobState"] == "RUNNING"
+    shown = cluster.run("sinfo", "--noheader", "--nodes", limited_job.drained, "--format", "%T")
+    assert shown.stdout.strip() == "draining"
 
 
 @pytest.mark.slow
@@ -242,3 +259,43 @@ def test_a_study_runs_as_an_array(cluster: Slurm, corpus: Path, tmp_path: Path) 
     assert "0 runs submitted" in cluster.run(*command, *slurm_options).stdout
     cluster.run(*command, "--collect")
     assert {result.status for result in read_results(output / "results.csv")} == {"finished"}
+
+
+@pytest.mark.slow
+def test_datatrove_tokenizes_in_an_array(cluster: Slurm, tmp_path: Path) -> None:
+    """Two tasks, and a job that waits for them and joins their parts."""
+    folder, tokenizer = web_text(tmp_path / "in")
+    prefix = tmp_path / "corpus"
+    paths: list[str | Path] = [
+        "--input",
+        folder,
+        "--output-prefix",
+        prefix,
+        "--tokenizer",
+        tokenizer,
+    ]
+    options = ["--slurm", "--partition", "main", "--tasks", "2", "--time", "01:00:00"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    cluster.run(sys.executable, EXAMPLE, "dclm", *paths, *options, environment=environment)
+    cluster.wait_until(prefix.with_suffix(".idx").exists)
+    assert files_of(prefix) == reference(folder, tokenizer, tmp_path / "reference")
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_on_other_nodes_after_its_time_limit(
+    cluster: Slurm, limited_job: LimitedJob, one_node_run: SmallRun
+) -> None:
+    """The bits are those of an undisturbed run."""
+    job, run = limited_job.job, limited_job.run
+    # The ranks see after this step that the minute is over.
+    time.sleep(max(0, limited_job.started + 60 - time.monotonic()))
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    cluster.run("scancel", "--signal=CONT", job)
+    wait_for_restart(cluster, job)
+    assert last_checkpoint(run) == STOP_AFTER
+    assert "the time is over; the job is queued again" in cluster.log(job)
+    ended = cluster.wait(job, "COMPLETED", "FAILED")
+    assert ended["ExitCode"] == "0:0", cluster.log(job)[-4000:]
+    assert limited_job.drained not in hosts(cluster, job)
+    assert_same_run(run, one_node_run)
