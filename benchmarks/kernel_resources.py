@@ -156,6 +156,22 @@ def _cross_entropy(
         divisible,
         num_warps,
     )
+    if vocabulary % 16 == 0:
+        both = {"scale": "*fp32", "log_sum_exp": "*fp32", "target_logits": "*fp32"}
+        yield _specialise(
+            kernels._statistics_then_gradient_kernel,
+            label,
+            common | both | sizes,
+            {
+                "depth": depth,
+                "threads": threads,
+                "width": width,
+                "aligned": True,
+                "padded_bag": padded_bag,
+            },
+            divisible,
+            num_warps,
+        )
     gradient = {"log_sum_exp": "*fp32", "scale": "*fp32", "out": f"*{element}"}
     yield _specialise(
         kernels._gradient_kernel,

@@ -17,10 +17,10 @@ from math import ceil, log2
 from pathlib import Path
 
 BF16, FP32, INT64, SECTOR = 2, 4, 8, 32
-# Logits of a block of the linear loss on a GPU.
-BLOCK_ELEMENTS = 1 << 27
 # Columns that a program of the loss can hold.
 LARGEST_ROW = 1 << 16
+# Logits of a block of the linear loss on a GPU, which holds whole tiles of positions.
+BLOCK_ELEMENTS, TILE, LEAST_POSITIONS = 1 << 27, 256, 512
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,7 @@ def head_costs(n: int, v: int, h: int, s: int) -> dict[str, Cost]:
             flops=3 * product,
             product_bytes=3 * logits + 4 * operands,
         ),
-        # The same in blocks of the vocabulary, whose logits are computed once more.
-        "--tst-loss-impl linear": Cost(
-            kernel_bytes=3 * logits,
-            extra_bytes=min(BF16 * BLOCK_ELEMENTS, logits),
-            flops=4 * product,
-            product_bytes=4 * logits + 5 * operands,
-        ),
+        "--tst-loss-impl linear": linear_cost(n, v, h),
         # Logits stay on the chip. Operands alone, though once more for the recomputation.
         "cut cross-entropy": Cost(0, 0, flops=4 * product, product_bytes=5 * operands),
         # The gradient is computed in the forward, so that the loss has to be a mean. Each chunk
@@ -180,6 +174,23 @@ def head_costs(n: int, v: int, h: int, s: int) -> dict[str, Cost]:
             product_bytes=3 * logits + chunks * 4 * weight,
         ),
     }
+
+
+def linear_cost(n: int, v: int, h: int) -> Cost:
+    """The linear loss in blocks of positions, whose forward computes both gradients in float32."""
+    product, logits = 2.0 * n * v * h, BF16 * n * v
+    positions = min(max(BLOCK_ELEMENTS // v // TILE * TILE, LEAST_POSITIONS), n)
+    # A block reads the weight twice, and reads and writes the sum of its gradient.
+    of_blocks = ceil(n / positions) * (2 * BF16 + 2 * FP32) * v * h
+    # Sums begin as zeros, and are read, multiplied and written by the backward.
+    sums = (2 * FP32 + BF16) * (v + n) * h
+    return Cost(
+        # One kernel reads a row twice, the second time from the cache, and writes its gradient.
+        kernel_bytes=2 * logits + sums,
+        extra_bytes=BF16 * positions * v + FP32 * (v + n) * h,
+        flops=3 * product,
+        product_bytes=3 * logits + of_blocks + (2 * BF16 + 2 * FP32) * n * h,
+    )
 
 
 def step_seconds(model: Model, n: int, gpu: Gpu) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.gpu.measuring import Row
 from benchmarks.gpu.training import BAG_SIZE, LINEAR, TE_ARMS, VOCABULARY
-from benchmarks.roofline import GPUS, MODELS, Cost, Gpu, loss_costs, step_seconds
+from benchmarks.roofline import GPUS, MODELS, Cost, Gpu, linear_cost, loss_costs, step_seconds
 
 # Of a step of benchmarks/gpu/training.py.
 LOCAL_POSITIONS, TE_POSITIONS = 32 * 512, 16 * 2048
@@ -92,9 +92,9 @@ def least_step(row: Row, gpu: Gpu) -> float | None:
     model, n = MODELS["270M"], TE_POSITIONS if row["arm"] in TE_ARMS else LOCAL_POSITIONS
     seconds = step_seconds(model, n, gpu)
     if row["design"] == LINEAR:
-        # Passes over blocks of logits, which are multiplied out once more.
-        seconds += Cost(3 * 2 * n * VOCABULARY).seconds(gpu)
-        return 1e3 * (seconds + 2 * n * VOCABULARY * model.hidden / gpu.flops_per_second)
+        # Its products are those of the step.
+        kernel_bytes = linear_cost(n, VOCABULARY, model.hidden).kernel_bytes
+        return 1e3 * (seconds + Cost(kernel_bytes).seconds(gpu))
     bags = BAG_SIZE if row["phase"] == 1 else 1
     cost = loss_costs(n, VOCABULARY, bags).get(row["design"])
     return 1e3 * (seconds + cost.seconds(gpu)) if cost else None

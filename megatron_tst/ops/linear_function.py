@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from megatron_tst.ops.collectives import (
     all_gather_from_sequence_parallel,
     all_reduce_sum_,
+    group_size,
     join_shards,
     start_all_reduce,
     start_reduce_scatter,
@@ -113,15 +114,13 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         target_logits = torch.empty_like(shares) if by_offset else None
         for logits, rows in position_blocks(by, states, weight):
             own, part = columns[rows], shares[rows]
-            log_sum_exp[rows], target_logit[rows] = join_shards(
-                *statistics(by, logits, own, part), layout.tp_group
-            )
             if target_logits is not None:
                 target_logits[rows] = logits.gather(-1, own).to(dtype)
-            if scale is not None:
-                assert of_states is not None
+            log_sum_exp[rows], target_logit[rows] = _statistics_and_gradient_(
+                by, logits, own, part, None if scale is None else scale[rows], layout.tp_group
+            )
+            if of_states is not None:
                 assert of_weight is not None
-                into_gradient_(by, logits, own, part, log_sum_exp[rows], scale[rows])
                 add_product_(by, of_states[rows], logits, weight)
                 add_transposed_product_(by, of_weight, logits, states[rows])
         ctx.save_for_backward(
@@ -149,6 +148,30 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         if ctx.main_grad is not None:
             grad_weight = _placeholder(ctx.saved_tensors[1])
         return grad_hidden, grad_weight, *[None] * 7
+
+
+def _statistics_and_gradient_(
+    by: Kernels,
+    logits: Tensor,
+    columns: Tensor,
+    shares: Tensor,
+    scale: Tensor | None,
+    tp_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and weighted target logit of the whole vocabulary, [n] each.
+
+    With a scale the logits become their gradient.
+    """
+    if scale is not None and by == "triton" and group_size(tp_group) == 1:
+        from megatron_tst.ops.kernels import cross_entropy as triton_kernels
+
+        # Rows at other places cost it registers that it does not have.
+        if triton_kernels.rows_are_aligned(logits):
+            return triton_kernels.statistics_then_gradient(logits, columns, shares, scale)
+    result = join_shards(*statistics(by, logits, columns, shares), tp_group)
+    if scale is not None:
+        into_gradient_(by, logits, columns, shares, result[0], scale)
+    return result
 
 
 def _scale_of(number: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,11 @@ def coefficients(targets: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def check_oracle(device: str, dtype: torch.dtype, v: int, s: int, n: int, shards: int) -> None:
     """Loss and gradient, joined over the shards as the tensor-parallel caller does."""
-    from megatron_tst.ops.kernels.cross_entropy import shard_gradient, shard_statistics
+    from megatron_tst.ops.kernels.cross_entropy import (
+        shard_gradient,
+        shard_statistics,
+        statistics_then_gradient,
+    )
 
     logits, targets, grad = case(device, dtype, v, s, n)
     weights = 1 / torch.arange(1, s + 1)
@@ -86,6 +90,13 @@ def check_oracle(device: str, dtype: torch.dtype, v: int, s: int, n: int, shards
     torch.testing.assert_close(
         gradient.double(), exact_logits.grad, **gradient_tolerance(device, dtype)
     )
+    if shards == 1:
+        own = logits.clone()
+        at_once = statistics_then_gradient(own, targets, shares, grad * live)
+        for found, wanted in zip(at_once, (lse, target_logits.sum(0)), strict=True):
+            torch.testing.assert_close(found, wanted, **LOSS_TOLERANCE)
+        # The same operations; the logarithm is another library's.
+        torch.testing.assert_close(own, gradient, **gradient_tolerance(device, dtype))
 
 
 # Smaller than a read, not a multiple of one; more than one block, without and with alignment.

@@ -170,7 +170,8 @@ def check_linear_loss(device: str, is_uniform: bool) -> None:
 
     torch.manual_seed(0)
     hidden = torch.randn(3, 4, 20, device=device, requires_grad=True)
-    weight = torch.randn(300, 20, device=device, requires_grad=True)
+    # Rows of the logits at multiples of 16, or not.
+    weight = torch.randn(304 if is_uniform else 300, 20, device=device, requires_grad=True)
     _, targets, weights, grad = loss_case(device)
     blocks = logit_blocks._BLOCK_ELEMENTS_CPU, logit_blocks._LEAST_POSITIONS
     settings: dict[str, Any] = {**TRITON, "uniform_gradient": is_uniform}

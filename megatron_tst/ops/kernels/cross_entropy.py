@@ -139,6 +139,54 @@ def shard_gradient(
     return out
 
 
+def statistics_then_gradient(
+    logits: Tensor, columns: Tensor, coefficients: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Statistics, and the gradient in the place of the logits, of a whole vocabulary.
+
+    A program reads its row a second time soon after the first, from the second-level cache of the
+    GPU as long as all rows in work fit into it: 4 bytes a logit from and to its memory in bfloat16,
+    where :func:`shard_statistics` and :func:`shard_gradient` move 6.
+
+    Args:
+        logits: [n, v] as for :func:`shard_statistics`; overwritten with what
+            :func:`shard_gradient` gives.
+        columns: [n, s] as there.
+        coefficients: [n, s] as there.
+        scale: [n] float32, as for :func:`shard_gradient`.
+
+    Returns:
+        float32, [n] each: the log-sum-exp, and ``sum_i c_i z[column_i]``.
+
+    Raises:
+        ValueError: a dtype, shape or stride that the kernel does not take.
+    """
+    _require_targets(logits, columns, coefficients)
+    n, v = logits.shape
+    log_sum_exp, target_logits = torch.empty(2, n, dtype=torch.float32, device=logits.device)
+    if n:
+        depth, width, num_warps = block_shape(v, logits.dtype)
+        with on_device(logits):
+            _statistics_then_gradient_kernel[(n,)](
+                logits,
+                columns.contiguous(),
+                coefficients.contiguous(),
+                scale.contiguous(),
+                log_sum_exp,
+                target_logits,
+                v,
+                columns.shape[1],
+                logits.stride(0),
+                depth=depth,
+                threads=32 * num_warps,
+                width=width,
+                aligned=rows_are_aligned(logits),
+                padded_bag=next_power_of_2(columns.shape[1]),
+                num_warps=num_warps,
+            )
+    return log_sum_exp, target_logits
+
+
 def rows_are_aligned(logits: Tensor) -> bool:
     """Whether Triton, which asks for multiples of 16, reads 16 bytes of a row at once."""
     return logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0
@@ -220,25 +268,20 @@ def _add_exponentials(
     return new_max, thread_sum + tl.sum(exponentials, 1)
 
 
-@triton.jit(do_not_specialize=["s"])
-def _statistics_kernel(
+@triton.jit
+def _statistics_of_row(
     logits: tl.tensor,
     columns: tl.tensor,
     coefficients: tl.tensor,
-    maximum: tl.tensor,
-    sums: tl.tensor,
-    target_logits: tl.tensor,
     v: tl.tensor,
     s: tl.tensor,
-    row_stride: tl.tensor,
     depth: tl.constexpr,
     threads: tl.constexpr,
     width: tl.constexpr,
     aligned: tl.constexpr,
     padded_bag: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
-    logits += row * row_stride
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Maximum, sum of exponentials and weighted target logit."""
     # Each thread keeps a maximum and a sum of its own, so that threads exchange nothing before the
     # end, and rescaling costs one exponential for all that a thread reads at once.
     thread_max = tl.full([threads], float("-inf"), tl.float32)
@@ -253,41 +296,31 @@ def _statistics_kernel(
         thread_max, thread_sum = _add_exponentials(thread_max, thread_sum, z)
     row_max = tl.max(thread_max, 0)
     rescale = tl.exp2(tl.fma(thread_max, _LOG2_E, -_power_of(row_max)))
-    tl.store(maximum + row, row_max)
-    tl.store(sums + row, tl.sum(thread_sum * rescale, 0))
+    row_sum = tl.sum(thread_sum * rescale, 0)
 
     i = tl.arange(0, padded_bag)
-    share = tl.load(coefficients + row * s + i, mask=i < s, other=0.0)
-    column = tl.load(columns + row * s + i, mask=i < s, other=0)
+    share = tl.load(coefficients + i, mask=i < s, other=0.0)
+    column = tl.load(columns + i, mask=i < s, other=0)
     held = (share != 0.0) & (column >= 0) & (column < v)
     z_target = tl.load(logits + column, mask=held, other=float("nan")).to(tl.float32)
     # Where nothing counts the logit may be -inf, and 0 * -inf is not 0.
-    tl.store(target_logits + row, tl.sum(tl.where(share != 0.0, share * z_target, 0.0), 0))
+    return row_max, row_sum, tl.sum(tl.where(share != 0.0, share * z_target, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["s"])
-def _gradient_kernel(
+@triton.jit
+def _gradient_of_row(
     logits: tl.tensor,
     columns: tl.tensor,
     coefficients: tl.tensor,
-    log_sum_exp: tl.tensor,
-    scale: tl.tensor,
+    power: tl.tensor,
+    factor: tl.tensor,
     out: tl.tensor,
     v: tl.tensor,
     s: tl.tensor,
-    row_stride: tl.tensor,
-    out_stride: tl.tensor,
     block: tl.constexpr,
     padded_bag: tl.constexpr,
 ) -> None:
-    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
-    logits += row * row_stride
-    out += row * out_stride
-    columns += row * s
-    coefficients += row * s
-    power = tl.load(log_sum_exp + row) * _LOG2_E
-    factor = tl.load(scale + row)
-
+    """Writes the gradient; power: of two, of the log-sum-exp."""
     # 1. The gradient at the targets, from their logits, which step 2 may overwrite. Those of a
     # token that occurs twice go through the same operations: whichever is stored last, no matter.
     i = tl.arange(0, padded_bag)
@@ -319,3 +352,99 @@ def _gradient_kernel(
 
     # 3. The targets again, rounded once.
     tl.store(out + column, (at_target * factor).to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit(do_not_specialize=["s"])
+def _statistics_kernel(
+    logits: tl.tensor,
+    columns: tl.tensor,
+    coefficients: tl.tensor,
+    maximum: tl.tensor,
+    sums: tl.tensor,
+    target_logits: tl.tensor,
+    v: tl.tensor,
+    s: tl.tensor,
+    row_stride: tl.tensor,
+    depth: tl.constexpr,
+    threads: tl.constexpr,
+    width: tl.constexpr,
+    aligned: tl.constexpr,
+    padded_bag: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
+    row_max, row_sum, target_logit = _statistics_of_row(
+        logits + row * row_stride,
+        columns + row * s,
+        coefficients + row * s,
+        v,
+        s,
+        depth,
+        threads,
+        width,
+        aligned,
+        padded_bag,
+    )
+    tl.store(maximum + row, row_max)
+    tl.store(sums + row, row_sum)
+    tl.store(target_logits + row, target_logit)
+
+
+@triton.jit(do_not_specialize=["s"])
+def _gradient_kernel(
+    logits: tl.tensor,
+    columns: tl.tensor,
+    coefficients: tl.tensor,
+    log_sum_exp: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    v: tl.tensor,
+    s: tl.tensor,
+    row_stride: tl.tensor,
+    out_stride: tl.tensor,
+    block: tl.constexpr,
+    padded_bag: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
+    logits += row * row_stride
+    out += row * out_stride
+    power = tl.load(log_sum_exp + row) * _LOG2_E
+    factor = tl.load(scale + row)
+    columns += row * s
+    coefficients += row * s
+    _gradient_of_row(logits, columns, coefficients, power, factor, out, v, s, block, padded_bag)
+
+
+@triton.jit(do_not_specialize=["s"])
+def _statistics_then_gradient_kernel(
+    logits: tl.tensor,
+    columns: tl.tensor,
+    coefficients: tl.tensor,
+    scale: tl.tensor,
+    log_sum_exp: tl.tensor,
+    target_logits: tl.tensor,
+    v: tl.tensor,
+    s: tl.tensor,
+    row_stride: tl.tensor,
+    depth: tl.constexpr,
+    threads: tl.constexpr,
+    width: tl.constexpr,
+    aligned: tl.constexpr,
+    padded_bag: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n * v may exceed 32 bits
+    logits += row * row_stride
+    columns += row * s
+    coefficients += row * s
+    row_max, row_sum, target_logit = _statistics_of_row(
+        logits, columns, coefficients, v, s, depth, threads, width, aligned, padded_bag
+    )
+    total = row_max + tl.log(row_sum)
+    tl.store(log_sum_exp + row, total)
+    tl.store(target_logits + row, target_logit)
+    # The logits of this row, which other threads may still read, are about to be overwritten.
+    tl.debug_barrier()
+    factor = tl.load(scale + row)
+    block: tl.constexpr = depth * threads * width
+    _gradient_of_row(
+        logits, columns, coefficients, total * _LOG2_E, factor, logits, v, s, block, padded_bag
+    )
