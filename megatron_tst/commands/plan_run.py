@@ -32,7 +32,7 @@ from megatron_tst.planning.wording import (
     plan_table,
     superposition_flags,
 )
-from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.config import SETTINGS, SuperpositionConfig
 from megatron_tst.settings.setting_fields import FLAGS, worded
 
 _PIPED_WIDTH = 170
@@ -85,6 +85,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="S,...",
         help=f"likewise, of which each step has one (ratio: that above, or {_USUAL_RATIO})",
     )
+    add(
+        "--tst-loss-impl",
+        choices=tuple(SETTINGS["loss_impl"].choices),
+        default="auto",
+        help="of all runs; the speed has to be measured with the same loss (default: auto)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write the plan there too; whole or not at all")
     add("--published", action="store_true", help="show the published runs as predicted, and stop")
@@ -123,6 +129,7 @@ def read_request(args: argparse.Namespace) -> Request:
         bag_size=_whole("--tst-bag-size", args.tst_bag_size),
         step_ratio=ratio,
         several=_several(args, ratio or _USUAL_RATIO),
+        loss_impl=args.tst_loss_impl,
     )
 
 
@@ -268,6 +275,8 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(plan_table(plan))
     console.print("\nLosses are interpolated in the published tables.")
+    computed = ", ".join(f"{kind} {loss}" for kind, loss in request.losses.items())
+    console.print(f"Steps take equally long with and without bags; loss of {computed}.")
     notes = outside_notes(plan)
     if notes:
         console.print("\n* extrapolated, no published result to check it against:")

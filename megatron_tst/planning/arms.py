@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,8 @@ from megatron_tst.planning.loss_estimate import (
     loss_model,
 )
 from megatron_tst.settings.batch_sizes import BatchSizes
-from megatron_tst.settings.config import SuperpositionConfig
+from megatron_tst.settings.config import LossImplementation, SuperpositionConfig
+from megatron_tst.settings.losses import losses_of_run
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.settings.setting_fields import SettingError
 from megatron_tst.settings.variants import FULL, OUTPUT_ONLY
@@ -57,6 +59,7 @@ class Request:
         bag_size: to be used; None to have it chosen.
         step_ratio: likewise.
         several: settings with several bag sizes, to be set beside the recommendation.
+        loss_impl: what computes the losses of the runs.
     """
 
     size: ModelSize
@@ -69,6 +72,17 @@ class Request:
     bag_size: int | None = None
     step_ratio: float | None = None
     several: SuperpositionConfig | None = None
+    loss_impl: LossImplementation = "auto"
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """What computes the loss of bags and that of single targets, in all runs."""
+        command_line = Namespace(
+            tst_bag_size=self.bag_size or 2,
+            tst_loss_impl=self.loss_impl,
+            cross_entropy_loss_fusion=False,
+        )
+        return losses_of_run(command_line, has_gpu=True, has_triton=True)
 
     @property
     def batch_tokens(self) -> int:
@@ -150,7 +164,8 @@ class Arms:
 
     def baseline(self, steps: int) -> Arm:
         """An ordinary run."""
-        return self._arm(SuperpositionConfig(), steps, self.losses.baseline(self.tokens(steps)))
+        config = SuperpositionConfig(loss_impl=self.request.loss_impl)
+        return self._arm(config, steps, self.losses.baseline(self.tokens(steps)))
 
     def superposed(
         self,
@@ -161,7 +176,10 @@ class Arms:
     ) -> Arm:
         """A run with superposition; its loss is estimated unless given."""
         config = SuperpositionConfig(
-            bag_size=setting.bag_size, step_ratio=setting.step_ratio, variant=variant
+            bag_size=setting.bag_size,
+            step_ratio=setting.step_ratio,
+            variant=variant,
+            loss_impl=self.request.loss_impl,
         )
         loss = loss or self.losses.superposed(self.tokens(steps), *setting)
         return self._arm(config, steps, loss)

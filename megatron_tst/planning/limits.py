@@ -8,6 +8,7 @@ from megatron_tst.common.units import quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
 from megatron_tst.settings.config import SETTINGS
+from megatron_tst.settings.losses import is_hosts
 from megatron_tst.settings.phases import bags_of
 
 SHORTEST_PUBLISHED_STEPS = 20_000
@@ -29,6 +30,7 @@ def warnings(plan: Plan) -> list[str]:
         *_about_setting(plan),
         *_about_length(plan),
         *_about_published_runs(plan),
+        *_about_losses(plan),
     ]
 
 
@@ -108,6 +110,17 @@ def _about_published_runs(plan: Plan) -> Iterator[str]:
     if request.size != reference.size:
         yield (
             f"The learning rate is that of {reference.size.name}: tune it for {request.size.name}."
+        )
+
+
+def _about_losses(plan: Plan) -> Iterator[str]:
+    losses = plan.request.losses
+    if is_hosts(losses["plain"]):
+        yield (
+            f"--tst-loss-impl {plan.request.loss_impl}: phase 2 and baselines have Megatron's loss "
+            f"and bags {losses['bags']}, which moves a fraction of the bytes: steps are not equally "
+            "long, as hours and days take them to be, and their times compare kernels and not "
+            "methods. Use auto."
         )
 
 

@@ -82,18 +82,19 @@ def launch_flags(plan: Plan, arm: Arm) -> list[str]:
 def superposition_flags(arm: Arm) -> str:
     """The ``--tst-*`` arguments of a run."""
     config = arm.schedule.config
-    if not config.enabled:
-        return "--tst-bag-size 1"
-    flags = [f"--tst-bag-size {config.bag_size} --tst-steps {arm.phase_steps[0]}"]
+    flags = ["--tst-bag-size 1"]
+    if config.enabled:
+        flags = [f"--tst-bag-size {config.bag_size} --tst-steps {arm.phase_steps[0]}"]
     if arm.schedule.bags:
         sizes = ",".join(f"{size}:{steps}" for size, steps in arm.schedule.bags)
         flags = [f"--tst-schedule {sizes}"]
     if config.bag_sizes is not None:
         flags = [f"--tst-bag-sizes {config.bag_sizes} --tst-steps {arm.phase_steps[0]}"]
-    variant = SETTINGS["variant"]
-    if variant.named(config.variant):
-        flags.append(f"{variant.flag} {config.variant}")
-    if arm.epochs > 1:
+    for name in ("variant", "loss_impl"):
+        known, value = SETTINGS[name], getattr(config, name)
+        if value != known.default:
+            flags.append(f"{known.flag} {value}")
+    if config.enabled and arm.epochs > 1:
         # A little above, so that the program's own count is not refused for its last digit.
         flags.append(f"--tst-max-epochs {arm.epochs * 1.001:.3f}")
     return " ".join(flags)
@@ -116,6 +117,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "global_batch_size": request.global_batch_size,
             "sequence_length": request.sequence_length,
         },
+        "losses": request.losses,
         "limit": plan.limit,
         "reason": plan.reason,
         "recommended": arm_as_json(plan.recommended),

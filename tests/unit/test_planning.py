@@ -287,6 +287,10 @@ def warned(plan: Plan) -> str:
         ({"tokens": 5e9, "max_epochs": 8.0}, "Beyond 4 epochs"),
         ({"global_batch_size": 64}, "A step has 262 k tokens"),
         ({"size": ModelSize("1B", 10**9, 10**9)}, "tune it for 1B"),
+        (
+            {"loss_impl": "host"},
+            "--tst-loss-impl host: phase 2 and baselines have Megatron's loss and bags triton",
+        ),
     ],
 )
 def test_warnings(changes: dict[str, object], words: str) -> None:
@@ -394,6 +398,22 @@ def test_drawn_bag_sizes_beside_the_recommendation(
     assert found["data_tokens"] == schedule.data_tokens(20_000)
     # 2.5 tokens a position, give or take what 6000 draws may.
     assert found["data_tokens"] / 2**21 == pytest.approx(6000 * 2.5 + 14_000, abs=300)
+
+
+@pytest.mark.parametrize(
+    ("loss_impl", "bags", "plain"),
+    [("auto", "triton", "triton"), ("linear", "linear", "linear"), ("host", "triton", "host")],
+)
+def test_a_plan_knows_the_losses_of_its_runs(
+    loss_impl: str, bags: str, plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    assert main([*GOOD, "--tst-loss-impl", loss_impl, "--json", str(file)]) == 0
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    assert plan["losses"] == {"bags": bags, "plain": plain}
+    assert f"loss of bags {bags}, plain {plain}." in capsys.readouterr().out
+    flags = [plan["flags"], *(control["flags"] for control in plan["controls"])]
+    assert all(("--tst-loss-impl" in each) == (loss_impl != "auto") for each in flags)
 
 
 def test_money_buys_hours(capsys: pytest.CaptureFixture[str]) -> None:
