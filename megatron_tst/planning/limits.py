@@ -118,9 +118,9 @@ def _about_losses(plan: Plan) -> Iterator[str]:
     if is_hosts(losses["plain"]):
         yield (
             f"--tst-loss-impl {plan.request.loss_impl}: phase 2 and baselines have Megatron's loss "
-            f"and bags {losses['bags']}, which moves a fraction of the bytes: steps are not equally "
-            "long, as hours and days take them to be, and their times compare kernels and not "
-            "methods. Use auto."
+            f"and bags {losses['bags']}, which moves a fraction of the bytes: steps are not as "
+            "long as each other, as hours and days take them to be, and their times compare "
+            "kernels and not methods. Use auto."
         )
 
 
