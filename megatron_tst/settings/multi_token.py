@@ -88,7 +88,7 @@ def _layouts(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
         f"--pipeline-model-parallel-size {stages} without --untie-embeddings-and-output-weights": (
             stages > 1 and not args.untie_embeddings_and_output_weights,
             "Megatron gives the last stage an output layer that it never reads, and saves no "
-            "checkpoint of it",
+            "checkpoint of it (untied embeddings work)",
         ),
         f"--pipeline-model-parallel-layout {layout}": (
             layout is not None and "m" not in str(layout).rpartition("|")[2],
