@@ -131,7 +131,7 @@ LAYOUTS: dict[str, Layout] = {
 _MULTI_TOKEN: dict[str, tuple[str, ...]] = {
     "Llama, MTP 2": (
         *("DP 2, distributed optimizer", "TP 2", "TP 2 + SP", "PP 2", "PP 2, interleaved"),
-        "TP 2 + SP, PP 2",
+        *("TP 2 + SP, PP 2", "FSDP2 over 2", "TP 2 + SP, FSDP2 over 2"),
     ),
     "Qwen3-MoE, MTP": ("TP 2 + SP", "PP 2", "EP 2, alltoall", "EP 2, overlapped"),
     "Llama, hybrid, MTP": ("TP 2 + SP", "PP 2"),
