@@ -43,6 +43,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 MpiDefault=none
+# Jobs start at once, and not after three seconds.
+SchedulerParameters=batch_sched_delay=0
 ReturnToService=2
 # Nodes may have more CPUs and memory together than this machine has.
 SlurmdParameters=config_overrides

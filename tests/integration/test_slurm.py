@@ -93,12 +93,15 @@ def submit(cluster: Slurm, run: SmallRun, *arguments: str | Path, **more: str) -
 
 
 def wait_for_restart(cluster: Slurm, job: str) -> None:
-    """Waits until a job is queued again, and does without Slurm's delay of two minutes."""
+    """Waits until a job is queued again, and does without most of Slurm's delay of two minutes.
+
+    A node starts no job in the second in which it was told to end it.
+    """
     cluster.wait_until(
         lambda: (found := cluster.job(job))["JobState"] == "PENDING" and found["Restarts"] == "1",
         job=job,
     )
-    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
+    cluster.run("scontrol", "update", f"jobid={job}", "starttime=now+2")
 
 
 def hosts(cluster: Slurm, job: str) -> list[str]:
@@ -234,7 +237,7 @@ def test_a_job_that_hangs_is_repeated_once_for_each_checkpoint(
     lines = f"mkdir -p {tracker.parent}; echo 7 >{tracker}; exec sleep 300"
     limits = ["--time", "30", "--signal", "B:USR1@1795"]
     job = submit_shell(cluster, tmp_path, lines, *limits)
-    cluster.wait_until(tracker.exists, job=job)
+    cluster.wait_until(lambda: tracker.exists() and tracker.read_text() == "7\n", job=job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_restart(cluster, job)
     assert "the job is queued again and resumes from checkpoint 7" in cluster.log(job)
