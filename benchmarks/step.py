@@ -31,6 +31,7 @@ from megatron_tst.common.precision import faster_precision
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_ROUNDS = 5
 BASELINE = "baseline"
+GPT_BASELINE = "baseline of GPTModel"
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,14 @@ COMPARISONS = (
     ("phase 1", BASELINE, 1.03),
     ("phase 2", BASELINE, 1.03),
     ("phase 1, linear loss", BASELINE, None),
+    (BASELINE, GPT_BASELINE, 1.03),
     (BASELINE, "plain PyTorch", "plain_bar"),
     (BASELINE, "transformers", 1.0),
     ("baseline in bf16", "baseline in fp32", 1.2),
 )
 MEGATRON: dict[str, dict[str, Any]] = {
     BASELINE: {"tst_bag_size": 1},
+    GPT_BASELINE: {"tst_bag_size": 1, "hybrid_layer_pattern": None},
     "phase 1": {"tst_steps": 1_000_000},
     "phase 2": {"tst_steps": 1},
     "phase 1, linear loss": {"tst_steps": 1_000_000, "tst_loss_impl": "linear"},
@@ -333,7 +336,8 @@ def megatron_arguments(
     from tests.runs import SmallRun, tokenize_standard_library
 
     run = SmallRun(tokenize_standard_library(folder), folder / "run").with_(
-        num_layers=model.layers,
+        num_layers=None,
+        hybrid_layer_pattern="*-" * model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
         num_attention_heads=model.heads,
@@ -353,6 +357,8 @@ def megatron_arguments(
         tensorboard_dir=None,
         tst_max_epochs="inf",
     )
+    if "hybrid_layer_pattern" in settings:
+        settings = {**settings, "num_layers": model.layers}
     return run.with_(**{"tst_bag_size": model.bag_size, **settings}).argv
 
 

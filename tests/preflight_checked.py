@@ -31,7 +31,9 @@ class Checked:
         self.measured: dict[str, Any] = {}
 
     def script(self, model: str, **variables: str) -> list[str]:
+        # A number of layers can be changed behind the script; MODEL=hybrid has a pattern of them.
         paths = {"DATA_PATH": "/absent/corpus", "TOKENIZER": "/absent", "OUTPUT_DIR": "/absent/run"}
+        paths["MODEL"] = "gpt"
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (paths | variables).items():
                 patch.setenv(name, value)

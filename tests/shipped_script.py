@@ -17,7 +17,7 @@ TOTAL, SWITCH, SAVE_INTERVAL = 24, 12, 4
 # the distributed optimizer, its overlaps and the saves in the background.
 TINY = shlex.split(
     f"""
-    --transformer-impl local --num-layers 2 --hidden-size 32 --ffn-hidden-size 64
+    --transformer-impl local --hybrid-layer-pattern *-*- --hidden-size 32 --ffn-hidden-size 64
     --num-attention-heads 4 --kv-channels 8 --make-vocab-size-divisible-by 1
     --seq-length 32 --max-position-embeddings 32 --global-batch-size 4 --split 90,10,0
     --lr 3e-3 --lr-warmup-iters 2 --tst-bag-size 4 --tst-step-ratio {SWITCH / TOTAL}

@@ -120,6 +120,8 @@ def arguments_of(arm: Arm, folder: Path, steps: int, is_tiny: bool) -> list[str]
         **os.environ, "DATA_PATH": str(corpus), "TOKENIZER": "none", "OUTPUT_DIR": str(folder),
         "VARIANT": "tst" if arm.is_tst else "baseline", "TRAIN_STEPS": str(steps),
         "PRECISION": arm.precision, "ASYNC_SAVE": "0", "CUDA_GRAPHS": "0", "DRY_RUN": "1",
+        # On a GPU Megatron has no local modules for HybridModel.
+        "MODEL": "gpt",
     }  # fmt: skip
     script = ROOT / "examples/pretrain/pretrain_gpt_270m.sh"
     printed = subprocess.run(

@@ -1,6 +1,6 @@
 # Sourced by the scripts beside it: what does not depend on the model, and the launch.
 # shellcheck shell=bash
-# VARIANT and the arrays that are not set here come from those scripts:
+# VARIANT, LAYERS and the arrays that are not set here come from those scripts:
 # shellcheck disable=SC2153,SC2154
 
 usage() {
@@ -16,6 +16,7 @@ required
   OUTPUT_DIR      checkpoints, TensorBoard and data cache; on a file system that all nodes see
 what to train
   VARIANT         tst (default) or baseline
+  MODEL           Megatron's model: hybrid (default, HybridModel) or gpt (GPTModel, which is deprecated)
   TRAIN_STEPS     optimizer steps; the decay of the learning rate is the last tenth of them
   PRECISION       mxfp8 (B200; default from 3B on), fp8 (H100) or bf16 (default below)
   CUDA_GRAPHS     1 (default below 3B): layers are replayed as CUDA graphs; 0: they are not
@@ -24,7 +25,7 @@ what to train
 where
   NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
   MICRO_BATCH_SIZE                                                sequences a GPU at a time
-  STOCK_MEGATRON  folder of Megatron-LM, whose pretrain_gpt.py does phase 2 (docs/stock-megatron.md)
+  STOCK_MEGATRON  folder of Megatron-LM, whose script does phase 2 (docs/stock-megatron.md)
 checkpoints
   SAVE_INTERVAL       steps between checkpoints (default 1000)
   ASYNC_SAVE          1 (default): written in the background; 0: training waits
@@ -77,6 +78,21 @@ DATA_ARGS=(
   --no-create-attention-mask-in-dataloader
 )
 
+# HybridModel counts attention and MLP as a layer each.
+case ${MODEL:=hybrid} in
+  hybrid)
+    half='*-' layers_of_one=2 pattern=''
+    [[ -z ${MOE_ARGS[*]:-} ]] || half='*E'
+    for ((layer = 0; layer < LAYERS; layer++)); do pattern+=$half; done
+    MODEL_ARGS+=(--hybrid-layer-pattern "$pattern")
+    ;;
+  gpt)
+    layers_of_one=1
+    MODEL_ARGS+=(--num-layers "$LAYERS")
+    ;;
+  *) fail "MODEL is '$MODEL': use hybrid or gpt" ;;
+esac
+
 # Matrix products of the layers. Embedding, output layer, router, norms and losses stay in bf16 and
 # fp32, whatever is chosen here.
 case ${PRECISION:=mxfp8} in
@@ -103,8 +119,8 @@ esac
 if [[ $PRECISION != bf16 ]]; then
   FP8_ARGS+=(
     --first-last-layers-bf16
-    --num-layers-at-start-in-bf16 1
-    --num-layers-at-end-in-bf16 1
+    --num-layers-at-start-in-bf16 "$layers_of_one"
+    --num-layers-at-end-in-bf16 "$layers_of_one"
   )
   if [[ -n ${MOE_ARGS[*]:-} ]]; then
     # An expert gets any number of tokens, and these products take multiples of 16 or 32.
@@ -172,7 +188,7 @@ fi
 PROGRAM=(-m megatron_tst.pretrain)
 if [[ -n ${STOCK_MEGATRON:-} ]]; then
   # Phase 2 without this project: docs/stock-megatron.md.
-  PROGRAM=("$STOCK_MEGATRON/pretrain_gpt.py")
+  PROGRAM=("$STOCK_MEGATRON/pretrain_$MODEL.py")
   TST_ARGS=()
 else
   # Lets a resume have any other parallel layout. Megatron 0.19.2 by itself can save wrong master

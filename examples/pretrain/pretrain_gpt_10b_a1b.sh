@@ -20,9 +20,9 @@ case $VARIANT in
   *) echo "error: VARIANT is '$VARIANT': use tst or baseline" >&2 && exit 2 ;;
 esac
 
+LAYERS=32
 MODEL_ARGS=(
   --transformer-impl transformer_engine
-  --num-layers 32
   --hidden-size 1536
   --ffn-hidden-size 4096
   --num-attention-heads 24
@@ -46,7 +46,6 @@ MODEL_ARGS=(
 
 MOE_ARGS=(
   --num-experts 128
-  --moe-layer-freq 1
   --moe-ffn-hidden-size 512
   --moe-router-topk 8
   # Without --moe-router-pre-softmax: the softmax of the chosen logits is Qwen3's renormalised one.

@@ -10,9 +10,9 @@ PRECISION=${PRECISION:-bf16}
 CUDA_GRAPHS=${CUDA_GRAPHS:-1}
 TRAIN_STEPS=${TRAIN_STEPS:-20000}
 
+LAYERS=30
 MODEL_ARGS=(
   --transformer-impl transformer_engine
-  --num-layers 30
   --hidden-size 576
   --ffn-hidden-size 1536
   --num-attention-heads 9

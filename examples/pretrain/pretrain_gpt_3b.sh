@@ -9,9 +9,9 @@ set -euo pipefail
 VARIANT=${VARIANT:-tst}
 TRAIN_STEPS=${TRAIN_STEPS:-20000}
 
+LAYERS=36
 MODEL_ARGS=(
   --transformer-impl transformer_engine
-  --num-layers 36
   --hidden-size 2048
   --ffn-hidden-size 11008
   --num-attention-heads 16

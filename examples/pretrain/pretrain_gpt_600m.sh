@@ -9,9 +9,9 @@ PRECISION=${PRECISION:-bf16}
 CUDA_GRAPHS=${CUDA_GRAPHS:-1}
 TRAIN_STEPS=${TRAIN_STEPS:-20000}
 
+LAYERS=32
 MODEL_ARGS=(
   --transformer-impl transformer_engine
-  --num-layers 32
   --hidden-size 960
   --ffn-hidden-size 2560
   --num-attention-heads 15

@@ -20,17 +20,27 @@ def fp8_bytes(args: argparse.Namespace) -> float:
     return _MXFP8 if args.fp8_recipe == "mxfp8" else 1.0
 
 
-def layer_bytes(args: argparse.Namespace, is_moe: bool, is_fp8: bool) -> dict[str, float]:
+def layer_bytes(
+    args: argparse.Namespace,
+    is_moe: bool,
+    is_fp8: bool,
+    attention: bool = True,
+    mlp: bool = True,
+) -> dict[str, float]:
     """Bytes kept for each latent position of a rank, by tensor, after recomputation.
 
     Args:
         args: validated command line.
         is_moe: whether its MLP is a mixture of experts.
         is_fp8: whether its matrix products take FP8.
+        attention: whether it has attention, as not every layer of a HybridModel.
+        mlp: whether it has an MLP.
     """
     if args.recompute_granularity == "full":
         return {"layer input": _element(args) * args.hidden_size * _split(args)}
-    kept = _attention(args, is_fp8) | (_experts if is_moe else _mlp)(args, is_fp8)
+    kept = _attention(args, is_fp8) if attention else {}
+    if mlp:
+        kept |= (_experts if is_moe else _mlp)(args, is_fp8)
     for module in args.recompute_modules or () if args.recompute_granularity else ():
         for name in _DROPPED.get(module, ()):
             kept.pop(name, None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_tst.preflight.activations import (
     depth_bytes,
@@ -280,6 +281,8 @@ def _layers_bytes(args: argparse.Namespace, stage: Stage) -> float:
                 args,
                 is_moe=hasattr(layer.mlp, "router"),
                 is_fp8=not is_bf16_layer(args, layer.layer_number),
+                attention=not isinstance(layer.self_attention, IdentityOp),
+                mlp=not isinstance(layer.mlp, IdentityOp),
             ).values()
         )
         for chunk in stage.chunks

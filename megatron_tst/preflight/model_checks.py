@@ -165,7 +165,7 @@ def not_built(reason: str) -> Finding:
 def unmodelled(args: argparse.Namespace) -> list[Finding]:
     """What the estimates of memory and FLOPs do not know."""
     flags = {
-        "--hybrid-layer-pattern": args.hybrid_layer_pattern,
+        "--hybrid-layer-pattern": set(args.hybrid_layer_pattern or "") - set("*-E|"),
         "--multi-latent-attention": args.multi_latent_attention,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--use-megatron-fsdp": args.use_megatron_fsdp,

@@ -41,6 +41,8 @@ class BuiltModel:
         depths = args.mtp_num_layers or 0
         # The output layer follows each depth, and one layer may serve all of them.
         passes = depths if args.mtp_use_repeated_layer else min(depths, 1)
+        # FLOPs beside those of weights are attention's, which a HybridModel counts by itself.
+        attention = (args.hybrid_layer_pattern or "").count("*")
         multiplied = self.active - (self.embedding if self.output else 0)
         multiplied += depths * (self.output or self.embedding)
         multiplied += max(passes - 1, 0) * self.multi_token
@@ -48,7 +50,7 @@ class BuiltModel:
             name="model",
             parameters=self.total,
             matmul_parameters=multiplied,
-            layers=args.num_layers + depths,
+            layers=attention or args.num_layers + depths,
             attention_width=args.num_attention_heads * args.kv_channels,
         )
 

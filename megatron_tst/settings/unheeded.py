@@ -25,7 +25,7 @@ def unheeded_arguments(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]
 
 
 def _anywhere(args: argparse.Namespace) -> Iterator[str]:
-    reasons = {
+    reasons: dict[str, tuple[object, str]] = {
         "--freeze-all-layers": (
             args.freeze_all_layers,
             "Megatron freezes nothing in a model that is built from a configuration",
@@ -68,6 +68,12 @@ def _anywhere(args: argparse.Namespace) -> Iterator[str]:
             "layers marked * have the usual attention (+ is latent attention)",
         ),
     }
+    # Those of multi-token prediction behind the slash do not count.
+    layers = len((args.hybrid_layer_pattern or "").partition("/")[0].replace("|", ""))
+    reasons[f"--num-layers {args.num_layers} with --hybrid-layer-pattern of {layers} layers"] = (
+        layers and args.num_layers not in (None, layers),
+        "the pattern says how many there are, attention and MLP each a layer",
+    )
     for setting, (is_set, reason) in reasons.items():
         if is_set:
             yield f"{setting} does not work: {reason}. Remove it."
@@ -117,6 +123,7 @@ def _local_layers(args: argparse.Namespace) -> Iterator[str]:
         )
     parallel = args.context_parallel_size
     settings = {
+        f"--hybrid-layer-pattern {args.hybrid_layer_pattern}": args.hybrid_layer_pattern,
         "--qk-l2-norm": args.qk_l2_norm and not args.num_experts,
         "--multi-latent-attention": args.multi_latent_attention,
         f"--context-parallel-size {parallel}": parallel > 1,

@@ -90,15 +90,19 @@ WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
 
 HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
     (
-        {"hybrid_layer_pattern": "M*-G"},
+        {"num_layers": None, "hybrid_layer_pattern": "M*-G"},
         r"--hybrid-layer-pattern M\*-G has layers that need a GPU \(G M\) .*: use attention",
     ),
     (
-        {"hybrid_layer_pattern": "*E", "overlap_moe_expert_parallel_comm": True},
+        {
+            "num_layers": None,
+            "hybrid_layer_pattern": "*E",
+            "overlap_moe_expert_parallel_comm": True,
+        },
         r"--overlap-moe-expert-parallel-comm .* --hybrid-layer-pattern \*E: .* Remove one",
     ),
     (
-        {"hybrid_layer_pattern": "G*-G", "tensor_model_parallel_size": 2},
+        {"num_layers": None, "hybrid_layer_pattern": "G*-G", "tensor_model_parallel_size": 2},
         r"--hybrid-layer-pattern G\*-G .* --tensor-model-parallel-size 2 without .* Add --seq",
     ),
     (
@@ -126,6 +130,10 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
             ("cache_mla_latents", True, "inference"),
             ("use_ring_exchange_p2p", True, "ring_exchange"),
         ]
+    ),
+    (
+        {"hybrid_layer_pattern": "*-*-"},
+        r"--num-layers 2 with --hybrid-layer-pattern of 4 layers does not work: the pattern says",
     ),
     (
         {"hybrid_layer_pattern": "*-", "use_rope_scaling": True},

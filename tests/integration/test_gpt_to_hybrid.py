@@ -149,10 +149,13 @@ def test_what_megatron_cannot_translate(
     cases: list[tuple[SmallRun, str | None]] = [
         (as_hybrid(dense, tmp_path, "Llama"), None),
         (as_hybrid(dense, tmp_path, "Llama", hidden_size=64), "--hidden-size 32, and .* 64"),
-        (dense.with_(hybrid_layer_pattern="*-*-*-"), "the pattern has 3 layers, .* checkpoint 2"),
-        (dense.with_(hybrid_layer_pattern="*-*"), "has 2 attention .* and 1 MLP"),
+        (
+            dense.with_(num_layers=None, hybrid_layer_pattern="*-*-*-"),
+            "the pattern has 3 layers, .* checkpoint 2",
+        ),
+        (dense.with_(num_layers=None, hybrid_layer_pattern="*-*"), "has 2 attention .* and 1 MLP"),
         (as_hybrid(dense, tmp_path, "Qwen3-MoE"), "its layers are without experts"),
-        (experts.with_(hybrid_layer_pattern="*E*-"), "mixes dense .* and MoE"),
+        (experts.with_(num_layers=None, hybrid_layer_pattern="*E*-"), "mixes dense .* and MoE"),
         (as_hybrid(listed, tmp_path, "Qwen3-MoE"), r"with --moe-layer-freq \[1, 1\] Megatron stor"),
         (as_hybrid(sharded, tmp_path, "Llama"), "without --dist-ckpt-optim-fully-reshardable"),
         (as_hybrid(sharded, tmp_path, "Llama", no_load_optim=True), None),

@@ -172,7 +172,7 @@ def test_phase_2_of_stock_megatron_has_the_steps_of_the_run_and_none_of_our_flag
     cases: Cases,
 ) -> None:
     command = cases.command("10b_a1b", STOCK_MEGATRON="/opt/Megatron-LM")
-    assert "/opt/Megatron-LM/pretrain_gpt.py" in command
+    assert "/opt/Megatron-LM/pretrain_hybrid.py" in command
     assert not [word for word in command if "tst" in word.removeprefix(str(cases.folder))]
     assert cases.found["stock"]["steps"] == 49_983
     # Which Megatron 0.19.2 gets wrong where this package does not mend it.

@@ -103,6 +103,8 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         for variant in VARIANTS:
             scripts[model, variant] = checked.script(model, VARIANT=variant)
             checked.add(f"{model} {variant}", scripts[model, variant])
+        hybrid = checked.script(model, VARIANT="tst", MODEL="hybrid")
+        checked.add(f"{model} hybrid", hybrid)
     for name, (model, removed, added, _, _) in BROKEN.items():
         # The precision of the larger models, for mistakes with it.
         argv = without(checked.script(model, VARIANT="tst", PRECISION="mxfp8"), removed)
@@ -317,6 +319,13 @@ def test_documented_output_is_that_of_the_tool(checked: Checked) -> None:
             lines = checked.found[f"{model} {variant}"]["lines"]
             missing = [line for line in lines if line not in documented and "note: " not in line]
             assert not missing
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_both_kinds_of_models_are_estimated_alike(checked: Checked, model: str) -> None:
+    hybrid, gpt = (checked.found[f"{model} {kind}"] for kind in ("hybrid", "tst"))
+    assert hybrid["lines"] == gpt["lines"]
+    assert hybrid["findings"] == gpt["findings"]
 
 
 @pytest.mark.parametrize(("model", "precision", "size", "share"), MISPLACED)
