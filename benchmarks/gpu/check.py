@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,26 +28,35 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.measuring import read  # noqa: E402
-from benchmarks.gpu.tables import tables  # noqa: E402
+from benchmarks.gpu.tables import METRICS, counters, tables  # noqa: E402
 from benchmarks.gpu.training import ARMS, TE_ARMS  # noqa: E402
 from megatron_tst.common.atomic_files import write_file, write_json  # noqa: E402
 
 HERE = Path(__file__).parent
-MACHINE_STAGES, TE_STAGE = ("ceilings", "tests", "kernels", "linear", "training"), "te"
+MACHINE_STAGES = (
+    "ceilings", "tests", "sanitizer", "kernels", "counters", "linear", "resume", "training",
+)  # fmt: skip
+TE_STAGE = "te"
+# What a stage runs under, and where it may lie beside PATH.
+TOOLS = {"sanitizer": "compute-sanitizer", "counters": "ncu"}
+TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute")
 # Keeps half a minute of ten for what comes before and after.
 TOTAL_SECONDS = 570
+# What Nsight Compute says where the driver keeps its counters to administrators.
+DENIED = "ERR_NVGPUCTRPERM"
 # What the tests need beside pytest.
 TEST_PACKAGES = ("pytest", "hypothesis")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A process of a stage, and for how long it may run."""
+    """A process of a stage, for how long it may run, and the tool that runs it."""
 
     stage: str
     name: str
     command: tuple[str, ...]
     seconds: float
+    under: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Outcome:
 def tasks(options: argparse.Namespace) -> Iterator[Task]:
     """The processes that were asked for, in their order."""
     tiny = ("--tiny",) if options.device == "cpu" else ()
-    seconds = {"ceilings": 40, "kernels": 120, "linear": 60}
+    seconds = {"ceilings": 40, "kernels": 120, "linear": 60, "sanitizer": 60, "counters": 40}
     for stage in options.stages:
         where = ("--rows", str(options.output / f"{stage}.jsonl"))
         if stage == "tests":
@@ -71,7 +81,9 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
             yield Task(stage, stage, (*pytest, "-p", "no:cacheprovider", "tests/unit"), 60)
         elif stage in seconds:
             command = (str(HERE / "stages.py"), stage, *where, "--device", options.device, *tiny)
-            yield Task(stage, stage, command, seconds[stage])
+            yield Task(stage, stage, command, seconds[stage], under(stage, options.output))
+        elif stage == "resume":
+            yield Task(stage, stage, (str(HERE / "resume.py"), *where, *tiny), 90)
         else:
             arms = TE_ARMS if stage == TE_STAGE else ARMS
             steps = ("--steps", str(options.steps))
@@ -80,10 +92,29 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
                 yield Task(stage, arm, command, 85 if stage == TE_STAGE else 45)
 
 
+def under(stage: str, folder: Path) -> tuple[str, ...]:
+    """The tool that a stage runs under, with its options, where it is installed."""
+    tool = TOOLS.get(stage)
+    path = (
+        shutil.which(tool, path=os.pathsep.join((os.environ["PATH"], *TOOL_FOLDERS)))
+        if tool
+        else None
+    )
+    if path is None:
+        return ()
+    if stage == "sanitizer":
+        return (path, "--tool", "memcheck", "--error-exitcode", "1")
+    log = str(folder / "counters.csv")
+    own = ("--kernel-name", "regex:^_[a-z]+_kernel$", "--metrics", ",".join(METRICS))
+    return (path, "--csv", "--page", "raw", "--print-units", "base", "--log-file", log, *own)
+
+
 def missing(task: Task, device: str) -> str | None:
     """Why a process is not started."""
-    if task.stage == "tests" and device == "cpu":
+    if device == "cpu" and task.stage in ("tests", *TOOLS):
         return "no GPU"
+    if task.stage in TOOLS and not task.under:
+        return f"{TOOLS[task.stage]} not installed"
     needed = {"tests": TEST_PACKAGES, TE_STAGE: ("transformer_engine",)}.get(task.stage, ())
     absent = [package for package in needed if find_spec(package) is None]
     return f"{', '.join(absent)} not installed" if absent else None
@@ -95,6 +126,9 @@ def run(task: Task, log: Path, device: str, seconds: float) -> Outcome:
     if reason or seconds <= 0:
         return Outcome(task.stage, task.name, f"left out: {reason or 'no time left'}", 0)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if task.stage == "sanitizer":
+        # Each tensor has memory of its own, whose ends are known.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
         if task.stage in ("kernels", "linear"):
@@ -102,7 +136,7 @@ def run(task: Task, log: Path, device: str, seconds: float) -> Outcome:
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, *task.command],
+            [*task.under, sys.executable, *task.command],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -116,8 +150,10 @@ def run(task: Task, log: Path, device: str, seconds: float) -> Outcome:
             ended = f"stopped after {seconds:.0f} s"
         finally:
             end_group(process)
-    if task.stage == "tests":
+    if task.stage in ("tests", "sanitizer"):
         ended += f" ({last_line(log)})"
+    if DENIED in log.read_text(errors="replace"):
+        ended = f"left out: {DENIED}, counters are for administrators"
     return Outcome(task.stage, task.name, ended, time.monotonic() - start)
 
 
@@ -157,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for stage in options.stages:  # of an earlier run
         (options.output / f"{stage}.jsonl").unlink(missing_ok=True)
+    (options.output / "counters.csv").unlink(missing_ok=True)
     outcomes: list[Outcome] = []
     for number, task in enumerate(tasks(options)):
         left = options.seconds - (time.monotonic() - start)
@@ -178,6 +215,7 @@ def has_gpu() -> bool:
 def write_results(options: argparse.Namespace, outcomes: list[Outcome]) -> None:
     """Writes gpu-check.json and gpu-check.md from all rows that there are so far."""
     rows = {stage: read(options.output / f"{stage}.jsonl") for stage in (*MACHINE_STAGES, TE_STAGE)}
+    rows["counters"] = counters(options.output / "counters.csv")
     ended = [asdict(outcome) for outcome in outcomes]
     write_json(options.output / "gpu-check.json", {"stages": ended, "rows": rows})
     write_file(options.output / "gpu-check.md", tables(ended, rows))

@@ -1,4 +1,4 @@
-"""One stage of benchmarks/gpu/check.py in a process of its own: ceilings, kernels or linear."""
+"""One stage of benchmarks/gpu/check.py in a process of its own, all but tests and training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -85,6 +86,42 @@ def contestants(options: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 
+def once(options: argparse.Namespace) -> None:
+    """Every kernel once, forward and backward: for the tools that watch kernels.
+
+    At shapes whose ends are cut out of blocks under the sanitizer, and at those of a model for
+    counters.
+    """
+    from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy
+    from megatron_tst.ops.embedding import bag_embedding
+
+    is_watched = options.stage == "sanitizer"
+    n, h, s = (5, 70, 3) if is_watched or options.tiny else (8192, 576, 6)
+    sizes = (1, 250, 8208) if is_watched or options.tiny else (65536, 128256)
+    known = torch.full((1,), 1.0 / n, device=options.device)
+    for v in sizes:
+        for expected in (None, known):
+            shape = {"device": options.device, "dtype": torch.bfloat16}
+            logits = torch.randn(n, v, **shape).requires_grad_()
+            targets = torch.randint(0, v, (n, s), device=options.device)
+            loss = multi_hot_cross_entropy(
+                logits * 1, targets, None, None, -100, True, "triton", expected
+            )
+            loss.mean().backward()
+            weight = torch.randn(v, h, **shape).requires_grad_()
+            if expected is not None:
+                summed: Any = weight
+                summed.main_grad = torch.zeros(v, h, device=options.device)
+                summed.grad_added_to_main_grad = False
+            embedded = bag_embedding(
+                weight, targets[None], implementation="triton", accumulate_into_main_grad=True
+            )
+            embedded.float().sum().backward()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    print("all kernels ran")
+
+
 def run_contestant(
     step: Callable[[], object] | str, options: argparse.Namespace
 ) -> dict[str, object]:
@@ -99,10 +136,13 @@ def run_contestant(
         return {"milliseconds": None, "timed": f"failed: {type(error).__name__}: {error}"[:300]}
 
 
+STAGES = {"ceilings": ceilings, "sanitizer": once, "counters": once}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures a stage; rows go to a file of JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("ceilings", KERNELS, LINEAR))
+    parser.add_argument("stage", choices=(*STAGES, KERNELS, LINEAR))
     parser.add_argument("--rows", type=Path, required=True, help="file to append to")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["270M", "10B-A1B"])
@@ -112,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.tiny:
         options.repetitions = 1
-    (ceilings if options.stage == "ceilings" else contestants)(options)
+    STAGES.get(options.stage, contestants)(options)
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.gpu.measuring import Row
 from benchmarks.gpu.training import BAG_SIZE, LINEAR, TE_ARMS, VOCABULARY
@@ -10,6 +12,14 @@ from benchmarks.roofline import GPUS, MODELS, Cost, Gpu, linear_cost, loss_costs
 
 # Of a step of benchmarks/gpu/training.py.
 LOCAL_POSITIONS, TE_POSITIONS = 32 * 512, 16 * 2048
+# Of Nsight Compute, and their heads.
+METRICS = {
+    "gpu__time_duration.sum": "ns",
+    "dram__bytes_read.sum": "bytes read",
+    "dram__bytes_write.sum": "bytes written",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of DRAM",
+    "smsp__inst_executed.sum": "instructions",
+}
 
 
 def tables(outcomes: Sequence[Row], rows: Mapping[str, Sequence[Row]]) -> str:
@@ -26,10 +36,35 @@ def tables(outcomes: Sequence[Row], rows: Mapping[str, Sequence[Row]]) -> str:
     contestants = [*rows["kernels"], *rows["linear"]]
     if contestants:
         parts += ["", *contestant_table(contestants, gpu)]
+    if rows.get("counters"):
+        parts += ["", line("kernel", *METRICS.values()), rule(1 + len(METRICS))]
+        parts += [line(row["kernel"], *(row[name] for name in METRICS)) for row in rows["counters"]]
+    for row in rows.get("resume", ()):
+        parts += [
+            "",
+            f"Killed after step {row['killed_after']}, resumed at {row['resumed_at']}, switch at "
+            f"{row['switch']}: {row['steps']} losses differ by {row['largest_difference']:.2g} of "
+            "themselves at most",
+        ]
     arms = [*rows["training"], *rows["te"]]
     if arms:
         parts += ["", *arm_table(arms, gpu)]
     return "\n".join(parts) + "\n"
+
+
+def counters(path: Path) -> list[Row]:
+    """A row a kernel of what Nsight Compute wrote; none if there is no such file."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    # Between messages of its own; below the heads are units, without a number of the kernel.
+    found = csv.DictReader(text for text in lines if text.startswith('"'))
+    return [
+        {
+            "kernel": row["Kernel Name"],
+            **{name: float(row[name].replace(",", "")) for name in METRICS},
+        }
+        for row in found
+        if row["ID"]
+    ]
 
 
 def measured_gpu(rows: Sequence[Row]) -> Gpu | None:

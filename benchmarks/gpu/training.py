@@ -197,6 +197,17 @@ class Recorder:
                 }
 
 
+def log_of(folder: Path, arm: str) -> Path:
+    """What the run of an arm prints."""
+    return folder / f"{re.sub('[^a-z0-9A-Z]+', '-', arm)}.log"
+
+
+def losses_in(log: Path) -> dict[int, float]:
+    """By step; none if there is no such file."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return {int(step): float(loss) for step, loss in LOSS_LINE.findall(text)}
+
+
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
     """Sends what this process and its children print to a file."""
@@ -218,15 +229,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, required=True, help="file to append to")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tiny", action="store_true", help="a model for a CPU")
+    rest = argparse.REMAINDER
+    parser.add_argument("--more", nargs=rest, default=[], help="all that follows is for the run")
     options = parser.parse_args(argv)
     arm = (ARMS | TE_ARMS)[options.arm]
     folder = options.rows.parent
     # As examples/pretrain/launch.sh; Megatron asserts the second one with the first and graphs.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    sys.argv = ["training", *arguments_of(arm, folder, options.steps, options.tiny)]
+    argv = arguments_of(arm, folder, options.steps, options.tiny)
+    sys.argv = ["training", *argv, *options.more]
     recorder = Recorder(options.steps // 2 if arm.is_tst else 0)
-    log = folder / f"{re.sub('[^a-z0-9A-Z]+', '-', options.arm)}.log"
+    log = log_of(folder, options.arm)
     with output_to(log):
         from megatron_tst import cpu
 
@@ -234,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_tst.training.pretrain import main as train
 
         code = train(recorder)
-    losses = {int(step): float(loss) for step, loss in LOSS_LINE.findall(log.read_text())}
+    losses = losses_in(log)
     named = {"arm": options.arm, "design": arm.loss, "steps": options.steps}
     named["is_tiny"] = options.tiny
     for row in recorder.rows(losses):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import check
-from benchmarks.gpu.tables import least_step, tables
+from benchmarks.gpu.tables import METRICS, counters, least_step, tables
 from benchmarks.gpu.training import LINEAR, OURS, VOCABULARY
 from benchmarks.roofline import (
     BLOCK_ELEMENTS,
@@ -67,6 +67,57 @@ def test_contestants_run(on_device: Runner) -> None:
     on_device(run_contestants)
 
 
+def run_once(device: str, folder: Path) -> None:
+    from benchmarks.gpu import stages
+
+    rows = ("--rows", str(folder / "rows"), "--device", device)
+    assert stages.main(["sanitizer", *rows, "--tiny"]) == 0
+
+
+def test_all_kernels_run_once_for_tools_that_watch(on_device: Runner, tmp_path: Path) -> None:
+    on_device(run_once, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["sanitizer", "counters"])
+def test_a_tool_that_is_missing_is_named(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "TOOL_FOLDERS", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = check.parse_arguments(["--stages", stage, "--output", str(tmp_path)])
+    (task,) = check.tasks(options)
+    tool = check.TOOLS[stage]
+    outcome = check.run(task, tmp_path / "log", "cuda", seconds=60)
+    assert outcome.ended == f"left out: {tool} not installed"
+    # A stand-in that is found runs the stage, and is told of a driver that keeps its counters.
+    (tmp_path / tool).write_text('#!/bin/sh\necho "==ERROR== ERR_NVGPUCTRPERM"; exit 1\n')
+    (tmp_path / tool).chmod(0o755)
+    (task,) = check.tasks(options)
+    assert task.under[0] == str(tmp_path / tool)
+    outcome = check.run(task, tmp_path / "log", "cuda", seconds=60)
+    assert outcome.ended.startswith("left out: ERR_NVGPUCTRPERM")
+
+
+def test_counters_become_rows(tmp_path: Path) -> None:
+    heads = ",".join(f'"{name}"' for name in ("ID", "Kernel Name", *METRICS))
+    units = ",".join(['""'] * (2 + len(METRICS)))
+    values = ",".join(['"0"', '"_replace_kernel"', '"1,024"', '"2"', '"3"', '"4.5"', '"6"'])
+    file = tmp_path / "counters.csv"
+    file.write_text(f"==PROF== Connected\n{heads}\n{units}\n{values}\n")
+    (row,) = counters(file)
+    assert row == {
+        "kernel": "_replace_kernel",
+        **dict(zip(METRICS, (1024, 2, 3, 4.5, 6), strict=True)),
+    }
+    resumed = {"killed_after": 12, "resumed_at": 9, "switch": 10, "steps": 4}
+    rows: dict[str, Any] = {name: [] for name in (*check.MACHINE_STAGES, check.TE_STAGE)}
+    rows |= {"counters": [row], "resume": [{**resumed, "largest_difference": 0.0}]}
+    table = tables([], rows)
+    assert "| _replace_kernel | 1024 | 2 | 3 | 4.5 | 6 |" in table
+    assert "Killed after step 12, resumed at 9, switch at 10: 4 losses differ by 0 of" in table
+    assert counters(tmp_path / "none") == []
+
+
 def test_the_kernels_move_each_logit_three_times_whatever_the_bag() -> None:
     n, v = 1024, 128256
     costs = [loss_costs(n, v, s)["Triton"].bytes_moved for s in (1, 16)]
@@ -94,7 +145,7 @@ def test_the_least_time_adds_kernels_and_takes_the_slower_side_of_products() -> 
 
 @pytest.mark.slow
 def test_the_check_runs_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    stages = ("ceilings", "tests", "kernels", "training")
+    stages = ("ceilings", "tests", "kernels", "resume", "training")
     arguments = ["--device", "cpu", "--output", str(tmp_path), "--steps", "4"]
     assert check.main([*arguments, "--stages", *stages, "--arms", "TST, linear"]) == 0
 
@@ -104,6 +155,7 @@ def test_the_check_runs_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[st
         "ceilings": "done",
         "tests": "left out: no GPU",
         "kernels": "done",
+        "resume": "done",
         "TST, linear": "done",
     }
     assert [row["what"] for row in results["rows"]["ceilings"]] == ["machine", "copy", "product"]
@@ -111,6 +163,8 @@ def test_the_check_runs_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[st
     for host in ("Megatron, vocabulary-parallel", "Megatron, native fusion"):
         assert kernels[host]["milliseconds"] > 0
     assert kernels["quack"]["timed"].startswith("left out: No module named")
+    (resumed,) = results["rows"]["resume"]
+    assert (resumed["resumed_at"], resumed["switch"], resumed["largest_difference"]) == (9, 10, 0)
     phases = results["rows"]["training"]
     assert [(row["phase"], row["design"]) for row in phases] == [(1, LINEAR), (2, LINEAR)]
     assert all(row["milliseconds"] > 0 and 0 < row["loss"] < 7 for row in phases)
