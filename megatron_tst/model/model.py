@@ -125,6 +125,7 @@ class SuperpositionModel(LanguageModule):
             # On a CPU the hook of Megatron's DDP would add it after a rounding.
             "accumulate_into_main_grad": layer.gradient_accumulation_fusion or not hidden.is_cuda,
             "uniform_gradient": self.sums_up_losses,
+            "expected_gradient": self.expected_gradient if self.sums_up_losses else None,
         }
         if self.offset_loss_meter is None:
             return linear_multi_hot_cross_entropy(hidden, weight, targets, weights, **settings)
