@@ -62,7 +62,8 @@ class Settings:
     def megatron_arguments(self, corpus: Path) -> list[str]:
         """Command line of an arm, without the superposition flags and the paths it writes."""
         text = f"""
-            --num-layers {self.layers} --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
+            --hybrid-layer-pattern {"*-" * self.layers}
+            --hidden-size {self.hidden} --ffn-hidden-size {self.ffn}
             --num-attention-heads {self.heads} --kv-channels {self.hidden // self.heads}
             --seq-length {self.length} --max-position-embeddings {self.length}
             --use-mcore-models --position-embedding-type rope --normalization RMSNorm --swiglu
