@@ -102,7 +102,7 @@ def test_figures_have_a_size_and_the_page_fits_its_window(
         "figure svg", "all => all.map(e => [e.clientWidth, e.clientHeight])"
     )
     # Gaps, heat map, over s, over r, off ends, and the five curves.
-    assert len(sizes) == 10
+    assert len(sizes) == 11
     assert all(w > 300 and h > 100 for w, h in sizes)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
