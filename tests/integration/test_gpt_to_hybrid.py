@@ -91,6 +91,18 @@ def test_it_goes_on_bit_for_bit_over_the_switch(
     assert_bit_equal(as_gpt(run.checkpoint(STEPS)), gpt.checkpoint(STEPS))
 
 
+@pytest.mark.parametrize("model", SETTINGS)
+def test_it_trains_as_the_gpt_model_of_its_seed(
+    launcher: Launcher, saved: dict[str, SmallRun], tmp_path: Path, model: str
+) -> None:
+    gpt = saved[model]
+    run = as_hybrid(gpt, tmp_path, model, load=None, ckpt_step=None, save_interval=STEPS)
+    launcher.run(run.argv, run.log)
+    for tag in ("lm loss", "grad-norm", "tst/data tokens"):
+        assert run.scalars()[tag] == gpt.scalars()[tag], tag
+    assert_bit_equal(as_gpt(run.checkpoint(STEPS)), gpt.checkpoint(STEPS))
+
+
 @pytest.mark.parametrize(
     ("model", "layout"),
     [("Llama", "TP 2 + SP"), ("Llama", "PP 2"), ("Qwen3-MoE", "PP 2")],
