@@ -50,8 +50,10 @@ class SmallRun:
 
     @property
     def argv(self) -> list[str]:
+        has_pattern = self.overrides.get("hybrid-layer-pattern") is not None
         arguments: dict[str, Any] = {
-            "num-layers": 2,
+            # A pattern says it.
+            "num-layers": None if has_pattern else 2,
             "hidden-size": 32,
             "ffn-hidden-size": 64,
             "num-attention-heads": 4,

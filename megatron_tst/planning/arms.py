@@ -79,6 +79,8 @@ class Request:
         """What computes the loss of bags and that of single targets, in all runs."""
         command_line = Namespace(
             tst_bag_size=self.bag_size or 2,
+            tst_schedule=None,
+            tst_bag_sizes=None,
             tst_loss_impl=self.loss_impl,
             cross_entropy_loss_fusion=False,
         )

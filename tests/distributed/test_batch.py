@@ -45,6 +45,7 @@ def get_batch_on_ranks(variant: str, sizes: dict[str, int]) -> tuple[dict[str, A
         context_parallel_size=sizes.get("context_parallel_size", 1),
         create_attention_mask_in_dataloader=False,
         dataloader_inter_document_masking=False,
+        mtp_num_layers=None,
     )
     phase = Phase(0, 0, BAG_SIZE, VARIANTS[variant])
     has_loader = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -163,6 +164,7 @@ def packed_on_a_rank(pattern: str | None) -> Any:
         create_attention_mask_in_dataloader=False,
         dataloader_inter_document_masking=True,
         hybrid_layer_pattern=pattern,
+        mtp_num_layers=None,
     )
     # Documents of 3 and 5 positions in the first sample, of 8 in the second.
     cu_seqlens = torch.full((BATCH, LENGTH + 1), LENGTH, dtype=torch.int32)

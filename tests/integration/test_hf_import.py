@@ -320,7 +320,9 @@ def line_loss(folder: Path) -> float:
 
 
 def small_run(corpus: Path, folder: Path, **overrides: Any) -> SmallRun:
-    common: dict[str, Any] = {"split": "100,0,0", "eval_iters": 0, "train_iters": 4}
+    # Its layers come from the import.
+    common: dict[str, Any] = {"num_layers": None, "split": "100,0,0", "eval_iters": 0}
+    common["train_iters"] = 4
     return SmallRun(corpus, folder).with_(**(common | overrides))
 
 

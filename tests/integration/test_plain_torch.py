@@ -36,6 +36,8 @@ def test_the_losses_are_those_of_megatron(
     run = SmallRun(corpus, tmp_path / "run").with_(
         load=tmp_path / "release",
         finetune=True,
+        num_layers=None,
+        hybrid_layer_pattern="*-*-",
         save=None,
         eval_iters=0,
         train_iters=STEPS,

@@ -416,6 +416,8 @@ def test_single_targets_on_a_gpu_take_the_kernels_by_default(
     assert model._leaves_plain_targets(logits) == is_hosts
     args = Namespace(
         tst_bag_size=1,
+        tst_schedule=None,
+        tst_bag_sizes=None,
         tst_loss_impl=loss_impl,
         cross_entropy_loss_fusion=fusion,
         cross_entropy_fusion_impl="native",

@@ -469,7 +469,9 @@ def test_less_is_kept_where_it_is_asked_for(checked: Checked) -> None:
     # A layer keeps its input: 36 layers, 8192 positions, 2048 bf16 values.
     assert memory("recomputed")["activations"] < whole["activations"] / 5
     assert memory("recomputed")["activations"] > 36 * 8192 * 2048 * 2
-    assert memory("linear")["logits"] < whole["logits"] / 6
+    # A block of logits, and the weight's gradient in fp32: half of what is left.
+    assert memory("linear")["logits"] < whole["logits"] * 0.7
+    assert memory("linear")["logits"] > 128256 * 2048 * 4
 
 
 @pytest.mark.parametrize(("precision", "main_weight"), [("bf16", 2), ("mxfp8", 4)])

@@ -36,7 +36,11 @@ def test_rows_that_are_cut_once_more_are_refused() -> None:
 )
 def test_weight_shards_are_refused_by_their_flag(bag_size: int, setting: str) -> None:
     args = Namespace(
-        tst_bag_size=bag_size, tensor_parallel_num_weight_shards=4, tensor_model_parallel_size=2
+        tst_bag_size=bag_size,
+        tst_schedule=None,
+        tst_bag_sizes=None,
+        tensor_parallel_num_weight_shards=4,
+        tensor_model_parallel_size=2,
     )
     (message,) = _with_weight_shards(args)
     assert message.startswith("--tensor-parallel-num-weight-shards 4 with --tensor-model-")
