@@ -132,7 +132,7 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         ]
     ),
     (
-        {"hybrid_layer_pattern": "*-*-"},
+        {"hybrid_layer_pattern": "*-*-", "num_layers": 2},
         r"--num-layers 2 with --hybrid-layer-pattern of 4 layers does not work: the pattern says",
     ),
     (
