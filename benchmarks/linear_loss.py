@@ -86,6 +86,9 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=4096)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--without-torch", action="store_true", help="leave out torch's, whose chunks take minutes"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     from benchmarks.measuring import peak_bytes, seconds_by_turns, write_json
@@ -97,6 +100,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for vocabulary in options.vocabularies:
         steps = contestants(options.positions, vocabulary)
+        if options.without_torch:
+            steps = {name: step for name, step in steps.items() if not name.startswith("torch")}
         # Before any of them has run here.
         peaks = {name: peak_bytes(step) for name, step in steps.items()}
         times: dict[str, float] = {}
