@@ -182,15 +182,6 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
         ),
         "model.norm.weight in .* is of dtype I8: quantized",
     ),
-    (
-        "llama",
-        change_weights(
-            lambda weights: weights.update(
-                {"model.layers.1.input_layernorm.weight": torch.zeros(32).half()}
-            )
-        ),
-        "layers.1.input_layernorm.weight in torch.float16, .* torch.float32: pass --dtype",
-    ),
 ]
 
 
@@ -208,3 +199,17 @@ def test_bad_input_is_refused_before_anything_is_written(
         import_from_huggingface(folder, tmp_path / "new" / "checkpoint")
     assert str(folder) in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_stacks_its_layers_has_them_of_one_dtype(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPTModel's checkpoints do; those of HybridModel hold each layer by itself."""
+    folder = Path(shutil.copytree(hf_models["llama"], tmp_path / "model"))
+    half = {"model.layers.1.input_layernorm.weight": torch.zeros(32).half()}
+    change_weights(lambda weights: weights.update(half))(folder)
+    message = "layers.1.input_layernorm.weight in torch.float16, .* torch.float32: pass --dtype"
+    with pytest.raises(ValueError, match=message):
+        import_from_huggingface(folder, tmp_path / "new", kind="gpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    import_from_huggingface(folder, tmp_path / "new", kind="hybrid")
