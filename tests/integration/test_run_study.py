@@ -108,6 +108,8 @@ def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     (folder,) = [output / "runs" / "tiny-1000steps-lr0.001-baseline-seed0"]
     runner = start()
     # Torchrun and its rank, so that the runner has its process; training would begin much later.
+    # Before the record there are children too, such as git's.
+    wait_for((folder / "run.json").exists)
     wait_for(lambda: len(psutil.Process(runner.pid).children(recursive=True)) >= 2)
     runner.send_signal(signal.SIGINT)
     assert b"the same command goes on" in runner.communicate(timeout=60)[1]
