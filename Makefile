@@ -25,7 +25,7 @@ test-fast: setup ## Run the tests not marked slow
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-main: setup ## Run the fast tests against a checkout of Megatron-LM (MEGATRON=path)
-	scripts/overlay.sh main --no-deps $(MEGATRON)
+	scripts/overlay.sh main --no-deps $(or $(MEGATRON),$(error MEGATRON is not set: name a checkout of Megatron-LM, MEGATRON=path))
 	$(PYTEST:$(PY)%=.venv/overlays/main/bin/python%) -m "not slow" $(ARGS)
 
 test-tokenizers: setup ## Compare training and transformers on tokenizers of npm packages (100 MB)
