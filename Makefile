@@ -70,7 +70,9 @@ quickstart: setup ## Train a baseline and a superposition run on this machine an
 	$(PY) tools/quickstart.py $(if $(BPE),--bpe)
 
 STUDY := proxy
-STUDY_TEXT := runs/studies/text/$(if $(filter long,$(STUDY)),prose,python-packages)
+STUDY_TEXT_long := prose
+STUDY_TEXT_subwords := prose-bpe2048
+STUDY_TEXT := runs/studies/text/$(or $(STUDY_TEXT_$(STUDY)),python-packages)
 
 study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studies, for hours (STUDY=name), and compare them
 	$(PY) tools/run_study.py examples/studies/$(STUDY).yaml
@@ -85,10 +87,14 @@ results: setup ## Draw the figures and write the tables of docs/results.md anew,
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet
 
-runs/studies/text/prose.json: | setup
-	$(PY) examples/studies/prose.py --output runs/studies/text/prose.jsonl
-	$(PY) tools/preprocess_data.py --input runs/studies/text/prose.jsonl \
-	  --byte-level --shuffle-seed 0 --output-prefix runs/studies/text/prose
+runs/studies/text/prose.jsonl: | setup
+	$(PY) examples/studies/prose.py --output $@
+
+runs/studies/text/prose.json: runs/studies/text/prose.jsonl
+	$(PY) tools/preprocess_data.py --input $< --byte-level --shuffle-seed 0 --output-prefix $(@:.json=)
+
+runs/studies/text/prose-bpe2048.json: runs/studies/text/prose.jsonl
+	$(PY) tools/preprocess_data.py --input $< --train-bpe 2048 --shuffle-seed 0 --output-prefix $(@:.json=)
 
 runs/studies/text/python-packages.json: | setup
 	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \
