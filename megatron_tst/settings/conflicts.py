@@ -68,7 +68,6 @@ _CONFLICTS = (
         "--decrease-batch-size-if-needed",
         "the switch lies at a sample that follows from the batch sizes asked for",
     ),
-    _Conflict("--iterations-to-skip", "a skipped step could be the one at the switch"),
     _Conflict(
         "--non-persistent-ckpt-type",
         "only the settings in persistent checkpoints are compared on a resume",

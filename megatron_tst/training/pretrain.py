@@ -132,7 +132,7 @@ def _flush_tensorboard() -> None:
 
 
 class _StepEnd:
-    """What happens after each optimizer step."""
+    """What happens after each step."""
 
     def __init__(
         self,
@@ -149,8 +149,11 @@ class _StepEnd:
 
     def __call__(self, step: TrainingStep) -> bool:
         """Returns whether the step must be saved: before the switch or another batch size."""
-        self.clock.stop()
         args = get_args()
+        if step.is_skipped:
+            self._switch(step)
+            return False
+        self.clock.stop()
         args.tst_seconds = self.clock.seconds
         if self._is_first_step:
             self._is_first_step = False
@@ -160,17 +163,25 @@ class _StepEnd:
             write_run_description(args, self.schedule, parameters, losses, machine.describe())
         fill_moments(step.optimizer)
         self.reporter.report(step.iteration, args)
-        is_switch = self.schedule.begins_phase(step.iteration)
-        if is_switch:
-            switch_phase(step, self.schedule)
+        self._switch(step)
         if self.after_step is not None:
             self.after_step(step)
-        # Megatron would do it between the steps, where the clock runs.
-        is_batch_change = (
-            step.iteration < self.schedule.total_steps
-            and self.schedule.batch_sizes.changes_at(step.iteration)
+        done = step.iteration
+        # A skipped step is not saved: what lies behind it is saved before it.
+        while not (must_save := self._must_be_saved(done)) and done + 1 in args.iterations_to_skip:
+            done += 1
+        return must_save or step.iteration < self.schedule.total_steps <= done
+
+    def _switch(self, step: TrainingStep) -> None:
+        if self.schedule.begins_phase(step.iteration):
+            switch_phase(step, self.schedule)
+
+    def _must_be_saved(self, steps_done: int) -> bool:
+        # Before another batch size Megatron would save between the steps, where the clock runs.
+        return self.schedule.begins_phase(steps_done) or (
+            steps_done < self.schedule.total_steps
+            and self.schedule.batch_sizes.changes_at(steps_done)
         )
-        return is_switch or is_batch_change
 
 
 def _steps_were_done() -> bool:

@@ -69,7 +69,7 @@ def _common_state(args: Namespace) -> dict[str, Any] | None:
 
 def _go_on(scheduler: Any, args: Namespace, state: dict[str, Any] | None) -> None:
     if state is None:  # --no-save-optim saves none. One step of the schedule is one sample.
-        scheduler.step(args.consumed_train_samples)
+        scheduler.step(args.consumed_train_samples - args.skipped_train_samples)
     else:
         scheduler.load_state_dict(state)
     print_rank_0(

@@ -4,6 +4,10 @@
 ``checkpoint_and_decide_exit``; this module puts a function in front of that call. It is the only
 place where the training loop is patched.
 
+A step of ``--iterations-to-skip`` has no such call. ``dummy_train_step``, which reads its data,
+fails on a stage that has no data loader or several, and broadcasts by the shape of plain batches.
+Here it only reads, and calls the function too.
+
 Megatron saves by itself between two steps of different batch sizes, also when the step before was
 saved already. ``save_checkpoint_and_time`` is wrapped to save a step once.
 """
@@ -17,6 +21,7 @@ from functools import wraps
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args, training
 
 from megatron_tst.training.upstream import unwrapped
@@ -30,11 +35,13 @@ class TrainingStep:
         iteration: number of steps done.
         model: model chunks of this rank, wrapped.
         optimizer: Megatron optimizer.
+        is_skipped: whether its data were read and nothing else was done (``--iterations-to-skip``).
     """
 
     iteration: int
     model: list[Any]
     optimizer: Any
+    is_skipped: bool = False
 
 
 def run_after_each_step(
@@ -44,7 +51,8 @@ def run_after_each_step(
 
     Args:
         callback: called when the step, its log line and its evaluation are done, before the save;
-            returns whether this step must be saved, whatever the interval.
+            returns whether this step must be saved, whatever the interval. Also called after a step
+            that is skipped, which Megatron neither logs, nor evaluates, nor saves.
         before_next_step: called after the save.
 
     Raises:
@@ -53,6 +61,7 @@ def run_after_each_step(
     name = "checkpoint_and_decide_exit"
     upstream = unwrapped(training, name)
     _save_once_before_a_batch_change()
+    loop = _call_after_skipped_steps(callback)
 
     @wraps(upstream)
     def checkpoint_and_decide_exit(
@@ -63,6 +72,7 @@ def run_after_each_step(
         *args: Any,
         **kwargs: Any,
     ) -> bool:
+        loop.steps_done = iteration
         must_save = callback(TrainingStep(iteration, model, optimizer))
         with _due(iteration) if must_save else nullcontext():
             is_to_exit = bool(
@@ -78,6 +88,40 @@ def run_after_each_step(
 def calls_back() -> bool:
     """Whether :func:`run_after_each_step` was called."""
     return getattr(training.checkpoint_and_decide_exit, "calls_back", False)
+
+
+@dataclass
+class _Loop:
+    """What Megatron's loop does not tell the function that reads the data of a skipped step."""
+
+    steps_done: int = 0
+    model: Any = None
+    optimizer: Any = None
+
+
+def _call_after_skipped_steps(callback: Callable[[TrainingStep], bool]) -> _Loop:
+    loop = _Loop()
+    upstream = unwrapped(training, "train")
+
+    @wraps(upstream)
+    def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        loop.steps_done, loop.model, loop.optimizer = get_args().iteration, model, optimizer
+        return upstream(forward_step, model, optimizer, *args, **kwargs)
+
+    @wraps(unwrapped(training, "dummy_train_step"))
+    def dummy_train_step(data_iterator: Any) -> None:
+        rerun = get_rerun_state_machine()
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        while rerun.should_run_forward_backward(data_iterator):
+            # One for each virtual stage; None where a stage or a rank reads nothing.
+            for iterator in iterators:
+                for _ in range(get_num_microbatches() if iterator is not None else 0):
+                    next(iterator)
+        loop.steps_done += 1
+        callback(TrainingStep(loop.steps_done, loop.model, loop.optimizer, is_skipped=True))
+
+    training.train, training.dummy_train_step = train, dummy_train_step
+    return loop
 
 
 def _save_once_before_a_batch_change() -> None:

@@ -25,9 +25,6 @@ from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import check_data_files, dataset_config_from_args
 from megatron_tst.training.resume import corpus_identity
 
-# Whose samples are read in another order, or not all of them.
-_OTHER_ORDERS = ("iterations_to_skip", "phase_transition_iterations")
-
 
 @dataclass(frozen=True)
 class TracedRun:
@@ -121,12 +118,11 @@ def _read_arguments(path: Path) -> tuple[Path, Namespace, int]:
 
 
 def _schedule_of(source: Path, args: Namespace, steps_done: int) -> SuperpositionSchedule:
-    for name in _OTHER_ORDERS:
-        if getattr(args, name, None):
-            raise UsageError(
-                f"{source}: a run with --{name.replace('_', '-')} cannot be traced, because its "
-                "samples do not follow each other."
-            )
+    if args.phase_transition_iterations:
+        raise UsageError(
+            f"{source}: a run with --phase-transition-iterations cannot be traced, because its "
+            "samples do not follow each other."
+        )
     if args.dataloader_type != "single":
         raise UsageError(
             f"{source}: a run with --dataloader-type {args.dataloader_type} cannot be traced, "

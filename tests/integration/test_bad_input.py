@@ -310,7 +310,6 @@ CONFLICTS: dict[str, Any] = {
     "--cuda-graph-impl": "full_iteration",
     "--dataloader-type": "cyclic",
     "--decrease-batch-size-if-needed": True,
-    "--iterations-to-skip": [3, 5],
     "--non-persistent-ckpt-type": "global",
     "--ckpt-format": "torch",
     "--rampup-batch-size": [2, 2, 8],
