@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import bags_flag, has_bags
+from megatron_tst.settings.checkpoint_arguments import checkpoint_conflicts
 from megatron_tst.settings.multi_token import multi_token_conflicts
 
 
@@ -67,10 +68,6 @@ _CONFLICTS = (
     _Conflict(
         "--decrease-batch-size-if-needed",
         "the switch lies at a sample that follows from the batch sizes asked for",
-    ),
-    _Conflict(
-        "--non-persistent-ckpt-type",
-        "only the settings in persistent checkpoints are compared on a resume",
     ),
     _Conflict(
         "--ckpt-format",
@@ -135,6 +132,7 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
     yield from multi_token_conflicts(args)
+    yield from checkpoint_conflicts(args)
     if is_superposed or args.tst_loss_impl == "linear":
         yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":

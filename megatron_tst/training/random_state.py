@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.training import checkpointing, print_rank_0
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from megatron_tst.training.checkpoint_choice import checkpoint_to_load
 from megatron_tst.training.upstream import unwrapped
 
 _STATE = "rng_state"
@@ -51,7 +52,7 @@ def keep_random_state_of_each_rank() -> None:
         with _loading_what_is_not_saved(args, is_loading):
             state: dict[str, Any] = upstream(args, *positional, iteration=iteration, **named)
         common = state.get(_STATE)
-        if not isinstance(common, ShardedObject) or args.non_persistent_ckpt_type is not None:
+        if not isinstance(common, ShardedObject) or args.non_persistent_ckpt_type == "local":
             return state
         if not _ranks_differ(args):
             return state
@@ -120,8 +121,9 @@ def _of_this_rank(common: ShardedObject) -> ShardedObject:
 def _is_in_checkpoint(entry: ShardedObject, args: Namespace) -> bool:
     """Whether the checkpoint to load has an entry, and so those of all other ranks. Collective."""
     found = [False]
-    folder = checkpointing.get_load_checkpoint_path_by_args(args)
     if torch.distributed.get_rank() == 0:
+        folder = checkpoint_to_load(args)
+        assert folder is not None, "a checkpoint is being loaded"
         metadata = FileSystemReader(folder).read_metadata()
         found = [entry.unique_key in metadata.state_dict_metadata]
     torch.distributed.broadcast_object_list(found, src=0)

@@ -23,13 +23,18 @@ from megatron_tst.checkpoint.torch_dist_index import (
     newer_torch,
     older_torch,
 )
-from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.files import fingerprint
 from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
+from megatron_tst.training.checkpoint_choice import (
+    RELEASE,
+    checkpoint_to_load,
+    last_checkpoint,
+    other_checkpoint,
+)
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.gpt_to_hybrid import prepare_start, prepare_translation
 from megatron_tst.training.resume_batches import (
@@ -44,9 +49,6 @@ from megatron_tst.training.resume_schedule import refuse_other_learning_rate
 from megatron_tst.training.saved_state_check import refuse_wrong_state
 
 _logger = logging.getLogger(__name__)
-_TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Folder of weights alone, such as those of an imported model."""
 # What a checkpoint was made with that does not hold the setting.
 _BEFORE = {"inter_document_masking": False}
 
@@ -88,7 +90,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
         _check_start(args, folder)
         return 0
     steps_done = 0 if folder.name == RELEASE else int(folder.name.removeprefix("iter_"))
-    if not _is_distributed(folder):
+    if not _is_distributed(args, folder):
         if schedule.config.enabled and not args.skip_train:
             raise UsageError(
                 f"--load {args.load}: {folder.name} is not a torch_dist checkpoint, so its "
@@ -96,7 +98,7 @@ def check_resume(args: Namespace, schedule: SuperpositionSchedule) -> int:
                 "weights."
             )
         return steps_done
-    saved_args = _saved_arguments(folder)
+    saved_args = _saved_arguments(args, folder)
     _warn_of_newer_torch(args, saved_args, folder)
     prepare_translation(args, saved_args, folder, f"--load {args.load}")
     if folder.name == RELEASE or args.skip_train:
@@ -131,15 +133,14 @@ def _check_start(args: Namespace, folder: Path | None) -> None:
     """Looks at a checkpoint of which a new run takes the weights."""
     named = f"--load {args.load}"
     if folder is None and (start := getattr(args, "pretrained_checkpoint", None)):
-        named, tracker = f"--pretrained-checkpoint {start}", Path(start) / _TRACKER
         # Megatron says what is wrong with one that it cannot find.
-        folder = tracker.parent / _read_tracker(tracker) if tracker.is_file() else None
-    if folder is not None and folder.is_dir() and _is_distributed(folder):
-        _check_index_of_weights(folder)
-        prepare_start(args, _saved_arguments(folder), folder, named)
+        named, folder = f"--pretrained-checkpoint {start}", last_checkpoint(Path(start))
+    if folder is not None and folder.is_dir() and _is_distributed(args, folder):
+        _check_index_of_weights(args, folder)
+        prepare_start(args, _saved_arguments(args, folder), folder, named)
 
 
-def _check_index_of_weights(folder: Path) -> None:
+def _check_index_of_weights(args: Namespace, folder: Path) -> None:
     """Refuses weights for a new run that this torch cannot read."""
     if not (folder / INDEX_FILE).is_file():
         return
@@ -147,7 +148,7 @@ def _check_index_of_weights(folder: Path) -> None:
         FileSystemReader(str(folder)).read_metadata()
     # A damaged pickle can fail in any way.
     except Exception as error:
-        raise _damaged(folder, error) from error
+        raise _damaged(args, folder, error) from error
 
 
 def _warn_of_newer_torch(args: Namespace, saved: Any, folder: Path) -> None:
@@ -271,74 +272,14 @@ def corpus_identity(args: Namespace) -> dict[str, object]:
     }
 
 
-def checkpoint_to_load(args: Namespace) -> Path | None:
-    """Folder of the checkpoint that Megatron will load, None without one."""
-    if args.load is None:
-        return None
-    tracker = Path(args.load) / _TRACKER
-    # Megatron takes a step of 0 for none.
-    if args.ckpt_step:
-        name, source = f"iter_{args.ckpt_step:07d}", f"--ckpt-step {args.ckpt_step}"
-    elif tracker.is_file():
-        name, source = _read_tracker(tracker), str(tracker)
-    elif args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None:
-        # Megatron builds the model first, and then exits with 0 (pull request 6321).
-        raise UsageError(
-            f"--load {args.load} holds no checkpoint, and --exit-on-missing-checkpoint is given: "
-            "pass a --load that does, or start a new run without --exit-on-missing-checkpoint."
-        )
-    else:
-        return None
-    folder = Path(args.load) / name
-    if not folder.is_dir():
-        found = sorted(path.name for path in Path(args.load).glob("iter_*"))
-        raise UsageError(
-            f"--load {args.load}: {source} names the checkpoint {name}, which is not there "
-            f"(found: {', '.join(found) or 'none'}). Pass --ckpt-step with a checkpoint that is, "
-            "or another --load."
-        )
-    return folder
-
-
-def _read_tracker(tracker: Path) -> str:
-    latest = tracker.read_text(errors="replace").strip() or _mend_tracker(tracker)
-    if latest == RELEASE:
-        return latest
-    if not latest.isdecimal():
-        raise UsageError(
-            f"{tracker} holds {latest[:40]!r} instead of the step of the last checkpoint: write "
-            "the number of a complete iter_* folder into it, or pass --ckpt-step."
-        )
-    return f"iter_{int(latest):07d}"
-
-
-def _mend_tracker(tracker: Path) -> str:
-    """Writes the last whole checkpoint into an empty tracker, and returns its step.
-
-    Megatron empties the file before it writes the step, once the checkpoint is whole: a run that is
-    killed in between leaves it empty, and could not be continued. Several ranks write the same.
-    """
-    whole = sorted(path.parent.name for path in tracker.parent.glob("iter_*/.metadata"))
-    if not whole:
-        return ""
-    step = str(int(whole[-1].removeprefix("iter_")))
-    write_file(tracker, step)
-    _logger.warning(
-        "%s was empty, as a run leaves it that is killed while it is written: the last whole "
-        "checkpoint of the folder is %s.",
-        *(tracker, whole[-1]),
-    )
-    return step
-
-
-def _is_distributed(folder: Path) -> bool:
+def _is_distributed(args: Namespace, folder: Path) -> bool:
     try:
         return bool(check_is_distributed_checkpoint(str(folder)))
     except ValueError as error:
-        raise _damaged(folder, error) from error
+        raise _damaged(args, folder, error) from error
 
 
-def _saved_arguments(folder: Path) -> Any:
+def _saved_arguments(args: Namespace, folder: Path) -> Any:
     """Megatron's arguments of the run that wrote a checkpoint."""
     try:
         # First, because torch logs a traceback when it finds no metadata on the way to the rest.
@@ -347,7 +288,7 @@ def _saved_arguments(folder: Path) -> Any:
         return load_common_state_dict(str(folder)).get("args")
     # Damaged files raise all kinds, and torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
-        raise _damaged(folder, error) from error
+        raise _damaged(args, folder, error) from error
 
 
 def _check_shards(folder: Path, metadata: Metadata) -> None:
@@ -364,14 +305,8 @@ def _check_shards(folder: Path, metadata: Metadata) -> None:
             raise UsageError(f"{name} {problem}")
 
 
-def _damaged(folder: Path, error: BaseException) -> UsageError:
+def _damaged(args: Namespace, folder: Path, error: BaseException) -> UsageError:
     index = folder / INDEX_FILE
     if is_of_newer_torch(index):
         return UsageError(f"{newer_torch(index)}.")
-    # Written last: a folder without it is half-written.
-    whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
-    others = sorted(path.name for path in whole - {folder})
-    return UsageError(
-        f"{folder} is damaged ({one_line(error)}): pass --ckpt-step with another checkpoint of its "
-        f"folder ({', '.join(others) or 'there is none'})."
-    )
+    return UsageError(f"{folder} is damaged ({one_line(error)}): {other_checkpoint(folder, args)}.")

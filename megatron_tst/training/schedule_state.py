@@ -18,8 +18,8 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.training import get_args, print_rank_0, training
 
+from megatron_tst.training.checkpoint_choice import RELEASE, checkpoint_to_load
 from megatron_tst.training.fully_sharded import continue_counting
-from megatron_tst.training.resume import RELEASE, checkpoint_to_load
 from megatron_tst.training.upstream import unwrapped
 
 _RATES = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min_lr")}

@@ -173,6 +173,18 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+NON_PERSISTENT: list[tuple[dict[str, Any], str]] = [
+    ({"non_persistent_ckpt_type": "local"}, "type local .* --tst-bag-size 4: .* Use global"),
+    (
+        {"non_persistent_save_interval": 2},
+        "--non-persistent-save-interval 2 does not work without .*-type: .* Add global",
+    ),
+    (
+        {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "/"},
+        "--non-persistent-global-ckpt-dir / does not work with --save .*: .* folder of its own",
+    ),
+]
+
 _DOCUMENTS = "--dataloader-inter-document-masking does not work with"
 DOCUMENTS: list[tuple[dict[str, Any], str]] = [
     ({}, f"{_DOCUMENTS} --tst-bag-size 4 and --tst-document-boundary cross: .* Use .* align"),
@@ -293,7 +305,7 @@ def test_what_multi_token_prediction_does_not_work_with(check: Check, small_run:
 
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED]
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED, *NON_PERSISTENT]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 
@@ -310,7 +322,6 @@ CONFLICTS: dict[str, Any] = {
     "--cuda-graph-impl": "full_iteration",
     "--dataloader-type": "cyclic",
     "--decrease-batch-size-if-needed": True,
-    "--non-persistent-ckpt-type": "global",
     "--ckpt-format": "torch",
     "--rampup-batch-size": [2, 2, 8],
     "--phase-transition-iterations": "4,8",
