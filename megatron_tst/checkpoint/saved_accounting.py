@@ -123,7 +123,7 @@ def _check_superposition(
     )
     expected = schedule.batch_sizes.samples_at(step)
     result.require(
-        samples == expected or bool(getattr(args, "decrease_batch_size_if_needed", False)),
+        samples == expected,
         f"{samples} samples were read in {step} steps, and its batch sizes make that {expected}",
     )
     for unit in ("step", "sample"):

@@ -18,7 +18,12 @@ def batch_sizes_from_args(args: argparse.Namespace) -> BatchSizes:
     if schedule is not None:
         # Megatron then sets --global-batch-size to one micro-batch of each rank.
         return BatchSizes.parse(schedule, args.seq_length)
-    return BatchSizes.constant(args.global_batch_size)
+    batch_size = args.global_batch_size
+    ranks = getattr(args, "data_parallel_size", None)
+    if ranks is not None and getattr(args, "decrease_batch_size_if_needed", False):
+        # Known when Megatron has validated. As ConstantNumMicroBatchesCalculator.
+        batch_size -= batch_size % (args.micro_batch_size * ranks * args.gtp_weight_remat_size)
+    return BatchSizes.constant(batch_size)
 
 
 def total_steps_from_args(args: argparse.Namespace) -> int:

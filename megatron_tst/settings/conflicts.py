@@ -66,10 +66,6 @@ _CONFLICTS = (
         lambda name: name not in (None, "single"),
     ),
     _Conflict(
-        "--decrease-batch-size-if-needed",
-        "the switch lies at a sample that follows from the batch sizes asked for",
-    ),
-    _Conflict(
         "--ckpt-format",
         "only the settings in torch_dist checkpoints are compared on a resume (--load takes "
         "others with --finetune)",

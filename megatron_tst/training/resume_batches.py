@@ -70,7 +70,7 @@ def refuse_other_past(
     """
     samples_read = saved.consumed_train_samples
     assumed = schedule.batch_sizes.samples_at(steps_done)
-    if assumed == samples_read or args.decrease_batch_size_if_needed:
+    if assumed == samples_read:
         return
     past = batch_sizes_from_args(saved)
     if past.samples_at(steps_done) == samples_read:
@@ -130,7 +130,10 @@ def _places(phases: Sequence[Phase]) -> str:
 def _given(args: Namespace) -> str:
     if args.step_batch_size_schedule is not None:
         return f"--step-batch-size-schedule {args.step_batch_size_schedule!r}"
-    return f"--global-batch-size {args.global_batch_size}"
+    given = f"--global-batch-size {args.global_batch_size}"
+    if args.decrease_batch_size_if_needed:
+        given += " and --decrease-batch-size-if-needed on these ranks"
+    return given
 
 
 def _flags_of(whole: BatchSizes, schedule: SuperpositionSchedule, saved: Any) -> str:

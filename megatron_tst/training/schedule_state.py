@@ -69,7 +69,10 @@ def _common_state(args: Namespace) -> dict[str, Any] | None:
 
 def _go_on(scheduler: Any, args: Namespace, state: dict[str, Any] | None) -> None:
     if state is None:  # --no-save-optim saves none. One step of the schedule is one sample.
-        scheduler.step(args.consumed_train_samples - args.skipped_train_samples)
+        read = args.consumed_train_samples
+        # Those of a smaller batch than the one asked for were not read in the first place.
+        untrained = 0 if args.decrease_batch_size_if_needed else args.skipped_train_samples
+        scheduler.step(read - untrained)
     else:
         scheduler.load_state_dict(state)
     print_rank_0(

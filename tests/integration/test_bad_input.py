@@ -321,7 +321,6 @@ CONFLICTS: dict[str, Any] = {
     "--cross-entropy-fusion-impl": "te",
     "--cuda-graph-impl": "full_iteration",
     "--dataloader-type": "cyclic",
-    "--decrease-batch-size-if-needed": True,
     "--ckpt-format": "torch",
     "--rampup-batch-size": [2, 2, 8],
     "--phase-transition-iterations": "4,8",

@@ -13,7 +13,7 @@ import pytest
 from megatron_tst.report.runs import read_run
 from tests.corpus import write_corpus
 from tests.integration.test_bad_input import assert_messages, only_error
-from tests.runs import Check, SmallRun, assert_bit_equal
+from tests.runs import Check, SmallRun, assert_bit_equal, assert_faultless
 from tests.survival import MAIN
 from tests.zygote import Launcher
 
@@ -255,6 +255,35 @@ def test_a_smaller_batch_is_taken_at_a_resume(launcher: Launcher, small_run: Sma
     ramp: dict[str, Any] = {"global_batch_size": None, "step_batch_size_schedule": "0:4 256:2"}
     launcher.run(run.with_(**ramp).argv, run.log)
     assert [run.scalars()["batch-size"][step] for step in (1, 2, 3, 18)] == [4, 4, 2, 2]
+
+
+def test_a_batch_that_the_processes_cannot_share_becomes_smaller(
+    launcher: Launcher, check: Check, small_run: SmallRun, tmp_path: Path
+) -> None:
+    """Six samples for two ranks that take two at once are four; the switch lies behind those."""
+    # The same rate at each step: Megatron counts the schedule in batches of the size asked for.
+    rates: dict[str, Any] = {"lr_decay_style": "constant", "lr_wsd_decay_iters": None}
+    settings: dict[str, Any] = {**rates, "lr_warmup_iters": 0, "train_iters": 6, "eval_iters": 0}
+    four = small_run.with_(tmp_path / "four", tst_bag_size=BAG_SIZE, tst_steps=3, **settings)
+    launcher.run(four.argv, four.log, 2)
+    smaller: dict[str, Any] = {
+        "global_batch_size": 6,
+        "eval_global_batch_size": 4,
+        "decrease_batch_size_if_needed": True,
+    }
+    run = four.with_(tmp_path / "smaller", **smaller)
+    for stop in (2, None):
+        launcher.run(run.with_(exit_interval=stop).argv, run.log, 2)
+    assert_bit_equal(run.checkpoint(6), four.checkpoint(6))
+    for tag in ("lm loss", "tst/data tokens", "tst/bag size"):
+        assert run.scalars()[tag] == four.scalars()[tag]
+    assert_faultless(*sorted((run.folder / "checkpoints").glob("iter_*")))
+    # One process takes all six.
+    (refused,) = check([run])
+    expected = (
+        "had read 24 samples in 6 steps, .* on these ranks it would have been 36: pass"
+    )
+    assert re.search(expected, refused or ""), refused
 
 
 def test_what_a_schedule_of_batch_sizes_needs(check: Check, reference: SmallRun) -> None:
