@@ -11,6 +11,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import bags_flag, has_bags
 from megatron_tst.settings.checkpoint_arguments import checkpoint_conflicts
 from megatron_tst.settings.multi_token import multi_token_conflicts
+from megatron_tst.settings.optimizer_arguments import optimizer_conflicts
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield from _with_document_masking(args)
     yield from multi_token_conflicts(args)
     yield from checkpoint_conflicts(args)
+    yield from optimizer_conflicts(args)
     if is_superposed or args.tst_loss_impl == "linear":
         yield from _with_weight_shards(args)
     if args.tst_loss_impl == "linear":

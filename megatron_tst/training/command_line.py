@@ -16,6 +16,7 @@ from megatron_tst.settings.arguments import (
 )
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args, refuse_unusable_batch_sizes
 from megatron_tst.settings.conflicts import refuse_conflicting_arguments
+from megatron_tst.settings.optimizer_arguments import refuse_missing_optimizer
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.datasets import (
     check_data_files,
@@ -41,6 +42,7 @@ def parse_command_line() -> tuple[argparse.Namespace, SuperpositionSchedule]:
     # writers, and reports by assertion.
     args = parse_args(add_arguments)
     check_arguments(args)
+    refuse_missing_optimizer(args)
     if not platform().has_gpu:
         pose_connections(args)
     args = parse_and_validate_args(add_arguments, args_defaults=_defaults(args))

@@ -198,6 +198,16 @@ def _refuse_other_optimizer(args: Namespace, saved: Any) -> None:
             f"and this command is {'with' if is_16_bit else 'without'}: the state of the optimizer "
             "has main weights for 16-bit models only. Keep the setting, or pass --no-load-optim."
         )
+    was_layer_wise, is_layer_wise = (
+        bool(getattr(each, "use_layer_wise_distributed_optimizer", False)) for each in (saved, args)
+    )
+    if was_layer_wise != is_layer_wise:
+        raise UsageError(
+            f"--load {args.load} was saved {'with' if was_layer_wise else 'without'} "
+            f"--use-distributed-optimizer, and this command is "
+            f"{'with' if is_layer_wise else 'without'}: the state of --optimizer {args.optimizer} "
+            "has other names in a checkpoint. Keep the setting, or pass --no-load-optim."
+        )
     is_distributed = getattr(saved, "use_distributed_optimizer", False)
     reasons = {}
     if bool(is_distributed) != bool(args.use_distributed_optimizer):

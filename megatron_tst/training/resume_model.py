@@ -42,6 +42,7 @@ _LLAMA3, _YARN = (
     ("rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings"),
 )
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps")
+_OF_OPTIMIZERS = {"muon": ("muon_momentum",), "lion": ("lion_beta1", "lion_beta2")}
 
 
 def refuse_other_model(args: Namespace, saved: Any) -> None:
@@ -71,7 +72,8 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
     _refuse(args, saved, names, reason, "--finetune, for a stage of its own")
     if not (args.no_load_optim or args.skip_train):
         reason = "the state of the optimizer is that of the checkpoint"
-        _refuse(args, saved, _OPTIMIZER, reason, "--no-load-optim")
+        names = [*_OPTIMIZER, *_OF_OPTIMIZERS.get(args.optimizer, ())]
+        _refuse(args, saved, names, reason, "--no-load-optim")
 
 
 def _refuse_other_layers(args: Namespace, was: str) -> None:

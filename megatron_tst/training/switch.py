@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,10 +71,19 @@ def _redraw(parameter: torch.Tensor, initialize: Callable[[torch.Tensor], object
     parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
 
 
+def _parts(optimizer: Any) -> Iterator[Any]:
+    """The optimizers in a chain: that of a layer-wise one is a chain in another."""
+    if (chain := getattr(optimizer, "chained_optimizers", None)) is None:
+        yield optimizer
+        return
+    for part in chain:
+        yield from _parts(part)
+
+
 @torch.no_grad()
 def reset_optimizer_state(optimizer: Any) -> None:
     """Clears moments and step counts of every parameter; master weights stay."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             for name, value in state.items():
                 if name == "master_param" or not isinstance(value, torch.Tensor):

@@ -185,6 +185,20 @@ NON_PERSISTENT: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+OPTIMIZERS: list[tuple[dict[str, Any], str]] = [
+    ({"optimizer": "soap"}, "--optimizer soap .* --ckpt-format torch_dist: .* Change one"),
+    ({"optimizer": "dist_muon"}, "--optimizer dist_muon .* without --bf16: .* add --bf16"),
+    (
+        {"optimizer": "lion", "use_distributed_optimizer": True},
+        "--optimizer lion .* --use-distributed-optimizer without --bf16: .* add --bf16",
+    ),
+    ({"optimizer": "muon", "fp16": True}, "--optimizer muon .* --fp16: .* Change one"),
+    (
+        {"optimizer_cpu_offload": True, "tst_reset_at_switch": "optimizer"},
+        "--optimizer-cpu-offload does not work with --tst-reset-at-switch optimizer: .* Remove",
+    ),
+]
+
 _DOCUMENTS = "--dataloader-inter-document-masking does not work with"
 DOCUMENTS: list[tuple[dict[str, Any], str]] = [
     ({}, f"{_DOCUMENTS} --tst-bag-size 4 and --tst-document-boundary cross: .* Use .* align"),
@@ -305,7 +319,7 @@ def test_what_multi_token_prediction_does_not_work_with(check: Check, small_run:
 
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED, *NON_PERSISTENT]
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED, *NON_PERSISTENT, *OPTIMIZERS]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 

@@ -280,9 +280,7 @@ def test_a_batch_that_the_processes_cannot_share_becomes_smaller(
     assert_faultless(*sorted((run.folder / "checkpoints").glob("iter_*")))
     # One process takes all six.
     (refused,) = check([run])
-    expected = (
-        "had read 24 samples in 6 steps, .* on these ranks it would have been 36: pass"
-    )
+    expected = "had read 24 samples in 6 steps, .* on these ranks it would have been 36: pass"
     assert re.search(expected, refused or ""), refused
 
 
