@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -248,6 +249,17 @@ def check_streams_and_events_follow_program_order() -> None:
 
 
 # Random numbers.
+
+
+def check_full_iteration_graphs_take_no_batch_of_another_shape() -> None:
+    """Why they are refused: a graph reads the memory of the first batches."""
+    from megatron.core.full_cuda_graph import StaticBufferLoader
+
+    loader = StaticBufferLoader()
+    copy = loader({"tokens": torch.zeros(2, 8, 4)}, "training", 0)
+    assert loader({"tokens": torch.ones(2, 8, 4)}, "training", 0)["tokens"] is copy["tokens"]
+    with pytest.raises(RuntimeError, match="must match"):
+        loader({"tokens": torch.zeros(2, 8)}, "training", 0)
 
 
 def check_cuda_generator_is_the_default_generator() -> None:

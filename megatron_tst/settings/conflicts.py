@@ -58,8 +58,10 @@ _CONFLICTS = (
     ),
     _Conflict(
         "--cuda-graph-impl",
-        "the batch changes its shape at the switch (local works)",
+        "Megatron replays the shapes and the number of the first micro-batches, and nothing that "
+        "the forward step measures (local and transformer_engine capture layers only, and work)",
         lambda name: name == "full_iteration",
+        at_any_bag_size=True,
     ),
     _Conflict(
         "--dataloader-type",
