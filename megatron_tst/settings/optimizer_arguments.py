@@ -48,11 +48,11 @@ def optimizer_conflicts(args: argparse.Namespace) -> Iterator[str]:
         if is_set:
             named = f"--optimizer {args.optimizer} does not work with {setting}"
             yield f"{named}: {reason}. Change one of them."
-    if args.optimizer == "adaptive_muon" and _installed() >= (0, 3):
-        # TensorParallelAdaptiveMuon never sets the scale_mode that AdaptiveMuon.step reads.
+    is_prepared = _installed("megatron-core") >= (0, 20) or _installed(_PACKAGE) < (0, 3)
+    if args.optimizer == "adaptive_muon" and not is_prepared:
         yield (
             f"--optimizer adaptive_muon does not work with {_PACKAGE} {version(_PACKAGE)}, which "
-            "Megatron 0.19.2 prepares it for no more. Use muon."
+            "reads a scale_mode that Megatron 0.19 does not set. Use muon."
         )
 
 
@@ -62,16 +62,16 @@ def refuse_missing_optimizer(args: argparse.Namespace) -> None:
     Raises:
         UsageError: naming the package.
     """
-    if args.optimizer not in _OF_MEGATRON and _installed() < (0, 2):
+    if args.optimizer not in _OF_MEGATRON and _installed(_PACKAGE) < (0, 2):
         raise UsageError(
             f"--optimizer {args.optimizer} needs the package {_PACKAGE} in version 0.2 or newer: "
             f"pip install {_PACKAGE}"
         )
 
 
-def _installed() -> tuple[int, ...]:
-    """The first two parts of the version, (0, 0) without the package."""
+def _installed(package: str) -> tuple[int, ...]:
+    """The first two parts of a package's version, (0, 0) without the package."""
     try:
-        return tuple(int(part) for part in version(_PACKAGE).split(".")[:2])
+        return tuple(int(part) for part in version(package).split(".")[:2])
     except PackageNotFoundError:
         return (0, 0)

@@ -47,16 +47,19 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     return newest
 
 
-def other_checkpoint(folder: Path, args: Namespace) -> str:
-    """What to do to load another checkpoint in place of a damaged one."""
+def damaged_checkpoint(folder: Path, args: Namespace, problem: str) -> UsageError:
+    """Says what to load in place of a damaged checkpoint."""
     if folder.parent == _non_persistent_folder(args):
-        return f"remove {folder.parent} to go on with the last persistent checkpoint"
+        return UsageError(
+            f"{folder} is damaged ({problem}): remove {folder.parent} to go on with the last "
+            "persistent checkpoint."
+        )
     # Written last: a folder without it is half-written.
     whole = {path.parent for path in folder.parent.glob("iter_*/.metadata")}
     others = sorted(path.name for path in whole - {folder})
-    return (
-        "pass --ckpt-step with another checkpoint of its folder "
-        f"({', '.join(others) or 'there is none'})"
+    return UsageError(
+        f"{folder} is damaged ({problem}): pass --ckpt-step with another checkpoint of its folder "
+        f"({', '.join(others) or 'there is none'})."
     )
 
 

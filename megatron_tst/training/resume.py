@@ -32,8 +32,8 @@ from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.checkpoint_choice import (
     RELEASE,
     checkpoint_to_load,
+    damaged_checkpoint,
     last_checkpoint,
-    other_checkpoint,
 )
 from megatron_tst.training.failures import one_line
 from megatron_tst.training.gpt_to_hybrid import prepare_start, prepare_translation
@@ -319,4 +319,4 @@ def _damaged(args: Namespace, folder: Path, error: BaseException) -> UsageError:
     index = folder / INDEX_FILE
     if is_of_newer_torch(index):
         return UsageError(f"{newer_torch(index)}.")
-    return UsageError(f"{folder} is damaged ({one_line(error)}): {other_checkpoint(folder, args)}.")
+    return damaged_checkpoint(folder, args, one_line(error))

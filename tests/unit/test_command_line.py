@@ -36,9 +36,15 @@ def test_an_optimizer_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) 
         refuse_missing_optimizer(Namespace(optimizer="muon"))
 
 
-@pytest.mark.parametrize(("release", "is_refused"), [("0.2.0", False), ("0.3.0", True)])
-def test_adaptive_muon(monkeypatch: pytest.MonkeyPatch, release: str, is_refused: bool) -> None:
-    monkeypatch.setattr(optimizer_arguments, "version", lambda package: release)
+@pytest.mark.parametrize(
+    ("package", "megatron", "is_refused"),
+    [("0.2.0", "0.19.2", False), ("0.3.0", "0.19.2", True), ("0.3.0", "0.20.0rc0", False)],
+)
+def test_adaptive_muon(
+    monkeypatch: pytest.MonkeyPatch, package: str, megatron: str, is_refused: bool
+) -> None:
+    versions = {"emerging-optimizers": package, "megatron-core": megatron}
+    monkeypatch.setattr(optimizer_arguments, "version", versions.__getitem__)
     args = Namespace(
         optimizer="adaptive_muon",
         ckpt_format="torch_dist",
