@@ -67,6 +67,8 @@ def main() -> int:
             size = int(os.environ["FILE_BYTES"])
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         if os.environ.get("STOP_AFTER") == str(step.iteration):
+            # A thread writes the scalars, and would end with a rank that is killed.
+            pretrain._flush_tensorboard()
             os.kill(os.getpid(), signal.SIGSTOP)
 
     return pretrain.main(after_step)
