@@ -113,7 +113,7 @@ def _install_optimizer() -> None:
 
 
 def _install_layers() -> None:
-    from megatron_tst.cpu import fused_layer, norm, rotary
+    from megatron_tst.cpu import fused_layer, latent_attention, norm, rotary
 
     _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
     _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
@@ -125,6 +125,9 @@ def _install_layers() -> None:
     _wrap("megatron.core.tensor_parallel.random", checkpoint, _without_fp8)
     rotation = "megatron.core.models.common.embeddings.rope_utils"
     _wrap(rotation, "_apply_rotary_pos_emb_bshd", rotary.in_fewer_passes)
+    latent = "megatron.core.transformer.multi_latent_attention"
+    down_projection = "MLASelfAttention._qkv_down_projection"
+    _wrap(latent, down_projection, latent_attention.with_whole_keys)
 
 
 def _install_experts() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import bags_flag, has_bags
 from megatron_tst.settings.checkpoint_arguments import checkpoint_conflicts
+from megatron_tst.settings.model_conflicts import model_conflicts
 from megatron_tst.settings.multi_token import multi_token_conflicts
 from megatron_tst.settings.optimizer_arguments import optimizer_conflicts
 
@@ -122,19 +123,12 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
             "--overlap-moe-expert-parallel-comm does not work with --hybrid-layer-pattern "
             f"{args.hybrid_layer_pattern}: Megatron's HybridModel has no such schedule. Remove one."
         )
-    if "G" in (args.hybrid_layer_pattern or ""):
-        yield from _with_gated_delta_net(
-            args, f"--hybrid-layer-pattern {args.hybrid_layer_pattern}"
-        )
-    if args.experimental_attention_variant == "gated_delta_net":
-        yield from _with_gated_delta_net(args, "--experimental-attention-variant gated_delta_net")
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
     yield from multi_token_conflicts(args)
     yield from checkpoint_conflicts(args)
     yield from optimizer_conflicts(args)
-    if is_superposed or args.tst_loss_impl == "linear":
-        yield from _with_weight_shards(args)
+    yield from model_conflicts(args)
     if args.tst_loss_impl == "linear":
         yield from _with_linear_loss(args)
     if args.use_torch_fsdp2:
@@ -158,17 +152,6 @@ def _described(conflict: _Conflict, args: argparse.Namespace) -> str:
         flag = context.partition(" ")[0]
         remedy = "use --tst-bag-size 1" if flag == "--tst-bag-size" else flag
     return f"{setting} does not work with {context}: {conflict.reason}. Remove it, or {remedy}."
-
-
-def _with_gated_delta_net(args: argparse.Namespace, setting: str) -> Iterator[str]:
-    # Megatron-LM issue 7452, finding 11: the ranks' weights drift apart without an error.
-    ranks = args.tensor_model_parallel_size
-    if ranks > 1 and not args.sequence_parallel:
-        yield (
-            f"{setting} does not work with --tensor-model-parallel-size {ranks} without "
-            "--sequence-parallel: Megatron does not add up the gradient of the norm behind the "
-            "gated delta rule. Add --sequence-parallel."
-        )
 
 
 def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
@@ -206,17 +189,6 @@ def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
     for setting, (is_set, reason) in refused.items():
         if is_set:
             yield f"{flag} does not work with {setting}: {reason}. Remove one of them."
-
-
-def _with_weight_shards(args: argparse.Namespace) -> Iterator[str]:
-    shards, ranks = args.tensor_parallel_num_weight_shards, args.tensor_model_parallel_size
-    if shards is not None and shards > ranks:
-        setting = bags_flag(args) if has_bags(args) else "--tst-loss-impl linear"
-        yield (
-            f"--tensor-parallel-num-weight-shards {shards} with --tensor-model-parallel-size "
-            f"{ranks} does not work with {setting}: the rows of embedding and output layer are "
-            "gathered inside of Megatron's layers only. Remove it."
-        )
 
 
 def _with_torch_fsdp2(args: argparse.Namespace) -> Iterator[str]:

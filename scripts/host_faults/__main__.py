@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 
-from scripts.host_faults import checkpoint, data, fsdp, loss, multi_token, optimizer, router
+from scripts.host_faults import (
+    checkpoint,
+    data,
+    fsdp,
+    latent_attention,
+    loss,
+    multi_token,
+    optimizer,
+    router,
+)
 
 FAULTS = {
     function.__name__: function
@@ -15,6 +24,8 @@ FAULTS = {
         router.layers_of_a_hybrid_model,
         router.local_count_with_padding,
         loss.gathered_logits,
+        latent_attention.latent_keys_of_local_modules,
+        latent_attention.latent_keys_without_sequence_parallelism,
         multi_token.mtp_and_deferred_gradients,
         multi_token.mtp_and_tied_embeddings,
         multi_token.mtp_counts_of_a_rank,

@@ -18,6 +18,17 @@ _EXPERTS: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
     "qk_layernorm": True,
 }
+_LATENT_ATTENTION: dict[str, Any] = {
+    "multi_latent_attention": True,
+    "group_query_attention": None,
+    "num_query_groups": None,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+    "qk_layernorm": True,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {"num_layers": 2},
     "Qwen3-MoE": {"num_layers": 2, **_EXPERTS},
@@ -27,6 +38,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama, MTP 2": {"num_layers": 2, "mtp_num_layers": 2},
     "Qwen3-MoE, MTP": {"num_layers": 2, "mtp_num_layers": 1, **_EXPERTS},
     "Llama, hybrid, MTP": {"num_layers": None, "hybrid_layer_pattern": "*-*-/*-"},
+    "Latent attention, hybrid": {
+        "num_layers": None,
+        "hybrid_layer_pattern": "+-+-",
+        **_LATENT_ATTENTION,
+    },
+    "Latent attention, MoE": {
+        "num_layers": 2,
+        **_EXPERTS,
+        **_LATENT_ATTENTION,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": 2.5,
+        "moe_shared_expert_intermediate_size": 32,
+    },
 }
 """Of two layers, which is as many as two stages need."""
 _GPT = ("Llama", "Qwen3-MoE")
@@ -127,16 +151,18 @@ LAYOUTS: dict[str, Layout] = {
     "CP 2, EP 2": Layout(4, {**_CP, **_EP}, ("Qwen3-MoE",)),
 }
 
-# Several tokens or bags ahead, in the layouts that it might concern.
-_MULTI_TOKEN: dict[str, tuple[str, ...]] = {
+# By model, the layouts that it might concern.
+_CONCERNED: dict[str, tuple[str, ...]] = {
     "Llama, MTP 2": (
         *("DP 2, distributed optimizer", "TP 2", "TP 2 + SP", "PP 2", "PP 2, interleaved"),
         *("TP 2 + SP, PP 2", "FSDP2 over 2", "TP 2 + SP, FSDP2 over 2"),
     ),
     "Qwen3-MoE, MTP": ("TP 2 + SP", "PP 2", "EP 2, alltoall", "EP 2, overlapped"),
     "Llama, hybrid, MTP": ("TP 2 + SP", "PP 2"),
+    "Latent attention, hybrid": ("TP 2 + SP", "PP 2", "CP 2"),
+    "Latent attention, MoE": ("TP 2 + SP", "EP 2, alltoall"),
 }
-for _model, _names in _MULTI_TOKEN.items():
+for _model, _names in _CONCERNED.items():
     for _name in _names:
         LAYOUTS[_name] = replace(LAYOUTS[_name], models=(*LAYOUTS[_name].models, _model))
 
@@ -152,7 +178,7 @@ UNTESTED = (
     "Any GPU: NCCL, Transformer Engine's modules, FP8, CUDA graphs, and what they overlap.",
     "Expert dispatch through DeepEP or HybridEP (`--moe-token-dispatcher-type flex`).",
     "The transports of `--cp-comm-type`, which is one gather on the CPU platform.",
-    "Mamba, gated delta net and latent attention layers of hybrid models.",
+    "Mamba and gated delta net layers of hybrid models.",
     "fp16 with loss scaling.",
     "torch FSDP2 with Transformer Engine's modules, which are wrapped one by one.",
     "`--moe-router-load-balancing-type global_aux_loss` against one process: by its definition it "

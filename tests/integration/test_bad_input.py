@@ -114,6 +114,19 @@ HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
         },
         "--experimental-attention-variant gated_delta_net .* Add --sequence-parallel",
     ),
+    (
+        {"num_layers": None, "hybrid_layer_pattern": "+-", "tensor_model_parallel_size": 2},
+        r"--hybrid-layer-pattern \+- .* --tensor-model-parallel-size 2 without .* heads .* Add",
+    ),
+    (
+        {
+            "multi_latent_attention": True,
+            "tensor_model_parallel_size": 2,
+            "tst_bag_size": 1,
+            "tst_steps": None,
+        },
+        "--multi-latent-attention does not work with --tensor-model-parallel-size 2 without .* Add",
+    ),
 ]
 
 # Megatron would not heed them, or end in an error of its own.

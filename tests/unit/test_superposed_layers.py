@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_tst.model.layers import leave_product_to_the_loss, superpose_embedding
 from megatron_tst.settings.config import SuperpositionConfig
-from megatron_tst.settings.conflicts import _with_weight_shards
+from megatron_tst.settings.model_conflicts import _with_weight_shards
 
 
 def with_weight_shards(layer: type[nn.Module]) -> nn.Module:
