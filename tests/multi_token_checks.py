@@ -173,7 +173,12 @@ def _sums(w: Weights, batch: SimpleNamespace) -> tuple[Tensor, Tensor]:
 def _expected(model: Any, sequences: list[SimpleNamespace]) -> tuple[Tensor, Weights]:
     """Mean losses of the model itself and of the depths, and gradients of both, scaled."""
     w = {n: p.detach().double().requires_grad_() for n, p in _parameters(model).items()}
-    totals, counts = zip(*(_sums(w, batch) for batch in sequences), strict=True)
+    factors = {
+        "embedding.word_embeddings.weight": model.config.mup_embedding_mult,
+        "output_layer.weight": model.config.mup_output_mult,
+    }
+    scaled = w | {name: w[name] * factor for name, factor in factors.items()}
+    totals, counts = zip(*(_sums(scaled, batch) for batch in sequences), strict=True)
     losses = sum(totals) / sum(counts)
     (losses[0] + FACTOR * losses[1:].mean()).backward()
     return losses.detach(), {n: p.grad for n, p in w.items() if p.grad is not None}
@@ -260,6 +265,13 @@ def check_losses_and_gradients() -> None:
 
 def check_hybrid_model() -> None:
     _compare(_model(is_hybrid=True), _batch(True, True))
+
+
+def check_multipliers_of_mup() -> None:
+    """Of embeddings and logits, of the model itself and of the depths."""
+    mup = {"use_mup": True, "mup_base_hidden_size": 16, "mup_embedding_mult": 3.0}
+    # The power of other models.
+    _compare(_model(**mup, mup_attn_scale_power=0.5), _batch(True, True))
 
 
 def check_loss_of_torch() -> None:

@@ -51,6 +51,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_router_topk_scaling_factor": 2.5,
         "moe_shared_expert_intermediate_size": 32,
     },
+    "Windows and sinks, MoE": {
+        "num_layers": 2,
+        **{name: value for name, value in _EXPERTS.items() if name != "qk_layernorm"},
+        "window_size": "8,0",
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 8,
+        "swiglu": None,
+        "quick_geglu": True,
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+    },
+    "muP, learned positions": {
+        "num_layers": 2,
+        "use_mup": True,
+        "mup_base_hidden_size": 16,
+        "mup_embedding_mult": 3.0,
+        "embedding_init_method_std": 0.05,
+        "position_embedding_type": "learned_absolute",
+        "attention_output_gate": True,
+    },
+    "YaRN, hybrid": {
+        "num_layers": None,
+        "hybrid_layer_pattern": "*-*-",
+        "position_embedding_type": "yarn",
+        "rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 8,
+    },
 }
 """Of two layers, which is as many as two stages need."""
 _GPT = ("Llama", "Qwen3-MoE")
@@ -161,6 +191,9 @@ _CONCERNED: dict[str, tuple[str, ...]] = {
     "Llama, hybrid, MTP": ("TP 2 + SP", "PP 2"),
     "Latent attention, hybrid": ("TP 2 + SP", "PP 2", "CP 2"),
     "Latent attention, MoE": ("TP 2 + SP", "EP 2, alltoall"),
+    "Windows and sinks, MoE": ("TP 2 + SP", "PP 2"),
+    "muP, learned positions": ("TP 2 + SP", "PP 2", "CP 2"),
+    "YaRN, hybrid": ("TP 2 + SP", "CP 2"),
 }
 for _model, _names in _CONCERNED.items():
     for _name in _names:

@@ -72,11 +72,12 @@ def test_a_run_is_that_of_whole_logits(
         MODELS["Llama, tied embeddings"],
         MODELS["Llama, hybrid"],
         MODELS["Qwen3-MoE"],
+        MODELS["muP, learned positions"],
         {"tst_variant": "input-only"},
         {"tst_target_weighting": "power-law"},
         {"tst_bag_size": 1, "tst_steps": None},
     ],
-    ids=["tied", "hybrid", "experts", "input-only", "power law", "bag size 1"],
+    ids=["tied", "hybrid", "experts", "muP", "input-only", "power law", "bag size 1"],
 )
 def test_other_models_and_variants(
     launcher: Launcher, corpus: Path, tmp_path: Path, settings: dict[str, Any]

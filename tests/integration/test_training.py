@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integration.layouts import MODELS
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal, assert_faultless
 from tests.zygote import Launcher
 
@@ -145,6 +146,17 @@ def test_without_superposition_the_run_is_upstreams(
     assert actual["lm loss"] == expected["lm loss"]
     assert actual["grad-norm"] == expected["grad-norm"]
     assert ours.description()["losses"] == {"plain": "cpu"}
+
+
+def test_without_superposition_mup_is_upstreams(
+    launcher: Launcher, small_run: SmallRun, tmp_path: Path
+) -> None:
+    mup = {**MODELS["muP, learned positions"], "train_iters": 4, "lr_wsd_decay_iters": 1}
+    ours = small_run.with_(**mup, tst_bag_size=1, eval_iters=0)
+    stock = small_run.with_(tmp_path, **mup, eval_iters=0)
+    launcher.run(ours.argv, ours.log)
+    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
+    assert_bit_equal(ours.checkpoint(4), stock.checkpoint(4))
 
 
 def test_without_superposition_a_run_takes_the_loss_that_is_asked_for(
