@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megatron_tst.settings.unheeded_model import unheeded_model_settings
+
 
 def unheeded_arguments(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]:
     """Arguments of a parsed command line that would do nothing, or end in an error of the host.
@@ -17,6 +19,7 @@ def unheeded_arguments(args: argparse.Namespace, has_gpu: bool) -> Iterator[str]
         Messages, each naming the argument, its value, the reason and the remedy.
     """
     yield from _anywhere(args)
+    yield from unheeded_model_settings(args)
     yield from _activations(args)
     if args.num_experts and args.add_bias_linear:
         yield from _biases_of_experts(args)

@@ -11,6 +11,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.settings.attention_layers import windows, without_positions
 from megatron_tst.settings.multi_token import depths
 from megatron_tst.training.gpt_to_hybrid import is_translated
 
@@ -35,12 +36,18 @@ _MAY_BE_NONE = ("num_experts", "mtp_num_layers")
 # No weight depends on them, so that Megatron goes on with other positions without a word.
 _POSITIONS = (
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("no_rope_freq", "rotary_seq_len_interpolation_factor", "use_rope_scaling"),
+    *("rotary_seq_len_interpolation_factor", "use_rope_scaling"),
 )
+_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_LATENT_POSITIONS = ("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+# Nor on these.
+_COMPUTED = ("softmax_type", "use_mup", "activation_func_clamp_value", "glu_linear_offset")
+_MUP = ("mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_attn_scale_power")
 _LLAMA3, _YARN = (
     ("rope_scaling_factor",),
     ("rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings"),
 )
+_STAGE = "--finetune, for a stage of its own"
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps")
 _OF_OPTIMIZERS = {"muon": ("muon_momentum",), "lion": ("lion_beta1", "lion_beta2")}
 
@@ -62,14 +69,20 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
     names = [name for name in _MODEL if name in given - skipped]
     if args.group_query_attention:
         names.append("num_query_groups")
+    is_latent = args.multi_latent_attention or "+" in (args.hybrid_layer_pattern or "")
+    names += _LATENT_SIZES if is_latent else ()
     if args.hybrid_layer_pattern and not skipped:
         _refuse_other_layers(args, saved.hybrid_layer_pattern)
     _refuse(args, saved, names, "the weights do not fit", "--load and --save of another run")
     names = [*_POSITIONS]
     names += _LLAMA3 if args.use_rope_scaling else ()
     names += _YARN if args.position_embedding_type == "yarn" else ()
+    names += _LATENT_POSITIONS if is_latent else ()
     reason = "the model would see other positions than it was trained on"
-    _refuse(args, saved, names, reason, "--finetune, for a stage of its own")
+    _refuse(args, saved, names, reason, _STAGE)
+    _refuse_other_attention(args, saved)
+    names = [*_COMPUTED, *(_MUP if args.use_mup else ())]
+    _refuse(args, saved, names, "the same weights would compute something else", _STAGE)
     if not (args.no_load_optim or args.skip_train):
         reason = "the state of the optimizer is that of the checkpoint"
         names = [*_OPTIMIZER, *_OF_OPTIMIZERS.get(args.optimizer, ())]
@@ -84,6 +97,24 @@ def _refuse_other_layers(args: Namespace, was: str) -> None:
             f"{args.hybrid_layer_pattern}: the weights do not fit. Keep the layers, or pass --load "
             "and --save of another run."
         )
+
+
+def _refuse_other_attention(args: Namespace, saved: Any) -> None:
+    """By layer, as the same number means other layers in a HybridModel than in a GPTModel."""
+    for names, of_layers in (
+        (("window_size", "window_attn_skip_freq"), windows),
+        (("no_rope_freq",), without_positions),
+    ):
+        if of_layers(args) != of_layers(saved):
+            was, now = (
+                " ".join(f"--{n.replace('_', '-')} {getattr(settings, n, None)}" for n in names)
+                for settings in (saved, args)
+            )
+            raise UsageError(
+                f"--load {args.load} was saved with {was}, and this command has {now}, which other "
+                "layers of attention follow (a HybridModel counts each MLP as a layer): the model "
+                f"would see other positions than it was trained on. Keep them, or pass {_STAGE}."
+            )
 
 
 def _refuse(

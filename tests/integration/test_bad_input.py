@@ -157,6 +157,37 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         r"--multi-latent-attention with --hybrid-layer-pattern \*- does not work: .*\(\+ is latent",
     ),
     (
+        {"multi_latent_attention": True, "position_embedding_type": "yarn"},
+        "--position-embedding-type yarn with --multi-latent-attention does not work: .*--rope-type",
+    ),
+    (
+        {"hybrid_layer_pattern": "+-", "yarn_beta_fast": 16},
+        "--yarn-beta-fast 16.0 with --multi-latent-attention does not work: .* of its own",
+    ),
+    (
+        {"multi_latent_attention": True, "use_mup": True, "mup_attn_scale_power": 0.5},
+        "--mup-attn-scale-power 0.5 with --multi-latent-attention does not work: .* scales",
+    ),
+    ({"mup_embedding_mult": 3.0}, "--mup-embedding-mult 3.0 does not work: .* --use-mup, which"),
+    ({"mup_width_mult": 2.0}, "--mup-width-mult 2.0 does not work: .* --mup-base-hidden-size"),
+    ({"position_embedding_type": "relative"}, "--position-embedding-type relative does not work"),
+    (
+        {"window_attn_skip_freq": 2},
+        "--window-attn-skip-freq without --window-size does not work: no layer has a window",
+    ),
+    (
+        {"hybrid_layer_pattern": "*-*-", "fp8_output_proj": True},
+        r"--fp8-output-proj with --hybrid-layer-pattern \*-\*- does not work: .*GPTModel",
+    ),
+    (
+        {"hybrid_layer_pattern": "*-*-", "window_size": "8,0", "window_attn_skip_freq": 2},
+        r"--window-attn-skip-freq 2 with --hybrid-layer-pattern \*-\*- .* \(a list with one entry",
+    ),
+    (
+        {"hybrid_layer_pattern": "*-*-", "no_rope_freq": 2},
+        r"--no-rope-freq 2 with --hybrid-layer-pattern \*-\*- does not work: .* no layer of att",
+    ),
+    (
         {"multi_latent_attention": True, "qk_l2_norm": True},
         "--qk-l2-norm with --multi-latent-attention does not work",
     ),
@@ -501,6 +532,10 @@ RESUMES: list[tuple[dict[str, Any], str | None]] = [
     ),
     ({"seq_length": 16}, "--seq-length 32, and this command has 16"),
     ({"tst_bag_size": 8, "finetune": True}, None),
+    ({"window_size": "8,0"}, r"--window-size None .*, and .* --window-size \(8, 0\) .* --finetune"),
+    ({"no_rope_freq": 2}, "with --no-rope-freq None, and this command has --no-rope-freq 2, which"),
+    ({"softmax_type": "off-by-one"}, "--softmax-type vanilla, and .* compute something else"),
+    ({"use_mup": True}, "--use-mup False, and this command has True: the same weights would"),
     ({"ckpt_step": 1}, "--ckpt-step 1 names the checkpoint iter_0000001, which is not there"),
 ]
 

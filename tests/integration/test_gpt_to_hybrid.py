@@ -161,6 +161,7 @@ def test_what_megatron_cannot_translate(
     cases: list[tuple[SmallRun, str | None]] = [
         (as_hybrid(dense, tmp_path, "Llama"), None),
         (as_hybrid(dense, tmp_path, "Llama", hidden_size=64), "--hidden-size 32, and .* 64"),
+        (as_hybrid(dense, tmp_path, "Llama", window_size="8,0"), r"--window-size \(8, 0\) .* MLP"),
         (
             dense.with_(num_layers=None, hybrid_layer_pattern="*-*-*-"),
             "the pattern has 3 layers, .* checkpoint 2",
