@@ -29,15 +29,17 @@ class ModelSize:
         parameters: all of them.
         matmul_parameters: those that a token is multiplied with: without the input embedding and
             without the experts that it does not visit.
-        layers: layers with attention; 0 leaves the FLOPs of attention out.
-        attention_width: query heads times head dimension.
+        layers: layers whose attention sees all positions before; 0 leaves their FLOPs out.
+        attention_width: query heads times head dimension, of keys and values the mean.
+        windows: positions that a layer with a sliding window sees, of each such layer.
     """
 
     name: str
     parameters: int
     matmul_parameters: int
     layers: int = 0
-    attention_width: int = 0
+    attention_width: float = 0
+    windows: tuple[int, ...] = ()
 
     @property
     def is_mixture_of_experts(self) -> bool:
@@ -47,11 +49,15 @@ class ModelSize:
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of training on one latent position, forward and backward.
 
-        Six for each parameter, and causal attention: for each layer 2 * length * width forward, as
-        half of the scores are masked, and twice that backward.
+        Six for each parameter, and causal attention: for each layer 4 * width forward for every
+        position that is seen, on average half of the length without a window, and twice that
+        backward.
         """
-        attention = 6 * self.layers * self.attention_width * sequence_length
-        return 6.0 * self.matmul_parameters + attention
+        seen = self.layers * sequence_length / 2
+        for window in self.windows:
+            width = min(window, sequence_length)
+            seen += width - width**2 / (2 * sequence_length)
+        return 6.0 * self.matmul_parameters + 12 * self.attention_width * seen
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def layer_bytes(
     """
     if args.recompute_granularity == "full":
         return {"layer input": _element(args) * args.hidden_size * _split(args)}
-    kept = _attention(args, is_fp8) if attention else {}
+    of_layer = _latent_attention if args.multi_latent_attention else _attention
+    kept = of_layer(args, is_fp8) if attention else {}
     if mlp:
         kept |= (_experts if is_moe else _mlp)(args, is_fp8)
     for module in args.recompute_modules or () if args.recompute_granularity else ():
@@ -60,6 +61,7 @@ def depth_bytes(args: argparse.Namespace) -> dict[str, float]:
 # What is computed again instead of kept, by module of --recompute-modules.
 _DROPPED = {
     "core_attn": ("attention output",),
+    "mla_up_proj": ("query, key, value",),
     "layernorm": ("normed attention input", "normed MLP input"),
     "mlp": ("normed MLP input", "gate and up", "activated"),
     "moe": ("tokens of experts", "gate and up", "activated", "shared gate and up", "router"),
@@ -94,6 +96,28 @@ def _attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
         kept["projection input"] = operand * query
     if args.qk_layernorm:
         kept["query and key before norm"] = element * (query + key)
+    if args.attention_output_gate:
+        # Its sigmoid in fp32, and what it has scaled.
+        kept["gate"] = (_FP32 + (0 if is_fp8 else element)) * query
+    return kept
+
+
+def _latent_attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
+    element, split = _element(args), _split(args)
+    operand = fp8_bytes(args) if is_fp8 else element
+    heads = args.num_attention_heads / args.tensor_model_parallel_size
+    rotated, keys = args.qk_pos_emb_head_dim, args.qk_head_dim + args.qk_pos_emb_head_dim
+    latent = (args.q_lora_rank or 0) + args.kv_lora_rank
+    kept = {
+        "attention input": element * args.hidden_size * split,
+        "normed attention input": operand * args.hidden_size * split,
+        # Before and behind their norms.
+        "latent": (element * (latent + rotated) + operand * latent) * split,
+        "query, key, value": element * heads * (2 * keys + args.v_head_dim),
+        "attention output": element * heads * args.v_head_dim,
+    }
+    if is_fp8:
+        kept["projection input"] = operand * heads * args.v_head_dim
     return kept
 
 

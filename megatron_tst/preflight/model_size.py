@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_tst.planning.accounting import ModelSize
 from megatron_tst.preflight.memory import is_multi_token
 from megatron_tst.preflight.rank_simulation import Stage
+from megatron_tst.settings.attention_layers import ATTENTION, windows
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.", "output_layer."
 
@@ -41,8 +42,7 @@ class BuiltModel:
         depths = args.mtp_num_layers or 0
         # The output layer follows each depth, and one layer may serve all of them.
         passes = depths if args.mtp_use_repeated_layer else min(depths, 1)
-        # FLOPs beside those of weights are attention's, which a HybridModel counts by itself.
-        attention = (args.hybrid_layer_pattern or "").count("*")
+        layers = [_left_of(window) for window in windows(args)]
         multiplied = self.active - (self.embedding if self.output else 0)
         multiplied += depths * (self.output or self.embedding)
         multiplied += max(passes - 1, 0) * self.multi_token
@@ -50,9 +50,31 @@ class BuiltModel:
             name="model",
             parameters=self.total,
             matmul_parameters=multiplied,
-            layers=attention or args.num_layers + depths,
-            attention_width=args.num_attention_heads * args.kv_channels,
+            layers=layers.count(None) + _attention_ahead(args),
+            attention_width=_attention_width(args),
+            windows=tuple(left + 1 for left in layers if left is not None),
         )
+
+
+def _left_of(window: tuple[int, int] | None) -> int | None:
+    """Positions before its own that a layer sees, None for all."""
+    return window[0] if window and window[0] >= 0 else None
+
+
+def _attention_ahead(args: argparse.Namespace) -> int:
+    """Layers with attention of multi-token prediction, over all depths."""
+    if args.hybrid_layer_pattern:
+        ahead = args.hybrid_layer_pattern.partition("/")[2]
+        return sum(kind in ATTENTION for kind in ahead)
+    return args.mtp_num_layers or 0
+
+
+def _attention_width(args: argparse.Namespace) -> float:
+    """Of all heads; latent attention has values of another width than keys."""
+    if args.multi_latent_attention:
+        keys = args.qk_head_dim + args.qk_pos_emb_head_dim
+        return float(args.num_attention_heads * (keys + args.v_head_dim) / 2)
+    return float(args.num_attention_heads * args.kv_channels)
 
 
 def whole_model(args: argparse.Namespace, stages: Sequence[Stage]) -> BuiltModel:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_ATTENTION = "*+D"
+ATTENTION = "*+D"
+"""Layers of a pattern that have it."""
 
 
 def attention_layers(settings: Any) -> list[int]:
@@ -19,7 +20,7 @@ def attention_layers(settings: Any) -> list[int]:
     """
     if pattern := getattr(settings, "hybrid_layer_pattern", None):
         layers = pattern.partition("/")[0].replace("|", "")
-        return [number for number, kind in enumerate(layers, 1) if kind in _ATTENTION]
+        return [number for number, kind in enumerate(layers, 1) if kind in ATTENTION]
     return list(range(1, (settings.num_layers or 0) + 1))
 
 

@@ -178,6 +178,11 @@ def test_equal_loss_of_the_3b_model_is_the_published_baseline() -> None:
 def test_flops_per_token() -> None:
     # By hand: 6 * 1e9, and 2 layers of width 10 at length 100: 6 * 2 * 10 * 100.
     assert ModelSize("own", 10**9, 10**9, 2, 10).flops_per_token(100) == 6e9 + 12_000
+    # A window as wide as the sequence is none.
+    windows = ModelSize("own", 10**9, 10**9, 0, 10, (100, 200))
+    assert windows.flops_per_token(100) == 6e9 + 12_000
+    narrow = ModelSize("own", 10**9, 10**9, 0, 10, (4,))
+    assert narrow.flops_per_token(100) == 6e9 + 120 * (4 - 16 / 200)
 
 
 @settings(max_examples=30, deadline=None)

@@ -50,6 +50,12 @@ SMALL = {
     "experts": [*_SMALL, *_EXPERTS],
     "multi-token": [*_SMALL, _DEPTHS, "2"],
 }
+_LATENT = shlex.split(
+    "--multi-latent-attention --q-lora-rank 48 --kv-lora-rank 32 --qk-head-dim 16 "
+    "--qk-pos-emb-head-dim 8 --v-head-dim 16 --qk-layernorm"
+)
+# By model, what the modules of the CPU keep of attention beside what those of a GPU do.
+KEPT_HERE = {"dense": 2 * 2 * (128 - 64), "experts": 2 * 2 * (128 - 64), "latent": 0, "gated": 256}
 LAYOUTS = {
     "dense": ["--tensor-model-parallel-size", "2"],
     "experts": ["--expert-model-parallel-size", "2"],
@@ -122,6 +128,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
     latent = [*without(dense, HEADS), "--num-layers", "4", *LATENT.split()]
     for name, layout in LATENT_LAYOUTS.items():
         checked.add(f"latent {name}", [*latent, *layout.split()])
+    checked.measure("FLOPs latent one", "preflight_measured.megatron_flops", latent, 64)
     mamba = [*without(dense, "--num-layers"), "--hybrid-layer-pattern", "M-*-"]
     checked.add("mamba", mamba)
     pipeline = "--pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --sequence-parallel"
@@ -172,7 +179,16 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
             checked.measure(
                 f"{name} {rank}", "preflight_measured.measured_optimizer", laid_out, 8, rank
             )
+    attention = {
+        "dense": _SMALL,
+        "experts": SMALL["experts"],
+        "latent": [*without(_SMALL, HEADS), *_LATENT],
+        "gated": [*_SMALL, "--attention-output-gate"],
+    }
+    for name, argv in attention.items():
         checked.measure(f"activations {name}", "preflight_measured.measured_activations", argv)
+        # Megatron has no local modules of latent attention for a GPU.
+        argv = without(argv, "--transformer-impl") if name == "latent" else argv
         checked.add(f"activations {name} 2", [*argv, "--num-layers", "2"], size=1)
         checked.add(f"activations {name} 3", [*argv, "--num-layers", "3"], size=1)
     for name, argv in _loads(checked.folder).items():
@@ -393,7 +409,10 @@ def test_weights_gradients_and_optimizer_are_those_of_real_ones(
     assert memory["weights"] == 2 * measured["weights"]
 
 
-@pytest.mark.parametrize(("name", "mlp_width"), [("dense", 256), ("experts", 2 * 2 * 64)])
+@pytest.mark.parametrize(
+    ("name", "mlp_width"),
+    [("dense", 256), ("experts", 2 * 2 * 64), ("latent", 256), ("gated", 256)],
+)
 def test_activations_of_a_layer_are_those_that_autograd_keeps(
     checked: Checked, name: str, mlp_width: int
 ) -> None:
@@ -404,8 +423,7 @@ def test_activations_of_a_layer_are_those_that_autograd_keeps(
     layer = three["activations"] - two["activations"]
     # What the modules of the CPU keep and fused ones of a GPU do not: attention each key and value
     # for all heads, SwiGLU its sigmoid and, with weights, its unweighted result.
-    heads, swiglu = 2 * 2 * (128 - 64), 2 * mlp_width
-    expected = layer + 2 * 128 * (heads + swiglu)
+    expected = layer + 2 * 128 * (KEPT_HERE[name] + 2 * mlp_width)
     # Not in the formula: statistics of rows, angles of RoPE, indices of permutations.
     assert expected == pytest.approx(checked.measured[f"activations {name}"]["bytes"], rel=0.04)
 
@@ -435,9 +453,12 @@ def test_multi_token_prediction_is_counted(checked: Checked) -> None:
 
 @pytest.mark.parametrize(
     "launch",
-    [f"multi-token{kind}" for kind in ("", " in a pipeline", " of one layer", " of experts")],
+    [
+        *(f"multi-token{kind}" for kind in ("", " in a pipeline", " of one layer", " of experts")),
+        "latent one",
+    ],
 )
-def test_flops_of_multi_token_prediction_are_near_those_that_megatron_logs(
+def test_flops_of_other_layers_are_near_those_that_megatron_logs(
     checked: Checked, launch: str
 ) -> None:
     found = checked.found[launch]["flops_per_step"]
@@ -449,6 +470,14 @@ def test_flops_are_near_those_that_megatron_logs(checked: Checked, model: str) -
     # Megatron leaves out norms' weights and the router, and rounds nothing.
     found = checked.found[f"{model} tst"]["flops_per_step"]
     assert found == pytest.approx(checked.measured[f"FLOPs {model}"], rel=0.01)
+
+
+def test_windows_are_counted(checked: Checked) -> None:
+    usual, found = (checked.found[name]["flops_per_step"] for name in ("3b of 4", "window"))
+    # Three of four layers; a position sees half of the sequence, or what is left of the window.
+    positions, width, length, window = 512 * 4096, 16 * 128, 4096, 1025
+    saved = length / 2 - (window - window**2 / (2 * length))
+    assert usual - found == pytest.approx(3 * 12 * positions * width * saved)
 
 
 def test_text_is_counted_where_the_corpus_is(checked: Checked) -> None:
