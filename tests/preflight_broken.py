@@ -215,6 +215,13 @@ BROKEN: dict[str, Broken] = {
         "--tensor-parallel-num-weight-shards 2 with --tensor-model-parallel-size 1 does not work "
         "with --tst-bag-size 6",
     ),
+    "weight shards of experts": (
+        "10b_a1b",
+        "--ddp-average-in-collective",
+        "--expert-tensor-parallel-num-weight-shards 2",
+        "warning",
+        "--expert-tensor-parallel-num-weight-shards: memory and FLOPs are estimated as without it",
+    ),
     "output layer in FP8": (
         "3b",
         "",

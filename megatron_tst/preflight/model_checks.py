@@ -165,8 +165,9 @@ def not_built(reason: str) -> Finding:
 def unmodelled(args: argparse.Namespace) -> list[Finding]:
     """What the estimates of memory and FLOPs do not know."""
     flags = {
-        "--hybrid-layer-pattern": set(args.hybrid_layer_pattern or "") - set("*-E|"),
-        "--multi-latent-attention": args.multi_latent_attention,
+        "--hybrid-layer-pattern": set(args.hybrid_layer_pattern or "") - set("*+-E|"),
+        "--tensor-parallel-num-weight-shards": args.gtp_weight_remat_size > 1,
+        "--expert-tensor-parallel-num-weight-shards": args.expert_gtp_weight_remat_size > 1,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
     }

@@ -48,6 +48,8 @@ def unheeded_model_settings(args: argparse.Namespace) -> Iterator[str]:
             "Megatron computes it from --mup-base-hidden-size",
         ),
     }
+    if args.fp8_output_proj:
+        reasons |= _of_fp8_output(args)
     if not args.use_mup:
         for name, default in _MUP.items():
             reasons[_written(args, name)] = (
@@ -61,6 +63,24 @@ def unheeded_model_settings(args: argparse.Namespace) -> Iterator[str]:
     for setting, (is_set, reason) in reasons.items():
         if is_set:
             yield f"{setting} does not work: {reason}. Remove it."
+
+
+def _of_fp8_output(args: argparse.Namespace) -> dict[str, tuple[object, str]]:
+    layer = "Transformer Engine's output layer"
+    return {
+        "--fp8-output-proj without --untie-embeddings-and-output-weights": (
+            not args.untie_embeddings_and_output_weights,
+            f"{layer} must have a weight of its own",
+        ),
+        "--fp8-output-proj with --mtp-detach-heads": (
+            args.mtp_detach_heads,
+            f"{layer} does not take the detached weight",
+        ),
+        "--fp8-output-proj with --defer-embedding-wgrad-compute": (
+            args.defer_embedding_wgrad_compute,
+            f"{layer} has no buffers for it",
+        ),
+    }
 
 
 def _of_latent_attention(args: argparse.Namespace) -> dict[str, tuple[object, str]]:

@@ -180,6 +180,18 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         r"--fp8-output-proj with --hybrid-layer-pattern \*-\*- does not work: .*GPTModel",
     ),
     (
+        {"fp8_output_proj": True, "untie_embeddings_and_output_weights": None},
+        "--fp8-output-proj without --untie-.* does not work: .* a weight of its own",
+    ),
+    (
+        {"fp8_output_proj": True, "mtp_num_layers": 1, "mtp_detach_heads": True},
+        "--fp8-output-proj with --mtp-detach-heads does not work: .* detached weight",
+    ),
+    (
+        {"fp8_output_proj": True, "defer_embedding_wgrad_compute": True},
+        "--fp8-output-proj with --defer-embedding-wgrad-compute does not work: .* no buffers",
+    ),
+    (
         {"hybrid_layer_pattern": "*-*-", "window_size": "8,0", "window_attn_skip_freq": 2},
         r"--window-attn-skip-freq 2 with --hybrid-layer-pattern \*-\*- .* \(a list with one entry",
     ),
