@@ -89,6 +89,11 @@ class SuperpositionGPTDataset(GPTDataset):
         return SampleLayout(self.config.sequence_length, phases)
 
     @cached_property
+    def text_layout(self) -> SampleLayout:
+        """The same with bags read in the place of those with documents left out later."""
+        return self.layout.with_more_bags(self.stream.more_bags.tolist())
+
+    @cached_property
     def stream(self) -> TokenStream:
         """Order of documents and samples, mapped from the cache."""
         return TokenStream.load(self._cache_prefix)
@@ -158,15 +163,7 @@ class SuperpositionGPTDataset(GPTDataset):
 
     def span(self, idx: int | None) -> tuple[int, int]:
         """Where the text of a sample lies in the stream, look-ahead included."""
-        place = idx or 0
-        # Otherwise it is of the phase that it lies in, which may be another one of the same size.
-        phase = self.layout.phase_of(place) if self.leaves_out_later else None
-        return self.layout.span(int(self.stream.samples[place]), phase)
-
-    @cached_property
-    def leaves_out_later(self) -> bool:
-        """Whether documents are left out from some sample on, by reading others in their place."""
-        return any(exclusion.first_place for exclusion in self._exclusions)
+        return self.text_layout.span(int(self.stream.samples[idx or 0]))
 
     def _query_document_sample_shuffle_indices(
         self, idx: int

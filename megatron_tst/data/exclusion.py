@@ -5,8 +5,8 @@ was: its samples lie scattered over the epoch. So from the resume on the run ski
 holds a token of a document left out, in its text or look-ahead, and reads others instead:
 
 * in phase 2 the samples behind move up;
-* in phase 1 the text behind it is read in bags, as many samples as are missing, and phase 2 begins
-  behind them.
+* in phase 1 the text behind it is read in bags, of each size as many samples as are missing, and
+  phase 2 begins behind them.
 
 Each step reads as many samples and tokens as planned, no sample is read twice, and a longer run
 still continues a shorter one.
@@ -63,12 +63,9 @@ def build_without(
 ) -> TokenStream:
     """The stream of a run that leaves documents out after a resume.
 
-    A sample in a place of phase 1 counts in samples of phase 1, also beyond their number; one in a
-    place of phase 2 as in ``layout``.
-
     Args:
         builder: without the documents that were left out from the start.
-        layout: of the run without exclusions: two phases.
+        layout: of the run without exclusions.
         num_samples: samples to be read.
         exclusions: in the order of their resumes.
 
@@ -77,72 +74,99 @@ def build_without(
     """
     planned = builder.build(layout, num_samples)
     switch = layout.phases[-1].first_sample
-    in_bags = [each for each in exclusions if each.first_place < switch]
-    first = planned.samples[:switch].astype(np.int64)
-    bags_end = switch
-    while in_bags:
-        moved = _with_switch_at(layout, bags_end)
-        stream = builder.build(moved, num_samples + bags_end - switch)
-        replaced, needed = _replace_in_phase_1(stream, moved, first, in_bags)
-        # Where documents are aligned, what lies behind the bags is known once they reach so far.
-        if needed <= bags_end:
-            first, bags_end = replaced, needed
-            break
-        bags_end = needed
-    wanted, margin = num_samples - len(first), 0
+    bags, more = planned.samples[:switch].astype(np.int64), _NOTHING
+    left_out = np.zeros(0, dtype=np.int64)
+    for exclusion in exclusions:
+        left_out = np.union1d(left_out, exclusion.documents)
+        if exclusion.first_place < switch:
+            past, rest = np.split(bags, [exclusion.first_place])
+            rest, more = _replace_bags(builder, layout, past, rest, more, left_out)
+            bags = np.concatenate([past, rest])
+    moved = layout.with_more_bags(more.tolist())
+    wanted, first_plain = num_samples - len(bags), moved.phases[-1].first_sample
+    margin = 0
     while True:
-        moved = _with_switch_at(layout, bags_end)
-        stream = builder.build(moved, num_samples + bags_end - switch + margin)
-        rest = _skip_in_phase_2(stream, moved, switch, exclusions)
-        if len(rest) >= wanted:
+        stream = builder.build(moved, first_plain + wanted + margin)
+        plain = _without(stream, moved, switch, exclusions)
+        if len(plain) >= wanted:
             break
-        margin += wanted - len(rest)
+        margin += wanted - len(plain)
     if len(stream.documents) > len(planned.documents):
         raise UsageError(
             f"--tst-exclude-documents leaves too little text of {builder.corpus}: the run would "
             "read it once more than planned. Shorten the run, or leave fewer documents out."
         )
-    # As they count in the layout without exclusions, whose phase 2 begins earlier.
-    shift = (bags_end - switch) * (layout.phases[0].tokens_per_position - 1)
-    samples = np.concatenate([first, rest[:wanted] + shift])
+    samples = np.concatenate([bags, plain[:wanted]])
     dtype = np.uint32 if samples.max() < 2**32 else np.int64
-    return replace(stream, samples=samples.astype(dtype))
+    return replace(stream, samples=samples.astype(dtype), more_bags=more)
 
 
-def _with_switch_at(layout: SampleLayout, sample: int) -> SampleLayout:
-    bags, plain = layout.phases
-    return SampleLayout(layout.sequence_length, (bags, plain.from_sample(sample)))
+_NOTHING = np.zeros((0, 2), dtype=np.int64)
 
 
-def _replace_in_phase_1(
-    stream: TokenStream,
+def _replace_bags(
+    builder: StreamBuilder,
     layout: SampleLayout,
-    order: NDArray[np.int64],
-    exclusions: Sequence[Exclusion],
-) -> tuple[NDArray[np.int64], int]:
-    """The order of phase 1 with others in the place of what is skipped, and the sample behind."""
-    end, left_out = len(order), np.zeros(0, dtype=np.int64)
-    for exclusion in exclusions:
-        found = stream.samples_with(exclusion.documents, layout, 0)
-        left_out = np.union1d(left_out, found)
-        past, rest = np.split(order, [exclusion.first_place])
-        rest = rest[~np.isin(rest, left_out)]
-        others: list[int] = []
-        while len(others) < len(order) - len(past) - len(rest):
-            if end not in left_out:
-                others.append(end)
-            end += 1
-        order = np.concatenate([past, rest, np.array(others, dtype=np.int64)])
-    return order, end
+    past: NDArray[np.int64],
+    rest: NDArray[np.int64],
+    more: NDArray[np.int64],
+    left_out: NDArray[Any],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Puts others in the place of the samples with bags that hold documents left out.
+
+    Args:
+        builder: of the stream.
+        layout: of the run without exclusions.
+        past: samples that have been read.
+        rest: samples of bags that have not.
+        more: bags behind those of the run, as ``TokenStream.more_bags``.
+        left_out: documents.
+
+    Returns:
+        The rest, those that stay moved up among the places of their size; and ``more``, with as
+        many further bags as it takes.
+    """
+    switch = len(past) + len(rest)
+    sizes = _sizes(layout, np.arange(len(past), switch))
+    while True:
+        moved = layout.with_more_bags(more.tolist())
+        behind = moved.phases[-1].first_sample
+        stream = builder.build(moved, behind + 1)
+        spare = np.setdiff1d(np.arange(switch, behind), np.concatenate([past, rest]))
+        # What lies behind decides where aligned documents begin, so all are looked at again.
+        usable = np.concatenate([rest, spare])
+        usable = usable[~stream.holds(left_out, moved, usable)]
+        of_size = _sizes(moved, usable)
+        found = {size: usable[of_size == size] for size in dict.fromkeys(sizes.tolist())}
+        missing = [
+            (size, count)
+            for size, samples in found.items()
+            if (count := int((sizes == size).sum()) - len(samples)) > 0
+        ]
+        if not missing:
+            break
+        more = np.concatenate([more, np.array(missing, dtype=np.int64)])
+    replaced = rest.copy()
+    for size, samples in found.items():
+        replaced[sizes == size] = samples[: int((sizes == size).sum())]
+    return replaced, more
 
 
-def _skip_in_phase_2(
+def _sizes(layout: SampleLayout, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Their bag sizes."""
+    firsts = np.array([phase.first_sample for phase in layout.phases])
+    sizes = np.array([phase.bag_size for phase in layout.phases])
+    found: NDArray[np.int64] = sizes[firsts.searchsorted(samples, side="right") - 1]
+    return found
+
+
+def _without(
     stream: TokenStream, layout: SampleLayout, switch: int, exclusions: Sequence[Exclusion]
 ) -> NDArray[np.int64]:
-    """The order of phase 2 without what is skipped."""
+    """The order of the plain samples without what is skipped."""
     order = stream.samples[layout.phases[-1].first_sample :].astype(np.int64)
     for exclusion in exclusions:
         past, rest = np.split(order, [max(exclusion.first_place - switch, 0)])
-        left_out = stream.samples_with(exclusion.documents, layout, 1)
-        order = np.concatenate([past, rest[~np.isin(rest, left_out)]])
+        left_out = stream.holds(exclusion.documents, layout, rest)
+        order = np.concatenate([past, rest[~left_out]])
     return order

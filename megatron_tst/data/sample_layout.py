@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_tst.settings.phases import Phase
 
@@ -53,17 +57,35 @@ class SampleLayout:
         ]
         return (0, *accumulate(lengths))
 
-    def span(self, sample: int, index: int | None = None) -> tuple[int, int]:
-        """First position of a sample, and the position behind its look-ahead.
+    def with_more_bags(self, more: Iterable[Sequence[int]]) -> SampleLayout:
+        """With further samples of bags behind those of the run, and plain ones behind them.
 
         Args:
-            sample: which.
-            index: of the phase in whose length it is read; None for the one it belongs to.
+            more: bag size, of the run, and samples of each stretch of them.
         """
-        index = self.phase_of(sample) if index is None else index
+        *bags, plain = self.phases
+        by_size = {phase.bag_size: phase for phase in bags}
+        end = plain.first_sample
+        for size, samples in more:
+            bags.append(by_size[size].from_sample(end))
+            end += samples
+        return replace(self, phases=(*bags, plain.from_sample(end)))
+
+    def span(self, sample: int) -> tuple[int, int]:
+        """First position of a sample, and the position behind its look-ahead."""
+        index = self.phase_of(sample)
         phase = self.phases[index]
         begin = self.begins[index] + (sample - phase.first_sample) * self.tokens(phase)
         return begin, begin + self.tokens(phase) + phase.look_ahead
+
+    def spans(self, samples: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The same of many samples: [n] int64 each."""
+        index = np.searchsorted(self._first_samples, samples, side="right") - 1
+        tokens = np.array([self.tokens(phase) for phase in self.phases])[index]
+        look_ahead = np.array([phase.look_ahead for phase in self.phases])[index]
+        behind = samples.astype(np.int64) - np.array(self._first_samples)[index]
+        begins = np.array(self.begins, dtype=np.int64)[index] + behind * tokens
+        return begins, begins + tokens + look_ahead
 
     def end(self, num_samples: int) -> int:
         """Position behind all that the first samples read."""
@@ -76,21 +98,6 @@ class SampleLayout:
         index = bisect_left(self.begins, position, lo=1) - 1
         phase = self.phases[index]
         return phase.first_sample - (self.begins[index] - position) // self.tokens(phase)
-
-    def samples_in(self, begin: int, end: int, index: int) -> range:
-        """Samples with text or look-ahead in the positions from ``begin`` up to ``end``, excluded.
-
-        Args:
-            begin: first position.
-            end: position behind the last.
-            index: of their phase, which is taken to go on for ever.
-        """
-        phase, start = self.phases[index], self.begins[index]
-        length, first = self.tokens(phase), phase.first_sample
-        if begin >= end:
-            return range(0)
-        before = max((begin - phase.look_ahead - start) // length, 0)
-        return range(first + before, first + max(-((start - end) // length), 0))
 
     def samples_on(self, begin: int, end: int) -> range:
         """Samples with text or look-ahead in the positions from ``begin`` up to ``end``, excluded.

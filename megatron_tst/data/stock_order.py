@@ -54,41 +54,35 @@ def stock_indices(
 
     Args:
         stream: order of documents and samples.
-        layout: where the samples lie.
+        layout: of the run.
         samples_read: places of the run that are done.
         seed: random seed.
 
     Raises:
         UsageError: bags that keep to their document are left, which hold padding.
     """
-    samples = stream.samples.astype(np.int64)
-    length, switch_sample = layout.sequence_length, layout.phases[-1].first_sample
-    left_over = _left_of_bags(samples, layout, samples_read)
+    length, switch = layout.sequence_length, layout.phases[-1].first_sample
+    layout = layout.with_more_bags(stream.more_bags.tolist())
+    left_over = _left_of_bags(stream.samples[samples_read:switch], layout)
     np.random.RandomState([seed, 0, _LEFT_OF_PHASE_1]).shuffle(left_over)
-    plain = samples[max(switch_sample, samples_read) :] - switch_sample
-    begins = np.concatenate([left_over, layout.begins[-1] + plain * length])
-    begins = begins[: len(samples) - samples_read]
+    plain, _ = layout.spans(stream.samples[max(switch, samples_read) :])
+    begins = np.concatenate([left_over, plain])[: len(stream.samples) - samples_read]
     return _indices(stream, begins, begins + length, samples_read)
 
 
-def _left_of_bags(
-    samples: NDArray[np.int64], layout: SampleLayout, samples_read: int
-) -> NDArray[np.int64]:
+def _left_of_bags(unread: NDArray[Any], layout: SampleLayout) -> NDArray[np.int64]:
     """Where the plain samples begin that samples of bags are made of."""
-    length, bags = layout.sequence_length, layout.phases[:-1]
-    unread = samples[samples_read : layout.phases[-1].first_sample]
-    if len(unread) and any(phase.document_multiple > 1 for phase in bags):
+    if len(unread) and any(phase.document_multiple > 1 for phase in layout.phases):
         raise UsageError(
             f"{len(unread)} samples of phase 1 are left, and with --tst-document-boundary "
             "align they hold padding: take the checkpoint of the switch, or a later one."
         )
-    firsts = np.array([phase.first_sample for phase in bags])
-    # Samples that are read in the place of documents left out lie behind the last phase of bags.
-    index = np.clip(firsts.searchsorted(unread, side="right") - 1, 0, len(bags) - 1)
-    parts = np.array([phase.tokens_per_position for phase in bags])[index]
-    begins = np.array(layout.begins)[index] + (unread - firsts[index]) * length * parts
+    firsts = np.array([phase.first_sample for phase in layout.phases])
+    index = firsts.searchsorted(unread, side="right") - 1
+    parts = np.array([phase.tokens_per_position for phase in layout.phases])[index]
+    begins, _ = layout.spans(unread)
     part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
-    return np.asarray(np.repeat(begins, parts) + part * length, dtype=np.int64)
+    return np.asarray(np.repeat(begins, parts) + part * layout.sequence_length, dtype=np.int64)
 
 
 def _indices(

@@ -29,7 +29,8 @@ Nothing here depends on torch or Megatron.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -192,11 +193,15 @@ class TokenStream:
         starts: [len(documents) + 1] int64, the stream position at which each of them begins, and
             the end of the stream. A document may have more positions than tokens.
         samples: [num_samples] uint32 or int64, the sample that is read in each place.
+        more_bags: [n, 2] int64, bag size and samples of what is read in bags behind those of the
+            run, in the place of samples with documents that were left out in the middle of it.
+            ``samples`` counts in ``layout.with_more_bags(more_bags)``.
     """
 
     documents: NDArray[Any]
     starts: NDArray[Any]
     samples: NDArray[Any]
+    more_bags: NDArray[Any] = field(default_factory=partial(np.zeros, (0, 2), np.int64))
 
     @classmethod
     def build(
@@ -248,38 +253,51 @@ class TokenStream:
             for name in ("documents", "starts", "samples")
         }
 
+    @staticmethod
+    def _more_bags_path(prefix: Path) -> Path:
+        return prefix.with_name(f"{prefix.name}-more_bags.npy")
+
     def save(self, prefix: Path) -> None:
         """Writes the arrays; a file appears under its name only when it is complete."""
-        for name, path in self.paths(prefix).items():
+        files = self.paths(prefix)
+        if len(self.more_bags):
+            # First: the other files are what says that all are there.
+            files = {"more_bags": self._more_bags_path(prefix), **files}
+        for name, path in files.items():
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, prefix: Path) -> Self:
         """Maps the saved arrays into memory."""
+        files = cls.paths(prefix)
+        if (more_bags := cls._more_bags_path(prefix)).is_file():
+            files["more_bags"] = more_bags
         arrays = {
             # A plain array over the mapping: the memmap class makes each look-up slower.
             name: np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            for name, path in cls.paths(prefix).items()
+            for name, path in files.items()
         }
         return cls(**arrays)
 
-    def samples_with(
-        self, documents: NDArray[Any], layout: SampleLayout, index: int
-    ) -> NDArray[np.int64]:
-        """The samples of a phase that hold tokens of documents, in text or look-ahead.
+    def holds(
+        self, documents: NDArray[Any], layout: SampleLayout, samples: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        """Whether samples hold tokens of some documents, in text or look-ahead.
 
         Args:
-            documents: [n] indices in the corpus.
+            documents: indices in the corpus.
             layout: where the samples lie.
-            index: of the phase, which is taken to go on for ever.
+            samples: [n].
         """
-        found = [
-            np.asarray(layout.samples_in(begin, end, index), dtype=np.int64)
-            for place in np.flatnonzero(np.isin(self.documents, documents))
-            for begin, end in [self.starts[place : place + 2].tolist()]
-        ]
-        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *found]))
+        places = np.flatnonzero(np.isin(self.documents, documents))
+        starts, ends = self.starts[places], self.starts[places + 1]
+        has_text = ends > starts
+        starts, ends = starts[has_text], ends[has_text]
+        begins, behind = layout.spans(samples)
+        # The last of them that begins before the sample ends, if there is one.
+        last = starts.searchsorted(behind) - 1
+        return (last >= 0) & (np.append(ends, 0)[last] > begins)
 
     def read(
         self, source: TokenSource, begin: int, end: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.dataset import SuperpositionGPTDataset
-from megatron_tst.data.sample_layout import SampleLayout
-from megatron_tst.data.stream import TokenStream
 from megatron_tst.settings.phases import Phase
 from megatron_tst.settings.schedule import SuperpositionSchedule
 
@@ -183,13 +180,11 @@ class _Reader:
 
 def _places_of(dataset: SuperpositionGPTDataset, document: int) -> NDArray[Any]:
     """Places of a dataset whose samples may read a document."""
-    if dataset.is_superposed and dataset.leaves_out_later:
-        return _places_by_phase(dataset.stream, dataset.layout, document)
     if dataset.is_superposed:
         stream, samples = dataset.stream, [np.zeros(0, dtype=np.int64)]
         for place in np.flatnonzero(stream.documents == document):
             begin, end = stream.starts[place : place + 2].tolist()
-            samples.append(np.asarray(dataset.layout.samples_on(begin, end), dtype=np.int64))
+            samples.append(np.asarray(dataset.text_layout.samples_on(begin, end), dtype=np.int64))
         return np.flatnonzero(np.isin(stream.samples, np.concatenate(samples)))
     starts = dataset.sample_index[:, 0]
     of_upstream: list[int] = []
@@ -198,12 +193,3 @@ def _places_of(dataset: SuperpositionGPTDataset, document: int) -> NDArray[Any]:
         first = int(starts.searchsorted(occurrence, side="left")) - 1
         of_upstream += range(max(first, 0), int(starts.searchsorted(occurrence, side="right")))
     return np.flatnonzero(np.isin(dataset.shuffle_index, np.array(of_upstream, dtype=np.int64)))
-
-
-def _places_by_phase(stream: TokenStream, layout: SampleLayout, document: int) -> NDArray[Any]:
-    bounds = [*(phase.first_sample for phase in layout.phases), len(stream.samples)]
-    found = []
-    for index, (first, end) in enumerate(pairwise(bounds)):
-        samples = stream.samples_with(np.array([document]), layout, index)
-        found.append(first + np.flatnonzero(np.isin(stream.samples[first:end], samples)))
-    return np.concatenate(found)

@@ -11,7 +11,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.data.blend import find_corpus
-from megatron_tst.settings.arguments import bags_flag, has_bags, superposition_schedule_from_args
+from megatron_tst.settings.arguments import has_bags
 
 
 def leave_out_documents(args: Namespace, samples_read: int) -> None:
@@ -35,13 +35,6 @@ def leave_out_documents(args: Namespace, samples_read: int) -> None:
                 "out of a run of --tst-bag-size 1 that has begun, whose order is Megatron's and "
                 "depends on all documents: start it again from its first step, or a new run from "
                 "its weights with --finetune."
-            )
-        schedule = superposition_schedule_from_args(args)
-        if new and samples_read and (schedule.bags or schedule.config.bag_sizes):
-            raise UsageError(
-                f"--tst-exclude-documents {args.tst_exclude_documents} leaves {len(new)} documents "
-                f"out of a run of {bags_flag(args)} that has begun, and only runs "
-                "with one bag size are planned anew: remove it, or start the run again with it."
             )
         if new:
             args.tst_left_out = [*args.tst_left_out, [samples_read, [list(pair) for pair in new]]]

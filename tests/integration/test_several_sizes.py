@@ -265,15 +265,10 @@ REFUSALS: list[tuple[dict[str, Any], str | None]] = [
         },
         None,
     ),
-    ({"tst_exclude_documents": "list"}, "out of a run of --tst-bag-sizes 2:3,4:2 that has begun"),
     ({"reset_position_ids": True}, "does not work with --tst-bag-sizes 2:3,4:2: "),
 ]
 
 
-def test_what_it_does_not_resume_with(check: Check, trained: SmallRun, tmp_path: Path) -> None:
-    (tmp_path / "list").write_text(f"{trained.corpus}:0\n")
+def test_what_it_does_not_resume_with(check: Check, trained: SmallRun) -> None:
     runs = [trained.with_(**{"ckpt_step": 4, **settings}) for settings, _ in REFUSALS]
-    for run in runs:
-        if "tst-exclude-documents" in run.overrides:
-            run.overrides["tst-exclude-documents"] = tmp_path / "list"
     assert_messages(check(runs), [message for _, message in REFUSALS])

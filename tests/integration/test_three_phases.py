@@ -144,10 +144,6 @@ def test_more_text_than_there_is(launcher: Launcher, trained: SmallRun, tmp_path
             "--tst-schedule 8:2,4:3 and --tst-bag-size 8 both set bag sizes or their steps: pass "
             "one of them",
         ),
-        (
-            {"tst_exclude_documents": "documents"},
-            "leaves 1 documents out of a run of --tst-schedule 8:2,4:3 that has begun",
-        ),
     ],
 )
 def test_what_it_does_not_resume_with(
@@ -157,9 +153,6 @@ def test_what_it_does_not_resume_with(
     arguments: dict[str, Any],
     refusal: str,
 ) -> None:
-    if "tst_exclude_documents" in arguments:
-        arguments = {"tst_exclude_documents": tmp_path / "documents"}
-        arguments["tst_exclude_documents"].write_text(f"{trained.corpus}:0\n")
     checkpoints = trained.folder / "checkpoints"
     other = trained.with_(tmp_path, load=checkpoints, ckpt_step=2, **arguments)
     assert launcher.wait(launcher.start(other.argv, other.log)) == [2]

@@ -210,7 +210,9 @@ def test_what_cannot_be_traced(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("run", ["bags", "aligned"], indirect=True)
+@pytest.mark.parametrize(
+    "run", ["bags", "aligned", "several sizes, aligned", "drawn sizes"], indirect=True
+)
 def test_documents_are_left_out_from_a_resume_on(
     launcher: Launcher, run: SmallRun, trace: DataTrace, tmp_path: Path
 ) -> None:
@@ -274,8 +276,6 @@ def test_lists_that_are_refused(check: Check, run: SmallRun, tmp_path: Path) -> 
         "\nothers:2": r"list.txt, line 2: 'others:2': write CORPUS:INDEX with one of ",
         "text:1": "leaves 1 documents out of a run of --tst-bag-size 1 that has begun",
     }
-    if {"tst-schedule", "tst-bag-sizes"} & run.overrides.keys():
-        contents["text:1"] = "documents out of a run of --tst-(schedule|bag-sizes) .* has begun"
     runs: list[SmallRun] = []
     expected: list[str | None] = []
     for number, (content, message) in enumerate(contents.items()):
@@ -283,7 +283,7 @@ def test_lists_that_are_refused(check: Check, run: SmallRun, tmp_path: Path) -> 
         path.write_text(content)
         runs.append(run.with_(tst_exclude_documents=path, ckpt_step=3))
         expected.append(message)
-    if "tst-bag-size" in run.overrides:
+    if {"tst-bag-size", "tst-schedule", "tst-bag-sizes"} & run.overrides.keys():
         expected[-1] = None
     runs.append(run.with_(tst_exclude_documents=tmp_path / "none", ckpt_step=3))
     assert_messages(check(runs), [*expected, "none cannot be read .*: pass a text file"])

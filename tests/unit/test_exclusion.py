@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
 
 import numpy as np
 import pytest
@@ -22,16 +21,27 @@ SOURCE = ArraySource(np.arange(ENDS[-1]), ENDS)
 BUILDER = StreamBuilder(np.arange(len(LENGTHS), dtype=np.int32), LENGTHS, 5, "text")
 
 
-def layout_of(aligns: bool) -> SampleLayout:
-    bags = Phase(0, 0, bag_size=BAG_SIZE, aligns_documents=aligns)
-    return SampleLayout(LENGTH, (bags, Phase(SWITCH, SWITCH)))
+# Bag size and first sample of each stretch: one size, a schedule, and sizes that are drawn.
+STRETCHES = {
+    "one": [(BAG_SIZE, 0)],
+    "schedule": [(4, 0), (2, 2), (3, 7)],
+    "drawn": [(2, 0), (4, 1), (2, 3), (4, 4), (2, 6), (4, 9)],
+}
+
+
+def layout_of(aligns: bool, sizes: str = "one") -> SampleLayout:
+    bags = [
+        Phase(first, first, bag_size=size, aligns_documents=aligns)
+        for size, first in STRETCHES[sizes]
+    ]
+    return SampleLayout(LENGTH, (*bags, Phase(SWITCH, SWITCH)))
 
 
 def texts(stream: TokenStream, layout: SampleLayout) -> list[np.ndarray]:
     """The tokens of each place, look-ahead included."""
     return [
-        stream.read(SOURCE, *layout.span(int(sample), layout.phase_of(place)))[0]
-        for place, sample in enumerate(stream.samples)
+        stream.read(SOURCE, *layout.with_more_bags(stream.more_bags).span(int(sample)))[0]
+        for sample in stream.samples
     ]
 
 
@@ -45,9 +55,12 @@ def document_of(token: int) -> int:
 
 
 @pytest.mark.parametrize("aligns", [False, True])
+@pytest.mark.parametrize("sizes", STRETCHES)
 @pytest.mark.parametrize("resumes", [[0], [3], [SWITCH], [17], [2, 6], [4, 20], [3, 8, 15, 25]])
-def test_the_past_is_kept_and_the_rest_is_clean(resumes: list[int], aligns: bool) -> None:
-    layout = layout_of(aligns)
+def test_the_past_is_kept_and_the_rest_is_clean(
+    resumes: list[int], sizes: str, aligns: bool
+) -> None:
+    layout = layout_of(aligns, sizes)
     planned = BUILDER.build(layout, SAMPLES)
     past = texts(planned, layout)
     exclusions: list[Exclusion] = []
@@ -73,8 +86,9 @@ def test_the_past_is_kept_and_the_rest_is_clean(resumes: list[int], aligns: bool
 
 
 @pytest.mark.parametrize("aligns", [False, True])
-def test_a_longer_run_continues_a_shorter_one(aligns: bool) -> None:
-    layout = layout_of(aligns)
+@pytest.mark.parametrize("sizes", STRETCHES)
+def test_a_longer_run_continues_a_shorter_one(sizes: str, aligns: bool) -> None:
+    layout = layout_of(aligns, sizes)
     exclusions = [Exclusion(3, np.array([2, 5, 9])), Exclusion(14, np.array([20]))]
     short, long = (build_without(BUILDER, layout, n, exclusions) for n in (20, SAMPLES))
     assert short.samples.tolist() == long.samples[:20].tolist()
@@ -111,15 +125,13 @@ def test_text_that_does_not_suffice_is_refused() -> None:
 
 def test_samples_of_documents() -> None:
     """Against reading every sample."""
-    layout = layout_of(aligns=False)
+    layout = layout_of(aligns=False, sizes="schedule")
     stream = BUILDER.build(layout, SAMPLES)
-    for document, index in product(range(len(LENGTHS)), (0, 1)):
-        found = stream.samples_with(np.array([document]), layout, index)
-        first = layout.phases[index].first_sample
-        expected = [
-            sample
-            for sample in range(first, first + 12)
-            if document
-            in {document_of(t) for t in stream.read(SOURCE, *layout.span(sample, index))[0]}
-        ]
-        assert [sample for sample in found.tolist() if sample < first + 12] == expected
+    samples = np.arange(SAMPLES)
+    held = [
+        {document_of(t) for t in stream.read(SOURCE, *layout.span(sample))[0]}
+        for sample in range(SAMPLES)
+    ]
+    for document in range(len(LENGTHS)):
+        found = stream.holds(np.array([document]), layout, samples)
+        assert found.tolist() == [document in documents for documents in held]
