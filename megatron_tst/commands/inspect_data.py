@@ -23,9 +23,10 @@ from megatron_tst.corpus.lengths import LengthDistribution, length_distribution
 from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.settings.config import SETTINGS
-from megatron_tst.settings.phases import Bags, phase_name
+from megatron_tst.settings.phases import Bags, phase_of_sample
 from megatron_tst.settings.setting_fields import Words, worded
 from megatron_tst.settings.size_schedule import parse_sizes
+from megatron_tst.settings.step_sizes import StepSizes
 
 if TYPE_CHECKING:
     from megatron_tst.corpus.inspection import PhaseOneSample
@@ -91,6 +92,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="instead of --bag-size: sizes of --tst-schedule, each with its steps times global "
         "batch size",
     )
+    bags("--bag-sizes", metavar="S,...", help="instead of --bag-size: --tst-bag-sizes")
+    bags("--global-batch-size", type=int, metavar="B", help="only for --bag-sizes")
     bags(
         "--phase-1-samples",
         type=int,
@@ -131,26 +134,34 @@ def _flag(name: str) -> str:
 
 
 def _check_combination(args: argparse.Namespace) -> None:
-    others = ("split", "seed", "sequence_length", "sample", "phase_1_samples")
+    others = ("split", "seed", "sequence_length", "sample", "phase_1_samples", "global_batch_size")
     given = list(_given(args, (*_ORDER, *others)))
     if not _has_bags(args) and given:
         raise UsageError(f"{_flag(given[0])} goes with --bag-size, which is missing: add it.")
-    named = "bag_size" if args.schedule is None else "schedule"
-    if _has_bags(args) and args.sequence_length is None:
-        raise UsageError(
-            f"{_flag(named)} {getattr(args, named)} goes with --sequence-length, which is missing: "
-            "add the --seq-length of training."
-        )
-    for name in ("bag_size", "phase_1_samples"):
-        if args.schedule is not None and getattr(args, name) is not None:
+    for named, value in _given(args, _BAGS).items():
+        if args.sequence_length is None:
             raise UsageError(
-                f"{_flag(name)} {getattr(args, name)} and --schedule {args.schedule} both set bag "
-                "sizes or their samples: pass one of them."
+                f"{_flag(named)} {value} goes with --sequence-length, which is missing: add the "
+                "--seq-length of training."
+            )
+    if args.global_batch_size is not None and args.bag_sizes is None:
+        raise UsageError(
+            f"--global-batch-size {args.global_batch_size} goes with --bag-sizes, which is "
+            "missing: remove it."
+        )
+    for names in (_BAGS, ("phase_1_samples", "schedule")):
+        both = [f"{_flag(name)} {value}" for name, value in _given(args, names).items()]
+        if len(both) > 1:
+            raise UsageError(
+                f"{both[0]} and {both[1]} both set bag sizes or their samples: pass one of them."
             )
 
 
+_BAGS = ("bag_size", "bag_sizes", "schedule")
+
+
 def _has_bags(args: argparse.Namespace) -> bool:
-    return args.bag_size is not None or args.schedule is not None
+    return bool(_given(args, _BAGS))
 
 
 def _tokenizer_folder(args: argparse.Namespace) -> Path | None:
@@ -253,18 +264,28 @@ def _show_bags(
 
     given = {name: known.default for name, known in _ORDER.items()} | _given(args, _ORDER)
     order = _given(args, ("split", "seed"))
-    bags = _bags_of_schedule(args.schedule)
-    if bags:
-        given["bag_size"] = max(size for size, _ in bags)
-    samples = sum(count for _, count in bags) or args.phase_1_samples
-    settings = PhaseOne(args.sequence_length, given, samples=samples, bags=bags, **order)
-    places = args.sample or [0]
+    with worded(Words(_flag, lambda name, value: f"{_flag(name)} {value}")):
+        bags = _bags_of_schedule(args.schedule)
+        if bags:
+            given["bag_size"] = max(size for size, _ in bags)
+        if args.bag_sizes is not None:
+            given["bag_size"] = max(StepSizes.parse(args.bag_sizes).sizes)
+        samples = sum(count for _, count in bags) or args.phase_1_samples
+        settings = PhaseOne(
+            args.sequence_length,
+            {**given, "bag_sizes": args.bag_sizes},
+            samples=samples,
+            bags=bags,
+            batch_size=args.global_batch_size,
+            **order,
+        )
+    schedule, places = settings.schedule, args.sample or [0]
     for place, sample in zip(
         places, read_phase_1(str(args.prefix), settings, places, folder), strict=True
     ):
-        given["bag_size"] = settings.schedule.bag_size_at(place)
+        given["bag_size"] = schedule.phase_of_sample(place).bag_size
         said = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
-        unit = phase_name(settings.schedule.phases, place)
+        unit = f"phase {1 + phase_of_sample(schedule.phases, place)}"
         console.print(
             f"\nsample {place} of {unit}: {said}, sequence length {settings.sequence_length}, "
             f"seed {settings.seed}, split {settings.split}",
@@ -281,8 +302,7 @@ def _show_bags(
 def _bags_of_schedule(text: str | None) -> Bags:
     if text is None:
         return ()
-    with worded(Words(_flag, lambda name, value: f"{_flag(name)} {value}")):
-        sizes = parse_sizes(text)
+    sizes = parse_sizes(text)
     bags = tuple((size, count) for size, count in sizes if isinstance(count, int))
     if len(bags) < len(sizes):
         raise UsageError(

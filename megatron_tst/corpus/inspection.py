@@ -60,6 +60,7 @@ class PhaseOne:
         samples: samples with bags, their steps times the global batch size; None for an epoch or
             more, the first of which does not depend on it.
         bags: bag size and samples of each phase with bags, where there are several.
+        batch_size: ``--global-batch-size``, for bag sizes that are drawn for steps.
 
     Raises:
         UsageError: naming the flag of tst inspect, its value and the remedy.
@@ -71,20 +72,18 @@ class PhaseOne:
     seed: int = 1234
     samples: int | None = None
     bags: Bags = ()
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         values = {**vars(self), **self.superposition}
         at_least = {"sequence_length": 1, "bag_size": 2, "seed": 0, "samples": 1}
         for name, minimum in at_least.items():
-            value = values[name]
+            value = values.get(name)
             if value is not None and value < minimum:
                 flag = "--phase-1-samples" if name == "samples" else f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} is {value}: use {minimum} or more.")
-        if self.superposition.get("bag_sizes") is not None:
-            raise UsageError(
-                f"bag_sizes is {self.superposition['bag_sizes']}: sizes are drawn for steps, which "
-                "a corpus does not know. Trace a run (tst trace), or name one bag_size."
-            )
+        if self._drawn is not None:
+            self._check_steps()
         if not re.fullmatch(r"[\d.]+(\s*,\s*[\d.]+){0,2}", self.split) or not float(
             self.split.split(",")[0]
         ):
@@ -93,14 +92,38 @@ class PhaseOne:
                 "for example 98,1,1."
             )
 
+    @property
+    def _drawn(self) -> str | None:
+        return self.superposition.get("bag_sizes")
+
+    def _check_steps(self) -> None:
+        wanted = f"--bag-sizes {self._drawn} are drawn for the steps of a run"
+        for flag, value in (
+            ("--phase-1-samples", self.samples),
+            ("--global-batch-size", self.batch_size),
+        ):
+            if value is None or value < 1:
+                raise UsageError(f"{wanted}, and {flag} is {value}: pass its value, 1 or more.")
+        assert self.samples is not None
+        assert self.batch_size is not None
+        if self.samples % self.batch_size:
+            raise UsageError(
+                f"{wanted}, and --phase-1-samples {self.samples} are no whole steps of "
+                f"--global-batch-size {self.batch_size}: pass steps times global batch size."
+            )
+
     @cached_property
     def schedule(self) -> SuperpositionSchedule:
-        """Of a run whose steps read a sample each."""
-        samples = self.samples or _ENDLESS
-        config = SuperpositionConfig(**self.superposition, steps=samples)
-        sizes = BatchSizes.constant(1)
+        """Of a run whose steps read a sample each, unless bag sizes are drawn for them."""
+        batch_size = self.batch_size if self.batch_size and self._drawn else 1
+        steps = (self.samples or _ENDLESS) // batch_size
         return SuperpositionSchedule(
-            config, samples + 1, sizes, self.sequence_length, bags=self.bags
+            SuperpositionConfig(**self.superposition, steps=steps),
+            steps + 1,
+            BatchSizes.constant(batch_size),
+            self.sequence_length,
+            bags=self.bags,
+            seed=self.seed,
         )
 
 
@@ -165,7 +188,7 @@ def _dataset_config(
         eod_mask_loss=False,
         create_attention_mask=False,
         superposition=settings.schedule.config,
-        phases=settings.schedule.phases,
+        phases=settings.schedule.stretches,
     )
     assert config.split_matrix is not None
     config.split_matrix[1:] = [None, None]
@@ -209,7 +232,7 @@ def _refuse_beyond(
     samples = settings.samples or max(per_epoch, 1)
     wrong = [place for place in places if not 0 <= place < samples]
     if wrong:
-        unit = bags_name(config.phases)
+        unit = bags_name(settings.schedule.phases)
         unit = unit if settings.samples else f"an epoch of {unit}"
         raise UsageError(
             f"--sample {wrong[0]} does not exist: {unit} has {samples} samples, counted from 0."

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
+DRAWN = ["--bag-sizes", "2:3,4:2", "--sequence-length", "32"]
 BAGS = ["--bag-size", "4", "--sequence-length", "16"]
 
 
@@ -144,6 +145,15 @@ def test_report_that_does_not_belong_to_the_corpus(
             ["--schedule", "4:2,2:1", "--sequence-length", "8", "--sample", "3"],
             "--sample 3 does not exist: phases 1 to 2 has 3 samples",
         ),
+        ([*BAGS, "--bag-sizes", "2,4"], "--bag-size 4 and --bag-sizes 2,4 both set bag sizes"),
+        ([*BAGS, "--global-batch-size", "4"], "--global-batch-size 4 goes with --bag-sizes"),
+        (DRAWN, ".* are drawn for the steps of a run, and --phase-1-samples is None: pass its"),
+        ([*DRAWN, "--phase-1-samples", "9"], ".* and --global-batch-size is None: pass its value"),
+        (
+            [*DRAWN, "--phase-1-samples", "9", "--global-batch-size", "4"],
+            ".*--phase-1-samples 9 are no whole steps of --global-batch-size 4",
+        ),
+        (["--bag-sizes", "2", "--sequence-length", "8"], "--bag-sizes is '2': name two sizes"),
         (["--seed", "0"], "--seed goes with --bag-size"),
         ([*BAGS, "--sample", "999999"], r"--sample 999999 does not exist: an epoch .* has \d+"),
         (["--bag-size", "1", "--sequence-length", "8"], "--bag-size is 1: use 2 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.commands import inspect_data
 from megatron_tst.report.families import superposition_label
 from megatron_tst.report.results import read_result
 from megatron_tst.settings.step_sizes import StepSizes
@@ -154,6 +156,29 @@ def test_each_token_is_read_once(trained: SmallRun) -> None:
         position += tokens
     assert begins != sorted(begins)
     assert min(read["begin"] for read in reads[4 * STEPS :]) >= position
+
+
+def test_the_inspection_shows_what_is_read(
+    trained: SmallRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (trained.folder / "reads" / "rank0").read_text().splitlines()
+    reads = [json.loads(line) for line in lines][: 4 * STEPS]
+    arguments = {
+        "bag-sizes": TEXT,
+        "sequence-length": LENGTH,
+        "split": "90,10,0",
+        "seed": SEED,
+        "phase-1-samples": 4 * STEPS,
+        "global-batch-size": 4,
+    }
+    flags = [str(part) for name, value in arguments.items() for part in (f"--{name}", value)]
+    places = map(str, range(4 * STEPS))
+    assert inspect_data.main([str(trained.corpus), *flags, "--sample", *places]) == 0
+    output = capsys.readouterr().out
+    found = re.findall(r"phase 1: bag size (\d).*\n?.*\nbegins at token ([\d,]+) ", output)
+    assert [(int(size), int(begin.replace(",", ""))) for size, begin in found] == [
+        (read["tokens"] // LENGTH, read["begin"]) for read in reads
+    ]
 
 
 def test_a_size_is_drawn_for_each_step(trained: SmallRun) -> None:

@@ -153,7 +153,6 @@ def test_reading_leaves_no_files(prefix: Path) -> None:
         ({"samples": 7}, 7, "--sample 7 does not exist: phase 1 has 7 samples"),
         ({"sequence_length": 500}, 0, "holds 300 tokens, and one sample of phase 1 needs 1503"),
         ({"sequence_length": 0}, 0, "--sequence-length is 0: use 1 or more"),
-        ({"superposition": bags(bag_sizes="2,3")}, 0, "bag_sizes is 2,3: sizes are drawn for"),
         ({"superposition": {"bag_size": 1}}, 0, "--bag-size is 1: use 2 or more"),
         ({"samples": 0}, 0, "--phase-1-samples is 0: use 1 or more"),
         ({"seed": -1}, 0, "--seed is -1: use 0 or more"),
