@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -30,18 +29,16 @@ def summary(progress: Progress) -> str:
 
 def running_lines(progress: Progress) -> list[str]:
     """How each run that goes stands: step, losses, time left."""
-    return [_running_line(execution) for execution in list(progress.running)]
+    return [_running_line(progress, execution) for execution in list(progress.running)]
 
 
-def _running_line(execution: Execution) -> str:
+def _running_line(progress: Progress, execution: Execution) -> str:
     log = execution.log
     parts = [f"step {log.step:,} of {execution.total_steps:,}", f"loss {_loss(log.loss)}"]
     if log.validation is not None:
         parts.append(f"validation loss {_loss(log.validation)}")
-    new = log.step - execution.first_step
-    if new > 0:
-        seconds = (time.monotonic() - execution.started) / new
-        left = seconds * (execution.total_steps - log.step)
+    left = progress.seconds_left_of(execution)
+    if left is not None:
         parts.append(f"about {rough_duration(left)} left")
     return f"{execution.name}: {', '.join(parts)}"
 

@@ -60,6 +60,7 @@ class Execution:
         processes: ranks.
         keeps_checkpoints: whether it can go on after a failure.
         record: what else ``run.json`` holds.
+        model: runs of one model take about as long a step.
     """
 
     name: str
@@ -69,12 +70,14 @@ class Execution:
     processes: int = 1
     keeps_checkpoints: bool = True
     record: Mapping[str, Any] = field(default_factory=dict)
+    model: str = ""
 
     def __post_init__(self) -> None:
         self.log = LogReader(self.folder.log)
+        # Seconds of the monotonic clock, and the step there.
         self.started = 0.0
-        self.first_step = 0
-        self.first_logged = 0.0
+        self.first_logged, self._first_step = 0.0, 0
+        self._last_logged = 0.0
         self._slot = Slot()
         self._process: subprocess.Popen[bytes] | None = None
         self._resources = ExitStack()
@@ -87,6 +90,7 @@ class Execution:
         """
         lock = self._resources.enter_context(self.folder.lock())
         self.folder.begin()
+        self.log.begin_attempt(self.folder.checkpoint_step())
         self._slot = slot
         self._write("running")
         output = self._resources.enter_context(self.folder.log.open("ab"))
@@ -114,11 +118,32 @@ class Execution:
         """Reads the log; ``running``, or how the run has ended."""
         assert self._process is not None
         code = self._process.poll()
+        before = self.log.step
         self.log.poll()
-        # A run that goes on from a checkpoint does not begin at 0.
-        if not self.first_step and self.log.step:
-            self.first_step, self.first_logged = self.log.step, time.monotonic()
+        if self.log.step != before:
+            self._last_logged = time.monotonic()
+            if not self.first_logged:
+                self.first_logged, self._first_step = self._last_logged, self.log.step
         return "running" if code is None else self._end(code)
+
+    @property
+    def pace(self) -> tuple[int, float]:
+        """Steps of this attempt since it first logged, and their seconds: no start-up."""
+        return self.log.step - self._first_step, self._last_logged - self.first_logged
+
+    def seconds_left(self, seconds_a_step: float, seconds_to_start: float) -> float:
+        """Time to its last step; of one that was not started, from its launch.
+
+        Args:
+            seconds_a_step: expected.
+            seconds_to_start: from a launch to the first line of the log, expected.
+        """
+        step = self.log.step if self.started else self.folder.checkpoint_step()
+        seconds = (self.total_steps - step) * seconds_a_step
+        if self.first_logged:
+            return max(seconds - (time.monotonic() - self._last_logged), 0.0)
+        waited = time.monotonic() - self.started if self.started else 0.0
+        return seconds + max(seconds_to_start - waited, 0.0)
 
     def _end(self, code: int) -> State:
         if code == 0 and self.log.validation is not None:

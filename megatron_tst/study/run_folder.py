@@ -18,6 +18,7 @@ State = Literal["waiting", "running", "finished", "diverged", "failed"]
 ENDED: tuple[State, ...] = ("finished", "diverged")
 
 _RECORD = "run.json"
+_TRACKER = "latest_checkpointed_iteration.txt"
 _STEP = re.compile(rb"iteration +(\d+)/ *\d+ .*?lm loss: (\S+)")
 _STEP_TIME = re.compile(rb"elapsed time per iteration \(ms\): (\S+)")
 _VALIDATION = re.compile(rb"validation loss at iteration (\d+) .*?lm loss value: (\S+)")
@@ -44,6 +45,12 @@ class LogReader:
     validation: float | None = None
     step_seconds: list[float] = field(default_factory=list)
     _offset: int = 0
+
+    def begin_attempt(self, step: int) -> None:
+        """Passes over what earlier attempts have said; the next goes on from ``step``."""
+        self.poll()
+        self.step = step
+        self.step_seconds.clear()
 
     def poll(self) -> None:
         """Reads on."""
@@ -87,6 +94,13 @@ class RunFolder:
         """Folder of ``--save``."""
         return self.path / "checkpoints"
 
+    def checkpoint_step(self) -> int:
+        """Steps of the newest checkpoint, from which the next attempt goes on; 0 without one."""
+        try:
+            return int((self.checkpoints / _TRACKER).read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
     def outputs(self, keeps_checkpoints: bool) -> list[str]:
         """Megatron's arguments for the paths it writes."""
         paths = {
@@ -118,7 +132,7 @@ class RunFolder:
 
     def begin(self) -> None:
         """Clears what an attempt without checkpoints left, so that its scalars do not mix in."""
-        if not (self.checkpoints / "latest_checkpointed_iteration.txt").exists():
+        if not (self.checkpoints / _TRACKER).exists():
             for name in ("tensorboard", "cache", "checkpoints"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             self.log.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heapreplace
+from statistics import fmean
 
 from megatron_tst.study.execution import Execution, Slot
 from megatron_tst.study.run_folder import ENDED, State
@@ -22,34 +24,52 @@ class Progress:
         states: of each run, by name.
         running: those that run now.
         failures_in_a_row: runs that failed since the last that did not.
-        started: when the runner was started, seconds of the monotonic clock.
-        steps_done: optimizer steps that this runner has done in runs that have ended.
+        slots: how many run at once.
     """
 
     executions: Sequence[Execution]
     states: dict[str, State]
     running: list[Execution] = field(default_factory=list)
     failures_in_a_row: int = 0
-    started: float = field(default_factory=time.monotonic)
-    steps_done: int = 0
+    slots: int = 1
 
     def count(self, state: State) -> int:
         """Runs in a state."""
         return sum(found == state for found in self.states.values())
 
     @property
-    def steps_left(self) -> int:
-        """Optimizer steps of the runs that wait or run."""
-        left = sum(e.total_steps for e in self.executions if self.states[e.name] == "waiting")
-        return left + sum(e.total_steps - e.log.step for e in self.running)
-
-    @property
     def seconds_left(self) -> float | None:
-        """Estimate from the speed of this runner so far; None before the first steps."""
-        done = self.steps_done + sum(e.log.step - e.first_step for e in self.running)
-        if done < 1:
+        """Estimate from the runs that this runner has started; None before their first steps.
+
+        Runs that wait take the slots as these become free.
+        """
+        ends = [self.seconds_left_of(execution) for execution in self.running]
+        waiting = [e for e in self.executions if self.states[e.name] == "waiting"]
+        lengths = [self.seconds_left_of(execution) for execution in waiting]
+        known = [seconds for seconds in (*ends, *lengths) if seconds is not None]
+        if len(known) < len(ends) + len(lengths):
             return None
-        return (time.monotonic() - self.started) / done * self.steps_left
+        busy = known[: len(ends)] + [0.0] * (self.slots - len(ends))
+        heapify(busy)
+        for seconds in known[len(ends) :]:
+            heapreplace(busy, busy[0] + seconds)
+        return max(busy)
+
+    def seconds_left_of(self, execution: Execution) -> float | None:
+        """Likewise of one run, at the pace of those of its model; of all, if it has none yet."""
+        started = [e for e in self.executions if e.first_logged]
+        alike = [e for e in started if e.model == execution.model]
+        pace = _pace([execution]) or _pace(alike) or _pace(started)
+        if pace is None:
+            return None
+        to_start = fmean(e.first_logged - e.started for e in started)
+        return execution.seconds_left(pace, to_start)
+
+
+def _pace(executions: Sequence[Execution]) -> float | None:
+    """Seconds a step; None before there are steps."""
+    steps = sum(e.pace[0] for e in executions)
+    return sum(e.pace[1] for e in executions) / steps if steps else None
 
 
 def run_all(
@@ -70,7 +90,7 @@ def run_all(
     Raises:
         BlockingIOError: a process of a runner that was killed still holds the folder of a run.
     """
-    progress = Progress(executions, {e.name: _state_of(e) for e in executions})
+    progress = Progress(executions, {e.name: _state_of(e) for e in executions}, slots=len(slots))
     free = list(slots)
     waiting = [e for e in executions if progress.states[e.name] == "waiting"]
     held: dict[str, Slot] = {}
@@ -112,6 +132,5 @@ def _has_ended(execution: Execution, progress: Progress) -> bool:
     progress.states[execution.name] = state
     if state == "running":
         return False
-    progress.steps_done += execution.log.step - execution.first_step
     progress.failures_in_a_row = progress.failures_in_a_row + 1 if state == "failed" else 0
     return True

@@ -110,6 +110,7 @@ def execution_of(study: StudyConfig, run: StudyRun, folder: Path) -> Execution:
             "settings": run.settings.to_dict(),
             "precision": _precision_of(run.arguments),
         },
+        model=run.settings.model,
     )
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from megatron_tst.commands.run_study import main
 from megatron_tst.study.config import read_study
+from megatron_tst.study.display import running_lines, summary
 from megatron_tst.study.execution import Execution, Slot, slots_of_this_machine
 from megatron_tst.study.run_folder import LogReader, RunFolder
+from megatron_tst.study.runner import Progress
 from megatron_tst.study.settings import RunSettings
 from megatron_tst.study.slurm import parse_slurm_options
 from megatron_tst.study.study_folder import open_study
@@ -297,6 +299,64 @@ def test_a_run_that_died_unseen_is_waiting_when_it_is_stopped(tmp_path: Path) ->
     again = Sleeping("run", RunFolder(tmp_path / "run"), [], 10)
     again.start(Slot())
     again.stop()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that :mod:`time` says, in a list of one."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def log_step(run: Execution, step: int) -> None:
+    with run.folder.log.open("a") as log:
+        log.write(f" [date] iteration {step}/ 1000 | lm loss: 3.25E+00 |\n")
+    assert run.poll() == "running"
+
+
+def test_the_time_left_is_that_of_new_steps(tmp_path: Path, clock: list[float]) -> None:
+    """A run that goes on at step 500, a new one of another model, and two that wait for them."""
+    models = {"old": "a", "new": "b", "next": "a", "last": "b"}
+    runs = [Sleeping(n, RunFolder(tmp_path / n), [], 1000, model=m) for n, m in models.items()]
+    old, new = runs[:2]
+    old.folder.checkpoints.mkdir(parents=True)
+    (old.folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("500")
+    # What was done after the checkpoint is lost.
+    old.folder.log.write_text(" [date] iteration 900/ 1000 | lm loss: 3.0E+00 |\n")
+    states = {"old": "running", "new": "running", "next": "waiting", "last": "waiting"}
+    progress = Progress(runs, states, running=[old, new], slots=2)
+    try:
+        for run in (old, new):
+            run.start(Slot())
+            run.poll()
+        assert (old.log.step, new.log.step) == (500, 0)
+        clock[0] += 100
+        log_step(old, 510)
+        # One line: it holds the start-up.
+        assert progress.seconds_left is None
+        clock[0] += 20
+        log_step(old, 520)
+        # 2 s a step; "new" has no pace, has that of "old", and should have started by now.
+        assert progress.seconds_left_of(old) == 960
+        assert progress.seconds_left_of(new) == 2000
+        log_step(new, 10)
+        clock[0] += 5
+        log_step(new, 20)
+        # 0.5 s a step, and 5 s have passed since the last line of "old".
+        assert [progress.seconds_left_of(run) for run in (old, new)] == [955, 490]
+        # Start-ups took 100 and 120 s. "next" follows "new", "last" follows "old".
+        assert [progress.seconds_left_of(run) for run in runs[2:]] == [2110, 610]
+        assert progress.seconds_left == 490 + 2110
+        lines = running_lines(progress)
+        assert [line.rpartition(", ")[2] for line in lines] == [
+            "about 16 min left",
+            "about 8 min left",
+        ]
+        assert summary(progress).endswith("2 running, 2 waiting, about 43 min left")
+    finally:
+        for run in (old, new):
+            run.stop()
 
 
 def test_slots_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
