@@ -46,8 +46,10 @@ DESCRIBED_ARGUMENTS = {
     *(*MODEL_SETTINGS, *_TRAINING_SETTINGS, "lr", "train_iters", "seed", "seq_length", "split"),
     *("tokenizer_type", "eval_iters", "eval_global_batch_size", "global_batch_size"),
     *("rampup_batch_size", "step_batch_size_schedule"),
+    *("fp16", "fp8", "fp8_recipe", "fp4", "fp4_recipe"),
 }
-"""Arguments that settings and data of a run tell."""
+"""Arguments that settings, data and numerics of a run tell."""
+NUMERICS = ("device", "torch", "megatron", "fp16", "fp8", "fp4")
 DATA_KEYS = (
     "data_path",
     "split",
@@ -56,6 +58,7 @@ DATA_KEYS = (
     "sequence_length",
     "validation_tokens",
 )
+OFF = "off"
 # Logged training losses kept as they are on each side of a switch, and means over the others.
 _KEPT_AT_SWITCH = 10
 _TRAINING_MEANS = 40
@@ -162,6 +165,34 @@ def describe_data(arguments: Mapping[str, Any]) -> dict[str, str | int | float]:
         "validation_tokens": None if None in sizes else prod(int(size) for size in sizes if size),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def describe_numerics(
+    arguments: Mapping[str, Any], machine: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """What the arithmetic of a run was, apart from the bf16 of its settings.
+
+    Two seeds of different arithmetic differ in more than their seed, by as much as seeds do.
+
+    Args:
+        arguments: Megatron's, by name; empty where they were not recorded.
+        machine: as the run recorded it; None where it did not.
+    """
+    found: dict[str, str] = {}
+    if machine is not None and "accelerator" in machine:
+        found["device"] = "CPU" if machine["accelerator"] == "CPU" else "GPU"
+    for name in ("torch", "megatron"):
+        if version := (machine or {}).get(name):
+            # A patch release mends and changes no kernels.
+            found[name] = ".".join(str(version).split(".")[:2])
+    if arguments:
+        found["fp16"] = "on" if arguments.get("fp16") else OFF
+        for name in ("fp8", "fp4"):
+            parts = (
+                (arguments[name], arguments.get(f"{name}_recipe")) if arguments.get(name) else ()
+            )
+            found[name] = " ".join(str(part) for part in parts if part) or OFF
+    return found
 
 
 def describe_machine(machine: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.units import TIMES, quantity
-from megatron_tst.report.describing import MODEL_SETTINGS, Setting, phases_of
+from megatron_tst.report.describing import MODEL_SETTINGS, NUMERICS, Setting, phases_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.settings.config import SETTINGS, default_weighting
 from megatron_tst.settings.phases import is_superposed
@@ -97,7 +97,7 @@ def families_of(runs: Sequence[RunResult]) -> list[Family]:
 
 
 def with_differing_arguments(runs: Sequence[RunResult]) -> list[RunResult]:
-    """Adds to the settings of runs the recorded arguments in which they differ.
+    """Adds to the settings of runs the recorded arguments and the numerics in which they differ.
 
     So runs that differ in one are not taken for runs of the same settings, and it is named. A run
     that recorded none, of an earlier version or out of a table, stays as it is. An argument that is
@@ -106,16 +106,15 @@ def with_differing_arguments(runs: Sequence[RunResult]) -> list[RunResult]:
     recorded = [run.arguments for run in runs if run.arguments]
     names = sorted({name for arguments in recorded for name in arguments})
     found = [name for name in names if len({one.get(name) or None for one in recorded}) > 1]
-    return [
-        replace(
-            run,
-            settings={
-                **{name: run.arguments[name] for name in found if name in run.arguments},
-                **run.settings,
-            },
-        )
-        for run in runs
-    ]
+    for name in NUMERICS:
+        known = {run.numerics[name] for run in runs if name in run.numerics}
+        found += [name] if len(known) > 1 else []
+
+    def added(run: RunResult) -> dict[str, Setting]:
+        told = {**run.arguments, **run.numerics}
+        return {name: told[name] for name in found if name in told}
+
+    return [replace(run, settings={**added(run), **run.settings}) for run in runs]
 
 
 def incomparable(first: RunResult, second: RunResult) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from megatron_tst.report.describing import OFF
 from megatron_tst.report.results import RunResult
 
 
@@ -20,8 +21,7 @@ def precision_sentence(runs: Iterable[RunResult]) -> str:
 def _precision_of(run: RunResult) -> str:
     if "bf16" not in run.settings:
         return "a precision that was not recorded"
-    if "--fp8-format" in run.command.split():
-        return "FP8"
-    if run.settings["bf16"]:
-        return "bf16"
-    return "fp16" if "--fp16" in run.command.split() else "fp32"
+    for name in ("fp4", "fp8", "fp16"):
+        if run.numerics.get(name, OFF) != OFF:
+            return name
+    return "bf16" if run.settings["bf16"] else "fp32"

@@ -15,6 +15,7 @@ from megatron_tst.report.describing import (
     Status,
     describe_data,
     describe_machine,
+    describe_numerics,
     describe_settings,
     phases_of,
     status_of,
@@ -45,6 +46,7 @@ class RunResult:
             Files by name, since folders differ between machines.
         machine: processor and cores.
         loss_impl: what computed the losses, ``+`` between several; empty where it is not known.
+        numerics: device, releases and formats that round otherwise; what is not known is not there.
         commit: of this project.
         steps: optimizer steps completed at each validation, ascending, [n].
         validation_loss: next-token loss, nats a token, [n].
@@ -79,6 +81,7 @@ class RunResult:
     command: str = ""
     arguments: dict[str, Setting] = field(default_factory=dict)
     loss_impl: str = ""
+    numerics: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -154,6 +157,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         offset_losses=_offset_losses(run),
         command=str(run.info["command"]),
         arguments=arguments_that_can_matter(run.info.get("arguments", {})),
+        numerics=describe_numerics(run.info.get("arguments", {}), run.info["machine"]),
         loss_impl="+".join(sorted(set(run.info.get("losses", {}).values()))),
     )
 

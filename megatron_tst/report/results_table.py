@@ -13,13 +13,15 @@ from typing import Any, get_args
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.describing import Status, check_numbers
+from megatron_tst.report.describing import NUMERICS, Status, check_numbers
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.tables import Row, read_table, write_table
 from megatron_tst.settings.config import SETTINGS
 
 VALIDATION, TRAINING, OFFSET = "validation loss", "training loss", "loss at offset"
 _DATA_PREFIX = "data."
+_NUMERICS_PREFIX = "numerics."
+_PREFIXES = (_DATA_PREFIX, _NUMERICS_PREFIX)
 _LEADING = (
     "run",
     "status",
@@ -47,6 +49,8 @@ _TEXT = {
     "data.split",
     "data.tokenizer_type",
     "data.tokenizer_model",
+    *NUMERICS,
+    *(f"{_NUMERICS_PREFIX}{name}" for name in NUMERICS),
 }
 
 
@@ -85,7 +89,8 @@ def read_results(path: Path) -> list[RunResult]:
 def _columns(results: Sequence[RunResult]) -> list[str]:
     settings = [name for result in results for name in result.settings]
     data = [f"{_DATA_PREFIX}{name}" for result in results for name in result.data]
-    return list(dict.fromkeys([*_LEADING, *settings, *data, *_TRAILING]))
+    numerics = [f"{_NUMERICS_PREFIX}{name}" for result in results for name in result.numerics]
+    return list(dict.fromkeys([*_LEADING, *settings, *data, *numerics, *_TRAILING]))
 
 
 def _rows(result: RunResult) -> Iterator[Row]:
@@ -94,6 +99,7 @@ def _rows(result: RunResult) -> Iterator[Row]:
         "status": result.status,
         **result.settings,
         **{f"{_DATA_PREFIX}{name}": value for name, value in result.data.items()},
+        **{f"{_NUMERICS_PREFIX}{name}": value for name, value in result.numerics.items()},
         "machine": result.machine,
         "loss_impl": result.loss_impl,
         "commit": result.commit,
@@ -139,12 +145,9 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
         return RunResult(
             name=name,
             status=described["status"],
-            settings={k: v for k, v in present.items() if not k.startswith(_DATA_PREFIX)},
-            data={
-                key.removeprefix(_DATA_PREFIX): value
-                for key, value in present.items()
-                if key.startswith(_DATA_PREFIX)
-            },
+            settings={k: v for k, v in present.items() if not k.startswith(_PREFIXES)},
+            data=_under(_DATA_PREFIX, present),
+            numerics=_under(_NUMERICS_PREFIX, present),
             machine=described.get("machine") or "",
             commit=described.get("commit") or "",
             loss_impl=described.get("loss_impl") or "",
@@ -152,6 +155,10 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
         )
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: run {name} has a row that cannot be read: {error}") from error
+
+
+def _under(prefix: str, row: Row) -> Row:
+    return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
 
 
 def _curves(rows: list[Row]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_tst.report.describing import (
     DATA_KEYS,
     Setting,
     describe_data,
+    describe_numerics,
     describe_settings,
     phases_of,
     status_of,
@@ -80,6 +81,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         training_steps=training_steps,
         training_loss=training_loss,
         arguments=arguments_that_can_matter(arguments),
+        numerics=describe_numerics(arguments),
     )
 
 

@@ -8,6 +8,7 @@ from megatron_tst.common.units import TIMES
 from megatron_tst.report.comparison import LARGEST_TIME_SPREAD, Matchup, Study
 from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.families import Group
+from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
@@ -207,8 +208,7 @@ def cautions(study: Study) -> list[str]:
         found += _cautions_on_seeds(study)
     for group in study.groups:
         found += _cautions_on_runs(group)
-    for group in study.alone:
-        found.append(f"{group.label} has no baseline of the same settings and length.")
+    found += missing_controls(study)
     for matchup in study.matchups:
         found += _cautions_on_arms(matchup)
     spread = max((matchup.time_spread for matchup in study.matchups), default=1.0)

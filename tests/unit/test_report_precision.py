@@ -10,8 +10,8 @@ import pytest
 from megatron_tst.report.precision import precision_sentence
 
 
-def run(command: str = "", **settings: bool) -> Any:
-    return SimpleNamespace(command=command, settings=settings)
+def run(numerics: dict[str, str] | None = None, **settings: bool) -> Any:
+    return SimpleNamespace(numerics=numerics or {}, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ def run(command: str = "", **settings: bool) -> Any:
     [
         (run(bf16=True), "bf16"),
         (run(bf16=False), "fp32"),
-        (run("train --fp16", bf16=False), "fp16"),
-        (run("train --bf16 --fp8-format e4m3", bf16=True), "FP8"),
+        (run({"fp16": "on", "fp8": "off"}, bf16=False), "fp16"),
+        (run({"fp16": "off", "fp8": "e4m3 tensorwise"}, bf16=True), "fp8"),
         (run(), "a precision that was not recorded"),
     ],
 )

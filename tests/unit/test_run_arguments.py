@@ -14,6 +14,9 @@ from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.comparison import match_two, study_of
 from megatron_tst.report.families import families_of, with_differing_arguments
 from megatron_tst.report.results import read_result
+from megatron_tst.report.results_table import write_results
+from megatron_tst.report.sources import read_sources
+from megatron_tst.report.wording import cautions
 from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
 
 # What Megatron adds to its arguments while it starts, or has under another name in a release.
@@ -88,6 +91,59 @@ def test_what_cannot_matter_keeps_nothing_apart(tmp_path: Path, changes: dict[st
     (family,) = families_of(runs)
     assert len(study_of(family).matchups) == 1
     assert match_two(*runs).differences == ()
+
+
+MACHINE = {"cpu": "a", "accelerator": "CPU", "torch": "2.14.1+cpu", "megatron": "0.19.2"}
+
+
+@pytest.mark.parametrize("through_tables", [False, True])
+@pytest.mark.parametrize(
+    ("machine", "arguments", "apart"),
+    [
+        ({"accelerator": "NVIDIA H200"}, {}, "device (CPU instead of GPU)"),
+        ({"torch": "2.13.0"}, {}, "torch (2.14 instead of 2.13)"),
+        ({"megatron": "0.20.0"}, {}, "megatron (0.19 instead of 0.20)"),
+        ({}, {"fp8": "hybrid", "fp8_recipe": "delayed"}, "fp8 (off instead of hybrid delayed)"),
+        ({}, {"fp4": "e2m1"}, "fp4 (off instead of e2m1)"),
+        ({}, {"fp16": True}, "fp16 (off instead of on)"),
+        # Mended, and the same kernels.
+        ({"torch": "2.14.2+cu130", "cpu": "b"}, {}, ""),
+    ],
+)
+def test_runs_of_another_arithmetic_are_not_paired(
+    tmp_path: Path,
+    machine: dict[str, Any],
+    arguments: dict[str, Any],
+    apart: str,
+    through_tables: bool,
+) -> None:
+    folders = write_runs(tmp_path, arguments)
+    write_info(folders[0], BASELINE, arguments=ARGUMENTS, machine=MACHINE)
+    write_info(
+        folders[1], TST, arguments={**ARGUMENTS, **arguments}, machine={**MACHINE, **machine}
+    )
+    runs = [read_result(folder) for folder in folders]
+    if through_tables:
+        # A table of its own for each run: neither knows what the other has.
+        for run in runs:
+            write_results(with_differing_arguments([run]), tmp_path / f"{run.name}.csv")
+        runs = read_sources([tmp_path / f"{run.name}.csv" for run in runs])
+    (family,) = families_of(with_differing_arguments(runs))
+    study = study_of(family)
+    assert len(study.matchups) == (not apart)
+    if apart:
+        said = f"the nearest differs in {apart}. What it gains cannot be said."
+        assert any(caution.endswith(said) for caution in cautions(study))
+        # Both sides are told apart by name, too.
+        name, _, values = apart.rstrip(")").partition(" (")
+        assert study.alone[0].label.endswith(f"{name} {values.partition(' instead of ')[2]}")
+
+
+def test_an_arithmetic_that_was_not_recorded_keeps_nothing_apart(tmp_path: Path) -> None:
+    folders = write_runs(tmp_path, {})
+    write_info(folders[1], TST, arguments=ARGUMENTS, machine=MACHINE)
+    (family,) = families_of(with_differing_arguments([read_result(f) for f in folders]))
+    assert len(study_of(family).matchups) == 1
 
 
 def test_the_lists_name_arguments_of_megatron() -> None:

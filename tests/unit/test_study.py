@@ -13,7 +13,7 @@ from megatron_tst.commands.run_study import main
 from megatron_tst.study.config import read_study
 from megatron_tst.study.display import running_lines, summary
 from megatron_tst.study.execution import Execution, Slot, slots_of_this_machine
-from megatron_tst.study.run_folder import LogReader, RunFolder
+from megatron_tst.study.run_folder import LogReader, RunFolder, State
 from megatron_tst.study.runner import Progress
 from megatron_tst.study.settings import RunSettings
 from megatron_tst.study.slurm import parse_slurm_options
@@ -324,7 +324,12 @@ def test_the_time_left_is_that_of_new_steps(tmp_path: Path, clock: list[float]) 
     (old.folder.checkpoints / "latest_checkpointed_iteration.txt").write_text("500")
     # What was done after the checkpoint is lost.
     old.folder.log.write_text(" [date] iteration 900/ 1000 | lm loss: 3.0E+00 |\n")
-    states = {"old": "running", "new": "running", "next": "waiting", "last": "waiting"}
+    states: dict[str, State] = {
+        "old": "running",
+        "new": "running",
+        "next": "waiting",
+        "last": "waiting",
+    }
     progress = Progress(runs, states, running=[old, new], slots=2)
     try:
         for run in (old, new):

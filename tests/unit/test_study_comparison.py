@@ -235,6 +235,44 @@ def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
     assert [group.settings["learning_rate"] for group in alone] == [1e-3]
 
 
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([], "There is no baseline among these runs: what s=4 r=0.25 gain cannot be said."),
+        (
+            [synthetic_run(falling(100, 3.0), seed=1)],
+            "s=4 r=0.25 has no finished baseline of seed 0: that run is in no gap.",
+        ),
+        (
+            [synthetic_run(falling(200, 3.0), total_steps=200)],
+            "the nearest differs in total_steps (200 instead of 100). "
+            "What it gains cannot be said.",
+        ),
+        (
+            [synthetic_run(falling(100, 3.0)), synthetic_run(falling(100, 2.5), seed=1)],
+            "All baselines have one length: how long one must train to end as low as TST cannot be "
+            "said, nor which part of a gain on a longer one is its decay.",
+        ),
+    ],
+)
+def test_a_control_that_is_missing_is_named_with_what_cannot_be_said(
+    others: list[RunResult], said: str
+) -> None:
+    runs = [synthetic_run(falling(100, 2.9), bag_size=4), *others]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    found = cautions(study)
+    assert any(caution.endswith(said) for caution in found), found
+
+
+def test_another_loss_is_another_setting_by_name() -> None:
+    objectives = ("mce", "bce")
+    runs = [synthetic_run(falling(100, 3.0))]
+    runs += [synthetic_run(falling(100, 2.9), bag_size=4, objective=name) for name in objectives]
+    (family,) = families_of(runs)
+    assert [group.label for group in family.groups[1:]] == ["s=4 r=0.25", "s=4 r=0.25 bce"]
+    assert [len(matchup.pairs) for matchup in study_of(family).matchups] == [1, 1]
+
+
 def test_a_gap_to_an_untuned_baseline_comes_last() -> None:
     losses = {1e-3: (3.0, 2.9), 4e-3: (3.5, 2.95), 5e-4: (3.2, 3.1)}
     runs = []
