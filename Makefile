@@ -79,10 +79,16 @@ study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studie
 	$(PY) tools/compare_runs.py runs/studies/$(STUDY)/results.csv \
 	  --output runs/studies/$(STUDY)/report.html
 
-results: setup ## Draw the figures and write the tables of docs/results.md anew, from docs/results/proxy.csv
-	$(PY) tools/compare_runs.py docs/results/proxy.csv --output runs/results/report.html \
-	  --figures runs/results --tables docs/results/proxy.md
-	for figure in docs/images/results/*.png; do cp runs/results/$${figure##*/} $$figure; done
+# Tables in docs/results, a study each.
+RESULTS := proxy long
+
+results: setup ## Draw the figures and write the numbers of docs/results.md anew, from the tables in docs/results
+	set -e; for name in $(RESULTS); do \
+	  $(PY) tools/compare_runs.py docs/results/$$name.csv --output runs/results/$$name.html \
+	    --figures runs/results/$$name --tables docs/results/$$name.md; \
+	  for figure in docs/images/results/$$name/*; do cp runs/results/$$name/$${figure##*/} $$figure; done; \
+	done
+	$(PY) -m tests.results_page
 
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet

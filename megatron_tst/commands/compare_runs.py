@@ -59,7 +59,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--baseline", type=Path, help="one comparison: run folder of the baseline")
     add("--tst", type=Path, help="one comparison: run folder of the TST run")
     add("--output", type=Path, required=True, help="HTML file to write")
-    add("--figures", type=Path, help="folder for the plots as PNG; default: next to the page")
+    add(
+        "--figures",
+        type=Path,
+        help="folder for the plots as PNG and PDF; default: PNG, beside the page",
+    )
     add("--results", type=Path, help="also write all runs to this table (.csv or .parquet)")
     add("--tables", type=Path, help="also write the verdicts and tables to this Markdown file")
     add("--sample", type=Path, help="text file with a sample that the trained model generated")

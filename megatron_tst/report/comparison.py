@@ -216,11 +216,19 @@ class Study:
         return max(self.ranked, key=order, default=None)
 
     def _has_best_baseline(self, matchup: Matchup) -> bool:
-        """Whether no baseline of its length ends lower, in the mean over all of its seeds."""
-        steps = matchup.baseline.total_steps
-        baselines = [m.baseline for m in self.matchups if m.pairs]
-        ends = [_mean_end(group) for group in baselines if group.total_steps == steps]
-        return _mean_end(matchup.baseline) <= min(ends)
+        """Whether no baseline of its length and of as many seeds ends lower, in the mean."""
+        return not self.lower_baselines(matchup, len(matchup.baseline.counted))
+
+    def lower_baselines(self, matchup: Matchup, fewest: int = 1) -> list[Group]:
+        """Baselines of its length and of at least ``fewest`` seeds that end lower than its own."""
+        own = matchup.baseline
+        return [
+            group
+            for group in dict.fromkeys(m.baseline for m in self.matchups if m.pairs)
+            if group.total_steps == own.total_steps
+            and len(group.counted) >= fewest
+            and _mean_end(group) < _mean_end(own)
+        ]
 
 
 def _mean_end(group: Group) -> float:

@@ -22,7 +22,7 @@ from megatron_tst.report.units import amount, loss_text, seeds
 # Blue, vermilion and others after the Okabe-Ito set, of a lightness that reads on white and on
 # near-black.
 COLOURS = ("#2f7fbf", "#d9601a", "#2a9a70", "#b5609f", "#8f7d12", "#6f7f90")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _INITIAL_TRANSIENT = 0.05
 _CHARACTERS_A_LINE = 90
 _DIVERGED_STYLE = (0, (1, 1.5))
@@ -134,7 +134,7 @@ def _draw_group(canvas: Canvas, group: Group, place: int, budget: Budget) -> Cur
         curve.spent,
         curve.mean,
         color=colour,
-        marker=_MARKERS[place],
+        marker=MARKERS[place],
         label=f"{group.label} ({curve.mean[-1]:.3f})",
     )
     low = [loss.mean if loss.low is None else loss.low for loss in curve.losses]

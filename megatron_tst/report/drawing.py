@@ -1,5 +1,5 @@
-"""Renders a plot twice from one drawing: as SVG in the page's colours with values to hover over,
-and as PNG on white."""
+"""Renders a plot from one drawing: as SVG in the page's colours with values to hover over, as PNG
+and as PDF on white."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 STYLE = {
     "font.size": 10,
     "svg.fonttype": "none",
+    # TrueType, so that the text of a PDF can be searched and edited.
+    "pdf.fonttype": 42,
     "svg.hashsalt": "megatron-tst",
     "text.color": FOREGROUND,
     "axes.labelcolor": FOREGROUND,
@@ -39,6 +41,8 @@ STYLE = {
 }
 """Settings of Matplotlib for all plots."""
 
+_NO_PDF_METADATA = dict.fromkeys(("CreationDate", "Creator", "Producer"))
+_PRINTED_DOTS_PER_INCH = 220
 _POINTS_PER_INCH = 72
 _TARGET_RADIUS = 6
 
@@ -53,6 +57,7 @@ class Plot:
         caption: one or two sentences of text.
         svg: an ``<svg>`` element without references to other files.
         png: the same plot on white.
+        pdf: likewise.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Plot:
     caption: str
     svg: str
     png: bytes
+    pdf: bytes
 
 
 @dataclass
@@ -82,18 +88,19 @@ class Canvas:
 def render(
     name: str, title: str, caption: str, draw: Callable[[Canvas], None], height: float = 3.9
 ) -> Plot:
-    """Draws once and renders as SVG and PNG; ``height`` in inches, of 7.2 inches of width."""
+    """Draws once and renders in all formats; ``height`` in inches, of 7.2 inches of width."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, height), layout="constrained")
         canvas = Canvas(figure.add_subplot())
         draw(canvas)
-        png, svg = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=160, facecolor="white")
+        png, svg, pdf = io.BytesIO(), io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=_PRINTED_DOTS_PER_INCH, facecolor="white")
+        figure.savefig(pdf, format="pdf", facecolor="white", metadata=_NO_PDF_METADATA)
         figure.savefig(svg, format="svg", transparent=True, metadata=_NO_METADATA)
         targets = _hover_targets(canvas, figure)
     element = _embeddable(svg.getvalue().decode(), name, title)
     element = element.replace("</svg>", f"{targets}</svg>")
-    return Plot(name, title, caption, element, png.getvalue())
+    return Plot(name, title, caption, element, png.getvalue(), pdf.getvalue())
 
 
 def _hover_targets(canvas: Canvas, figure: Figure) -> str:

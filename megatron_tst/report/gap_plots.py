@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from megatron_tst.common.units import DASH, quantity
 from megatron_tst.report.comparison import Matchup
-from megatron_tst.report.curve_plots import COLOURS, legend
+from megatron_tst.report.curve_plots import COLOURS, MARKERS, legend
 from megatron_tst.report.drawing import FOREGROUND, Canvas
 from megatron_tst.report.results import RunResult
+from megatron_tst.report.statistics import is_decided
 from megatron_tst.report.sweep import Sweep, cell_of
 from megatron_tst.report.units import gap_text, seeds
 
@@ -33,7 +34,10 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
         for pair in matchup.pairs:
             canvas.axes.plot(pair.gap, row, "|", color=FOREGROUND, markersize=6, alpha=0.6)
             canvas.say(pair.gap, row, f"{matchup.tst.label}, seed {pair.tst.seed}: {pair.gap:+.4f}")
-        canvas.axes.plot(gap.mean, row, "o", color=colour, markersize=6)
+        face = colour if is_decided(gap) else "white"
+        canvas.axes.plot(
+            gap.mean, row, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3
+        )
         canvas.say(gap.mean, row, _gap_title(matchup))
     canvas.axes.axvline(0, color=FOREGROUND, linewidth=1)
     canvas.axes.set_xlim(*_frame(matchups))
@@ -87,7 +91,7 @@ def _draw_cell(
         shade, ink = _shade(float(shades(gap.mean)))
     if matchup is not None and matchup.tst.diverged:
         text += f"\n{len(matchup.tst.diverged)} of {len(matchup.tst.runs)} diverged"
-    is_decided = gap is not None and gap.excludes(0.0)
+    is_framed = gap is not None and is_decided(gap)
     canvas.axes.add_patch(
         Rectangle(
             (column - 0.47, row - 0.46),
@@ -95,7 +99,7 @@ def _draw_cell(
             0.92,
             facecolor=shade,
             edgecolor=FOREGROUND,
-            linewidth=2.0 if is_decided else 0.4,
+            linewidth=2.0 if is_framed else 0.4,
             hatch=None if matchup is not None else "///",
             alpha=1.0 if matchup is not None else 0.4,
         )
@@ -180,8 +184,11 @@ def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) ->
         canvas.axes.plot(
             [run.equivalent_tokens[-1] for run in runs],
             [run.final_loss for run in runs],
-            "s",
+            MARKERS[place],
             color=COLOURS[place],
+            markersize=6,
+            markerfacecolor="none",
+            markeredgewidth=1.6,
             label=one.tst.label,
         )
         _say_ends(canvas, runs, one.tst.label)

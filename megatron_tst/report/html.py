@@ -1,4 +1,4 @@
-"""Writes a comparison as one HTML file that needs no network, and its plots as PNG files."""
+"""Writes a comparison as one HTML file that needs no network, and its plots as files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tst.report import page, report_tables, wording
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.drawing import Plot
-from megatron_tst.report.plots import render_plots
+from megatron_tst.report.plots import prefixes, render_plots
 from megatron_tst.report.precision import precision_sentence
 from megatron_tst.report.results import RunResult
 
@@ -43,27 +43,27 @@ def write_report(
     figures: Path | None = None,
     note: str | None = None,
 ) -> list[Path]:
-    """Writes ``output`` and a PNG file for each plot.
+    """Writes ``output`` and its plots.
 
     Args:
         studies: what to report, a section each.
         output: path of the HTML file.
         sample_text: text that the trained model generated.
-        figures: folder for ``<plot>.png``; by default the plots lie next to the page as
-            ``<stem>-<plot>.png``.
+        figures: folder for ``<plot>.png`` and ``<plot>.pdf``; by default the plots lie next to the
+            page as ``<stem>-<plot>.png``.
         note: what a reader must know of all runs, on top of the page.
 
     Returns:
         The files written, the report first. Each appears whole or not at all.
     """
-    prefixes = ["" if len(studies) == 1 else f"{i}-" for i in range(1, len(studies) + 1)]
-    plots = [render_plots(study, prefix) for study, prefix in zip(studies, prefixes, strict=True)]
+    plots = [render_plots(*one) for one in zip(studies, prefixes(studies), strict=True)]
     files = {output: report_html(studies, plots, sample_text, note).encode()}
     for plot in (plot for of_study in plots for plot in of_study):
         if figures is None:
             files[output.with_name(f"{output.stem}-{plot.name}.png")] = plot.png
         else:
             files[figures / f"{plot.name}.png"] = plot.png
+            files[figures / f"{plot.name}.pdf"] = plot.pdf
     for path, content in files.items():
         write_file(path, content)
     return list(files)

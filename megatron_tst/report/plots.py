@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -48,11 +48,27 @@ def render_plots(study: Study, prefix: str = "") -> list[Plot]:
         study: what to plot.
         prefix: of the plots' names, which tells studies on one page apart.
     """
-    best = study.best
-    if best is None:
-        return []
-    sketches = (*_gaps(study, best), *_curves(study, best), *_offsets(best))
+    sketches = _sketches(study)
     return [render(*sketch._replace(name=f"{prefix}{sketch.name}")) for sketch in sketches]
+
+
+def prefixes(studies: Sequence[Study]) -> list[str]:
+    """What tells the plots of studies on one page apart."""
+    return ["" if len(studies) == 1 else f"{i}-" for i in range(1, len(studies) + 1)]
+
+
+def captions(studies: Sequence[Study]) -> dict[str, str]:
+    """Captions of all plots on a page, by name; nothing is drawn."""
+    return {
+        f"{prefix}{sketch.name}": sketch.caption
+        for prefix, study in zip(prefixes(studies), studies, strict=True)
+        for sketch in _sketches(study)
+    }
+
+
+def _sketches(study: Study) -> list[_Sketch]:
+    best = study.best
+    return [] if best is None else [*_gaps(study, best), *_curves(study, best), *_offsets(best)]
 
 
 def drawn_groups(study: Study, best: Matchup) -> list[Group]:
@@ -66,7 +82,8 @@ def drawn_groups(study: Study, best: Matchup) -> list[Group]:
 def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
     groups = drawn_groups(study, best)
     pair = best.pairs[0]
-    band = "" if len(best.pairs) == 1 else " Bands are 95% intervals over seeds."
+    counts = {len(group.counted) for group in groups if group.counted}
+    band = "" if counts == {1} else f" Bands: 95% intervals (Student's t), {_n(counts)}."
     dotted = " Dotted with a cross: diverged." if any(group.diverged for group in groups) else ""
     diamonds = (
         " Diamonds mark where each arm first reached the other's final loss."
@@ -127,8 +144,10 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "gaps",
             "Gap to the baseline at equal FLOPs",
-            "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
-            "(beyond the frame where it is far wider than the seeds), each seed a stroke.",
+            "Final loss of the baseline minus that of TST, paired by seed, "
+            f"{_pairs(study.ranked)}: mean, 95% interval (Student's t; beyond the frame "
+            "where it is far wider than the seeds), each seed a stroke. Filled: the interval of at "
+            "least three seeds leaves out zero.",
             partial(draw_gaps, matchups=study.ranked),
             height=1.2 + 0.32 * len(study.ranked),
         )
@@ -141,7 +160,8 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "equal-loss",
             "Equal loss, from finished runs",
-            wording.off_ends(first),
+            f"{wording.off_ends(first)} A line for each of {len(first.pairs)} seeds; every mark is "
+            "one finished run.",
             partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
         )
 
@@ -154,7 +174,8 @@ def _parts(study: Study) -> Iterator[_Sketch]:
             "The decay and the bags",
             "What TST gains on a baseline planned for more steps, read at the last step of TST: "
             "the part that a finished baseline of the length of TST has too, and the part of the "
-            f"bags, with its 95% interval. {len(gains)} of {len(found)} settings, best first.",
+            f"bags, with its 95% interval (Student's t, {_n({len(one.pairs) for one in gains})}). "
+            f"{len(gains)} of {len(found)} settings, best first.",
             partial(draw_gain_parts, gains=gains),
             height=1.4 + 0.32 * len(gains),
         )
@@ -168,8 +189,9 @@ def _sweep(study: Study) -> Iterator[_Sketch]:
         yield _Sketch(
             "heat-map",
             "Gap over bag size and step ratio",
-            "Nats a token, with half of the 95% interval. A heavy frame: the interval leaves "
-            "out zero. Hatched: no run.",
+            f"Nats a token, with half of the 95% interval (Student's t, "
+            f"{_pairs(list(sweep.cells.values()))}). A heavy frame: the interval of at least three "
+            "seeds leaves out zero. Hatched: no run.",
             partial(draw_heat_map, sweep=sweep),
             height=1.2 + 0.62 * len(sweep.step_ratios),
         )
@@ -181,7 +203,18 @@ def _sweep(study: Study) -> Iterator[_Sketch]:
             yield _Sketch(
                 name,
                 f"Gap over {title}",
-                "The U-curve of the loss, upside down: the gap to the baseline, with 95% "
-                "intervals over seeds.",
+                "The U-curve of the loss, upside down: the gap to the baseline, with 95% intervals "
+                f"(Student's t, {_pairs([one for line in lines.values() for one in line])}; some "
+                "reach beyond the frame).",
                 partial(draw, sweep=sweep),
             )
+
+
+def _pairs(matchups: Sequence[Matchup]) -> str:
+    return _n({len(matchup.pairs) for matchup in matchups if matchup.pairs})
+
+
+def _n(counts: Collection[int]) -> str:
+    """How many seeds there are, of settings that may have different numbers of them."""
+    low, high = min(counts), max(counts)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"

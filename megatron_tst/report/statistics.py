@@ -36,6 +36,15 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
+FEWEST_SEEDS = 3
+"""With fewer nothing is decided: the interval of two seeds is 13 standard errors wide."""
+
+
+def is_decided(gap: Estimate) -> bool:
+    """Whether a gap has enough seeds, and an interval that leaves out zero."""
+    return gap.n >= FEWEST_SEEDS and gap.excludes(0.0)
+
+
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95% t-interval of at least one value."""
     n = len(values)

@@ -232,6 +232,13 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
             f"The best of {len(counts)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
+    if study.best and (lower := study.lower_baselines(study.best)):
+        names = ", ".join(f"{group.label} ({seeds(len(group.counted))})" for group in lower)
+        yield (
+            f"{names} ended lower than {study.best.baseline.label} "
+            f"({seeds(len(study.best.baseline.counted))}), by fewer seeds: the gap to a baseline "
+            "that is tuned by as many may be smaller."
+        )
     undecided = [
         m.tst.label for m in study.ranked if m.gap and m.gap.n > 1 and not m.gap.excludes(0.0)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,44 +11,55 @@ import pytest
 from PIL import Image
 
 from megatron_tst.commands.compare_runs import main
+from megatron_tst.common.units import PLUS_MINUS, TIMES
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.results_table import read_results
+from megatron_tst.report.statistics import Estimate, estimate
 from megatron_tst.study.config import read_study
+from tests import results_page
+from tests.results_page import ROOT, SECTIONS, TABLES, refreshed, state, unmarked, verdict
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "docs/results/proxy.csv"
-TABLES = ROOT / "docs/results/proxy.md"
-FIGURES = sorted((ROOT / "docs/images/results").glob("*.png"))
-PAGE = (ROOT / "docs/results.md").read_text()
-# A gap, with its interval if it has one, as the tables print it.
-GAPS = re.findall(
-    "[+\N{MINUS SIGN}][0-9][.][0-9]{3}(?: \N{PLUS-MINUS SIGN} [0-9][.][0-9]{3})?", PAGE
-)
+PAGE = results_page.PAGE.read_text()
+STUDIES = sorted({table for table, _ in SECTIONS.values()})
+IMAGES = ROOT / "docs/images/results"
+FIGURES = sorted(IMAGES.glob("*/*"))
 
 
 @pytest.fixture(scope="module")
 def regenerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    outputs = ["--tables", folder / "proxy.md", "--figures", folder]
-    command = [RESULTS, "--output", folder / "proxy.html", *outputs]
-    assert main([str(part) for part in command]) == 0
+    for study in STUDIES:
+        outputs = ["--tables", folder / f"{study}.md", "--figures", folder / study]
+        command = [TABLES / f"{study}.csv", "--output", folder / f"{study}.html", *outputs]
+        assert main([str(part) for part in command]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def runs() -> list[RunResult]:
-    return read_results(RESULTS)
+def runs() -> dict[str, list[RunResult]]:
+    return {study: read_results(TABLES / f"{study}.csv") for study in STUDIES}
 
 
-def test_the_tables_are_those_of_the_results(regenerated: Path) -> None:
-    assert (regenerated / "proxy.md").read_text() == TABLES.read_text()
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_tables_are_those_of_the_results(regenerated: Path, study: str) -> None:
+    made, committed = regenerated / f"{study}.md", TABLES / f"{study}.md"
+    assert made.read_text() == committed.read_text()
 
 
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem)
+def test_make_results_knows_every_table() -> None:
+    (listed,) = re.findall(r"^RESULTS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(listed.split()) == STUDIES
+
+
+def figure_id(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.mark.parametrize("figure", [f for f in FIGURES if f.suffix == ".png"], ids=figure_id)
 def test_a_figure_is_that_of_the_results(regenerated: Path, figure: Path) -> None:
     drawn, committed = (
         np.asarray(Image.open(path).convert("RGB"), dtype=float)
-        for path in (regenerated / figure.name, figure)
+        for path in (regenerated / figure_id(figure), figure)
     )
     assert drawn.shape == committed.shape
     # Another processor may round a coordinate otherwise, which shades an edge by a little; a
@@ -56,44 +68,101 @@ def test_a_figure_is_that_of_the_results(regenerated: Path, figure: Path) -> Non
     assert changed.sum() < 30
 
 
-def test_the_page_shows_every_figure() -> None:
-    assert {f"images/results/{figure.name}" for figure in FIGURES} == set(
-        re.findall(r"\]\((images/results/[^)]+)\)", PAGE)
-    )
+def page_of(pdf: Path) -> bytes:
+    """The drawing of a PDF with one page, among its fonts and markers."""
+    found = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
+    streams = map(zlib.decompress, found)
+    return next(stream for stream in streams if stream.startswith(b"/DeviceRGB"))
 
 
-def test_the_page_quotes_the_tables() -> None:
-    tables = TABLES.read_text()
-    assert len(GAPS) > 30
-    assert [quoted for quoted in GAPS if quoted not in tables] == []
+@pytest.mark.parametrize("figure", [f for f in FIGURES if f.suffix == ".pdf"], ids=figure_id)
+def test_a_figure_for_print_is_that_of_the_results(regenerated: Path, figure: Path) -> None:
+    number = rb"-?[0-9]+[.]?[0-9]*"
+    drawn, committed = (page_of(path) for path in (regenerated / figure_id(figure), figure))
+    assert re.sub(number, b"", drawn) == re.sub(number, b"", committed)
+    places = [np.array(re.findall(number, page), dtype=float) for page in (drawn, committed)]
+    assert len(places[0]) > 100
+    # In points, 72 an inch.
+    np.testing.assert_allclose(places[0], places[1], atol=0.01)
 
 
-def test_the_page_quotes_final_losses(runs: list[RunResult]) -> None:
-    quoted = set(re.findall(r"\b1[.][0-9]{3}\b", PAGE))
-    assert len(quoted) > 10
-    assert quoted <= {f"{run.final_loss:.3f}" for run in runs}
+def test_the_page_shows_every_figure_and_its_form_for_print() -> None:
+    shown = set(re.findall(r"\]\(images/results/([^)]+)\)", PAGE))
+    assert shown == {figure_id(figure) for figure in FIGURES}
 
 
-def test_the_page_quotes_the_losses_of_phase_1(runs: list[RunResult]) -> None:
-    (paragraph,) = re.findall(r"From step 500 to the switch at 900 .*?\n\n", PAGE, re.DOTALL)
-    means = []
-    for bag_size in (6, 8, 12, 2, 3, 4):
-        name = f"127k-3000steps-lr0.002-s{bag_size}-r0.3-seed"
-        losses = [
-            run.training_loss[(run.training_steps >= 500) & (run.training_steps <= 900)]
-            for run in runs
-            if run.name.startswith(name)
-        ]
-        assert len(losses) == 3
-        means.append(f"{np.concatenate(losses).mean():.2f}")
-    assert re.findall(r"\b[23][.][0-9]{2}\b", paragraph.replace("3.32", "")) == means
+def test_figures_verdicts_and_captions_of_the_page_follow_from_the_tables() -> None:
+    assert refreshed(PAGE) == PAGE
+    assert results_page.with_captions(PAGE) == PAGE
+    assert unmarked(PAGE) == []
+    assert PAGE.count("<!--") > 100
 
 
-def test_the_runs_are_those_of_the_study_file(runs: list[RunResult]) -> None:
-    laid_out = {run.name for run in read_study(ROOT / "examples/studies/proxy.yaml").runs()}
-    assert {run.name for run in runs} == laid_out
-    assert {run.status for run in runs} <= {"finished", "diverged"}
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f"+0.021 {PLUS_MINUS} 0.019<!--gap 127k: s=2 r=0.3-->", f"+0.022 {PLUS_MINUS} 0.019"),
+        ("ahead<!--is gap 127k: s=2 r=0.3-->", "behind"),
+        ("contradicted<!--verdict ahead: gap 127k: s=2 r=0.3 output-only-->", "reproduced"),
+        (f"80%<!--share 127k: s=2 r=0.3 on baseline 2{TIMES} steps-->", "85%"),
+        (f"1.20{TIMES} (1.06 to 1.35)<!--speed 127k: s=2 r=0.3-->", f"1.30{TIMES} (1.06 to 1.35)"),
+    ],
+)
+def test_a_changed_figure_or_verdict_is_seen(old: str, new: str) -> None:
+    assert old in PAGE
+    changed = PAGE.replace(old, new + old[old.index("<!--") :], 1)
+    assert refreshed(changed) != changed
+    # Nor can one be put beside them without saying where it is from.
+    assert unmarked(PAGE.replace(old, f"**{new}**", 1))
 
 
-def test_the_runs_saw_one_text(runs: list[RunResult]) -> None:
-    assert len({tuple(sorted(run.data.items())) for run in runs}) == 1
+ZERO_HELD, AHEAD, BEHIND = estimate([-1, 2, 3]), estimate([2, 3, 4]), estimate([-2, -3, -4])
+
+
+@pytest.mark.parametrize(
+    ("gap", "expected"),
+    [
+        (None, "not run"),
+        (estimate([5.0]), "too few seeds"),
+        # Its interval leaves out zero, and two seeds decide nothing.
+        (estimate([5.0, 5.01]), "too few seeds"),
+        (ZERO_HELD, "undecided"),
+        (AHEAD, "ahead"),
+        (BEHIND, "behind"),
+    ],
+)
+def test_the_rule_of_states(gap: Estimate | None, expected: str) -> None:
+    assert state(gap) == expected
+
+
+@pytest.mark.parametrize(
+    ("claim", "states", "expected"),
+    [
+        ("ahead", [], "not tested"),
+        ("ahead", ["too few seeds", "not run"], "not tested"),
+        ("ahead", ["ahead", "ahead", "not run"], "reproduced"),
+        ("ahead", ["ahead", "undecided"], "reproduced in part"),
+        ("ahead", ["ahead", "behind"], "mixed"),
+        ("ahead", ["undecided", "behind"], "contradicted"),
+        ("behind", ["undecided", "behind"], "reproduced in part"),
+        ("behind", ["undecided", "too few seeds"], "undecided"),
+        ("equal", ["undecided"], "undecided"),
+        ("equal", ["undecided", "behind"], "contradicted"),
+    ],
+)
+def test_the_rule_of_verdicts(claim: str, states: list[str], expected: str) -> None:
+    assert verdict(claim, states) == expected
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_runs_are_those_of_the_study_file(runs: dict[str, list[RunResult]], study: str) -> None:
+    laid_out = {run.name for run in read_study(ROOT / f"examples/studies/{study}.yaml").runs()}
+    # Of the long study those that have ended.
+    names = {run.name for run in runs[study]}
+    assert names <= laid_out if study == "long" else names == laid_out
+    assert {run.status for run in runs[study]} <= {"finished", "diverged"}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_runs_saw_one_text(runs: dict[str, list[RunResult]], study: str) -> None:
+    assert len({tuple(sorted(run.data.items())) for run in runs[study]}) == 1

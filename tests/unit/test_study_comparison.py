@@ -235,6 +235,25 @@ def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
     assert [group.settings["learning_rate"] for group in alone] == [1e-3]
 
 
+def test_a_learning_rate_tried_out_with_one_seed_is_no_verdict() -> None:
+    runs = [
+        synthetic_run(falling(100, end - 0.1 * (size > 1)), bag_size=size, seed=seed)
+        for seed, end in enumerate((3.0, 3.01, 3.02))
+        for size in (1, 4)
+    ]
+    runs += [
+        synthetic_run(falling(100, end), bag_size=size, learning_rate=3e-3)
+        for size, end in ((1, 2.95), (4, 2.9))
+    ]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert study.best is not None
+    assert len(study.best.pairs) == 3
+    (said,) = [caution for caution in cautions(study) if "ended lower" in caution]
+    assert said.startswith(
+        "baseline lr 0.003 (1 seed) ended lower than baseline (3 seeds), by fewer"
+    )
+
+
 @pytest.mark.parametrize(
     ("others", "said"),
     [
