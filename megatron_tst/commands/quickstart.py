@@ -31,6 +31,8 @@ from megatron_tst.study.quickstart import SUBWORDS, Settings, TimeLimit, train_i
 
 PROMPT = "def __init__(self, "
 PLANNED_MINUTES = 12.0
+# A wheel has no documentation.
+_RESULTS_PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 @command
@@ -226,5 +228,6 @@ def write_comparison(arms: list[Execution], target: Path, sample: str, plan: Pla
         target.with_name("pace.json").write_text(json.dumps(asdict(plan), indent=1) + "\n")
         note = plan.sentences() if plan.is_shortened else None
     study = study_of_two(baseline, tst)
-    write_report([study], target, sample_text=sample, note=note)
+    page = _RESULTS_PAGE if _RESULTS_PAGE.exists() else None
+    write_report([study], target, sample_text=sample, note=note, results_page=page)
     return target

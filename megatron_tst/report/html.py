@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -29,6 +30,7 @@ _NUMBERS_NOTE = (
     "is the loss of the baseline minus that of TST, paired by seed; it is undecided where its "
     "interval holds zero. Diverged runs are in no mean."
 )
+_RESULTS_NOTE = "What several seeds say, with intervals, and how much of a gain is the decay"
 _GAINS_NOTE = (
     "A longer baseline is read where TST ends, before its own learning rate has decayed. The "
     "control, a finished baseline of the length of TST, gains on it by its decay alone; what TST "
@@ -42,6 +44,7 @@ def write_report(
     sample_text: str | None = None,
     figures: Path | None = None,
     note: str | None = None,
+    results_page: Path | None = None,
 ) -> list[Path]:
     """Writes ``output`` and its plots.
 
@@ -52,12 +55,14 @@ def write_report(
         figures: folder for ``<plot>.png`` and ``<plot>.pdf``; by default the plots lie next to the
             page as ``<stem>-<plot>.png``.
         note: what a reader must know of all runs, on top of the page.
+        results_page: what runs of several seeds say, to be linked; None for no link.
 
     Returns:
         The files written, the report first. Each appears whole or not at all.
     """
     plots = [render_plots(*one) for one in zip(studies, prefixes(studies), strict=True)]
-    files = {output: report_html(studies, plots, sample_text, note).encode()}
+    address = results_page and Path(os.path.relpath(results_page, output.parent)).as_posix()
+    files = {output: report_html(studies, plots, sample_text, note, address).encode()}
     for plot in (plot for of_study in plots for plot in of_study):
         if figures is None:
             files[output.with_name(f"{output.stem}-{plot.name}.png")] = plot.png
@@ -74,11 +79,14 @@ def report_html(
     plots: Sequence[Sequence[Plot]],
     sample_text: str | None = None,
     note: str | None = None,
+    results_page: str | None = None,
 ) -> str:
     """The page: for each study its verdict, cautions, numbers, plots, settings and origin."""
     parts = [f"<h1>{TITLE}</h1>"]
     if note is not None:
         parts.append(page.bullets([note]))
+    if results_page is not None:
+        parts.append(page.link(_RESULTS_NOTE, results_page))
     if len(studies) > 1:
         names = [study.name for study in studies]
         parts.append(

@@ -22,6 +22,7 @@ h3 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 p { margin: .5rem 0; }
 p, ul, figure, pre { max-width: 58rem; }
 .dim, figcaption { color: var(--dim); font-size: .92rem; }
+a { color: inherit; }
 .bad { color: var(--bad); font-weight: 600; }
 .verdict { border-left: 4px solid #d9601a; background: var(--panel); padding: .9rem 1.1rem;
   margin: 1.4rem 0; font-size: 1.05rem; max-width: 58rem; }
@@ -128,6 +129,11 @@ def bullets(items: Iterable[str]) -> str:
 def note(text: str) -> str:
     """A paragraph of small print."""
     return f'<p class="dim">{escape(text)}</p>'
+
+
+def link(text: str, address: str) -> str:
+    """A paragraph that leads to another page; it loads nothing."""
+    return f'<p class="dim"><a href="{escape(address)}">{escape(text)}</a></p>'
 
 
 def folded(summary: str, content: str) -> str:

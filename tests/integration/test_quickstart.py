@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ def test_the_quickstart_trains_exports_and_reports(tmp_path: Path, tokens: list[
     assert f"Trained in {precision}." in report
     assert "At equal FLOPs" in report
     assert "def __init__" in report
+    (address,) = re.findall(r'<a href="([^"]+)">What several seeds say', report)
+    assert (tmp_path / address).resolve() == ROOT / "docs/results.md"
     assert "Largest difference between its logits and Megatron's" in done.stdout
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     bits = [model["text"]["bits_per_byte"] for model in (evaluation, evaluation["compared_with"])]

@@ -207,8 +207,9 @@ def test_a_diverged_run_is_marked_and_decides_nothing(
     tst = make_run(tmp_path / "tst", TST, lambda step: float("nan") if step > 50 else 3.0)
     study = study_of_two(read_result(runs[0]), read_result(tst))
     output = tmp_path / "report.html"
-    assert write_report([study], output) == [output]
+    assert write_report([study], output, results_page=tmp_path / "docs/results.md") == [output]
     page = output.read_text()
+    assert '<a href="docs/results.md">What several seeds say' in page
     assert "No TST run can be set against a baseline" in page
     assert "1 of 1 runs of TST (s=4 r=0.25) diverged and are in no mean: tst." in page
 
