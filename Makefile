@@ -70,9 +70,10 @@ quickstart: setup ## Train a baseline and a superposition run on this machine an
 	$(PY) tools/quickstart.py $(if $(BPE),--bpe)
 
 STUDY := proxy
-STUDY_TEXT_long := prose
-STUDY_TEXT_subwords := prose-bpe2048
-STUDY_TEXT := runs/studies/text/$(or $(STUDY_TEXT_$(STUDY)),python-packages)
+TEXT_OF_long := prose
+TEXT_OF_subwords := prose-bpe2048
+TEXT_OF_gpu := web
+STUDY_TEXT := runs/studies/text/$(or $(TEXT_OF_$(STUDY)),python-packages)
 
 study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studies, for hours (STUDY=name), and compare them
 	$(PY) tools/run_study.py examples/studies/$(STUDY).yaml
@@ -97,10 +98,20 @@ runs/studies/text/prose.jsonl: | setup
 	$(PY) examples/studies/prose.py --output $@
 
 runs/studies/text/prose.json: runs/studies/text/prose.jsonl
-	$(PY) tools/preprocess_data.py --input $< --byte-level --shuffle-seed 0 --output-prefix $(@:.json=)
+	$(PY) tools/preprocess_data.py --input $< --byte-level --shuffle-seed 0 --output-prefix $(basename $@)
 
 runs/studies/text/prose-bpe2048.json: runs/studies/text/prose.jsonl
-	$(PY) tools/preprocess_data.py --input $< --train-bpe 2048 --shuffle-seed 0 --output-prefix $(@:.json=)
+	$(PY) tools/preprocess_data.py --input $< --train-bpe 2048 --shuffle-seed 0 --output-prefix $(basename $@)
+
+# Eight of the fourteen files of the sample of 10 billion tokens: 17 GB, some 5.5 billion tokens.
+WEB := runs/studies/text/fineweb-edu
+runs/studies/text/web.json: | setup
+	.venv/bin/hf download HuggingFaceFW/fineweb-edu --repo-type dataset \
+	  --include 'sample/10BT/00[0-7]_*.parquet' --local-dir $(WEB)
+	$(PY) tools/preprocess_data.py --input $(WEB)/sample/10BT/000_00000.parquet \
+	  --max-bytes 300000000 --train-bpe 16384 --output-prefix runs/studies/text/web-bpe
+	$(PY) tools/preprocess_data.py --input $(WEB)/sample/10BT --shuffle-seed 0 \
+	  --tokenizer runs/studies/text/web-bpe-tokenizer --output-prefix runs/studies/text/web
 
 runs/studies/text/python-packages.json: | setup
 	$(PY) tools/preprocess_data.py --input .venv/lib/python3*/site-packages --extensions .py \

@@ -11,6 +11,7 @@ from types import FrameType
 
 from rich.console import Console
 
+from megatron_tst.commands.study_hours import expected_hours
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.precision import describe_precision
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study = resolve_precision(study, folder, starts_runs=False)
             # While another process may run it.
             check_same_study(study, folder)
-            return _list(study, folder) if options.list else _print_collected(study, folder)
+            return (
+                _list(study, folder, options) if options.list else _print_collected(study, folder)
+            )
         study = _in_precision_of_this_machine(study, folder, options.slurm is not None)
         with open_study(study, folder):
             if options.slurm is not None:
@@ -76,6 +79,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="default: runs/studies/<name of the study file>")
     add("--jobs", type=int, help="runs at once (default: what cores and GPUs suffice for)")
     add("--list", action="store_true", help="list the runs and how they stand, and run nothing")
+    add(
+        "--gpu",
+        metavar="KIND",
+        help="with --list and --mfu: the hours to expect on one such as H100",
+    )
+    add("--mfu", type=float, metavar="F", help="the share of its dense bf16 peak that is assumed")
+    add("--vocabulary", type=int, metavar="N", help="ids, if the tokenizer is not here yet")
     add("--collect", action="store_true", help="write the results so far, and run nothing")
     add(
         "--slurm",
@@ -84,7 +94,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="submit what is left as a Slurm array: parameters of submitit, such as "
         "slurm_partition=b200 timeout_min=240 gpus_per_node=1",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if (options.gpu is None) != (options.mfu is None) or (options.gpu and not options.list):
+        parser.error("--gpu and --mfu go together, and with --list")
+    return options
 
 
 def _run(study: StudyConfig, folder: Path, jobs: int | None) -> int:
@@ -141,12 +154,14 @@ def _print_collected(study: StudyConfig, folder: Path) -> int:
     return 0
 
 
-def _list(study: StudyConfig, folder: Path) -> int:
+def _list(study: StudyConfig, folder: Path, options: argparse.Namespace) -> int:
     runs = executions(study, folder)
     for execution in runs:
         print(f"{execution.folder.state():9} {execution.name}")
     controls = f", of them {study.controls} baselines added as controls" if study.controls else ""
     print(f"{len(runs)} runs, {sum(e.total_steps for e in runs):,} steps{controls}")
+    if options.gpu is not None:
+        print(expected_hours(study, options.gpu, options.mfu, options.vocabulary))
     return 0
 
 

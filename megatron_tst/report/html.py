@@ -61,7 +61,9 @@ def write_report(
         The files written, the report first. Each appears whole or not at all.
     """
     plots = [render_plots(*one) for one in zip(studies, prefixes(studies), strict=True)]
-    address = results_page and Path(os.path.relpath(results_page, output.parent)).as_posix()
+    address = None
+    if results_page is not None:
+        address = Path(os.path.relpath(results_page, output.parent)).as_posix()
     files = {output: report_html(studies, plots, sample_text, note, address).encode()}
     for plot in (plot for of_study in plots for plot in of_study):
         if figures is None:

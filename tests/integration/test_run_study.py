@@ -21,6 +21,7 @@ from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
 from megatron_tst.study.study_folder import open_study
 from tests.studies import study_content, write_study
+from tests.zygote import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +96,31 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert again.returncode == 0, again.stderr
     assert "4 runs: 3 finished, 1 diverged" in again.stdout
     assert times == {path: path.stat().st_mtime_ns for path in times}, before
+
+
+def test_hours_are_the_flops_of_all_runs_at_the_speed_that_is_assumed(tmp_path: Path) -> None:
+    study = ROOT / "examples/studies/gpu.yaml"
+    options = ["--list", "--gpu", "H100", "--mfu", "0.15", "--vocabulary", "16384"]
+    listed = run_study(study, tmp_path / "none", *options)
+    assert listed.returncode == 0, listed.stderr
+    said = listed.stdout.splitlines()[-1]
+    # What docs/studies.md shows.
+    assert f"\n> {said}\n" in (ROOT / "docs/studies.md").read_text()
+    # By hand: eight layers, attention and SwiGLU; the output layer; causal scores.
+    weights = 8 * (4 * 512**2 + 3 * 512 * 1408) + 512 * 16384
+    token = 6 * weights + 6 * 8 * 512 * 1024
+    tokens = sum(run.settings.total_steps for run in read_study(study).runs()) * 256 * 1024
+    assert float(said.split()[0]) == pytest.approx(token * tokens, rel=0.02)
+    assert (
+        f"{float(said.split()[0]) / (0.15 * 989e12) / 3600:.0f}" == f"{float(said.split()[2]):.0f}"
+    )
+    unknown = run_study(study, tmp_path / "none", "--list", "--gpu", "H1", "--mfu", "0.15")
+    assert (unknown.returncode, unknown.stderr) == (
+        2,
+        "error: --gpu is 'H1': use A100, H100, H200, B200, GB200.\n",
+    )
+    alone = run_study(study, tmp_path / "none", "--list", "--gpu", "H100")
+    assert (alone.returncode, "--gpu and --mfu go together" in alone.stderr) == (2, True)
 
 
 def test_an_interrupted_study_goes_on(corpus: Path, tmp_path: Path) -> None:

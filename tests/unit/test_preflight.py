@@ -19,6 +19,8 @@ from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
 from megatron_tst.common.units import quantity
 from megatron_tst.preflight.launch_command import read_launch
+from megatron_tst.study.config import read_study
+from megatron_tst.study.run_folder import RunFolder
 from tests.corpus import write_corpus
 from tests.hf_models import save_model
 from tests.newer_torch import NEWER, OLDER, record_torch, write_as_newer_torch
@@ -78,6 +80,7 @@ MISPLACED = [
 UNREADABLE = "not for this torch"
 # The torch that is said to have written a checkpoint.
 TORCHES = {UNREADABLE: NEWER, "of a newer torch": NEWER, "of an older torch": OLDER}
+GPU_STUDY = read_study(ROOT / "examples/studies/gpu.yaml")
 SEVERAL_MISTAKES = [
     *("--yaml-cfg", "model.yaml"),
     *("--seq-length", "0"),
@@ -201,8 +204,25 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
         checked.measure(
             f"FLOPs {model}", "preflight_measured.megatron_flops", scripts[model, "tst"], 64
         )
+    for run in GPU_STUDY.runs():
+        outputs = RunFolder(Path("/absent")).outputs(keeps_checkpoints=True)
+        checked.add(
+            f"gpu study {run.name}",
+            [*run.arguments, *outputs],
+            size=GPU_STUDY.processes,
+            gpu_bytes=80e9,
+            tokenizer_ids=16384,
+        )
     checked.run()
     return checked
+
+
+@pytest.mark.parametrize("name", [run.name for run in GPU_STUDY.runs()])
+def test_every_arm_of_the_gpu_study_starts_and_fits(checked: Checked, name: str) -> None:
+    found = checked.found[f"gpu study {name}"]
+    assert [checked.texts(f"gpu study {name}", level) for level in ("error", "warning")] == [[], []]
+    assert found["fits"]
+    assert found["parameters"]["total"] == 42_476_032
 
 
 def _loads(folder: Path) -> dict[str, list[str]]:
