@@ -50,6 +50,10 @@ COMMANDS: Mapping[str, Command] = {
     "compare": Command(
         "megatron_tst.commands.compare_runs", "compare runs with baselines on an HTML page"
     ),
+    "explain": Command(
+        "megatron_tst.commands.explain_gain",
+        "show where a gain comes from: positions, the switch, Adam's state",
+    ),
     "trace": Command(
         "megatron_tst.commands.trace_data", "show which documents a step of a run read"
     ),

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="sequences at once (default: 8)")
     add("--window", type=int, help="tokens that a prediction sees in --text (default: context)")
     add("--stride", type=int, help="tokens from window to window (default: half a window)")
+    add("--by-position", action="store_true", help="of --text also by the tokens that are seen")
     add("--dtype", choices=get_args(DtypeName), default="auto", help=DTYPE_HELP)
     add("--device", default="auto", help="default: the GPU where there is one")
     add("--overwrite", action="store_true", help="replace an existing output")

@@ -40,6 +40,10 @@ class BitsPerByte:
             document.
         window: most tokens that a prediction sees.
         stride: see above.
+        position_bits: their sum by the number of tokens that the prediction sees, from 1 to
+            ``window``. Where a tokenizer puts nothing in front of a text, the first token of a
+            document is in none of them.
+        position_tokens: how many tokens that is a sum of.
     """
 
     bits: float
@@ -49,15 +53,20 @@ class BitsPerByte:
     stderr: float | None
     window: int
     stride: int
+    position_bits: tuple[float, ...]
+    position_tokens: tuple[int, ...]
 
     @property
     def value(self) -> float:
         """Bits per byte."""
         return self.bits / self.bytes
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"bits_per_byte": self.value, **asdict(self)}
+    def to_dict(self, by_position: bool = False) -> dict[str, Any]:
+        """For JSON, with a number for each position of the window if that is wanted."""
+        content = {"bits_per_byte": self.value, **asdict(self)}
+        if not by_position:
+            del content["position_bits"], content["position_tokens"]
+        return content
 
 
 class _Window(NamedTuple):
@@ -131,11 +140,15 @@ def bits_per_byte(
     ]
     # Windows of one length side by side leave little padding, the longest first.
     windows.sort(key=lambda part: -len(part.inputs))
+    of_positions = torch.zeros(2, window, dtype=torch.float64)
     for begin in range(0, len(windows), batch_size):
         on_progress(begin, len(windows))
         batch = windows[begin : begin + batch_size]
         for part, nats in zip(batch, _negative_log_likelihoods(loaded, batch), strict=True):
-            bits[part.document] += nats / math.log(2)
+            bits[part.document] += float(nats.sum()) / math.log(2)
+            seen = slice(len(part.inputs) - len(part.targets), len(part.inputs))
+            of_positions[0, seen] += nats / math.log(2)
+            of_positions[1, seen] += 1
     on_progress(len(windows), len(windows))
     sizes = [len(text.encode()) for text in documents]
     return BitsPerByte(
@@ -146,6 +159,8 @@ def bits_per_byte(
         stderr=_ratio_stderr(bits, sizes),
         window=window,
         stride=stride,
+        position_bits=tuple(of_positions[0].tolist()),
+        position_tokens=tuple(map(int, of_positions[1].tolist())),
     )
 
 
@@ -177,8 +192,8 @@ def _windows(document: int, tokens: list[int], window: int, stride: int) -> Iter
 
 
 @torch.no_grad()
-def _negative_log_likelihoods(loaded: LoadedModel, batch: list[_Window]) -> Iterable[float]:
-    """Sum over the targets of each window, in nats."""
+def _negative_log_likelihoods(loaded: LoadedModel, batch: list[_Window]) -> Iterable[Tensor]:
+    """Of the targets of each window, in nats, float64 on the CPU."""
     device = loaded.model.device
     longest = max(len(part.inputs) for part in batch)
     # Causal: what stands behind the inputs does not change what is predicted from them.
@@ -188,7 +203,7 @@ def _negative_log_likelihoods(loaded: LoadedModel, batch: list[_Window]) -> Iter
         counted = row[len(part.inputs) - len(part.targets) : len(part.inputs)]
         targets = torch.tensor(part.targets, device=device)
         losses = torch.nn.functional.cross_entropy(counted.float(), targets, reduction="none")
-        yield float(losses.double().sum())
+        yield losses.double().cpu()
 
 
 def _ratio_stderr(bits: Sequence[float], sizes: Sequence[int]) -> float | None:

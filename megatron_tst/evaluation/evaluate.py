@@ -51,6 +51,7 @@ class EvaluationConfig:
         batch_size: sequences at once.
         window: most tokens that a prediction of bits per byte sees; the model's context by default.
         stride: tokens from one window to the next; half a window by default.
+        by_position: also the bits by the number of tokens that a prediction sees.
         dtype: of the weights; ``auto`` is as stored, or float32 where a CPU has no bf16.
         device: ``auto`` is the GPU where there is one.
         overwrite: replace an existing output.
@@ -65,6 +66,7 @@ class EvaluationConfig:
     batch_size: int = 8
     window: int | None = None
     stride: int | None = None
+    by_position: bool = False
     dtype: DtypeName = "auto"
     device: str = "auto"
     overwrite: bool = False
@@ -73,6 +75,8 @@ class EvaluationConfig:
         for flag, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"{flag} {value}: use 1 or more.")
+        if self.by_position and self.text is None:
+            raise UsageError("--by-position is of text: pass --text with held-out text.")
 
     @property
     def runs_tasks(self) -> bool:
@@ -130,7 +134,7 @@ class Evaluation:
                 config.batch_size,
                 display.counting(f"{folder.name}, text", "windows"),
             )
-            text = measured.to_dict()
+            text = measured.to_dict(config.by_position)
         of_tasks = {}
         if self.tasks is not None:
             count = display.counting(f"{folder.name}, tasks", "answers")

@@ -24,16 +24,20 @@ def loaded(model: Path) -> LoadedModel:
     return load_model(check_model_folder(model), "auto", CPU)
 
 
-def bits_by_hand(loaded: LoadedModel, text: str, window: int, stride: int) -> float:
+def bits_by_hand(
+    loaded: LoadedModel, text: str, window: int, stride: int
+) -> list[tuple[int, float]]:
+    """Of each token: how many tokens its prediction sees, and its bits."""
     tokens = [loaded.tokenizer.eos_token_id, *loaded.tokenizer.encode(text)]
-    total = 0.0
+    found = []
     for position in range(1, len(tokens)):
         # The first window reaches to position ``window``, each further one by ``stride``.
         steps = max(-(-(position - window) // stride), 0)
         end = min(window + steps * stride, len(tokens) - 1)
         begin = max(end - window, 0)
-        total -= log_probabilities(loaded, tokens[begin : position + 1])[-1]
-    return total / math.log(2)
+        nats = -log_probabilities(loaded, tokens[begin : position + 1])[-1]
+        found.append((position - begin, nats / math.log(2)))
+    return found
 
 
 TEXTS = (
@@ -51,12 +55,16 @@ def test_bits_per_byte_are_those_computed_by_hand(
 ) -> None:
     found = bits_per_byte(loaded, TEXTS, window, stride, batch_size=3)
     width = window or CONTEXT
-    bits = [bits_by_hand(loaded, text, width, stride or width // 2) for text in TEXTS]
+    by_hand = [bits_by_hand(loaded, text, width, stride or width // 2) for text in TEXTS]
+    bits = [sum(cost for _, cost in text) for text in by_hand]
     sizes = [len(text.encode()) for text in TEXTS]
     # float32 in another order of batches.
     assert found.bits == pytest.approx(sum(bits), rel=1e-6)
     assert (found.bytes, found.tokens, found.documents) == (sum(sizes), sum(sizes), len(TEXTS))
     assert found.value == pytest.approx(sum(bits) / sum(sizes), rel=1e-6)
+    of_positions = [[b for text in by_hand for n, b in text if n == k + 1] for k in range(width)]
+    assert found.position_bits == pytest.approx([sum(costs) for costs in of_positions], rel=1e-5)
+    assert found.position_tokens == tuple(map(len, of_positions))
     residuals = [b - found.value * size for b, size in zip(bits, sizes, strict=True)]
     spread = math.sqrt(sum(r * r for r in residuals) / (len(TEXTS) - 1) * len(TEXTS))
     assert found.stderr == pytest.approx(spread / sum(sizes), rel=1e-4)

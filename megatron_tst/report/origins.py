@@ -1,0 +1,141 @@
+"""Where a gain comes from: what some arms of runs measured, as one table on file.
+
+A row is one number of one run. An arm is a setting, its runs differ in their seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_tst.common.errors import UsageError
+from megatron_tst.report.tables import Row, read_table, write_table
+
+VALIDATION, TRAINING, GRADIENT = "validation loss", "training loss", "gradient norm"
+TEXT, POSITION, POSITION_TOKENS = "text loss", "loss of position", "tokens of position"
+MOMENT = "second moment"
+STEPS_BEFORE, STEPS_AFTER = 50, 200
+"""Around a switch, what is logged of each step is kept."""
+CHECKPOINTS_AFTER = 1000
+"""Checkpoints are measured from a switch to so many steps after it, and at the end."""
+
+_RUN = "run"
+_COLUMNS = ("arm", "seed", "quantity", "step", "place", "value")
+_OF_RUN = ("total_steps", "switch_step", "bag_size", "text", "machine", "commit")
+_TEXT_COLUMNS = ("arm", "quantity", "place", "text", "machine", "commit")
+
+Key = tuple[str, int, str]
+"""Quantity, optimizer step, and place: a position of the sequence from 1, or a tensor."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was measured of one run.
+
+    Attributes:
+        arm: the setting, as the user calls it.
+        seed: of the run.
+        total_steps: of the whole run.
+        switch_step: the last step with bags, None without superposition.
+        bag_size: the largest of the run.
+        text: SHA-256 of the text whose loss by position was measured, if it was.
+        machine: where it trained.
+        commit: of this project.
+        values: in nats a token, or as Megatron logs it; of second moments the mean over a tensor.
+    """
+
+    arm: str
+    seed: int
+    total_steps: int
+    switch_step: int | None
+    bag_size: int
+    text: str | None
+    machine: str
+    commit: str
+    values: dict[Key, float] = field(default_factory=dict)
+
+    def series(self, quantity: str, place: str = "") -> dict[int, float]:
+        """Values by step, ascending."""
+        found = {step: v for (q, step, p), v in self.values.items() if (q, p) == (quantity, place)}
+        return dict(sorted(found.items()))
+
+    def places(self, quantity: str, step: int) -> dict[str, float]:
+        """Values by place, in their order."""
+        return {p: v for (q, s, p), v in self.values.items() if (q, s) == (quantity, step)}
+
+    @property
+    def final_loss(self) -> float | None:
+        """Validation loss at the last step; None where the run was not trained to its end."""
+        return self.series(VALIDATION).get(self.total_steps)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one setting.
+
+    Attributes:
+        name: as the user calls it.
+        runs: by seed.
+    """
+
+    name: str
+    runs: dict[int, Trace]
+
+
+def arms_of(traces: Iterable[Trace]) -> list[Arm]:
+    """Arms in the order of their first runs.
+
+    Raises:
+        UsageError: an arm has a seed twice, or its runs do not switch at one step.
+    """
+    arms: dict[str, Arm] = {}
+    for trace in traces:
+        arm = arms.setdefault(trace.arm, Arm(trace.arm, {}))
+        if trace.seed in arm.runs:
+            raise UsageError(f"--arm {arm.name} has two runs of seed {trace.seed}: leave one out.")
+        arm.runs[trace.seed] = trace
+        first = next(iter(arm.runs.values()))
+        for name in ("switch_step", "total_steps", "bag_size"):
+            was, value = getattr(first, name), getattr(trace, name)
+            if was != value:
+                raise UsageError(
+                    f"--arm {arm.name}: its runs have {name.replace('_', ' ')} {was} and {value}: "
+                    "pass runs that differ in their seed alone as one arm."
+                )
+    return list(arms.values())
+
+
+def write_traces(traces: Sequence[Trace], path: Path) -> None:
+    """Writes a table, CSV or Parquet by the suffix."""
+    rows = [row for trace in traces for row in _rows(trace)]
+    write_table(path, rows, (*_COLUMNS, *_OF_RUN))
+
+
+def _rows(trace: Trace) -> Iterable[Row]:
+    of_run = {name: getattr(trace, name) for name in _OF_RUN}
+    lead = {"arm": trace.arm, "seed": trace.seed}
+    yield {**lead, "quantity": _RUN, **{n: v for n, v in of_run.items() if v is not None}}
+    for (quantity, step, place), value in trace.values.items():
+        yield {**lead, "quantity": quantity, "step": step, "place": place, "value": value}
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """Reads what :func:`write_traces` wrote.
+
+    Raises:
+        UsageError: naming the file and what is wrong with it.
+    """
+    found: dict[tuple[str, int], Trace] = {}
+    for row in read_table(path, (*_COLUMNS, *_OF_RUN), _TEXT_COLUMNS):
+        key = (row["arm"], row["seed"])
+        if row["quantity"] == _RUN:
+            found[key] = Trace(*key, **{name: row[name] for name in _OF_RUN})
+        elif key not in found:
+            raise UsageError(f"{path} has values of a run {key[0]}, seed {key[1]}, and no run row.")
+        else:
+            place = (row["quantity"], row["step"], row["place"] or "")
+            found[key].values[place] = float(row["value"])
+    if not found:
+        raise UsageError(f"{path} holds no runs.")
+    return list(found.values())
