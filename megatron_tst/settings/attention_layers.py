@@ -12,13 +12,20 @@ ATTENTION = "*+D"
 """Layers of a pattern that have it."""
 
 
+def pattern_of(settings: Any) -> str | None:
+    """The pattern of a HybridModel, None of a GPTModel."""
+    # The second is its name in older checkpoints.
+    names = ("hybrid_layer_pattern", "hybrid_override_pattern")
+    return next((value for name in names if (value := getattr(settings, name, None))), None)
+
+
 def attention_layers(settings: Any) -> list[int]:
     """Numbers, from 1, of the layers with attention, without those of multi-token prediction.
 
     Args:
         settings: a command line, or Megatron's arguments in a checkpoint.
     """
-    if pattern := getattr(settings, "hybrid_layer_pattern", None):
+    if pattern := pattern_of(settings):
         layers = pattern.partition("/")[0].replace("|", "")
         return [number for number, kind in enumerate(layers, 1) if kind in ATTENTION]
     return list(range(1, (settings.num_layers or 0) + 1))

@@ -43,6 +43,10 @@ def unheeded_model_settings(args: argparse.Namespace) -> Iterator[str]:
             args.window_attn_skip_freq is not None and not args.window_size,
             "no layer has a window",
         ),
+        "--fp16-lm-cross-entropy": (
+            args.fp16_lm_cross_entropy,
+            "no model here looks at it",
+        ),
         f"--mup-width-mult {args.mup_width_mult}": (
             args.mup_width_mult != 1.0,
             "Megatron computes it from --mup-base-hidden-size",

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_tst.checkpoint.hf_mapping import FUSED_NORM, SEPARATE_NORM
 from megatron_tst.common.errors import UsageError
+from megatron_tst.settings.attention_layers import pattern_of
 from megatron_tst.training.upstream import unwrapped
 
 _RETARGET = "retarget_sharded_state_dict_to_gpt_checkpoint"
@@ -36,7 +37,7 @@ _THROUGH_HF = (
 
 def is_translated(args: Namespace, saved: Any) -> bool:
     """Whether the checkpoint is of a GPTModel and this command builds a HybridModel."""
-    return bool(args.hybrid_layer_pattern) and not _pattern(saved)
+    return bool(args.hybrid_layer_pattern) and not pattern_of(saved)
 
 
 def prepare_translation(args: Namespace, saved: Any, folder: Path, named: str) -> None:
@@ -54,7 +55,7 @@ def prepare_translation(args: Namespace, saved: Any, folder: Path, named: str) -
         UsageError: naming both models, the reason and the remedy.
         RuntimeError: Megatron has no such translation.
     """
-    if not args.hybrid_layer_pattern and (pattern := _pattern(saved)):
+    if not args.hybrid_layer_pattern and (pattern := pattern_of(saved)):
         raise UsageError(
             f"{named} is of a HybridModel (--hybrid-layer-pattern {pattern}), and this command "
             "builds a GPTModel: Megatron translates checkpoints of GPTModel to HybridModel and not "
@@ -90,12 +91,6 @@ def prepare_start(args: Namespace, saved: Any, folder: Path, named: str) -> None
     if is_translated(args, saved):
         args.no_load_optim = True
     prepare_translation(args, saved, folder, named)
-
-
-def _pattern(saved: Any) -> str | None:
-    # The second is its name in older checkpoints.
-    names = ("hybrid_layer_pattern", "hybrid_override_pattern")
-    return next((value for name in names if (value := getattr(saved, name, None))), None)
 
 
 def _hindrance(args: Namespace, saved: Any) -> str | None:

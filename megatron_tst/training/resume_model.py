@@ -105,7 +105,8 @@ def _refuse_other_attention(args: Namespace, saved: Any) -> None:
         (("window_size", "window_attn_skip_freq"), windows),
         (("no_rope_freq",), without_positions),
     ):
-        if of_layers(args) != of_layers(saved):
+        found, stored = of_layers(args), of_layers(saved)
+        if any((*found, *stored)) and found != stored:
             was, now = (
                 " ".join(f"--{n.replace('_', '-')} {getattr(settings, n, None)}" for n in names)
                 for settings in (saved, args)

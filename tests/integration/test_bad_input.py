@@ -169,6 +169,7 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
         "--mup-attn-scale-power 0.5 with --multi-latent-attention does not work: .* scales",
     ),
     ({"mup_embedding_mult": 3.0}, "--mup-embedding-mult 3.0 does not work: .* --use-mup, which"),
+    ({"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy does not work: no model here"),
     ({"mup_width_mult": 2.0}, "--mup-width-mult 2.0 does not work: .* --mup-base-hidden-size"),
     ({"position_embedding_type": "relative"}, "--position-embedding-type relative does not work"),
     (

@@ -28,6 +28,8 @@ def test_windows_are_megatrons(frequency: Any) -> None:
 def test_a_hybrid_model_counts_other_layers() -> None:
     hybrid = settings(hybrid_layer_pattern="*-*-|*-*-/*-", window_attn_skip_freq=4)
     assert windows(hybrid) == [SIZE] * 4
+    older = settings(hybrid_override_pattern=hybrid.hybrid_layer_pattern, num_layers=8)
+    assert windows(older) == [SIZE] * 4
     hybrid.window_attn_skip_freq = [1, 1, 1, 1, 1, 1, 0, 0]
     # The same as every fourth layer of a GPTModel.
     assert windows(hybrid) == windows(settings(window_attn_skip_freq=4)) == [SIZE] * 3 + [None]
