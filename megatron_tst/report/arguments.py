@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tst.report.describing import DESCRIBED_ARGUMENTS, Setting
+from megatron_tst.report.describing import DESCRIBED_ARGUMENTS, Setting, as_one_model
 
 _LAYOUT = """
     tensor_model_parallel_size pipeline_model_parallel_size transformer_pipeline_model_parallel_size
@@ -97,7 +97,7 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
     """
     found = {
         name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
-        for name, value in sorted(arguments.items())
+        for name, value in sorted(as_one_model(arguments).items())
         if value is not None
         and name not in _CANNOT_MATTER
         and name not in DESCRIBED_ARGUMENTS

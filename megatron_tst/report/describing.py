@@ -45,7 +45,7 @@ _TRAINING_SETTINGS = (
 DESCRIBED_ARGUMENTS = {
     *(*MODEL_SETTINGS, *_TRAINING_SETTINGS, "lr", "train_iters", "seed", "seq_length", "split"),
     *("tokenizer_type", "eval_iters", "eval_global_batch_size", "global_batch_size"),
-    *("rampup_batch_size", "step_batch_size_schedule"),
+    *("rampup_batch_size", "step_batch_size_schedule", "encoder_num_layers"),
     *("fp16", "fp8", "fp8_recipe", "fp4", "fp4_recipe"),
 }
 """Arguments that settings, data and numerics of a run tell."""
@@ -139,12 +139,35 @@ def superposition_settings(schedule: SuperpositionSchedule) -> dict[str, Setting
     return found
 
 
+def as_one_model(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by which a model is the same as a GPTModel and as a HybridModel.
+
+    The pattern of a HybridModel counts attention and MLP each as a layer, and has pipes between
+    pipeline stages. One of attention and MLP in turns (``*-*-``, or ``*E*E`` of experts) is that of
+    a GPTModel with half as many layers, whose weights and losses it has bit for bit
+    (``tests/integration/test_gpt_to_hybrid.py``).
+
+    Args:
+        arguments: Megatron's, by name.
+    """
+    pattern = arguments.get("hybrid_layer_pattern")
+    if not pattern:
+        return dict(arguments)
+    pattern = str(pattern).replace("|", "")
+    layer = "*E" if arguments.get("num_experts") else "*-"
+    layers, rest = divmod(len(pattern), len(layer))
+    if rest or pattern != layer * layers or arguments.get("moe_layer_freq", 1) != 1:
+        return {**arguments, "hybrid_layer_pattern": pattern}
+    return {**arguments, "hybrid_layer_pattern": None, "num_layers": layers}
+
+
 def describe_settings(arguments: Mapping[str, Any]) -> dict[str, Setting]:
     """The settings, apart from superposition, that have an influence on the loss.
 
     Args:
         arguments: Megatron's, by name; those that are missing or None are left out.
     """
+    arguments = as_one_model(arguments)
     renamed = {"learning_rate": arguments.get("lr"), "total_steps": arguments.get("train_iters")}
     same = {name: arguments.get(name) for name in (*MODEL_SETTINGS, *_TRAINING_SETTINGS, "seed")}
     return {name: value for name, value in {**renamed, **same}.items() if value is not None}

@@ -168,7 +168,7 @@ def _settings(run: Run) -> dict[str, Setting]:
     return {
         "parameters": run.info["parameters"],
         **superposition_settings(run.schedule),
-        **describe_settings(run.info["settings"]),
+        **describe_settings({**run.info.get("arguments", {}), **run.info["settings"]}),
         "total_steps": run.schedule.total_steps,
         "sequence_length": run.schedule.sequence_length,
         "global_batch_size": batch_sizes.size_at(0)

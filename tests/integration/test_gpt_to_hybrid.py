@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_tst.report.results import read_result
 from tests.integration.layouts import LAYOUTS, SHARDED_OPTIMIZER, arguments_of
 from tests.integration.test_bad_input import assert_messages
 from tests.runs import Check, SmallRun, assert_bit_equal, assert_faultless
@@ -101,6 +102,10 @@ def test_it_trains_as_the_gpt_model_of_its_seed(
     for tag in ("lm loss", "grad-norm", "tst/data tokens"):
         assert run.scalars()[tag] == gpt.scalars()[tag], tag
     assert_bit_equal(as_gpt(run.checkpoint(STEPS)), gpt.checkpoint(STEPS))
+    # So a report takes them for runs of one model and of the same settings.
+    one, other = (read_result(r.folder, status="finished") for r in (gpt, run))
+    assert (one.settings, one.data) == (other.settings, other.data)
+    assert one.arguments == other.arguments
 
 
 @pytest.mark.parametrize(

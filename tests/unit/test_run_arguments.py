@@ -12,6 +12,7 @@ from megatron_tst.commands.compare_runs import main
 from megatron_tst.report import arguments as reviewed
 from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.comparison import match_two, study_of
+from megatron_tst.report.describing import describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
 from megatron_tst.report.results import read_result
 from megatron_tst.report.results_table import write_results
@@ -154,3 +155,24 @@ def test_the_lists_name_arguments_of_megatron() -> None:
     matters = arguments_that_can_matter(known)
     # A sample of what must not be taken for a path or a layout.
     assert {"hidden_dropout", "moe_router_topk", "add_bias_linear", "optimizer"} <= matters.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "layers", "pattern"),
+    [
+        ({"hybrid_layer_pattern": "*-|*-*-", "num_layers": 6}, 3, None),
+        ({"hybrid_layer_pattern": "*E*E", "num_layers": 4, "num_experts": 8}, 2, None),
+        # Others than a GPTModel has, or with other layers.
+        ({"hybrid_layer_pattern": "*-|--", "num_layers": 4}, 4, "*---"),
+        ({"hybrid_layer_pattern": "M-*-", "num_layers": 4}, 4, "M-*-"),
+        ({"hybrid_layer_pattern": "*-*-", "num_layers": 4, "num_experts": 8}, 4, "*-*-"),
+        ({"hybrid_layer_pattern": "*-*-/*-", "num_layers": 4}, 4, "*-*-/*-"),
+        ({"hybrid_layer_pattern": "*E*", "num_layers": 3, "num_experts": 8}, 3, "*E*"),
+        ({"hybrid_layer_pattern": None, "num_layers": 4}, 4, None),
+    ],
+)
+def test_a_pattern_that_a_gpt_model_has(
+    arguments: dict[str, Any], layers: int, pattern: str | None
+) -> None:
+    assert describe_settings(arguments)["num_layers"] == layers
+    assert arguments_that_can_matter(arguments).get("hybrid_layer_pattern") == pattern
