@@ -38,10 +38,11 @@ durations: setup ## Run all tests and write tests/durations.md, what each file c
 	$(PYTEST) --junitxml=runs/durations.xml
 	$(PY) -m tests.durations runs/durations.xml
 
-support-matrix: setup ## Run the tests of parallel layouts and write docs/support-matrix.md
+support-matrix: setup ## Run the tests of parallel layouts and write docs/support-matrix.md and docs/arguments.md
 	$(PY) -m pytest tests/integration/test_layouts.py tests/integration/test_resharding.py \
 	  tests/integration/test_bad_input.py --junitxml=runs/support-matrix.xml
 	$(PY) -m tests.support_matrix runs/support-matrix.xml
+	$(PY) -m tests.judged_page
 
 check: setup ## Lint, check the format, the types, who imports whom and the age of generated pages
 	$(PY) -m ruff check
@@ -51,6 +52,7 @@ check: setup ## Lint, check the format, the types, who imports whom and the age 
 	.venv/bin/shellcheck examples/*/*.sh examples/slurm/*.sbatch scripts/*.sh findings/*.sh .ci/run
 	.venv/bin/hadolint Dockerfile
 	$(PY) -m tests.support_matrix --check
+	$(PY) -m tests.judged_page --check
 
 format: setup ## Format the code and sort the imports
 	$(PY) -m ruff check --select I --fix

@@ -132,6 +132,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
     except (UsageError, argparse.ArgumentError) as problem:
         report.findings.append(error(f"{problem} (Megatron's parser)."))
         return report
+    report.findings.extend(misfits.unjudged_arguments(parser, args))
     _check_before_validation(report, args)
     if report.has_errors:
         return report

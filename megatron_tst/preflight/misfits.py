@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_tst.preflight.findings import Finding, error
+from megatron_tst.preflight.findings import Finding, error, warning
+from megatron_tst.settings.judged_arguments import unjudged
 
 _REMOVED = {
     "--moe-use-legacy-grouped-gemm": "remove it",
@@ -17,6 +18,24 @@ _REMOVED = {
 }
 # Of the GPU, by --fp8-recipe.
 _CAPABILITIES = {"mxfp8": (10, 0), "blockwise": (9, 0)}
+
+
+def unjudged_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> Iterator[Finding]:
+    """Arguments of a newer Megatron that a launch sets, and of which nobody knows what they do.
+
+    Args:
+        parser: of Megatron.
+        args: parsed by it, not validated.
+    """
+    for action in unjudged(parser):
+        if getattr(args, action.dest, action.default) != action.default:
+            yield warning(
+                f"{action.option_strings[0]} is new in this Megatron, and what it does with "
+                "superposition was never looked at (docs/arguments.md): remove it, or compare "
+                "the run with one without it."
+            )
 
 
 def removed_arguments(argv: list[str]) -> list[Finding]:

@@ -6,6 +6,7 @@ A run ends with the first of these errors; preflight shows them all.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 
 from megatron_tst.common.errors import UsageError
@@ -20,6 +21,13 @@ from megatron_tst.settings.conflicts import conflicts
 from megatron_tst.settings.unheeded import unheeded_arguments
 from megatron_tst.settings.validation_arguments import validation_errors
 
+_OLD_NAMES = {
+    "hybrid_override_pattern": "hybrid_layer_pattern",
+    "encoder_num_layers": "num_layers",
+    "encoder_seq_length": "seq_length",
+}
+_OLD_GRAPHS = {"enable_cuda_graph": "local", "external_cuda_graph": "transformer_engine"}
+
 
 def argument_errors(args: argparse.Namespace, platform: Platform) -> Iterator[str]:
     """Checks a parsed command line by itself; files are not looked at.
@@ -31,6 +39,7 @@ def argument_errors(args: argparse.Namespace, platform: Platform) -> Iterator[st
     Returns:
         Messages, each naming the argument, its value and the remedy.
     """
+    args = _under_current_names(args)
     if args.yaml_cfg is not None:
         yield f"--yaml-cfg {args.yaml_cfg} is not supported: pass its values as flags."
     bad_batch_sizes = list(_error(refuse_bad_batch_sizes, args))
@@ -49,6 +58,18 @@ def argument_errors(args: argparse.Namespace, platform: Platform) -> Iterator[st
             "--dataloader-inter-document-masking does not work with --transformer-impl local on a "
             "GPU, whose attention takes no packed sequences: use transformer_engine."
         )
+
+
+def _under_current_names(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy in which old spellings, which Megatron's validation resolves, have their new names."""
+    args = copy.copy(args)
+    for old, new in _OLD_NAMES.items():
+        if getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
+    for flag, implementation in _OLD_GRAPHS.items():
+        if getattr(args, flag, False):
+            args.cuda_graph_impl = implementation
+    return args
 
 
 def _error(

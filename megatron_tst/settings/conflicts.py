@@ -10,6 +10,7 @@ from typing import Any
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.arguments import bags_flag, has_bags
 from megatron_tst.settings.checkpoint_arguments import checkpoint_conflicts
+from megatron_tst.settings.host_modes import mode_conflicts
 from megatron_tst.settings.model_conflicts import model_conflicts
 from megatron_tst.settings.multi_token import multi_token_conflicts
 from megatron_tst.settings.optimizer_arguments import optimizer_conflicts
@@ -126,6 +127,7 @@ def conflicts(args: argparse.Namespace) -> Iterator[str]:
     if args.dataloader_inter_document_masking:
         yield from _with_document_masking(args)
     yield from multi_token_conflicts(args)
+    yield from mode_conflicts(args)
     yield from checkpoint_conflicts(args)
     yield from optimizer_conflicts(args)
     yield from model_conflicts(args)

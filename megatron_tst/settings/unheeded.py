@@ -50,6 +50,25 @@ def _anywhere(args: argparse.Namespace) -> Iterator[str]:
             "Megatron 0.19 has no specification of that name (--transformer-impl local is heeded)",
         ),
         "--cache-mla-latents": (args.cache_mla_latents, "it is for inference"),
+        "--checkpoint-activations": (
+            args.checkpoint_activations,
+            "Megatron 0.19 ends over it, and with exit code 0 (--recompute-activations is heeded)",
+        ),
+        f"--decoder-seq-length {args.decoder_seq_length}": (
+            args.decoder_seq_length not in (None, args.seq_length),
+            "it is for encoders and decoders, and pipeline stages would exchange so many positions",
+        ),
+        "--inference-rng-tracker": (
+            args.inference_rng_tracker,
+            "it is for inference, and tensor-parallel ranks would draw the same numbers",
+        ),
+        "--lazy-mpu-init": (args.lazy_mpu_init, "Megatron's loop never does what it puts off"),
+        "--openai-gelu": (args.openai_gelu, "Megatron 0.19 has no such activation"),
+        "--position-embedding-type relative": (
+            args.position_embedding_type == "relative",
+            "GPTModel and HybridModel would train without any positions (rope is heeded)",
+        ),
+        "--vision-pretraining": (args.vision_pretraining, "it is for models of images"),
         "--use-ring-exchange-p2p": (
             args.use_ring_exchange_p2p,
             "torch.distributed has no ring_exchange",

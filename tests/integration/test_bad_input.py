@@ -88,6 +88,20 @@ WITHOUT_GPU: list[tuple[dict[str, Any], str]] = [
     ]
 ]
 
+# They mean what their new names mean.
+OLD_NAMES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"num_layers": None, "hybrid_override_pattern": "M*-G"},
+        r"--hybrid-layer-pattern M\*-G has layers that need a GPU \(G M\)",
+    ),
+    (
+        {"hybrid_override_pattern": "*-*-", "num_layers": 2},
+        "--num-layers 2 with --hybrid-layer-pattern of 4 layers does not work",
+    ),
+    ({"enable_cuda_graph": True}, "--cuda-graph-impl local needs a GPU"),
+    ({"seq_length": None, "encoder_seq_length": 0}, "--seq-length is 0: use 1 or more"),
+]
+
 HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
     (
         {"num_layers": None, "hybrid_layer_pattern": "M*-G"},
@@ -129,6 +143,18 @@ HYBRID_MODELS: list[tuple[dict[str, Any], str]] = [
     ),
 ]
 
+# Megatron would not train on the batches as they come.
+MODES: list[tuple[dict[str, Any], str]] = [
+    ({"logits_save_dir": "logits"}, "--logits-save-dir logits does not work with --tst-bag-size 4"),
+    (
+        {"logits_save_dir": "logits", "tst_bag_size": 1, "tst_steps": None}
+        | {"tst_loss_impl": "linear"},
+        "--logits-save-dir logits does not work with --tst-loss-impl linear: .* Use .* auto",
+    ),
+    ({"moe_use_upcycling": True}, "--moe-use-upcycling does not work with --tst-bag-size 4"),
+    ({"override_ckpt_iteration": 2}, "--override-ckpt-iteration 2 .* Remove it; --ckpt-step"),
+]
+
 # Megatron would not heed them, or end in an error of its own.
 UNHEEDED: list[tuple[dict[str, Any], str]] = [
     *(
@@ -140,8 +166,15 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
             ("config_logger_dir", "/tmp/logged", "process groups"),
             ("attention_backend", "local", "--transformer-impl local is heeded"),
             ("position_embedding_type", "mrope", "three parts"),
+            ("position_embedding_type", "relative", "without any positions"),
             ("cache_mla_latents", True, "inference"),
             ("use_ring_exchange_p2p", True, "ring_exchange"),
+            ("checkpoint_activations", True, "with exit code 0"),
+            ("decoder_seq_length", 16, "exchange so many positions"),
+            ("inference_rng_tracker", True, "draw the same numbers"),
+            ("lazy_mpu_init", True, "what it puts off"),
+            ("openai_gelu", True, "no such activation"),
+            ("vision_pretraining", True, "models of images"),
         ]
     ),
     (
@@ -376,7 +409,8 @@ def test_what_multi_token_prediction_does_not_work_with(check: Check, small_run:
 
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *UNHEEDED, *NON_PERSISTENT, *OPTIMIZERS]
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *OLD_NAMES, *MODES, *UNHEEDED, *NON_PERSISTENT]
+    cases += OPTIMIZERS
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 
