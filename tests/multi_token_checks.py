@@ -269,7 +269,7 @@ def check_hybrid_model() -> None:
 
 def check_multipliers_of_mup() -> None:
     """Of embeddings and logits, of the model itself and of the depths."""
-    mup = {"use_mup": True, "mup_base_hidden_size": 16, "mup_embedding_mult": 3.0}
+    mup: dict[str, Any] = {"use_mup": True, "mup_base_hidden_size": 16, "mup_embedding_mult": 3.0}
     # The power of other models.
     _compare(_model(**mup, mup_attn_scale_power=0.5), _batch(True, True))
 

@@ -409,8 +409,8 @@ def test_what_multi_token_prediction_does_not_work_with(check: Check, small_run:
 
 
 def test_bad_settings(check: Check, small_run: SmallRun) -> None:
-    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *OLD_NAMES, *MODES, *UNHEEDED, *NON_PERSISTENT]
-    cases += OPTIMIZERS
+    cases = [*SETTINGS, *WITHOUT_GPU, *HYBRID_MODELS, *OLD_NAMES, *MODES, *UNHEEDED]
+    cases += [*NON_PERSISTENT, *OPTIMIZERS]
     runs = [small_run.with_(**{**SUPERPOSED, **settings}) for settings, _ in cases]
     assert_messages(check(runs), [message for _, message in cases])
 
