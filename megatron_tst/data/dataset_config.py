@@ -25,7 +25,7 @@ _UNSUPPORTED = (
     (
         "hybrid_context_parallel",
         "--hybrid-context-parallel",
-        "it packs sequences of different lengths",
+        "it gives each document a number of ranks of its own",
     ),
     ("mock", "A data set without corpora", "there are no tokens to read in bags"),
 )

@@ -43,14 +43,25 @@ _DOCUMENT_MASKING = (
     "(--dataloader-inter-document-masking with --tst-document-boundary align keeps them apart)"
 )
 _CONFLICTS = (
-    _Conflict("--sft", _OTHER_BATCHES, at_any_bag_size=True),
-    _Conflict("--fim-data", _OTHER_BATCHES, at_any_bag_size=True),
+    _Conflict(
+        "--sft",
+        "it reads conversations, each with a length and a loss mask of its own, and no stream of "
+        "text",
+        at_any_bag_size=True,
+    ),
+    _Conflict(
+        "--fim-data",
+        "Megatron draws its permutations from a random state that no checkpoint holds, so that a "
+        "resume would read other text",
+        at_any_bag_size=True,
+    ),
     _Conflict("--perform-rl-step", _OTHER_BATCHES, at_any_bag_size=True),
     _Conflict("--reset-attention-mask", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
     _Conflict("--reset-position-ids", f"{_DOCUMENT_BOUNDARIES} {_DOCUMENT_MASKING}"),
     _Conflict(
         "--hybrid-context-parallel",
-        "it packs sequences of different lengths",
+        "it gives each document a number of ranks of its own, and the batches here go to all ranks "
+        "alike",
         at_any_bag_size=True,
     ),
     _Conflict(
@@ -168,7 +179,8 @@ def _with_document_masking(args: argparse.Namespace) -> Iterator[str]:
     refused = {
         f"--context-parallel-size {args.context_parallel_size}": (
             args.context_parallel_size > 1,
-            "documents are not multiples of two chunks a rank",
+            "Megatron cuts the sequence into two chunks a rank, and its rotary positions and "
+            "attention expect two of each document, which no text has the lengths for",
         ),
         f"--pipeline-model-parallel-size {stages} and --micro-batch-size {micro_batch}": (
             stages > 1 and micro_batch > 1,
