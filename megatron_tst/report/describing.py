@@ -59,6 +59,10 @@ DATA_KEYS = (
     "validation_tokens",
 )
 OFF = "off"
+_TEXT_ARGUMENTS = (
+    *("data_path", "train_data_path", "valid_data_path"),
+    *("data_args_path", "per_split_data_args_path"),
+)
 # Logged training losses kept as they are on each side of a switch, and means over the others.
 _KEPT_AT_SWITCH = 10
 _TRAINING_MEANS = 40
@@ -175,12 +179,16 @@ def describe_settings(arguments: Mapping[str, Any]) -> dict[str, Setting]:
 
 def describe_data(arguments: Mapping[str, Any]) -> dict[str, str | int | float]:
     """Names the text, the tokenizer and the validation set of a run by Megatron's arguments."""
-    paths = arguments.get("data_path")
-    parts = [paths] if isinstance(paths, str) else paths or []
+    # Text to train on and to validate on, and files that name them.
+    given = [arguments.get(name) for name in _TEXT_ARGUMENTS]
+    texts = [[paths] if isinstance(paths, str) else paths for paths in given if paths]
+    names = [" ".join(Path(str(part)).name for part in parts) for parts in texts]
     model = arguments.get("tokenizer_model")
     sizes = [arguments.get(n) for n in ("eval_iters", "eval_global_batch_size", "seq_length")]
+    # Of whole validation sets Megatron counts the steps of each.
+    sizes = [sum(size) if isinstance(size, list) else size for size in sizes]
     found: dict[str, Any] = {
-        "data_path": " ".join(Path(str(part)).name for part in parts) or None,
+        "data_path": ", ".join(names) or None,
         "split": arguments.get("split"),
         "tokenizer_type": arguments.get("tokenizer_type"),
         "tokenizer_model": Path(str(model)).name if model else None,

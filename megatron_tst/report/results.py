@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,12 +140,12 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
     validation = run.validation
     training = run.series(TRAINING_LOSS)
     training_steps, training_loss = thin_training_loss(training, run.schedule.phases)
-    settings = _settings(run)
+    settings, arguments = _settings(run), _arguments(run)
     return RunResult(
         name=name or folder.name,
         status=status or status_of(settings, validation, training),
         settings=settings,
-        data=describe_data({**run.info["settings"], "seq_length": run.schedule.sequence_length}),
+        data=describe_data({**arguments, "seq_length": run.schedule.sequence_length}),
         machine=describe_machine(run.info["machine"]),
         commit=str(run.info["commit"] or ""),
         steps=validation.steps,
@@ -162,13 +163,18 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
     )
 
 
+def _arguments(run: Run) -> dict[str, Any]:
+    # Earlier versions wrote those of some importance only.
+    return {**run.info.get("arguments", {}), **run.info["settings"]}
+
+
 def _settings(run: Run) -> dict[str, Setting]:
     batch_sizes = run.schedule.batch_sizes
     is_constant = len(batch_sizes.entries) == 1
     return {
         "parameters": run.info["parameters"],
         **superposition_settings(run.schedule),
-        **describe_settings({**run.info.get("arguments", {}), **run.info["settings"]}),
+        **describe_settings(_arguments(run)),
         "total_steps": run.schedule.total_steps,
         "sequence_length": run.schedule.sequence_length,
         "global_batch_size": batch_sizes.size_at(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,15 +122,27 @@ def read_run(folder: Path, may_lack_scalars: bool = False) -> Run:
     info = _read_info(events / RUN_FILE)
     schedule = _schedule(info, folder)
     scalars = read_scalars(events)
+    scalars |= _of_the_only_set(scalars)
     missing = [tag for tag in _REQUIRED_SCALARS if tag not in scalars]
     if missing and not may_lack_scalars:
         raise UsageError(
             f"{events} has no values of {', '.join(map(repr, missing))}: the run must log to "
-            "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval)."
+            "TensorBoard and evaluate at least once (--tensorboard-dir, --eval-interval), on one "
+            "validation set."
         )
     run = Run(folder=folder, schedule=schedule, info=info, scalars=scalars)
     _check_tokens(run)
     return run
+
+
+def _of_the_only_set(scalars: Mapping[str, Series]) -> dict[str, Series]:
+    """The validation loss of a run with ``--full-validation`` of one set, whose tag names it."""
+    found = [
+        series
+        for tag, series in scalars.items()
+        if tag.startswith(f"{VALIDATION_LOSS}-") and not tag.endswith((" vs samples", " ppl"))
+    ]
+    return {VALIDATION_LOSS: found[0]} if len(found) == 1 and VALIDATION_LOSS not in scalars else {}
 
 
 def _read_info(path: Path) -> dict[str, Any]:

@@ -119,6 +119,20 @@ def test_a_missing_scalar_is_named_with_its_folder(tmp_path: Path, tag: str) -> 
         read_run(run)
 
 
+def test_the_only_validation_set_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", BASELINE, baseline_loss, leave_out="lm loss validation")
+    for number, (tag, value) in enumerate(
+        [("0", 3.0), ("0 vs samples", 4.0), ("0 ppl", 5.0), ("1", 6.0)]
+    ):
+        writer = SummaryWriter(str(run / "tensorboard"), filename_suffix=f".{number}")
+        writer.add_scalar(f"lm loss validation-{tag}", value, TOTAL_STEPS)
+        writer.close()
+        if tag != "1":
+            assert read_run(run).validation.values.tolist() == [3.0]
+    with pytest.raises(ValueError, match=r"has no values of 'lm loss validation': .* on one valid"):
+        read_run(run)
+
+
 def break_nothing_but(run: Path, what: str) -> None:
     path = run / "tensorboard" / "tst_run.json"
     if what == "no json":

@@ -182,3 +182,7 @@ def test_data_is_named_without_folders() -> None:
         "sequence_length": 128,
         "validation_tokens": 5120,
     }
+    # Text of splits, and steps of each of two whole sets.
+    paths = {"data_path": None, "train_data_path": ["/a/one"], "valid_data_path": ["/b/two"]}
+    found = describe_data({**arguments, **paths, "eval_iters": [3, 4]})
+    assert (found["data_path"], found["validation_tokens"]) == ("one, two", 3584)
