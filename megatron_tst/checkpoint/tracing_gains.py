@@ -13,6 +13,7 @@ from megatron_tst.checkpoint.torch_dist_index import whole_checkpoints
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.evaluate import Evaluation, EvaluationConfig, prepare
+from megatron_tst.report.describing import describe_machine
 from megatron_tst.report.origins import (
     CHECKPOINTS_AFTER,
     GRADIENT,
@@ -119,7 +120,7 @@ def _empty(arm: str, run: Run, evaluation: Evaluation | None) -> Trace:
         switch_step=run.info["switch_step"] if config.enabled else None,
         bag_size=max(phase.bag_size for phase in run.schedule.phases),
         text=None if evaluation is None else evaluation.settings["text_sha256"],
-        machine=run.info["machine"],
+        machine=describe_machine(run.info["machine"]),
         commit=run.info["commit"],
     )
 

@@ -86,8 +86,6 @@ def _check(args: argparse.Namespace) -> None:
         if not folders:
             raise UsageError(f"--arm {name} has no runs: pass a name, and then folders of runs.")
     names = [name for name, *_ in args.arm]
-    if len(names) == 1:
-        raise UsageError(f"--arm {names[0]} is alone: pass a second one to compare with it.")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"--arm {twice[0]} is given twice: pass all its runs in one --arm.")
     if args.arm and args.output is None:

@@ -24,7 +24,9 @@ _AXES = {TRAINING: "training loss (nats/token)", GRADIENT: "gradient norm"}
 def origin_plots(arms: Sequence[Arm]) -> list[Plot]:
     """Gaps by position, and losses and gradient norms after the switch, as far as measured."""
     plots = []
-    baseline, others = arms[0], arms[1 : 1 + _MOST_ARMS]
+    baseline = arms[0]
+    # An interval of fewer seeds than the baseline has can be wider than all else.
+    others = [arm for arm in arms[1:] if arm.runs.keys() >= baseline.runs.keys()][:_MOST_ARMS]
     measured = {arm.name: position_gaps(baseline, arm) for arm in others}
     gaps = {name: found for name, found in measured.items() if found is not None}
     if gaps:

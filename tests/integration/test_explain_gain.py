@@ -162,11 +162,23 @@ def test_a_continuation_that_logged_more_is_joined_with_its_run(runs: Runs, tmp_
     assert found.places(MOMENT, SWITCH)
 
 
+def test_an_arm_that_was_measured_alone_is_joined(
+    explained: Path, runs: Runs, text: Path, tmp_path: Path
+) -> None:
+    later = ["--arm", "later", str(runs["bags of 2", SEEDS[0]].folder), *measuring(runs, text)]
+    assert main([*later, "--output", str(tmp_path / "later.csv")]) == 0
+    joined = [str(explained / "explained.csv"), str(tmp_path / "later.csv")]
+    assert main([*joined, "--output", str(tmp_path / "joined.csv")]) == 0
+    found = {(each.arm, each.seed): each for each in read_traces(tmp_path / "joined.csv")}
+    assert len(found) == 5
+    assert found["later", SEEDS[0]].values == found["bags of 2", SEEDS[0]].values
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ([], "pass --arm for each setting"),
-        (["--arm", "baseline", "RUN"], "--arm baseline is alone"),
+        (["--arm", "baseline", "RUN"], "pass --output"),
         (["--arm", "baseline", "RUN", "--arm", "bags of 2"], "--arm bags of 2 has no runs"),
         (["--arm", "a", "RUN", "--arm", "a", "RUN"], "--arm a is given twice"),
         (["--arm", "a", "RUN", "--arm", "b", "TST"], "pass --output"),
