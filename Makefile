@@ -92,6 +92,8 @@ results: setup ## Draw the figures and write the numbers of docs/results.md anew
 	  for figure in docs/images/results/$$name/*; do cp runs/results/$$name/$${figure##*/} $$figure; done; \
 	done
 	$(PY) -m tests.results_page
+	$(PY) tools/explain_gain.py docs/results/origins.csv --tables docs/results/origins-tables.md \
+	  --figures docs/images/results/origins > /dev/null
 
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet
