@@ -12,6 +12,8 @@ a test compares. A comment is a kind, a section and a setting as the tables name
   baseline; ``phase 1``: mean training loss from step 500 to the switch; ``seeds``;
 - ``is`` and one of those above that are gaps: its state; ``verdict CLAIM``: see :func:`verdict`,
   over several gaps, with ``;`` between them;
+- ``must`` a state and gaps, ``must most`` and shares of a decay, ``must wider`` and ``A vs B``:
+  what words of the page say; nothing is written where it is so, and "not so" where not;
 - ``theirs``: a figure of somebody else, left as it is.
 """
 
@@ -44,7 +46,7 @@ SECTIONS = {
 }
 """Table and size of the model of each section that comments name."""
 
-NOT_RUN = "not run"
+NOT_RUN, NOT_SO = "not run", "not so"
 STATES = ("ahead", "behind", "undecided", "too few seeds", NOT_RUN)
 VERDICTS = ("reproduced in part", "reproduced", "contradicted", "mixed", "undecided", "not tested")
 
@@ -53,7 +55,7 @@ _GAP = rf"[+{MINUS}]\d\.\d{{3}}(?: {PLUS_MINUS} \d\.\d{{3}})?{_N}"
 _RATIO = rf"\d\.\d\d{TIMES}(?: \(\d\.\d\d to \d\.\d\d\))?{_N}"
 _BOUND = rf"(?:more|less) than [\d.]+{TIMES} in \d of \d seeds"
 _LOSSES = r"\d\.\d{3}(?:, \d\.\d{3})*(?: and \d\.\d{3})?"
-_WORDS = "|".join([*STATES, *VERDICTS])
+_WORDS = "|".join([*STATES, *VERDICTS, NOT_SO])
 _VALUE = rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%|\d\.\d\d|\d+|{_WORDS}"
 _MARKED = re.compile(rf"(?P<value>{_VALUE}|)<!--(?P<what>[^>]+)-->")
 FIGURE = re.compile(rf"{_GAP}|{_RATIO}|\d+%|\b\d\.\d{{3}}\b|\*\*(?:{_WORDS})\b")
@@ -74,13 +76,23 @@ def unmarked(page: str) -> list[str]:
 
 
 def _marked(value: str, what: str) -> str:
-    return f"{value if what == 'theirs' else told(what)}<!--{what}-->"
+    if what == "theirs":
+        shown = value
+    elif what.startswith("must "):
+        # What stands before it is the page's.
+        shown = f"{'' if value == NOT_SO else value}{told(what)}"
+    else:
+        shown = told(what)
+    return f"{shown}<!--{what}-->"
 
 
 def told(what: str) -> str:
     """What a comment stands for; a bar in a cell of a table has a backslash before it."""
     what = what.replace("\\|", "|")
     kind, _, rest = what.partition(" ")
+    if kind == "must":
+        claim, _, evidence = rest.partition(": ")
+        return "" if all(_holds(claim, one) for one in evidence.split("; ")) else NOT_SO
     if kind == "verdict":
         claim, _, evidence = rest.partition(": ")
         states = [state(reading(one)) for one in evidence.split("; ")] if evidence else []
@@ -93,6 +105,25 @@ def told(what: str) -> str:
     section, setting = what.removeprefix(kind).strip().split(": ")
     found = _TEXTS[kind](study(section), setting)
     return NOT_RUN if found is None else found
+
+
+def _holds(claim: str, what: str) -> bool:
+    """Whether words say what the tables do; shares that are missing contradict nothing."""
+    if claim == "most":
+        share = told(f"share {what}")
+        return share == NOT_RUN or int(share.removesuffix("%")) > 50
+    if claim == "wider":
+        section, _, setting = what.partition(": ")
+        first, second = (_group(study(section), label) for label in setting.split(" vs "))
+        assert first is not None
+        assert second is not None
+        return _width(first) > _width(second)
+    return state(reading(what)) == claim
+
+
+def _width(group: Group) -> float:
+    ends = [run.final_loss for run in group.counted]
+    return max(ends) - min(ends)
 
 
 def state(found: Estimate | None) -> str:

@@ -23,4 +23,6 @@ class Table:
     def markdown(self) -> str:
         """The table in GitHub's Markdown, ending with a line break."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        return "".join(f"| {' | '.join(row)} |\n" for row in (self.header, rule, *self.rows))
+        rows = ([cell.replace("|", r"\|") for cell in row] for row in (self.header, *self.rows))
+        head, *body = (f"| {' | '.join(row)} |\n" for row in rows)
+        return "".join([head, f"| {' | '.join(rule)} |\n", *body])

@@ -84,7 +84,9 @@ def draw_validation(
     start = _INITIAL_TRANSIENT * longest
     if matchup is not None and matchup.pairs:
         switches = np.mean([pair.spent_at_switches(budget) for pair in matchup.pairs], axis=0)
-        for switch, label in zip(switches, ["switch", *[""] * len(switches)], strict=False):
+        # The second half of the last phase has none.
+        named = "" if second_half else "switch"
+        for switch, label in zip(switches, [named, *[""] * len(switches)], strict=False):
             canvas.axes.axvline(switch, label=label, **_SWITCH_STYLE)
         if len(matchup.pairs) == 1 and budget != "data tokens":
             _mark_equal_loss(canvas, matchup, budget)

@@ -102,7 +102,8 @@ def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "end-of-run",
             "Equal FLOPs, end of the run",
-            f"The same curves over the second half of {plain_name(pair.tst.phases)}.{band}",
+            f"Validation loss over the second half of {plain_name(pair.tst.phases)}."
+            f"{diamonds}{band}",
             partial(validation, budget="equivalent tokens", second_half=True),
         )
     yield _Sketch(
@@ -144,10 +145,10 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "gaps",
             "Gap to the baseline at equal FLOPs",
-            "Final loss of the baseline minus that of TST, paired by seed, "
-            f"{_pairs(study.ranked)}: mean, 95% interval (Student's t; beyond the frame "
-            "where it is far wider than the seeds), each seed a stroke. Filled: the interval of at "
-            "least three seeds leaves out zero.",
+            "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
+            f"(Student's t, {_pairs(study.ranked)}; beyond the frame where it is far wider than "
+            "the seeds), each seed a stroke. Filled: the interval of at least three seeds leaves "
+            "out zero.",
             partial(draw_gaps, matchups=study.ranked),
             height=1.2 + 0.32 * len(study.ranked),
         )
@@ -215,6 +216,7 @@ def _pairs(matchups: Sequence[Matchup]) -> str:
 
 
 def _n(counts: Collection[int]) -> str:
-    """How many seeds there are, of settings that may have different numbers of them."""
+    """How many seeds settings have, and which have no interval for want of a second one."""
     low, high = min(counts), max(counts)
-    return f"n = {low}" if low == high else f"n = {low} to {high}"
+    found = f"n = {low}" if low == high else f"n = {low} to {high}"
+    return f"{found}, none for one seed" if low == 1 else found

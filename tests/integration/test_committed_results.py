@@ -116,6 +116,15 @@ def test_a_changed_figure_or_verdict_is_seen(old: str, new: str) -> None:
     assert unmarked(PAGE.replace(old, f"**{new}**", 1))
 
 
+def test_words_that_the_tables_contradict_are_marked() -> None:
+    said = f"r = 0.3<!--must most: 127k: s=2 r=0.3 on baseline 2{TIMES} steps-->"
+    assert refreshed(said) == said
+    false = ("must ahead: gap 127k: s=6 r=0.3", "must wider: 127k: baseline vs s=4 r=0.3")
+    assert [refreshed(f"so <!--{what}-->") for what in false] == [
+        f"so not so<!--{what}-->" for what in false
+    ]
+
+
 ZERO_HELD, AHEAD, BEHIND = estimate([-1, 2, 3]), estimate([2, 3, 4]), estimate([-2, -3, -4])
 
 
