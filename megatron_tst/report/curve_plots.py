@@ -16,7 +16,7 @@ from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import ARMS, Arm
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
-from megatron_tst.report.statistics import Estimate, estimate
+from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate
 from megatron_tst.report.units import amount, loss_text, seeds
 
 # Blue, vermilion and others after the Okabe-Ito set, of a lightness that reads on white and on
@@ -139,9 +139,11 @@ def _draw_group(canvas: Canvas, group: Group, place: int, budget: Budget) -> Cur
         marker=MARKERS[place],
         label=f"{group.label} ({curve.mean[-1]:.3f})",
     )
-    low = [loss.mean if loss.low is None else loss.low for loss in curve.losses]
-    high = [loss.mean if loss.high is None else loss.high for loss in curve.losses]
-    canvas.axes.fill_between(curve.spent, low, high, color=colour, alpha=0.1, linewidth=0)
+    bands = [(loss.low, loss.high) for loss in curve.losses if loss.n >= FEWEST_SEEDS]
+    # The band of two seeds would be all of the plot.
+    if bands:
+        low, high = np.array(bands, dtype=np.float64).T
+        canvas.axes.fill_between(curve.spent, low, high, color=colour, alpha=0.1, linewidth=0)
     for spent, loss in zip(curve.spent, curve.losses, strict=True):
         over = "" if loss.n == 1 else f" ({seeds(loss.n)})"
         canvas.say(

@@ -23,6 +23,7 @@ from megatron_tst.report.gap_plots import (
     draw_over_step_ratios,
 )
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.statistics import FEWEST_SEEDS
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.settings.phases import plain_name
 
@@ -82,8 +83,8 @@ def drawn_groups(study: Study, best: Matchup) -> list[Group]:
 def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
     groups = drawn_groups(study, best)
     pair = best.pairs[0]
-    counts = {len(group.counted) for group in groups if group.counted}
-    band = "" if counts == {1} else f" Bands: 95% intervals (Student's t), {_n(counts)}."
+    counts = {n for group in groups if (n := len(group.counted)) >= FEWEST_SEEDS}
+    band = f" Bands: 95% intervals (Student's t, {_n(counts)})." if counts else ""
     dotted = " Dotted with a cross: diverged." if any(group.diverged for group in groups) else ""
     diamonds = (
         " Diamonds mark where each arm first reached the other's final loss."
