@@ -43,10 +43,10 @@ def missing_for_interpreter() -> str | None:
     """What the interpreter of kernels needs and this machine has not."""
     if find_spec("triton") is None:
         return "needs Triton"
-    # The interpreter of 3.6 makes integers of arrays with one element, which numpy 2.5 refuses.
+    # The interpreter of 3.6 makes integers of arrays with one element, which numpy 2.4 refuses.
     is_old = Version(version("triton")) < Version("3.7")
-    if is_old and Version(numpy.__version__) >= Version("2.5"):
-        return "needs Triton 3.7 or numpy below 2.5 to interpret kernels"
+    if is_old and Version(numpy.__version__) >= Version("2.4"):
+        return "needs Triton 3.7 or numpy below 2.4 to interpret kernels"
     return None
 
 

@@ -298,14 +298,17 @@ def _row_kernel(
         before = tl.minimum(first_piece * piece, end)
         after = tl.maximum(last_piece * piece, before)
         total = tl.zeros([block], tl.float32)
-        total = _add_occurrences(
-            total, start, before, grad, bags, divisors, columns, inside, grad_stride
-        )
-        for index in tl.range(first_piece, last_piece, loop_unroll_factor=4):
-            total += tl.load(partial + index * h + columns, mask=inside, other=0.0)
-        total = _add_occurrences(
-            total, after, end, grad, bags, divisors, columns, inside, grad_stride
-        )
+        # Twice the same code, not two copies of it, which would take more registers than there are.
+        for part in tl.range(0, 2):
+            first = tl.where(part == 0, start, after)
+            last = tl.where(part == 0, before, end)
+            total = _add_occurrences(
+                total, first, last, grad, bags, divisors, columns, inside, grad_stride
+            )
+            for index in tl.range(
+                tl.where(part == 0, first_piece, last_piece), last_piece, loop_unroll_factor=4
+            ):
+                total += tl.load(partial + index * h + columns, mask=inside, other=0.0)
         if divisors is None:
             total = tl.div_rn(total, bag_size)
         places = out + row * h + columns
