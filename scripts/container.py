@@ -55,7 +55,7 @@ def read_pins(lines: Iterable[str]) -> dict[str, str]:
 
 
 def canonical(version: str) -> str:
-    """One spelling: pip lists the torch of a container as nv26.6 whose metadata say nv26.06."""
+    """One spelling: pip lists the torch of a container as nv26.8 whose metadata say nv26.08."""
     try:
         return str(Version(version))
     except InvalidVersion:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Prints the command of a Python that can build the environment, preferring the tested version.
+# Prints the command of a Python that can build the environment, preferring the tested version:
+#
+#   find_python.sh [VERSION...]
 #
 # Candidates are run, not merely looked up: a pyenv shim named python3.12 exists on PATH even where
 # it can only fail, and a distribution's Python may lack the venv module.
@@ -7,7 +9,10 @@ set -euo pipefail
 shopt -s nullglob
 
 # megatron-core 0.19.2 has wheels for no others.
-readonly versions=(3.12 3.13)
+(($#)) || set -- 3.12 3.13
+readonly versions=("$@")
+wanted=$(printf " or %s" "$@")
+readonly wanted=${wanted# or }
 
 # works COMMAND VERSION: whether COMMAND runs a Python of VERSION that can create virtual environments.
 works() {
@@ -23,7 +28,7 @@ if [[ -n ${PYTHON:-} ]]; then
       exit
     fi
   done
-  echo "PYTHON is '$PYTHON', which does not run as Python 3.12 or 3.13 with the venv module:" \
+  echo "PYTHON is '$PYTHON', which does not run as Python $wanted with the venv module:" \
     "correct it, or unset it to have the machine searched." >&2
   exit 1
 fi
@@ -46,7 +51,7 @@ for version in "${versions[@]}"; do
 done
 
 echo "\
-No working Python 3.12 or 3.13 was found (tried PATH, pyenv and uv). Install one, for example with
+No working Python $wanted was found (tried PATH, pyenv and uv). Install one, for example with
   Debian/Ubuntu  apt-get install python3.12 python3.12-venv
   pyenv          pyenv install 3.12
   uv             uv python install 3.12

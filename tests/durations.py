@@ -101,10 +101,10 @@ def _page(cases: list[tuple[str, str, Cost]]) -> Iterator[str]:
 
 
 def _origin() -> str:
-    return f"Python {platform.python_version()}, {os.cpu_count()} cores, {_processor()}."
+    return f"Python {platform.python_version()}, {os.cpu_count()} cores, {processor()}."
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

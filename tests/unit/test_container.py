@@ -13,7 +13,7 @@ from scripts.container import changed_packages, failed_imports, main, read_pins
 ROOT = Path(__file__).parents[2]
 CONTAINER = """\
 # a comment
-torch==2.13.0a0+8145d630e8.nv26.06
+torch==2.14.0a0+4fdf77b940.nv26.08.63802676
 numpy==2.1.0
 transformer_engine==2.16.0+4220403e
 broken @ file:///somewhere
@@ -29,7 +29,7 @@ def test_the_container_wins_and_the_rest_is_pinned_as_tested(
     pins = read_pins(capsys.readouterr().out.splitlines())
     tested = read_pins((ROOT / "constraints.txt").read_text().splitlines())
     # Both spellings that pip has for it are one version.
-    assert pins["torch"] == "2.13.0a0+8145d630e8.nv26.6"
+    assert pins["torch"] == "2.14.0a0+4fdf77b940.nv26.8.63802676"
     assert pins["numpy"] == "2.1.0" != tested["numpy"]
     assert pins["transformer-engine"] == "2.16.0+4220403e"
     assert pins["megatron-core"] == tested["megatron-core"]
