@@ -64,10 +64,6 @@ def _anywhere(args: argparse.Namespace) -> Iterator[str]:
         ),
         "--lazy-mpu-init": (args.lazy_mpu_init, "Megatron's loop never does what it puts off"),
         "--openai-gelu": (args.openai_gelu, "Megatron 0.19 has no such activation"),
-        "--position-embedding-type relative": (
-            args.position_embedding_type == "relative",
-            "GPTModel and HybridModel would train without any positions (rope is heeded)",
-        ),
         "--vision-pretraining": (args.vision_pretraining, "it is for models of images"),
         "--use-ring-exchange-p2p": (
             args.use_ring_exchange_p2p,

@@ -166,7 +166,6 @@ UNHEEDED: list[tuple[dict[str, Any], str]] = [
             ("config_logger_dir", "/tmp/logged", "process groups"),
             ("attention_backend", "local", "--transformer-impl local is heeded"),
             ("position_embedding_type", "mrope", "three parts"),
-            ("position_embedding_type", "relative", "without any positions"),
             ("cache_mla_latents", True, "inference"),
             ("use_ring_exchange_p2p", True, "ring_exchange"),
             ("checkpoint_activations", True, "with exit code 0"),

@@ -44,7 +44,10 @@ OURS = [
     path
     for room in ("data", "model", "ops", "training")
     for path in (ROOT / "megatron_tst" / room).rglob("*.py")
-    if not re.match("resume|reporting|gpt_to_hybrid|saved_state|schedule_state|finished", path.name)
+    if not re.match(
+        "resume|checkpoint_choice|reporting|gpt_to_hybrid|saved_state|schedule_state|finished",
+        path.name,
+    )
 ]
 # Looked at to say or to skip something, and left to Megatron.
 LOOKED_AT = {
@@ -52,7 +55,12 @@ LOOKED_AT = {
     "--transformer-impl": ["fused_paths.py"],
     "--use-precision-aware-optimizer": ["moments.py"],
 }
-MENTIONS = ("tests/runs.py", "tests/integration/layouts.py", "tests/survival.py")
+MENTIONS = (
+    "tests/runs.py",
+    "tests/integration/layouts.py",
+    "tests/survival.py",
+    "tests/multi_token_checks.py",
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +132,7 @@ def functions_in(file: str) -> set[str]:
 
 
 def test_what_works_has_its_test(names: dict[str, str]) -> None:
+    silent = []
     for flag, judgement in judged("works"):
         place, _, alias = judgement.evidence.partition(" as ")
         file, _, test = place.partition("::")
@@ -134,7 +143,9 @@ def test_what_works_has_its_test(names: dict[str, str]) -> None:
             flag.removeprefix("--"),
             flag.removeprefix("--").replace("-", "_"),
         }
-        assert any(name in text for text in texts for name in spellings), (flag, judgement.evidence)
+        if not any(name in text for text in texts for name in spellings):
+            silent.append((flag, judgement.evidence))
+    assert not silent
 
 
 def test_what_is_the_same_is_megatrons_alone(names: dict[str, str]) -> None:
