@@ -17,11 +17,13 @@ def main() -> int:
         return 2
     from megatron_tst import cpu
     from megatron_tst.cpu.platform import restart_with_allocator_settings
+    from megatron_tst.upstream.patches import naming_what_is_missing
 
     restart_with_allocator_settings()
-    cpu.activate()
+    with naming_what_is_missing():
+        cpu.activate()
 
-    from megatron_tst.training.pretrain import main as train
+        from megatron_tst.training.pretrain import main as train
 
     return train()
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-from megatron.training import async_utils
+
+from megatron_tst.upstream.patches import replace
 
 
 class _OneAtATime(AsyncCallsQueue):
@@ -24,5 +25,5 @@ class _OneAtATime(AsyncCallsQueue):
 
 def start_writer(rank: int, mp_mode: str = "fork") -> None:
     """Prepares background saves; takes the place of Megatron's start of its worker."""
-    async_utils._async_calls_queue = _OneAtATime(persistent=False)
+    replace("megatron.training.async_utils:_async_calls_queue", _OneAtATime(persistent=False))
     get_write_results_queue(mp_mode="fork")

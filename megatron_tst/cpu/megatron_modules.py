@@ -9,24 +9,7 @@ from typing import Any
 
 import torch
 
-
-def _replace(module_name: str, path: str, replacement: object) -> None:
-    """Sets ``module.path`` to ``replacement``, refusing a Megatron that has no such symbol."""
-    _wrap(module_name, path, lambda _: replacement)
-
-
-def _wrap(module_name: str, path: str, make_replacement: Callable[[Any], object]) -> None:
-    """As ``_replace``, with what is made of the present value."""
-    *parents, name = path.split(".")
-    try:
-        owner = functools.reduce(getattr, parents, importlib.import_module(module_name))
-        present = getattr(owner, name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise RuntimeError(
-            f"The CPU platform replaces {module_name}.{path}, which this Megatron-Core does not "
-            "have: install the version pinned in pyproject.toml."
-        ) from error
-    setattr(owner, name, make_replacement(present))
+from megatron_tst.upstream.patches import replace, wrap
 
 
 def _core_attention(self: object) -> type:
@@ -87,68 +70,80 @@ def install() -> None:
     from megatron_tst.cpu.async_save import start_writer
 
     # The name by which models call it.
-    loss = "vocab_parallel_cross_entropy"
-    _wrap("megatron.core.tensor_parallel", loss, cross_entropy.in_chunks)
-    _replace("megatron.core.datasets.utils", "compile_helpers", _compile_dataset_helpers)
-    ddp = "megatron.core.distributed.distributed_data_parallel"
-    make_hook = "DistributedDataParallel._make_backward_post_hook"
-    _wrap(ddp, make_hook, gradients.add_in_blocks)
-    finalize = "megatron.core.distributed.finalize_model_grads"
-    _wrap(finalize, "reset_model_temporary_tensors", gradients.for_experts)
-    _replace("megatron.training.initialize", "init_persistent_async_worker", start_writer)
+    wrap("megatron.core.tensor_parallel:vocab_parallel_cross_entropy", cross_entropy.in_chunks)
+    replace("megatron.core.datasets.utils:compile_helpers", _compile_dataset_helpers)
+    wrap(
+        "megatron.core.distributed.distributed_data_parallel:"
+        "DistributedDataParallel._make_backward_post_hook",
+        gradients.add_in_blocks,
+    )
+    wrap(
+        "megatron.core.distributed.finalize_model_grads:reset_model_temporary_tensors",
+        gradients.for_experts,
+    )
+    replace("megatron.training.initialize:init_persistent_async_worker", start_writer)
 
 
 def _install_optimizer() -> None:
     from megatron_tst.cpu import optimizer
 
     # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
-    _replace("torch.optim", "Adam", optimizer.FusedAdam)
-    _replace("torch.optim", "AdamW", optimizer.FusedAdamW)
+    replace("torch.optim:Adam", optimizer.FusedAdam)
+    replace("torch.optim:AdamW", optimizer.FusedAdamW)
     # Their state is that of apex.
-    _replace("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True)
-    _replace("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True)
-    _replace("megatron.core.optimizer.clip_grads", "l2_norm_impl", optimizer.l2_norm)
-    _replace("megatron.core.optimizer.clip_grads", "multi_tensor_scale_impl", optimizer.scale)
-    _replace("megatron.core.optimizer.optimizer", "multi_tensor_scale_impl", optimizer.scale)
+    replace("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True)
+    replace("megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", True)
+    replace("megatron.core.optimizer.clip_grads:l2_norm_impl", optimizer.l2_norm)
+    replace("megatron.core.optimizer.clip_grads:multi_tensor_scale_impl", optimizer.scale)
+    replace("megatron.core.optimizer.optimizer:multi_tensor_scale_impl", optimizer.scale)
 
 
 def _install_layers() -> None:
     from megatron_tst.cpu import fused_layer, latent_attention, norm, rotary
 
-    _replace("megatron.core.models.backends", "LocalSpecProvider.core_attention", _core_attention)
-    _replace("megatron.core.transformer.torch_norm", "WrappedTorchNorm.__new__", norm.build_norm)
-    layer = "megatron.core.transformer.transformer_layer"
-    _wrap(layer, "TransformerLayer._forward_attention", fused_layer.fuse_attention)
-    _wrap(layer, "TransformerLayer._forward_mlp", fused_layer.fuse_mlp)
-    _wrap("megatron.training.models.gpt", "_te_or_local_layer_spec", _with_l2_norm)
-    checkpoint = "CheckpointWithoutOutput.__init__"
-    _wrap("megatron.core.tensor_parallel.random", checkpoint, _without_fp8)
-    rotation = "megatron.core.models.common.embeddings.rope_utils"
-    _wrap(rotation, "_apply_rotary_pos_emb_bshd", rotary.in_fewer_passes)
-    latent = "megatron.core.transformer.multi_latent_attention"
-    down_projection = "MLASelfAttention._qkv_down_projection"
-    _wrap(latent, down_projection, latent_attention.with_whole_keys)
+    replace("megatron.core.models.backends:LocalSpecProvider.core_attention", _core_attention)
+    replace("megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__", norm.build_norm)
+    wrap(
+        "megatron.core.transformer.transformer_layer:TransformerLayer._forward_attention",
+        fused_layer.fuse_attention,
+    )
+    wrap(
+        "megatron.core.transformer.transformer_layer:TransformerLayer._forward_mlp",
+        fused_layer.fuse_mlp,
+    )
+    wrap("megatron.training.models.gpt:_te_or_local_layer_spec", _with_l2_norm)
+    wrap("megatron.core.tensor_parallel.random:CheckpointWithoutOutput.__init__", _without_fp8)
+    wrap(
+        "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+        rotary.in_fewer_passes,
+    )
+    wrap(
+        "megatron.core.transformer.multi_latent_attention:MLASelfAttention._qkv_down_projection",
+        latent_attention.with_whole_keys,
+    )
 
 
 def _install_experts() -> None:
     from megatron_tst.cpu import experts, swiglu
 
-    mlp = "megatron.core.transformer.mlp"
-    shared_experts = "megatron.core.transformer.moe.shared_experts"
-    _wrap(mlp, "MLP.forward", experts.pad_rows)
-    _replace(mlp, "bias_swiglu_impl", swiglu.bias_swiglu)
-    _replace(mlp, "weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
-    _replace(shared_experts, "bias_swiglu_impl", swiglu.bias_swiglu)
-    dispatcher = "megatron.core.transformer.moe.token_dispatcher"
-    _replace(dispatcher, "maybe_move_tensor_to_cpu", _on_host)
+    wrap("megatron.core.transformer.mlp:MLP.forward", experts.pad_rows)
+    replace("megatron.core.transformer.mlp:bias_swiglu_impl", swiglu.bias_swiglu)
+    replace("megatron.core.transformer.mlp:weighted_bias_swiglu_impl", swiglu.weighted_swiglu)
+    replace("megatron.core.transformer.moe.shared_experts:bias_swiglu_impl", swiglu.bias_swiglu)
+    replace("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu", _on_host)
 
 
 def _install_fully_sharded() -> None:
     from megatron_tst.cpu import fully_sharded
 
-    wrapper = "megatron.core.distributed.torch_fully_sharded_data_parallel"
-    _replace(wrapper, "DeviceMesh", fully_sharded.MeshOfCPUs)
-    _wrap(wrapper, "fully_shard", fully_sharded.by_sums)
+    replace(
+        "megatron.core.distributed.torch_fully_sharded_data_parallel:DeviceMesh",
+        fully_sharded.MeshOfCPUs,
+    )
+    wrap(
+        "megatron.core.distributed.torch_fully_sharded_data_parallel:fully_shard",
+        fully_sharded.by_sums,
+    )
 
 
 def _install_hybrid_stack() -> None:
@@ -156,6 +151,5 @@ def _install_hybrid_stack() -> None:
 
     from megatron_tst.cpu.hybrid_spec import HYBRID_STACK_SPEC
 
-    hybrid = "megatron.training.models.hybrid"
-    _replace(hybrid, "default_hybrid_stack_spec", HYBRID_STACK_SPEC)
-    _replace("megatron.core.models.hybrid.hybrid_block", "TENorm", WrappedTorchNorm)
+    replace("megatron.training.models.hybrid:default_hybrid_stack_spec", HYBRID_STACK_SPEC)
+    replace("megatron.core.models.hybrid.hybrid_block:TENorm", WrappedTorchNorm)

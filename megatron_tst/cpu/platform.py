@@ -10,10 +10,7 @@ from pathlib import Path
 from megatron_tst.common.bf16 import bf16_products, describe_bf16
 from megatron_tst.common.platform import Platform, platform, run_on
 from megatron_tst.cpu.arguments import refuse_gpu_arguments, set_cpu_defaults
-
-# 0.20.0 is no release: main of Megatron-LM of 2026-08-22, by `make test-main`.
-TESTED_MEGATRON_VERSIONS = ("0.19.2", "0.20.0")
-"""Megatron-Core releases whose symbols the platform has been run against."""
+from megatron_tst.upstream.symbols import VERSIONS
 
 # Freed blocks stay in the process and large ones live on huge pages: page faults of activations and
 # gradients otherwise take a third of a step (measured: 25.6 s against 17.1 s for one script).
@@ -107,10 +104,10 @@ def _require_tested_megatron() -> None:
     except PackageNotFoundError:
         raise RuntimeError(
             "megatron-core is not installed: run `make setup`, or "
-            f"pip install 'megatron-core[training]=={TESTED_MEGATRON_VERSIONS[0]}'."
+            f"pip install 'megatron-core[training]=={VERSIONS[0]}'."
         ) from None
-    if found not in TESTED_MEGATRON_VERSIONS:
+    if found not in VERSIONS:
         raise RuntimeError(
             f"The CPU platform was not tested with megatron-core {found}: install one of "
-            f"{', '.join(TESTED_MEGATRON_VERSIONS)}, or run on a GPU, where it is not needed."
+            f"{', '.join(VERSIONS)}, or run on a GPU, where it is not needed."
         )

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, cast
 
-from megatron.core.models.gpt import gpt_model
-from megatron.core.models.hybrid import hybrid_model
 from megatron.core.transformer import multi_token_prediction
 from torch import Tensor, nn
 
 from megatron_tst.model.layers import mix_in
-
-_LOSS = "process_mtp_loss"
+from megatron_tst.upstream.patches import replace
 
 
 class BagsAhead(nn.Module):
@@ -67,13 +63,8 @@ def superpose_multi_token(model: Any) -> None:
     """
     for layer in model.mtp.layers:
         mix_in(layer, BagsAhead)
-    for module in (gpt_model, hybrid_model):
-        if not hasattr(module, _LOSS):
-            raise RuntimeError(
-                f"{module.__name__}.{_LOSS} does not exist in megatron-core "
-                f"{version('megatron-core')}: install the version pinned in pyproject.toml."
-            )
-        setattr(module, _LOSS, loss_of_depths)
+    replace("megatron.core.models.gpt.gpt_model:process_mtp_loss", loss_of_depths)
+    replace("megatron.core.models.hybrid.hybrid_model:process_mtp_loss", loss_of_depths)
 
 
 def loss_of_depths(

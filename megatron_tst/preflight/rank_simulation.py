@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
-from megatron.core import parallel_state, utils
+from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -39,6 +39,7 @@ from megatron_tst.preflight.engine import (
 )
 from megatron_tst.preflight.stand_ins import stand_in_modules
 from megatron_tst.settings.arguments import add_superposition_arguments
+from megatron_tst.upstream.patches import replace
 
 ASSUMED_ENGINE_VERSION = "2.17.1"
 _FUSIONS = ("apply_rope_fusion", "moe_permute_fusion", "moe_router_fusion")
@@ -68,7 +69,7 @@ def assume_machine(compute_capability: tuple[int, int]) -> None:
     if has_transformer_engine():
         forget_capability()
     else:
-        utils._te_version = Version(ASSUMED_ENGINE_VERSION)
+        replace("megatron.core.utils:_te_version", Version(ASSUMED_ENGINE_VERSION))
 
 
 def _properties(compute_capability: tuple[int, int]) -> Callable[..., Any]:

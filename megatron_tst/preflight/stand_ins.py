@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_tst.upstream.patches import replaced
 
 
 class PosedAttention(MegatronModule):
@@ -46,16 +46,7 @@ def _norm(
 @contextmanager
 def stand_in_modules() -> Iterator[None]:
     """Megatron's specification of local layers takes these modules."""
-    replacements: list[tuple[type, str, Any]] = [
-        (LocalSpecProvider, "core_attention", lambda self: PosedAttention),
-        (WrappedTorchNorm, "__new__", _norm),
-    ]
-    # Not by getattr, which unwraps a static method.
-    before = [vars(owner)[name] for owner, name, _ in replacements]
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
-    try:
+    attention = "megatron.core.models.backends:LocalSpecProvider.core_attention"
+    norm = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
+    with replaced(attention, lambda self: PosedAttention), replaced(norm, _norm):
         yield
-    finally:
-        for (owner, name, _), value in zip(replacements, before, strict=True):
-            setattr(owner, name, value)

@@ -7,14 +7,15 @@ again.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from megatron.training import print_rank_0, training
+from megatron.training import print_rank_0
 from megatron.training.global_vars import get_tensorboard_writer
 
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import wrap
 
 
 def evaluate_only(args: Namespace, steps_done: int, total_steps: int) -> None:
@@ -38,8 +39,13 @@ def evaluate_only(args: Namespace, steps_done: int, total_steps: int) -> None:
     )
     # The state of the optimizer is as large as several models, and nothing needs it.
     args.skip_train = args.no_load_optim = True
-    name = "evaluate_and_print_results"
-    upstream = unwrapped(training, name)
+    wrap(
+        "megatron.training.training:evaluate_and_print_results",
+        lambda upstream: _logged_once(upstream, args),
+    )
+
+
+def _logged_once(upstream: Callable[..., None], args: Namespace) -> Callable[..., None]:
     is_missing: bool | None = None
 
     @wraps(upstream)
@@ -50,7 +56,7 @@ def evaluate_only(args: Namespace, steps_done: int, total_steps: int) -> None:
             is_missing = not _has_validation_loss(Path(args.tensorboard_dir), args.iteration)
         upstream(*positional, **named | {"write_to_tensorboard": bool(is_missing)})
 
-    setattr(training, name, evaluate_and_print_results)
+    return evaluate_and_print_results
 
 
 def _has_validation_loss(folder: Path, step: int) -> bool:

@@ -9,17 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core import mpu
-from megatron.core.dist_checkpointing import optimizer as of_checkpoints
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.distributed.torch_fully_sharded_data_parallel import (
-    TorchFullyShardedDataParallel,
-)
-from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.distributed.tensor import DTensor
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.fully_sharded import uneven_shards
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import replace, wrap
 
 
 def mend_fully_sharded() -> None:
@@ -33,13 +28,13 @@ def mend_fully_sharded() -> None:
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    replacements: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
-        (of_checkpoints, "to_local_if_dtensor", lambda _: _local_part),
-        (TorchFullyShardedDataParallel, "scale_gradients", lambda _: _scale_gradients),
-        (SequentialMLP, "sharded_state_dict", _without_copies),
+    replace("megatron.core.dist_checkpointing.optimizer:to_local_if_dtensor", _local_part)
+    replace(
+        "megatron.core.distributed.torch_fully_sharded_data_parallel:"
+        "TorchFullyShardedDataParallel.scale_gradients",
+        _scale_gradients,
     )
-    for owner, name, make in replacements:
-        setattr(owner, name, make(unwrapped(owner, name)))
+    wrap("megatron.core.transformer.moe.experts:SequentialMLP.sharded_state_dict", _without_copies)
 
 
 def refuse_uneven_shards(models: list[Any], args: Namespace) -> list[Any]:

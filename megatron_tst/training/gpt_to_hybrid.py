@@ -26,9 +26,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from megatron_tst.checkpoint.hf_mapping import FUSED_NORM, SEPARATE_NORM
 from megatron_tst.common.errors import UsageError
 from megatron_tst.settings.attention_layers import pattern_of
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import wrap
 
-_RETARGET = "retarget_sharded_state_dict_to_gpt_checkpoint"
 _THROUGH_HF = (
     "or go by way of Hugging Face, without the state of the optimizer: tst convert to-hf, and tst "
     "convert from-hf with --model-kind"
@@ -72,8 +71,11 @@ def prepare_translation(args: Namespace, saved: Any, folder: Path, named: str) -
         )
     _refuse_sharding(args, saved, named)
     stored = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    upstream = unwrapped(gpt_checkpoint_interop, _RETARGET)
-    setattr(gpt_checkpoint_interop, _RETARGET, _with_names_of(stored, upstream))
+    wrap(
+        "megatron.core.dist_checkpointing.gpt_checkpoint_interop:"
+        "retarget_sharded_state_dict_to_gpt_checkpoint",
+        lambda upstream: _with_names_of(stored, upstream),
+    )
 
 
 def prepare_start(args: Namespace, saved: Any, folder: Path, named: str) -> None:

@@ -28,14 +28,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import original, wrap
 
-_FULLY_RESHARDABLE = "sharded_param_state_fully_reshardable"
-_GATHERED = "get_parameter_state_dp_zero"
-_DP_RESHARDABLE = "sharded_param_state_dp_reshardable"
-_LOCAL = "get_parameter_state_dp_reshardable"
+_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+_FULLY_RESHARDABLE = f"{_OPTIMIZER}.sharded_param_state_fully_reshardable"
+_GATHERED = f"{_OPTIMIZER}.get_parameter_state_dp_zero"
+_DP_RESHARDABLE = f"{_OPTIMIZER}.sharded_param_state_dp_reshardable"
+_LOCAL = f"{_OPTIMIZER}.get_parameter_state_dp_reshardable"
 
 # By the beginning of the SHA-256 of a function's source: those with the fault, and what they call,
 # as the mends were written and tested for (0.19.2; the second of a pair is of main in August 2026).
@@ -59,9 +59,9 @@ def mend_saved_optimizer() -> None:
             known to be right nor the one that the mend was made for.
     """
     if _has_fault(_FULLY_RESHARDABLE, calling=_GATHERED):
-        _wrap(_FULLY_RESHARDABLE, _at_packed_offsets)
+        wrap(_FULLY_RESHARDABLE, _at_packed_offsets)
     if _has_fault(_DP_RESHARDABLE, calling=_LOCAL):
-        _wrap(_LOCAL, _with_padding)
+        wrap(_LOCAL, _with_padding)
 
 
 def fingerprint(function: Callable[..., Any]) -> str:
@@ -97,21 +97,17 @@ def packed_index_map(buffer: Any) -> dict[torch.nn.Parameter, tuple[int, int, in
 
 
 def _has_fault(name: str, calling: str) -> bool:
-    if fingerprint(unwrapped(DistributedOptimizer, name)) in _RIGHT[name]:
+    if fingerprint(original(name)) in _RIGHT[name]:
         return False
     for needed in (name, calling):
-        found = fingerprint(unwrapped(DistributedOptimizer, needed))
+        found = fingerprint(original(needed))
         if found not in _FAULTY[needed]:
             raise RuntimeError(
-                f"DistributedOptimizer.{needed} of megatron-core {version('megatron-core')} is "
+                f"{needed} of megatron-core {version('megatron-core')} is "
                 f"unknown here (SHA-256 {found}...): whether it saves the state of the optimizer "
                 "rightly was not looked at. Install the version pinned in pyproject.toml."
             )
     return True
-
-
-def _wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    setattr(DistributedOptimizer, name, make(unwrapped(DistributedOptimizer, name)))
 
 
 def _at_packed_offsets(save: Callable[..., Any]) -> Callable[..., Any]:

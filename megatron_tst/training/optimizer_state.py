@@ -6,10 +6,12 @@ of them; in float32 they require gradients, and torch refuses: a run could not b
 
 from __future__ import annotations
 
-import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from collections.abc import Callable
+from typing import Any
 
-from megatron_tst.training.upstream import unwrapped
+import torch
+
+from megatron_tst.upstream.patches import wrap
 
 
 def load_without_gradients() -> None:
@@ -18,5 +20,12 @@ def load_without_gradients() -> None:
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    name = "load_parameter_state_from_dp_reshardable"
-    setattr(DistributedOptimizer, name, torch.no_grad()(unwrapped(DistributedOptimizer, name)))
+    wrap(
+        "megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        _without_gradients,
+    )
+
+
+def _without_gradients(load: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.no_grad()(load)

@@ -48,6 +48,7 @@ from megatron_tst.training.reporting import (
 from megatron_tst.training.schedule_state import keep_learning_rate_schedule
 from megatron_tst.training.step_hook import TrainingStep, run_after_each_step
 from megatron_tst.training.switch import switch_phase
+from megatron_tst.upstream.patches import check as check_upstream
 
 
 def main(after_step: Callable[[TrainingStep], None] | None = None) -> int:
@@ -83,7 +84,9 @@ def run(after_step: Callable[[TrainingStep], None] | None = None) -> None:
 
     Raises:
         UsageError: bad input, before any training.
+        RuntimeError: a Megatron that is not as this package knows it.
     """
+    check_upstream()
     _rendezvous_alone()
     with _refusing_in_one_line():
         args, schedule = parse_command_line()

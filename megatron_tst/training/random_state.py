@@ -13,7 +13,7 @@ it.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -25,7 +25,7 @@ from megatron.training import checkpointing, print_rank_0
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_tst.training.checkpoint_choice import checkpoint_to_load
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import wrap
 
 _STATE = "rng_state"
 _STATE_OF_RANK_0 = "tst_rng_state_of_rank_0"
@@ -41,9 +41,10 @@ def keep_random_state_of_each_rank() -> None:
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    name = "generate_state_dict"
-    upstream = unwrapped(checkpointing, name)
+    wrap("megatron.training.checkpointing:generate_state_dict", _with_state_of_each_rank)
 
+
+def _with_state_of_each_rank(upstream: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(upstream)
     def generate_state_dict(
         args: Namespace, *positional: Any, iteration: int | None = None, **named: Any
@@ -70,7 +71,7 @@ def keep_random_state_of_each_rank() -> None:
             )
         return state
 
-    setattr(checkpointing, name, generate_state_dict)
+    return generate_state_dict
 
 
 @contextmanager

@@ -9,18 +9,18 @@ their learning rates: with ``--override-opt_param-scheduler`` or
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
-from megatron.training import get_args, print_rank_0, training
+from megatron.training import get_args, print_rank_0
 
 from megatron_tst.training.checkpoint_choice import RELEASE, checkpoint_to_load
 from megatron_tst.training.fully_sharded import continue_counting
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import wrap
 
 _RATES = {"max_lr": ("lr", "decoupled_lr"), "min_lr": ("min_lr", "decoupled_min_lr")}
 
@@ -31,9 +31,10 @@ def keep_learning_rate_schedule() -> None:
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    name = "load_checkpoint"
-    upstream = unwrapped(training, name)
+    wrap("megatron.training.training:load_checkpoint", _continuing_the_schedule)
 
+
+def _continuing_the_schedule(upstream: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(upstream)
     def load_checkpoint(
         model: list[Any], optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
@@ -53,7 +54,7 @@ def keep_learning_rate_schedule() -> None:
         opt_param_scheduler.step(0)
         return loaded
 
-    setattr(training, name, load_checkpoint)
+    return load_checkpoint
 
 
 def _common_state(args: Namespace) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args, training
 
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import replace, wrap
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,21 @@ def run_after_each_step(
     Raises:
         RuntimeError: Megatron has no such function.
     """
-    name = "checkpoint_and_decide_exit"
-    upstream = unwrapped(training, name)
-    _save_once_before_a_batch_change()
-    loop = _call_after_skipped_steps(callback)
+    loop = _Loop(callback)
+    wrap("megatron.training.training:save_checkpoint_and_time", _once_before_a_batch_change)
+    wrap("megatron.training.training:train", loop.noting_what_is_trained)
+    replace("megatron.training.training:dummy_train_step", loop.skip)
+    wrap(
+        "megatron.training.training:checkpoint_and_decide_exit",
+        lambda upstream: _calling_back(upstream, loop, before_next_step),
+    )
 
+
+def _calling_back(
+    upstream: Callable[..., Any],
+    loop: _Loop,
+    before_next_step: Callable[[], None],
+) -> Callable[..., bool]:
     @wraps(upstream)
     def checkpoint_and_decide_exit(
         model: list[Any],
@@ -73,7 +83,7 @@ def run_after_each_step(
         **kwargs: Any,
     ) -> bool:
         loop.steps_done = iteration
-        must_save = callback(TrainingStep(iteration, model, optimizer))
+        must_save = loop.callback(TrainingStep(iteration, model, optimizer))
         with _due(iteration) if must_save else nullcontext():
             is_to_exit = bool(
                 upstream(model, optimizer, opt_param_scheduler, iteration, *args, **kwargs)
@@ -82,7 +92,7 @@ def run_after_each_step(
         return is_to_exit
 
     checkpoint_and_decide_exit.calls_back = True  # type: ignore[attr-defined]
-    setattr(training, name, checkpoint_and_decide_exit)
+    return checkpoint_and_decide_exit
 
 
 def calls_back() -> bool:
@@ -92,24 +102,32 @@ def calls_back() -> bool:
 
 @dataclass
 class _Loop:
-    """What Megatron's loop does not tell the function that reads the data of a skipped step."""
+    """Megatron's loop, which does not tell its function for a skipped step where it is.
 
+    Attributes:
+        callback: see :func:`run_after_each_step`.
+        steps_done: of the run.
+        model: as :class:`TrainingStep` has it.
+        optimizer: likewise.
+    """
+
+    callback: Callable[[TrainingStep], bool]
     steps_done: int = 0
     model: Any = None
     optimizer: Any = None
 
+    def noting_what_is_trained(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's ``train``."""
 
-def _call_after_skipped_steps(callback: Callable[[TrainingStep], bool]) -> _Loop:
-    loop = _Loop()
-    upstream = unwrapped(training, "train")
+        @wraps(upstream)
+        def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            self.steps_done, self.model, self.optimizer = get_args().iteration, model, optimizer
+            return upstream(forward_step, model, optimizer, *args, **kwargs)
 
-    @wraps(upstream)
-    def train(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        loop.steps_done, loop.model, loop.optimizer = get_args().iteration, model, optimizer
-        return upstream(forward_step, model, optimizer, *args, **kwargs)
+        return train
 
-    @wraps(unwrapped(training, "dummy_train_step"))
-    def dummy_train_step(data_iterator: Any) -> None:
+    def skip(self, data_iterator: Any) -> None:
+        """In the place of ``dummy_train_step``: reads the data of a skipped step."""
         rerun = get_rerun_state_machine()
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         while rerun.should_run_forward_backward(data_iterator):
@@ -117,20 +135,15 @@ def _call_after_skipped_steps(callback: Callable[[TrainingStep], bool]) -> _Loop
             for iterator in iterators:
                 for _ in range(get_num_microbatches() if iterator is not None else 0):
                     next(iterator)
-        loop.steps_done += 1
-        callback(TrainingStep(loop.steps_done, loop.model, loop.optimizer, is_skipped=True))
-
-    training.train, training.dummy_train_step = train, dummy_train_step
-    return loop
+        self.steps_done += 1
+        self.callback(TrainingStep(self.steps_done, self.model, self.optimizer, is_skipped=True))
 
 
-def _save_once_before_a_batch_change() -> None:
+def _once_before_a_batch_change(upstream: Callable[..., None]) -> Callable[..., None]:
     """Drops the save before a step with more micro-batches, if the step before is saved already.
 
     Other saves of the same step stay: the rerun state machine has something to add to it.
     """
-    name = "save_checkpoint_and_time"
-    upstream = unwrapped(training, name)
     micro_batches: dict[int, int] = {}
 
     @wraps(upstream)
@@ -142,7 +155,7 @@ def _save_once_before_a_batch_change() -> None:
         micro_batches.clear()
         micro_batches[iteration] = now
 
-    setattr(training, name, save_checkpoint_and_time)
+    return save_checkpoint_and_time
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from megatron_tst.cpu import collectives
 from megatron_tst.cpu.arguments import _WITHOUT_GPU, refuse_gpu_arguments, set_cpu_defaults
-from megatron_tst.cpu.megatron_modules import _replace
 from megatron_tst.cpu.optimizer import FusedAdam, FusedAdamW
 from tests import platform_checks
 from tests.distributed.harness import WorkerPool, run_distributed
@@ -68,20 +67,6 @@ def test_activation_without_a_symbol_names_it(unpatched: WorkerPool) -> None:
     (message,) = unpatched.run(platform_checks.message_about_missing, missing, 60)
     assert ".".join(missing) in message
     assert "pyproject.toml" in message
-
-
-@pytest.mark.parametrize(
-    ("module", "path"),
-    [
-        ("megatron.core.no_module", "function"),
-        ("megatron.core.utils", "no_function"),
-        ("megatron.core.utils", "NoClass.method"),
-        ("megatron.core.utils", "GlobalMemoryBuffer.no_method"),
-    ],
-)
-def test_missing_symbol_of_any_kind_is_named(module: str, path: str) -> None:
-    with pytest.raises(RuntimeError, match=f"{module}.{path}"):
-        _replace(module, path, print)
 
 
 def use_groups() -> None:

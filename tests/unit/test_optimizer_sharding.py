@@ -16,8 +16,9 @@ from megatron_tst.training.optimizer_sharding import (
     packed_index_map,
     padded_parts,
 )
-from megatron_tst.training.upstream import unwrapped
+from megatron_tst.upstream.patches import original
 
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 FULLY, LOCAL = "sharded_param_state_fully_reshardable", "get_parameter_state_dp_reshardable"
 NAMES = (FULLY, "get_parameter_state_dp_zero", "sharded_param_state_dp_reshardable", LOCAL)
 
@@ -25,7 +26,7 @@ NAMES = (FULLY, "get_parameter_state_dp_zero", "sharded_param_state_dp_reshardab
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Megatron's own functions, which are there again when the test is over."""
-    functions = {name: unwrapped(DistributedOptimizer, name) for name in NAMES}
+    functions = {name: original(f"{OPTIMIZER}.{name}") for name in NAMES}
     for name, function in functions.items():
         monkeypatch.setattr(DistributedOptimizer, name, function)
     return functions
@@ -54,7 +55,8 @@ def test_an_unknown_function_is_refused_by_name(
 def test_a_megatron_that_is_right_is_left_alone(
     host: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = {name: (fingerprint(host[name]),) for name in optimizer_sharding._RIGHT}
+    names = {path: path.rpartition(".")[2] for path in optimizer_sharding._RIGHT}
+    right = {path: (fingerprint(host[name]),) for path, name in names.items()}
     monkeypatch.setattr(optimizer_sharding, "_RIGHT", right)
     mend_saved_optimizer()
     assert {name: getattr(DistributedOptimizer, name) for name in NAMES} == host
