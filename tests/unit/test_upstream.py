@@ -27,7 +27,7 @@ Found = tuple[str, str, str]
 
 def imported(tree: ast.AST) -> dict[str, str]:
     """What a file imports of Megatron: paths by the names that it gives them."""
-    names = {}
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron":
             names |= {a.asname or a.name: f"{node.module}:{a.name}" for a in node.names}
@@ -67,10 +67,10 @@ def uses(tree: ast.AST, file: str) -> Iterator[Found]:
                 yield "subclass", file, path
                 yield from (("override", file, method) for method in overridden(node, path))
         if isinstance(node, ast.Call) and root(node.func) in calls and node.args:
-            path = node.args[0]
+            first = node.args[0]
             # Other paths are looked up in the table when the call is made.
-            if isinstance(path, ast.Constant) and isinstance(node.func, ast.Name):
-                yield calls[node.func.id], file, path.value
+            if isinstance(first, ast.Constant) and isinstance(node.func, ast.Name):
+                yield calls[node.func.id], file, first.value
     for path in names.values():
         if path.rpartition(":")[2].startswith("_"):
             yield "read", file, path
