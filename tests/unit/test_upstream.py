@@ -70,7 +70,7 @@ def uses(tree: ast.AST, file: str) -> Iterator[Found]:
             first = node.args[0]
             # Other paths are looked up in the table when the call is made.
             if isinstance(first, ast.Constant) and isinstance(node.func, ast.Name):
-                yield calls[node.func.id], file, first.value
+                yield calls[node.func.id], file, str(first.value)
     for path in names.values():
         if path.rpartition(":")[2].startswith("_"):
             yield "read", file, path
