@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.training import checkpointing, print_rank_0
+from megatron.training import print_rank_0
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_tst.training.checkpoint_choice import checkpoint_to_load
