@@ -56,7 +56,7 @@ _RATIO = rf"\d\.\d\d{TIMES}(?: \(\d\.\d\d to \d\.\d\d\))?{_N}"
 _BOUND = rf"(?:more|less) than [\d.]+{TIMES} in \d of \d seeds"
 _LOSSES = r"\d\.\d{3}(?:, \d\.\d{3})*(?: and \d\.\d{3})?"
 _WORDS = "|".join([*STATES, *VERDICTS, NOT_SO])
-_VALUE = rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%|\d\.\d\d|\d+|{_WORDS}"
+_VALUE = rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%{_N}|\d\.\d\d|\d+|{_WORDS}"
 _MARKED = re.compile(rf"(?P<value>{_VALUE}|)<!--(?P<what>[^>]+)-->")
 FIGURE = re.compile(rf"{_GAP}|{_RATIO}|\d+%|\b\d\.\d{{3}}\b|\*\*(?:{_WORDS})\b")
 """What has to stand before a comment: figures, and verdicts in bold."""
@@ -111,7 +111,7 @@ def _holds(claim: str, what: str) -> bool:
     """Whether words say what the tables do; shares that are missing contradict nothing."""
     if claim == "most":
         share = told(f"share {what}")
-        return share == NOT_RUN or int(share.removesuffix("%")) > 50
+        return share == NOT_RUN or int(share.partition("%")[0]) > 50
     if claim == "wider":
         section, _, setting = what.partition(": ")
         first, second = (_group(study(section), label) for label in setting.split(" vs "))
@@ -246,7 +246,7 @@ _ESTIMATES: dict[str, Callable[[Study, str], Estimate | None]] = {
 def _share(of: Study, setting: str) -> str | None:
     gain = _gain(of, setting)
     share = None if gain is None else gain.decay_share
-    return None if share is None else f"{share:.0%}"
+    return None if gain is None or share is None else f"{share:.0%}{_few(gain.total.n)}"
 
 
 def _speed(of: Study, label: str) -> str | None:
