@@ -127,8 +127,8 @@ def build(name: str) -> Path:
         return python
     if environment.python:
         found = subprocess.check_output(["scripts/find_python.sh", environment.python], cwd=ROOT)
-        subprocess.run([found.decode().strip(), "-m", "venv", "--clear", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
+        subprocess.run([found.decode().strip(), "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", "constraints.txt"]
         subprocess.run([*pip, "--editable", ".[dev]"], cwd=ROOT, check=True)
     else:
         overlay = ["scripts/overlay.sh", name, *environment.packages.split()]
@@ -144,7 +144,7 @@ def run(name: str, python: Path, arguments: Sequence[str]) -> tuple[list[str], l
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"
-        command = [python, "-m", "pytest", "-q", "-n", "0", f"--junitxml={results}", *chosen]
+        command = [str(python), "-m", "pytest", "-q", "-n", "0", f"--junitxml={results}", *chosen]
         ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"CI": ""}).returncode
         # Anything else than failed tests, an interruption too, leaves counts that mean nothing.
         if ended not in (0, 1):
