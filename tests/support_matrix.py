@@ -52,6 +52,8 @@ DP, TP, SP, PP, CP, EP and ETP are data, tensor, sequence, pipeline, context, ex
 tensor parallelism; interleaved means virtual pipeline stages; overlapped is
 `--overlap-moe-expert-parallel-comm`. Hybrid models are Megatron's `HybridModel` with the patterns
 `*-` and `*E`.
+
+[arguments.md](arguments.md) has a verdict on each of Megatron's arguments.
 """
 
 _DEVIATIONS = """\
