@@ -22,7 +22,7 @@ from tests.results_page import ROOT, SECTIONS, TABLES, refreshed, state, unmarke
 PAGE = results_page.PAGE.read_text()
 STUDIES = sorted({table for table, _ in SECTIONS.values()})
 IMAGES = ROOT / "docs/images/results"
-FIGURES = sorted(IMAGES.glob("*/*"))
+FIGURES = sorted(path for study in STUDIES for path in (IMAGES / study).iterdir())
 
 
 @pytest.fixture(scope="module")

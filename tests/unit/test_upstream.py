@@ -194,7 +194,7 @@ def test_an_attribute_that_nothing_sets_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_a_path_that_is_not_in_the_table_is_our_fault() -> None:
     with pytest.raises(AssertionError, match="not in the table"):
-        wrap("megatron.training.training:train", lambda upstream: upstream)
+        wrap("megatron.training.training:train_step", lambda upstream: upstream)
 
 
 def tag(name: str) -> Callable[[Any], Any]:
