@@ -33,9 +33,9 @@ def shard_statistics(
     ``logsumexp = M + log(sum over shards of sums * exp(m - M))``; target logits add up.
 
     Args:
-        logits: [n, v] float32, bfloat16 or float16; any row stride. An exponent is off by up to half
-            a unit in the last place of ``m log2 e``, as ``logsumexp`` in fp32 is; beyond 1e9 that
-            overflows.
+        logits: [n, v] float32, bfloat16 or float16; any row stride. An exponent is off by up to
+            half a unit in the last place of ``m log2 e``, as ``logsumexp`` in fp32 is; beyond 1e9
+            that overflows.
         columns: [n, s] int64 column of each target in this shard; not read where the coefficient
             is 0. Another column outside of the shard makes the target logit NaN.
         coefficients: [n, s] float32, ``w_i / sum w``; 0 for ignored targets and other shards'.
