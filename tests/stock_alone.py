@@ -22,7 +22,7 @@ from typing import Any
 _PROJECT = "megatron_tst"
 
 # What the CPU platform consists of.
-_ROOMS = ("cpu", "common", "ops/native")
+_ROOMS = ("cpu", "common", "ops/native", "upstream")
 
 
 class _NotThisProject(MetaPathFinder):
