@@ -152,9 +152,6 @@ def run(name: str, python: Path, arguments: Sequence[str]) -> tuple[list[str], l
         counts, failures = _read(results)
     minutes = (time.monotonic() - started) / 60
     versions = subprocess.check_output([python, "-c", _ASK], text=True).split()
-    described = subprocess.check_output(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True
-    )
     asked = f"`{' '.join(arguments)}`" if arguments else tests
     numbers = [str(counts[kind]) for kind in ("passed", "failed", "skipped")]
     machine = f"{os.cpu_count()} cores, {processor()}"
@@ -165,8 +162,15 @@ def run(name: str, python: Path, arguments: Sequence[str]) -> tuple[list[str], l
         *numbers,
         f"{minutes:.0f}",
         machine,
-        described.strip(),
+        _commit(),
     ], failures
+
+
+def _commit() -> str:
+    """Whether anything but the page, which an earlier row has changed, differs from it."""
+    commit = subprocess.check_output(["git", "describe", "--always"], cwd=ROOT, text=True).strip()
+    changes = ["git", "status", "--porcelain", "--", ".", f":!{TARGET.relative_to(ROOT)}"]
+    return commit + ("-dirty" if subprocess.check_output(changes, cwd=ROOT) else "")
 
 
 def _files(patterns: str) -> Iterator[str]:
