@@ -105,7 +105,8 @@ def multi_label_hinge_reference(
         distinct = bag[bag != ignore_index].unique()
         is_other = torch.ones_like(row, dtype=torch.bool).index_fill(0, distinct, False)
         pairs = 1 - row[distinct].unsqueeze(1) + row[is_other].unsqueeze(0)
-        losses.append(pairs.clamp(min=0).sum() / len(row))
+        # The gradient of clamp at its bound is 1 before torch 2.14 and 0 from there on.
+        losses.append(pairs.relu().sum() / len(row))
     return torch.stack(losses).view(target_bags.shape[:-1])
 
 
