@@ -133,6 +133,8 @@ def _read_format(path: Path) -> str:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # Python 3.13 names the module that has the class, which 3.12 has not.
+        module = "pathlib" if module == "pathlib._local" else module
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
@@ -196,6 +198,8 @@ class _Unread:
 
 class _PlacesUnpickler(_IndexUnpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # Python 3.13 names the module that has the class, which 3.12 has not.
+        module = "pathlib" if module == "pathlib._local" else module
         is_of_index = module.startswith("torch.distributed.checkpoint.")
         if is_of_index and name not in ("Metadata", "MetadataIndex", "_StorageInfo"):
             return _Unread

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_tst.checkpoint import torch_dist_writer
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.checkpoint.torch_dist_index import read_index
 from megatron_tst.checkpoint.torch_dist_writer import PlannedChunk, write_checkpoint
 
 
@@ -39,3 +42,18 @@ def test_chunks_are_found_in_their_files(
     assert torch.equal(stored.read("experts"), experts)
     assert torch.equal(stored.read("experts", (1, 2)), experts[1, 2])
     assert torch.equal(stored.read("norm"), norm.bfloat16())
+
+
+def test_an_index_of_python_3_13_is_read(tmp_path: Path) -> None:
+    norm = torch.randn(7)
+    chunk = PlannedChunk("norm", (), (7,), torch.float32, norm.clone)
+    write_checkpoint(tmp_path / "new", {"norm": norm.shape}, [chunk], {}, lambda: None)
+    index = tmp_path / "new/.metadata"
+    content = read_index(index)
+    content.storage_meta = StorageMeta(checkpoint_id=PurePosixPath("checkpoint"))
+    # Python 3.13 has the classes of paths in another module.
+    pickled = pickle.dumps(content, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    pickled = pickled.replace(b"PurePosixPath", b"PosixPath")
+    assert b"cpathlib._local\nPosixPath" in pickled
+    index.write_bytes(pickled)
+    assert torch.equal(TorchDistCheckpoint(tmp_path / "new").read("norm"), norm)
