@@ -13,21 +13,21 @@ import os
 import sys
 
 from megatron_tst import pretrain
-from megatron_tst.cpu.optimizer import FusedAdamW
+from megatron_tst.cpu.optimizer import FusedAdam
 
 
 def main() -> int:
     """Returns the exit code of the run."""
     beta2, name = float(os.environ["BETA2"]), "step"
-    step = getattr(FusedAdamW, name)
+    step = getattr(FusedAdam, name)
 
-    def step_with_beta2(optimizer: FusedAdamW, closure: None = None) -> None:
+    def step_with_beta2(optimizer: FusedAdam, closure: None = None) -> None:
         # Before each step, so that no load puts it back.
         for group in optimizer.param_groups:
             group["betas"] = (group["betas"][0], beta2)
         step(optimizer, closure)
 
-    setattr(FusedAdamW, name, step_with_beta2)
+    setattr(FusedAdam, name, step_with_beta2)
     return pretrain.main()
 
 

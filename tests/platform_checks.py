@@ -88,14 +88,17 @@ def check_megatron_uses_the_replacements() -> None:
     from megatron_tst.cpu import swiglu
     from megatron_tst.cpu.attention import CoreAttention
     from megatron_tst.cpu.norm import RMSNorm
-    from megatron_tst.cpu.optimizer import FusedAdamW
+    from megatron_tst.cpu.optimizer import FusedAdam
 
     config = TransformerConfig(
         num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm"
     )
     assert type(WrappedTorchNorm(config, 8)) is RMSNorm
     assert LocalSpecProvider().core_attention() is CoreAttention
-    assert optimizer.Adam is FusedAdamW
+    assert optimizer.Adam is FusedAdam
+    # Other code of the process keeps torch's own.
+    assert torch.optim.Adam.__module__ == "torch.optim.adam"
+    assert torch.optim.AdamW.__module__ == "torch.optim.adamw"
     assert mlp.bias_swiglu_impl is swiglu.bias_swiglu
     for wrapped in (
         rope_utils._apply_rotary_pos_emb_bshd,

@@ -60,7 +60,6 @@ def _compile_dataset_helpers() -> None:
 
 def install() -> None:
     """Installs the replacements."""
-    # First: Megatron binds these when it is imported.
     _install_optimizer()
     _install_layers()
     _install_experts()
@@ -87,10 +86,11 @@ def install() -> None:
 def _install_optimizer() -> None:
     from megatron_tst.cpu import optimizer
 
-    # Megatron takes these from torch where neither Transformer Engine nor apex is installed.
-    replace("torch.optim:Adam", optimizer.FusedAdam)
-    replace("torch.optim:AdamW", optimizer.FusedAdamW)
-    # Their state is that of apex.
+    # Megatron's own names and not torch's: other code of the process keeps torch's optimizers.
+    replace("megatron.core.optimizer:Adam", optimizer.FusedAdam)
+    replace("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False)
+    replace("megatron.core.optimizer.distrib_optimizer:Adam", optimizer.FusedAdam)
+    # Its state is that of apex.
     replace("megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", True)
     replace("megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", True)
     replace("megatron.core.optimizer.clip_grads:l2_norm_impl", optimizer.l2_norm)

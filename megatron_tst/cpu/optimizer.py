@@ -19,11 +19,10 @@ class FusedAdam(torch.optim.Optimizer):
         lr: learning rate.
         betas: decay of the first and the second moment.
         eps: added to the root of the second moment.
-        weight_decay: coefficient of the L2 penalty.
+        weight_decay: coefficient of the decay.
+        adam_w_mode: decay the weights themselves (AdamW) instead of adding an L2 penalty.
         capturable: of no meaning on a CPU.
     """
-
-    _update = staticmethod(torch._fused_adam_)
 
     def __init__(
         self,
@@ -32,8 +31,10 @@ class FusedAdam(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
+        self._update = torch._fused_adamw_ if adam_w_mode else torch._fused_adam_
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -69,12 +70,6 @@ class FusedAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
-
-
-class FusedAdamW(FusedAdam):
-    """FusedAdam with decoupled weight decay."""
-
-    _update = staticmethod(torch._fused_adamw_)
 
 
 def l2_norm(

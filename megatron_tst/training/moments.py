@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# torch.optim has another one on the CPU platform.
-from torch.optim.adam import Adam
+import torch
 
 
 def fill_moments(optimizer: Any) -> None:
@@ -23,7 +22,7 @@ def fill_moments(optimizer: Any) -> None:
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
-        if inner is None or len(inner.state) > 0 or isinstance(inner, Adam):
+        if inner is None or len(inner.state) > 0 or isinstance(inner, torch.optim.Adam):
             continue
         if part.config.optimizer == "adam" and not part.config.use_precision_aware_optimizer:
             part.init_state_fn(inner, part.config)

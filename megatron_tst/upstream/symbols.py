@@ -224,8 +224,11 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     *_of(
         "cpu/megatron_modules.py",
-        ("replace", "torch.optim:Adam", "what Megatron takes where there is no apex"),
-        ("replace", "torch.optim:AdamW", "what Megatron takes where there is no apex"),
+        ("replace", "megatron.core.optimizer:Adam", "our Adam in place of apex's"),
+        ("replace", "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER",
+         "our Adam takes apex's arguments"),
+        ("replace", "megatron.core.optimizer.distrib_optimizer:Adam",
+         "our Adam in place of apex's"),
         ("replace", "megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE",
          "our Adam has the state of apex's"),
         ("replace", "megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER",
