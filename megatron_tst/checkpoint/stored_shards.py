@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_tst.checkpoint.torch_dist_index import INCOMPLETE
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.errors import UsageError, raise_interrupt
 
 PIECE_ELEMENTS = 4_000_000
 """Numbers that are read at once, at most."""
@@ -122,6 +122,7 @@ class StoredShard:
                 header = part.read(30)
         # A damaged file can fail in any way.
         except Exception as error:
+            raise_interrupt(error)
             raise self._damaged(error) from error
         if described.shape != self.sizes or described.dtype != self.dtype:
             raise UsageError(
@@ -139,6 +140,7 @@ class StoredShard:
                 part: Any = _Part(file, self.start, self.length)
                 return torch.load(part, map_location="cpu", weights_only=True).flatten()
         except Exception as error:
+            raise_interrupt(error)
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> UsageError:

@@ -34,7 +34,7 @@ from megatron_tst.checkpoint.torch_dist_index import (
     load_safely,
     read_index,
 )
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.errors import UsageError, raise_interrupt
 
 _LEGACY_COMMON_FILE = "common.pt"
 
@@ -186,6 +186,7 @@ class TorchDistCheckpoint:
             self._reader.read_data(LoadPlan(items), target).wait()
         # Damaged data can fail in any way.
         except Exception as error:
+            raise_interrupt(error)
             stored = self._metadata.storage_data
             files = sorted({stored[item.storage_index].relative_path for item in items})
             raise UsageError(

@@ -19,7 +19,7 @@ import torch
 from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.errors import UsageError, raise_interrupt
 
 INDEX_FILE = ".metadata"
 """The index of the tensors, in the folder of an iteration."""
@@ -243,6 +243,7 @@ def read_index(path: Path) -> Metadata:
         raise UsageError(f"{path} does not exist: {INCOMPLETE}.") from None
     # A damaged pickle can fail in any way.
     except Exception as error:
+        raise_interrupt(error)
         if is_of_newer_torch(path):
             raise UsageError(f"{newer_torch(path)}.") from error
         raise UsageError(f"{path} cannot be read ({error}): {INCOMPLETE}.") from error
@@ -271,6 +272,7 @@ def load_safely(data: io.BytesIO, origin: Path) -> Any:
             return torch.load(data, weights_only=True, map_location="cpu")
     # A damaged pickle can fail in any way.
     except Exception as error:
+        raise_interrupt(error)
         raise UsageError(
             f"{origin}: the training arguments cannot be read ({error or type(error).__name__}): "
             "they are damaged, or hold a class that Megatron does not list as safe."

@@ -42,6 +42,18 @@ def leave_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def raise_interrupt(error: BaseException | None) -> None:
+    """Raises the Ctrl-C or exit that an error comes from, and does nothing for any other error.
+
+    C code that a signal meets can make an error of its own of it: with Python 3.13 torch's reader
+    of checkpoints raises SystemError, which looks like damage.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        error = error.__cause__ or error.__context__
+
+
 def print_error(error: BaseException) -> None:
     """Prints an error in one line on standard error."""
     print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from megatron_tst.checkpoint.torch_dist_index import (
     newer_torch,
     older_torch,
 )
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.errors import UsageError, raise_interrupt
 from megatron_tst.data.files import fingerprint
 from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
 from megatron_tst.settings.config import SETTINGS
@@ -148,6 +148,7 @@ def _check_index_of_weights(args: Namespace, folder: Path) -> None:
         FileSystemReader(str(folder)).read_metadata()
     # A damaged pickle can fail in any way.
     except Exception as error:
+        raise_interrupt(error)
         raise _damaged(args, folder, error) from error
 
 
@@ -298,6 +299,7 @@ def _saved_arguments(args: Namespace, folder: Path) -> Any:
         return load_common_state_dict(str(folder)).get("args")
     # Damaged files raise all kinds, and torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
+        raise_interrupt(error)
         raise _damaged(args, folder, error) from error
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from megatron_tst.common.errors import UsageError, command, read_json_object
+from megatron_tst.common.errors import UsageError, command, raise_interrupt, read_json_object
 
 _TOOL = """
 import sys
@@ -35,6 +35,17 @@ def _run(body: str) -> subprocess.CompletedProcess[str]:
 def test_bad_input_ends_a_command_with_one_line(body, line):
     done = _run(body)
     assert (done.returncode, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupt_is_raised_again_from_what_was_made_of_it(interrupt):
+    made = UsageError("damaged")
+    made.__context__ = SystemError("a result with an exception set")
+    made.__context__.__cause__ = interrupt
+    with pytest.raises(type(interrupt)) as raised:
+        raise_interrupt(made)
+    assert raised.value is interrupt
+    raise_interrupt(UsageError("no interrupt"))
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
