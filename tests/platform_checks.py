@@ -79,6 +79,7 @@ def check_operators_pay_for_no_function_mode() -> None:
 
 def check_megatron_uses_the_replacements() -> None:
     from megatron.core import optimizer, tensor_parallel
+    from megatron.core.tensor_parallel import inference_layers
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer import mlp
@@ -96,6 +97,9 @@ def check_megatron_uses_the_replacements() -> None:
     assert type(WrappedTorchNorm(config, 8)) is RMSNorm
     assert LocalSpecProvider().core_attention() is CoreAttention
     assert optimizer.Adam is FusedAdam
+    # Megatron's main asks it of layers that multi-token prediction builds.
+    assert not isinstance(nn.Linear(1, 1), inference_layers.InferenceColumnParallelLinear)
+    assert not isinstance(nn.Linear(1, 1), inference_layers.InferenceLayerNormColumnParallelLinear)
     # Other code of the process keeps torch's own.
     assert torch.optim.Adam.__module__ == "torch.optim.adam"
     assert torch.optim.AdamW.__module__ == "torch.optim.adamw"

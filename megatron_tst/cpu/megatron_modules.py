@@ -81,6 +81,18 @@ def install() -> None:
         gradients.for_experts,
     )
     replace("megatron.training.initialize:init_persistent_async_worker", start_writer)
+    # Main asks whether a layer is one of these, which without Transformer Engine are no classes.
+    replace(
+        "megatron.core.tensor_parallel.inference_layers:InferenceColumnParallelLinear", _NotHere
+    )
+    replace(
+        "megatron.core.tensor_parallel.inference_layers:InferenceLayerNormColumnParallelLinear",
+        _NotHere,
+    )
+
+
+class _NotHere:
+    """Layers that only Transformer Engine has."""
 
 
 def _install_optimizer() -> None:

@@ -233,6 +233,11 @@ SYMBOLS: tuple[Symbol, ...] = (
          "our Adam has the state of apex's"),
         ("replace", "megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER",
          "our Adam has the state of apex's"),
+        ("replace", "megatron.core.tensor_parallel.inference_layers:InferenceColumnParallelLinear",
+         "no class without Transformer Engine, and main asks for it"),
+        ("replace", "megatron.core.tensor_parallel.inference_layers:"
+         "InferenceLayerNormColumnParallelLinear",
+         "no class without Transformer Engine, and main asks for it"),
         ("replace", "megatron.core.optimizer.clip_grads:l2_norm_impl",
          "the norm of gradients in one pass", "chunk_size noop_flag tensor_lists per_tensor"),
         ("replace", "megatron.core.optimizer.clip_grads:multi_tensor_scale_impl",
