@@ -46,7 +46,8 @@ def raise_interrupt(error: BaseException | None) -> None:
     """Raises the Ctrl-C or exit that an error comes from, and does nothing for any other error.
 
     C code that a signal meets can make an error of its own of it: with Python 3.13 torch's reader
-    of checkpoints raises SystemError, which looks like damage.
+    of checkpoints may raise SystemError, which looks like damage
+    (findings/interrupt_during_checkpoint_load.sh).
     """
     while error is not None:
         if isinstance(error, KeyboardInterrupt | SystemExit):
