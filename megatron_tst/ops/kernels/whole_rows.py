@@ -13,13 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_tst.ops.kernels.cross_entropy import (
-    _LOG2_E,
     _READ_BYTES,
-    _power_of,
     _require_targets,
     rows_are_aligned,
 )
 from megatron_tst.ops.kernels.launch import is_interpreted, next_power_of_2, on_device
+from megatron_tst.ops.kernels.rows import LOG2_E, less_targets, power_of, targets_of_row
 
 # A thread holds a row's share in 32 of its 64 registers: 8 reads of 16 bytes, 128 kB for 32 warps.
 _MAX_DEPTH = 8
@@ -177,31 +176,25 @@ def _replace_kernel(
     thread_sum = tl.zeros([threads], tl.float32)
     for k in tl.static_range(depth):
         new_max = tl.maximum(thread_max, tl.max(read[k].to(tl.float32), 1))
-        power = _power_of(new_max)
-        thread_sum *= tl.exp2(tl.fma(thread_max, _LOG2_E, -power))
+        power = power_of(new_max)
+        thread_sum *= tl.exp2(tl.fma(thread_max, LOG2_E, -power))
         thread_max = new_max
         z = _anew(read[k], compiled).to(tl.float32)
-        thread_sum += tl.sum(tl.exp2(tl.fma(z, _LOG2_E, -power[:, None])), 1)
+        thread_sum += tl.sum(tl.exp2(tl.fma(z, LOG2_E, -power[:, None])), 1)
     row_max = tl.max(thread_max, 0)
-    rescaled = thread_sum * tl.exp2(tl.fma(thread_max, _LOG2_E, -_power_of(row_max)))
+    rescaled = thread_sum * tl.exp2(tl.fma(thread_max, LOG2_E, -power_of(row_max)))
     row_sum = tl.sum(rescaled, 0)
     tl.store(maximum + row, row_max)
     tl.store(sums + row, row_sum)
 
-    # 3. The gradient at the targets. Those of a token that occurs twice go through the same
-    # operations: whichever is stored last, no matter.
-    i = tl.arange(0, padded_bag)
-    share = tl.load(coefficients + i, mask=i < s, other=0.0)
-    column = tl.load(columns + i, mask=i < s, other=0)
-    held = (share != 0.0) & (column >= 0) & (column < v)
+    # 3. The gradient at the targets.
+    share, column, held = targets_of_row(columns, coefficients, v, s, padded_bag)
     z_target = tl.load(logits + column, mask=held, other=float("nan")).to(tl.float32)
     # Where nothing counts the logit may be -inf, and 0 * -inf is not 0.
     tl.store(target_logits + row, tl.sum(tl.where(share != 0.0, share * z_target, 0.0), 0))
-    power = (row_max + tl.log(row_sum)) * _LOG2_E
-    at_target = tl.exp2(tl.fma(z_target, _LOG2_E, -power))
-    for j in range(s):
-        same = column == tl.load(columns + j)
-        at_target -= tl.where(same, tl.load(coefficients + j), 0.0)
+    power = (row_max + tl.log(row_sum)) * LOG2_E
+    at_target = tl.exp2(tl.fma(z_target, LOG2_E, -power))
+    at_target = less_targets(at_target, column, columns, coefficients, s)
     # Of few bits, as a thread has hardly a register to spare while it holds its part of the row.
     place = tl.where(held, column, -1).to(tl.int32)
     # Other threads of this program must not overwrite a target's logit before it is read.
@@ -211,7 +204,7 @@ def _replace_kernel(
     factor = tl.load(scale + row)
     for k in tl.static_range(depth):
         z = _anew(read[k], compiled).to(tl.float32)
-        grad = (tl.exp2(tl.fma(z, _LOG2_E, -power)) * factor).to(logits.dtype.element_ty)
+        grad = (tl.exp2(tl.fma(z, LOG2_E, -power)) * factor).to(logits.dtype.element_ty)
         if (k + 1) * step <= v:
             tl.store(logits + k * step + places, grad)
         else:
