@@ -79,9 +79,9 @@ def check_operators_pay_for_no_function_mode() -> None:
 
 def check_megatron_uses_the_replacements() -> None:
     from megatron.core import optimizer, tensor_parallel
-    from megatron.core.tensor_parallel import inference_layers
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.tensor_parallel import inference_layers
     from megatron.core.transformer import mlp
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_config import TransformerConfig

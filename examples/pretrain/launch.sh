@@ -109,8 +109,6 @@ case ${PRECISION:=mxfp8} in
       --fp8-format hybrid
       --fp8-recipe tensorwise
       --fp8-param-gather
-      # Megatron turns it off for this recipe, with a warning.
-      --no-stream-ckpt-dequant
     )
     ;;
   bf16) FP8_ARGS=() ;;

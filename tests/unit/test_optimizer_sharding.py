@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ from megatron_tst.upstream.patches import original
 
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 FULLY, LOCAL = "sharded_param_state_fully_reshardable", "get_parameter_state_dp_reshardable"
+# Main has mended the first, and nothing looks at what it calls.
+IS_MAIN = not version("megatron-core").startswith("0.19.")
+MENDED = (LOCAL,) if IS_MAIN else (FULLY, LOCAL)
 NAMES = (FULLY, "get_parameter_state_dp_zero", "sharded_param_state_dp_reshardable", LOCAL)
 
 
@@ -37,18 +41,20 @@ def test_the_installed_megatron_is_mended_once(host: dict[str, Any]) -> None:
     mend_saved_optimizer()
     for name in NAMES:
         present = getattr(DistributedOptimizer, name)
-        assert (present is not host[name]) == (name in (FULLY, LOCAL)), name
+        assert (present is not host[name]) == (name in MENDED), name
         assert getattr(present, "__wrapped__", present) is host[name]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not (IS_MAIN and name == "get_parameter_state_dp_zero")]
+)
 def test_an_unknown_function_is_refused_by_name(
     host: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def changed(self: Any) -> None: ...
 
     monkeypatch.setattr(DistributedOptimizer, name, changed)
-    with pytest.raises(RuntimeError, match=rf"DistributedOptimizer\.{name} of megatron-core 0\.19"):
+    with pytest.raises(RuntimeError, match=rf"DistributedOptimizer\.{name} of megatron-core 0\."):
         mend_saved_optimizer()
 
 

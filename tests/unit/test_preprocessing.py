@@ -216,6 +216,7 @@ def test_megatron_loads_saved_tokenizers(tmp_path: Path, make: Any) -> None:
         tokenizer_hf_no_use_fast=False,
         tokenizer_hf_no_include_special_tokens=False,
         pad_vocab_size=False,
+        use_gigatoken=False,  # of main
     )
     for name in ("chat_template", "vocab_file", "merge_file", "special_tokens", "metadata_path"):
         setattr(arguments, name, None)
