@@ -117,13 +117,15 @@ class Matchup:
     def speed_up_off_ends(self) -> Length | None:
         """Speed-up read off finished baselines of several lengths; None without a second one.
 
-        Each seed's final losses are interpolated linearly over the logarithm of the length.
+        Each seed's final losses are interpolated linearly over the logarithm of the length. Seeds
+        that were trained at one length only are left out.
         """
-        curves = [self._ends(pair) for pair in self.pairs]
-        if not curves or any(len(lengths) < 2 for lengths, _ in curves):
+        pairs = self.pairs_with_lengths
+        curves = [self._ends(pair) for pair in pairs]
+        if not curves:
             return None
         found, beyond, below = [], 0, 0
-        for pair, (lengths, losses) in zip(self.pairs, curves, strict=True):
+        for pair, (lengths, losses) in zip(pairs, curves, strict=True):
             target = pair.tst.final_loss
             if losses[0] < target:
                 below += 1
@@ -149,10 +151,10 @@ class Matchup:
         """Gap to a finished baseline that read as much text as TST.
 
         Interpolated between baselines of neighbouring lengths; None if the lengths that were
-        trained do not reach as far.
+        trained do not reach as far. Seeds that were trained at one length only are left out.
         """
         gaps = []
-        for pair in self.pairs:
+        for pair in self.pairs_with_lengths:
             lengths, losses = self._ends(pair)
             loss = _loss_at_length(
                 lengths, losses, pair.tst.data_tokens[-1] / pair.tst.equivalent_tokens[-1]
@@ -161,6 +163,11 @@ class Matchup:
                 return None
             gaps.append(loss - pair.tst.final_loss)
         return estimate(gaps) if gaps else None
+
+    @property
+    def pairs_with_lengths(self) -> list[Pair]:
+        """Those of seeds whose baselines were trained at several lengths."""
+        return [pair for pair in self.pairs if len(self._ends(pair)[0]) > 1]
 
     def _ends(self, pair: Pair) -> tuple[FloatArray, FloatArray]:
         """Lengths of a seed's baselines, in units of the TST run, ascending; their final losses."""

@@ -60,3 +60,11 @@ def _without_seeds(matchup: Matchup) -> Iterator[str]:
             f"{matchup.tst.label} has no finished baseline of seed {', '.join(alone)}: "
             f"{'that run is' if len(alone) == 1 else 'those runs are'} in no gap."
         )
+    with_lengths = matchup.pairs_with_lengths
+    if 0 < len(with_lengths) < len(matchup.pairs):
+        short = [str(pair.tst.seed) for pair in matchup.pairs if pair not in with_lengths]
+        yield (
+            f"{matchup.tst.label} has no baseline of another length with seed {', '.join(short)}: "
+            f"what is read off finished runs is of {len(with_lengths)} of {len(matchup.pairs)} "
+            "seeds."
+        )

@@ -162,8 +162,8 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
         yield _Sketch(
             "equal-loss",
             "Equal loss, from finished runs",
-            f"{wording.off_ends(first)} A line for each of {len(first.pairs)} seeds; every mark is "
-            "one finished run.",
+            f"{wording.off_ends(first)} A line for each of {len(first.pairs_with_lengths)} seeds; "
+            "every mark is one finished run.",
             partial(draw_lengths, matchup=first, others=others[: _DRAWN_SETTINGS - 1]),
         )
 

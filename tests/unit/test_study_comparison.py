@@ -9,6 +9,7 @@ from scipy import stats
 
 from megatron_tst.report.comparison import Matchup, match_two, matchups_of, study_of
 from megatron_tst.report.families import families_of
+from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
@@ -188,6 +189,27 @@ def test_speed_up_is_not_extrapolated(end: float, beyond: int, below: int) -> No
     assert found is not None
     assert found.estimate is None
     assert (found.beyond, found.below) == (beyond, below)
+
+
+def test_a_seed_of_one_length_is_left_out_of_what_finished_runs_say_and_named() -> None:
+    runs = [*scaling([100, 200], 0), *scaling([100], 1)]
+    # s=4 and r=0.25 read 1.75 times the text.
+    ends = {0: 3.0 - 0.5 * log(1.5), 1: 2.0}
+    runs += [synthetic_run(falling(100, end), bag_size=4, seed=seed) for seed, end in ends.items()]
+    matchup = matchup_of(runs)
+    speed_up, equal_data = matchup.speed_up_off_ends(), matchup.equal_data_off_ends()
+    assert speed_up is not None
+    assert speed_up.estimate is not None
+    assert speed_up.estimate.mean == pytest.approx(1.5)
+    assert speed_up.seeds == 1
+    assert equal_data is not None
+    assert equal_data.n == 1
+    assert len(matchup.pairs) == 2
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert [said for said in missing_controls(study) if "another length" in said] == [
+        "s=4 r=0.25 has no baseline of another length with seed 1: what is read off finished runs "
+        "is of 1 of 2 seeds."
+    ]
 
 
 def test_one_length_gives_no_speed_up_off_finished_runs() -> None:
