@@ -18,7 +18,7 @@ _EXPERTS: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
     "qk_layernorm": True,
 }
-_LATENT_ATTENTION: dict[str, Any] = {
+LATENT_ATTENTION: dict[str, Any] = {
     "multi_latent_attention": True,
     "group_query_attention": None,
     "num_query_groups": None,
@@ -41,12 +41,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "Latent attention, hybrid": {
         "num_layers": None,
         "hybrid_layer_pattern": "+-+-",
-        **_LATENT_ATTENTION,
+        **LATENT_ATTENTION,
     },
     "Latent attention, MoE": {
         "num_layers": 2,
         **_EXPERTS,
-        **_LATENT_ATTENTION,
+        **LATENT_ATTENTION,
         "moe_router_score_function": "sigmoid",
         "moe_router_topk_scaling_factor": 2.5,
         "moe_shared_expert_intermediate_size": 32,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integration.layouts import LATENT_ATTENTION
 from tests.runs import TOTAL_STEPS, SmallRun, assert_faultless
 from tests.zygote import Launcher
 
@@ -163,24 +164,12 @@ def test_sequence_parallelism_changes_the_layout_only(
             torch.testing.assert_close(weight, run.checkpoint(steps)[name], rtol=0, atol=1e-4)
 
 
-_LATENT_ATTENTION: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "group_query_attention": None,
-    "num_query_groups": None,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 16,
-}
-
-
 def test_latent_attention_continues_at_other_layouts(
     launcher: Launcher, small_run: SmallRun
 ) -> None:
     saved_step, steps = 3, 6
     run = small_run.with_(
-        **_LATENT_ATTENTION,
+        **LATENT_ATTENTION | {"v_head_dim": 16},
         tst_bag_size=4,
         tst_steps=4,
         train_iters=steps,
