@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from megatron_tst.study.study_folder import open_study
 from tests.studies import study_content, write_study
 
 CORPUS = Path("corpus")
+ROOT = Path(__file__).parents[2]
+STUDIES, MAKEFILE = ROOT / "examples/studies", ROOT / "Makefile"
 
 
 def read(tmp_path: Path, **changes: Any):
@@ -65,6 +68,22 @@ def test_every_length_that_is_compared_has_its_control(tmp_path: Path) -> None:
         "tiny-10steps-lr0.001-baseline-seed0",
         "tiny-10steps-lr0.002-baseline-seed1",
     }
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_study_of_the_repository_is_read_and_finds_the_text_that_make_prepares(
+    path: Path,
+) -> None:
+    study = read_study(path)
+    runs = study.runs()
+    assert len({run.name for run in runs}) == len(runs)
+    # Written down, so that the file shows all that is run.
+    assert study.controls == 0
+    texts = dict(re.findall(r"^TEXT_OF_(\w+) := (\S+)$", MAKEFILE.read_text(), re.MULTILINE))
+    prepared = f"runs/studies/text/{texts.get(path.stem, 'python-packages')}"
+    for run in runs:
+        assert option(run.arguments, "--data-path") == prepared
+        assert option(run.arguments, "--tokenizer-model").startswith(prepared)
 
 
 def test_the_command_line_of_a_run(tmp_path: Path) -> None:
