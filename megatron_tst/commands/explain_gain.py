@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.figures.mkdir(parents=True, exist_ok=True)
         for plot in origin_plots(arms):
             write_file(args.figures / f"{plot.name}.png", plot.png)
+            write_file(args.figures / f"{plot.name}.pdf", plot.pdf)
     print(text)
     return 0
 
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64, help="sequences of --text at once (default: 64)")
     add("--output", type=Path, help="file to write all numbers to, .csv or .parquet")
     add("--tables", type=Path, help="Markdown file to write")
-    add("--figures", type=Path, help="folder for the plots as PNG")
+    add("--figures", type=Path, help="folder for the plots as PNG and PDF")
     return parser
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from megatron_tst.commands.compare_runs import main
 from megatron_tst.common.units import PLUS_MINUS, TIMES
@@ -17,6 +14,7 @@ from megatron_tst.report.results_table import read_results
 from megatron_tst.report.statistics import Estimate, estimate
 from megatron_tst.study.config import read_study
 from tests import results_page
+from tests.figures import assert_same_drawing
 from tests.results_page import ROOT, SECTIONS, TABLES, refreshed, state, unmarked, verdict
 
 PAGE = results_page.PAGE.read_text()
@@ -55,35 +53,9 @@ def figure_id(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-@pytest.mark.parametrize("figure", [f for f in FIGURES if f.suffix == ".png"], ids=figure_id)
+@pytest.mark.parametrize("figure", FIGURES, ids=figure_id)
 def test_a_figure_is_that_of_the_results(regenerated: Path, figure: Path) -> None:
-    drawn, committed = (
-        np.asarray(Image.open(path).convert("RGB"), dtype=float)
-        for path in (regenerated / figure_id(figure), figure)
-    )
-    assert drawn.shape == committed.shape
-    # Another processor may round a coordinate otherwise, which shades an edge by a little; a
-    # marker that moved changes a hundred pixels from one colour to another.
-    changed = np.abs(drawn - committed).max(axis=2) > 64
-    assert changed.sum() < 30
-
-
-def page_of(pdf: Path) -> bytes:
-    """The drawing of a PDF with one page, among its fonts and markers."""
-    found = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
-    streams = map(zlib.decompress, found)
-    return next(stream for stream in streams if stream.startswith(b"/DeviceRGB"))
-
-
-@pytest.mark.parametrize("figure", [f for f in FIGURES if f.suffix == ".pdf"], ids=figure_id)
-def test_a_figure_for_print_is_that_of_the_results(regenerated: Path, figure: Path) -> None:
-    number = rb"-?[0-9]+[.]?[0-9]*"
-    drawn, committed = (page_of(path) for path in (regenerated / figure_id(figure), figure))
-    assert re.sub(number, b"", drawn) == re.sub(number, b"", committed)
-    places = [np.array(re.findall(number, page), dtype=float) for page in (drawn, committed)]
-    assert len(places[0]) > 100
-    # In points, 72 an inch.
-    np.testing.assert_allclose(places[0], places[1], atol=0.01)
+    assert_same_drawing(regenerated / figure_id(figure), figure)
 
 
 def test_the_page_shows_every_figure_and_its_form_for_print() -> None:
