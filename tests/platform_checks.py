@@ -28,6 +28,7 @@ PATCHED_NAMESPACES = (
     "torch.optim",
     "megatron.core.optimizer",
     "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
     "megatron.core.distributed.distributed_data_parallel.DistributedDataParallel",
     "megatron.core.models.backends.LocalSpecProvider",
@@ -35,6 +36,7 @@ PATCHED_NAMESPACES = (
     "megatron.core.models.hybrid.hybrid_block",
     "megatron.core.datasets.utils",
     "megatron.core.tensor_parallel",
+    "megatron.core.tensor_parallel.inference_layers",
     "megatron.core.transformer.mlp",
     "megatron.core.transformer.mlp.MLP",
     "megatron.core.transformer.moe.shared_experts",
@@ -96,7 +98,8 @@ def check_megatron_uses_the_replacements() -> None:
     )
     assert type(WrappedTorchNorm(config, 8)) is RMSNorm
     assert LocalSpecProvider().core_attention() is CoreAttention
-    assert optimizer.Adam is FusedAdam
+    assert optimizer.Adam is optimizer.distrib_optimizer.Adam is FusedAdam
+    assert not optimizer.USING_PYTORCH_OPTIMIZER
     # Megatron's main asks it of layers that multi-token prediction builds.
     assert not isinstance(nn.Linear(1, 1), inference_layers.InferenceColumnParallelLinear)
     assert not isinstance(nn.Linear(1, 1), inference_layers.InferenceLayerNormColumnParallelLinear)

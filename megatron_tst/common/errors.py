@@ -47,11 +47,14 @@ def raise_interrupt(error: BaseException | None) -> None:
 
     C code that a signal meets can make an error of its own of it: with Python 3.13 torch's reader
     of checkpoints may raise SystemError, which looks like damage
-    (findings/interrupt_during_checkpoint_load.sh).
+    (findings/interrupt_during_checkpoint_load.sh). torch's CheckpointException holds those of all
+    ranks in ``failures``, a plain Ctrl-C too.
     """
     while error is not None:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
+        for of_a_rank, _ in getattr(error, "failures", {}).values():
+            raise_interrupt(of_a_rank)
         error = error.__cause__ or error.__context__
 
 

@@ -21,7 +21,7 @@ from megatron.training import (
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tst.common.errors import UsageError, print_error
+from megatron_tst.common.errors import UsageError, print_error, raise_interrupt
 from megatron_tst.common.platform import platform
 from megatron_tst.model.config import model_config_from_args
 from megatron_tst.model.model import superpose_built_models
@@ -65,6 +65,7 @@ def main(after_step: Callable[[TrainingStep], None] | None = None) -> int:
         run(after_step)
     # torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
+        raise_interrupt(error)
         # Once steps were done the input was good: what goes wrong then needs its traceback.
         if not isinstance(error, UsageError) or _steps_were_done():
             return report_failure(error)

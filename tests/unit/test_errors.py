@@ -2,6 +2,10 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_tst.common.errors import UsageError, command, raise_interrupt, read_json_object
 
@@ -46,6 +50,18 @@ def test_an_interrupt_is_raised_again_from_what_was_made_of_it(interrupt):
         raise_interrupt(made)
     assert raised.value is interrupt
     raise_interrupt(UsageError("no interrupt"))
+
+
+class Interrupted(FileSystemReader):
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_found_in_what_torch_makes_of_it(tmp_path):
+    with pytest.raises(CheckpointException) as made:
+        load({}, storage_reader=Interrupted(tmp_path), no_dist=True)
+    with pytest.raises(KeyboardInterrupt):
+        raise_interrupt(made.value)
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.adam import Adam
 
 from megatron_tst.settings.fully_sharded import uneven_shards
 from megatron_tst.training.fully_sharded import continue_counting
@@ -37,8 +36,7 @@ def test_shards_that_a_checkpoint_can_hold(ranks: int, is_gated: bool, words: st
 @pytest.mark.parametrize("counts_by", ["parameter", "group"])
 def test_a_resumed_adam_counts_on(counts_by: str) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    # Not torch.optim.Adam, which the platform of CPUs replaces.
-    adam = Adam([weight], lr=0.1)
+    adam = torch.optim.Adam([weight], lr=0.1)
     # What Megatron makes for a load, and fills in place: moments and no count.
     moments = {"exp_avg": torch.full((3,), 0.2), "exp_avg_sq": torch.full((3,), 0.3)}
     adam.state[weight].update(moments)
