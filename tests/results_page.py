@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ SECTIONS = {
     "443k": ("proxy", 443_008),
     "experts": ("proxy", 189_248),
     "long": ("long", 127_296),
+    "long 443k": ("long", 443_008),
 }
 """Table and size of the model of each section that comments name."""
 
@@ -214,12 +216,14 @@ def _of_gain(read: Callable[[Gain], Estimate]) -> Callable[..., Estimate | None]
 
 
 def _steps(of: Study, label: str) -> Estimate | None:
-    """Steps that a baseline needs more, in units of the run; None where that is a bound."""
+    """Steps that a baseline needs more, in units of the run; no interval where it is a bound."""
     matchup = _matchup(of, label)
     length = None if matchup is None else matchup.speed_up_off_ends()
-    found = None if length is None else length.estimate
-    if found is None or found.low is None or found.high is None:
+    if length is None:
         return None
+    found = length.estimate
+    if found is None or found.low is None or found.high is None:
+        return Estimate(nan, None, None, None, length.seeds)
     return Estimate(found.mean - 1, found.low - 1, found.high - 1, None, found.n)
 
 

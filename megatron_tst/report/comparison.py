@@ -42,8 +42,9 @@ class Length:
         beyond: seeds whose baselines of all lengths ended above the target.
         below: seeds whose baselines of all lengths ended below it.
         seeds: number of seeds.
-        longest: longest length that was trained, in units of the TST run.
-        shortest: likewise.
+        longest: length, in units of the TST run, up to which all seeds of ``beyond`` were trained;
+            the longest that was trained if there are none.
+        shortest: length down to which all seeds of ``below`` were; likewise.
         lengths: number of lengths.
     """
 
@@ -124,45 +125,43 @@ class Matchup:
         curves = [self._ends(pair) for pair in pairs]
         if not curves:
             return None
-        found, beyond, below = [], 0, 0
+        found, beyond, below = [], [], []
         for pair, (lengths, losses) in zip(pairs, curves, strict=True):
             target = pair.tst.final_loss
             if losses[0] < target:
-                below += 1
+                below.append(lengths[0])
                 continue
             reached = first_reached(np.log(lengths), losses, target)
             if reached is None:
-                beyond += 1
+                beyond.append(lengths[-1])
             else:
                 found.append(float(np.exp(reached)))
         trained = [length for lengths, _ in curves for length in lengths]
         is_whole = len(found) == len(curves)
         return Length(
             estimate=estimate_ratio(found) if is_whole else None,
-            beyond=beyond,
-            below=below,
+            beyond=len(beyond),
+            below=len(below),
             seeds=len(curves),
-            longest=max(trained),
-            shortest=min(trained),
+            longest=min(beyond, default=max(trained)),
+            shortest=max(below, default=min(trained)),
             lengths=len(set(trained)),
         )
 
     def equal_data_off_ends(self) -> Estimate | None:
         """Gap to a finished baseline that read as much text as TST.
 
-        Interpolated between baselines of neighbouring lengths; None if the lengths that were
-        trained do not reach as far. Seeds that were trained at one length only are left out.
+        Interpolated between baselines of neighbouring lengths. Seeds whose baselines were not
+        trained as long are left out; None if all are.
         """
-        gaps = []
-        for pair in self.pairs_with_lengths:
-            lengths, losses = self._ends(pair)
-            loss = _loss_at_length(
-                lengths, losses, pair.tst.data_tokens[-1] / pair.tst.equivalent_tokens[-1]
-            )
-            if loss is None:
-                return None
-            gaps.append(loss - pair.tst.final_loss)
+        losses = [(self.loss_at_equal_data(pair), pair.tst.final_loss) for pair in self.pairs]
+        gaps = [loss - final for loss, final in losses if loss is not None]
         return estimate(gaps) if gaps else None
+
+    def loss_at_equal_data(self, pair: Pair) -> float | None:
+        """Final loss of a seed's baseline that read as much text; None if none was so long."""
+        length = pair.tst.data_tokens[-1] / pair.tst.equivalent_tokens[-1]
+        return _loss_at_length(*self._ends(pair), length)
 
     @property
     def pairs_with_lengths(self) -> list[Pair]:

@@ -13,6 +13,7 @@ from megatron_tst.report.families import (
     Group,
     differing,
 )
+from megatron_tst.report.pairs import Pair
 
 
 def missing_controls(study: Study) -> Iterator[str]:
@@ -60,11 +61,16 @@ def _without_seeds(matchup: Matchup) -> Iterator[str]:
             f"{matchup.tst.label} has no finished baseline of seed {', '.join(alone)}: "
             f"{'that run is' if len(alone) == 1 else 'those runs are'} in no gap."
         )
-    with_lengths = matchup.pairs_with_lengths
-    if 0 < len(with_lengths) < len(matchup.pairs):
-        short = [str(pair.tst.seed) for pair in matchup.pairs if pair not in with_lengths]
+    yield from _of_some_seeds(matchup, "a speed-up", matchup.pairs_with_lengths)
+    as_long = [pair for pair in matchup.pairs if matchup.loss_at_equal_data(pair) is not None]
+    yield from _of_some_seeds(matchup, "a gap at equal data", as_long)
+
+
+def _of_some_seeds(matchup: Matchup, what: str, pairs: list[Pair]) -> Iterator[str]:
+    """Names the seeds that lack the baselines for what is read off finished runs."""
+    if 0 < len(pairs) < len(matchup.pairs):
+        lacking = [str(pair.tst.seed) for pair in matchup.pairs if pair not in pairs]
         yield (
-            f"{matchup.tst.label} has no baseline of another length with seed {', '.join(short)}: "
-            f"what is read off finished runs is of {len(with_lengths)} of {len(matchup.pairs)} "
-            "seeds."
+            f"{matchup.tst.label} lacks longer baselines of seed {', '.join(lacking)}: {what} from "
+            f"finished runs is of {len(pairs)} of {len(matchup.pairs)} seeds."
         )

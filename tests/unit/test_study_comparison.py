@@ -206,10 +206,23 @@ def test_a_seed_of_one_length_is_left_out_of_what_finished_runs_say_and_named() 
     assert equal_data.n == 1
     assert len(matchup.pairs) == 2
     (study,) = [study_of(family) for family in families_of(runs)]
-    assert [said for said in missing_controls(study) if "another length" in said] == [
-        "s=4 r=0.25 has no baseline of another length with seed 1: what is read off finished runs "
-        "is of 1 of 2 seeds."
+    assert [said for said in missing_controls(study) if "longer baselines" in said] == [
+        "s=4 r=0.25 lacks longer baselines of seed 1: a speed-up from finished runs is of 1 of 2 "
+        "seeds.",
+        "s=4 r=0.25 lacks longer baselines of seed 1: a gap at equal data from finished runs is of "
+        "1 of 2 seeds.",
     ]
+
+
+def test_bounds_are_those_that_hold_for_every_seed() -> None:
+    runs = [*scaling([50, 100, 200], 0), *scaling([100, 150], 1)]
+    for end, bounds in ((2.0, (2, 0)), (3.9, (0, 2))):
+        tst = [synthetic_run(falling(100, end), bag_size=4, seed=seed) for seed in (0, 1)]
+        found = matchup_of([*runs, *tst]).speed_up_off_ends()
+        assert found is not None
+        assert (found.beyond, found.below) == bounds
+        # One seed was trained for 200 steps and the other for 150; from 50 and from 100.
+        assert (found.longest, found.shortest) == ((1.5, 0.5) if end == 2.0 else (2.0, 1.0))
 
 
 def test_one_length_gives_no_speed_up_off_finished_runs() -> None:
