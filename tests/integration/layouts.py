@@ -132,19 +132,19 @@ _OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather":
 _OVERLAPPED_EXPERTS: dict[str, Any] = {"overlap_moe_expert_parallel_comm": True}
 _INTERLEAVED: dict[str, Any] = {**_PP, "num_layers_per_virtual_pipeline_stage": 1}
 
-_ALL = ("Llama", "Llama, hybrid", "Qwen3-MoE", "Qwen3-MoE, hybrid")
-_ALL_AND_TIED = (*_ALL, "Llama, tied embeddings")
+ALL = ("Llama", "Llama, hybrid", "Qwen3-MoE", "Qwen3-MoE, hybrid")
+_ALL_AND_TIED = (*ALL, "Llama, tied embeddings")
 
 LAYOUTS: dict[str, Layout] = {
     "one process": Layout(1, {}, ()),
     "DP 2": Layout(2, {}),
-    "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, _ALL),
-    "FSDP2 over 2": Layout(2, _FSDP2, _ALL),
+    "DP 2, distributed optimizer": Layout(2, {**SHARDED_OPTIMIZER, **_OVERLAP}, ALL),
+    "FSDP2 over 2": Layout(2, _FSDP2, ALL),
     "TP 2": Layout(2, _TP, ("Llama",)),
     "TP 2 + SP": Layout(2, _SP, _ALL_AND_TIED),
     "PP 2": Layout(2, _PP, _ALL_AND_TIED),
     "PP 2, interleaved": Layout(2, _INTERLEAVED, _ALL_AND_TIED),
-    "CP 2": Layout(2, _CP, _ALL),
+    "CP 2": Layout(2, _CP, ALL),
     "EP 2, allgather": Layout(2, {**_EP, "moe_token_dispatcher_type": "allgather"}, _MOE),
     "EP 2, alltoall": Layout(2, _EP, _MOE),
     "EP 2, overlapped": Layout(2, {**_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)),
@@ -156,7 +156,7 @@ LAYOUTS: dict[str, Layout] = {
     "TP 2 + SP, FSDP2 over 2": Layout(4, {**_SP, **_FSDP2}),
     "CP 2, FSDP2 over 2": Layout(2, {**_CP, **_FSDP2}, ("Llama",)),
     "TP 2 + SP, DP 2, distributed optimizer": Layout(4, {**_SP, **SHARDED_OPTIMIZER}),
-    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, _ALL),
+    "TP 2 + SP, PP 2": Layout(4, {**_SP, **_PP}, ALL),
     "TP 2 + SP, CP 2": Layout(4, {**_SP, **_CP}),
     "PP 4": Layout(4, {"pipeline_model_parallel_size": 4}, ("Llama",)),
     "PP 2, CP 2": Layout(4, {**_PP, **_CP}, ("Llama",)),
@@ -166,15 +166,15 @@ LAYOUTS: dict[str, Layout] = {
     "CP 4": Layout(4, {"context_parallel_size": 4}, ("Llama",)),
     "CP 2, DP 2, distributed optimizer": Layout(4, {**_CP, **SHARDED_OPTIMIZER}, ("Llama",)),
     "EP 4": Layout(4, {"expert_model_parallel_size": 4}, ("Qwen3-MoE",)),
-    "EP 2, DP 2, distributed optimizer": Layout(4, {**_EP, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)),
+    "EP 2, DP 2, distributed optimizer": Layout(4, {**_EP, **SHARDED_OPTIMIZER}, _MOE),
     "EP 4, distributed optimizer": Layout(
         4, {"expert_model_parallel_size": 4, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)
     ),
     "TP 2 + SP, EP 2, distributed optimizer": Layout(
-        4, {**_SP, **_EP, "expert_tensor_parallel_size": 1, **SHARDED_OPTIMIZER}, ("Qwen3-MoE",)
+        4, {**_SP, **_EP, "expert_tensor_parallel_size": 1, **SHARDED_OPTIMIZER}, _MOE
     ),
     "TP 2 + SP, EP 2, ETP 2": Layout(4, {**_SP, **_EP, "expert_tensor_parallel_size": 2}, _MOE),
-    "PP 2, EP 2": Layout(4, {**_PP, **_EP}, ("Qwen3-MoE",)),
+    "PP 2, EP 2": Layout(4, {**_PP, **_EP}, _MOE),
     "PP 2, interleaved, EP 2, overlapped": Layout(
         4, {**_INTERLEAVED, **_EP, **_OVERLAPPED_EXPERTS}, ("Qwen3-MoE",), ("bf16",)
     ),

@@ -78,15 +78,16 @@ def as_gpt(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("step", [STOP, SWITCH, STEPS - 1])
 @pytest.mark.parametrize("model", SETTINGS)
-def test_it_goes_on_bit_for_bit_over_the_switch(
-    launcher: Launcher, saved: dict[str, SmallRun], tmp_path: Path, model: str
+def test_it_goes_on_bit_for_bit_in_each_phase_and_at_the_switch(
+    launcher: Launcher, saved: dict[str, SmallRun], tmp_path: Path, model: str, step: int
 ) -> None:
     gpt = saved[model]
-    run = as_hybrid(gpt, tmp_path, model)
+    run = as_hybrid(gpt, tmp_path, model, ckpt_step=step)
     launcher.run(run.argv, run.log)
     for tag in ("lm loss", "grad-norm", "learning-rate", "tst/data tokens"):
-        expected = {step: value for step, value in gpt.scalars()[tag].items() if step > STOP}
+        expected = {at: value for at, value in gpt.scalars()[tag].items() if at > step}
         assert run.scalars()[tag] == expected, tag
     assert_faultless(run.checkpoint_folder(STEPS))
     assert_bit_equal(as_gpt(run.checkpoint(STEPS)), gpt.checkpoint(STEPS))

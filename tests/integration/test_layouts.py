@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.layouts import LAYOUTS, RECIPES, arguments_of, model_arguments
+from tests.integration.layouts import ALL, LAYOUTS, RECIPES, arguments_of, model_arguments
 from tests.runs import SmallRun, assert_faultless
 from tests.zygote import Launcher
 
@@ -33,6 +33,7 @@ _FEW = (
     *("TP 2 + SP", "PP 2, interleaved", "CP 2", "DP 2, distributed optimizer", "FSDP2 over 2"),
     "EP 2, alltoall",
 )
+_HYBRID = ("TP 2 + SP", "Llama, hybrid")
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def _cases() -> Iterator[Case]:
         for model in settings.models:
             for dtype in settings.dtypes:
                 yield Case(model, layout, dtype)
-            if layout in _FEW and model in ("Llama", "Qwen3-MoE"):
+            if layout in _FEW and model in ALL:
                 yield Case(model, layout, dtype="bf16")
-            if layout in _FEW and model == "Llama":
+            if (layout in _FEW and model == "Llama") or (layout, model) == _HYBRID:
                 yield from (Case(model, layout, recipe=r) for r in RECIPES if r != "full")
 
 

@@ -44,6 +44,13 @@ ROUTES: dict[tuple[str, str], dict[str, str]] = {
         "phase 1": "EP 4, distributed optimizer",
         "switch": "TP 2 + SP, EP 2, distributed optimizer",
     },
+    ("Llama, hybrid", "DP 2, distributed optimizer"): {
+        "switch": "CP 2, DP 2, distributed optimizer"
+    },
+    ("Qwen3-MoE, hybrid", "EP 2, DP 2, distributed optimizer"): {
+        "phase 1": "TP 2 + SP, EP 2, distributed optimizer",
+        "phase 2": "EP 4, distributed optimizer",
+    },
     ("Llama, MTP 2", "PP 2"): {
         "phase 1": "TP 2 + SP",
         "switch": "PP 2, interleaved",

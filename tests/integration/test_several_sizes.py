@@ -230,7 +230,9 @@ def test_it_is_killed_between_draws(launcher: Launcher, trained: SmallRun, tmp_p
     assert_bit_equal(run.checkpoint(TOTAL_STEPS), trained.checkpoint(TOTAL_STEPS))
 
 
-@pytest.mark.parametrize("layout", ["TP 2 + SP, PP 2", "TP 2 + SP, DP 2, distributed optimizer"])
+@pytest.mark.parametrize(
+    "layout", ["TP 2 + SP, PP 2", "TP 2 + SP, DP 2, distributed optimizer", "FSDP2 over 2"]
+)
 def test_layouts_draw_the_same(
     launcher: Launcher, trained: SmallRun, tmp_path: Path, layout: str
 ) -> None:

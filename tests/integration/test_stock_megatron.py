@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # Saving takes most of the time: nothing between the switch and the end is saved.
 EARLIER, SWITCH, LAST = 4, 5, 8
-OPTIMIZERS: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     # Whose state is then saved by parameter: the buffers have gaps that hold anything.
     "distributed": {
@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         "dist_ckpt_optim_fully_reshardable": True,
         "mtp_num_layers": 1,
     },
+    # As Megatron's pretrain_hybrid.py trains it.
+    "hybrid": {"num_layers": None, "hybrid_layer_pattern": "*-*-"},
 }
 SUPERPOSED: dict[str, Any] = {"tst_bag_size": 4, "tst_steps": SWITCH}
 
@@ -38,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def superposed(launcher: Launcher, corpus: Path, folder: Path) -> dict[str, SmallRun]:
-    """Runs with superposition from the first to the last step, by optimizer."""
+    """Runs with superposition from the first to the last step, by name."""
     runs = {}
-    for name, optimizer in OPTIMIZERS.items():
+    for name, settings in RUNS.items():
         run = SmallRun(corpus, folder / name)
         # Dropout, so that a random state that does not carry over would show.
         run = run.with_(
-            bf16=True, hidden_dropout=0.1, train_iters=LAST, eval_interval=LAST, **optimizer
+            bf16=True, hidden_dropout=0.1, train_iters=LAST, eval_interval=LAST, **settings
         )
         runs[name] = run
         interval = EARLIER if name == "plain" else LAST
@@ -64,7 +66,7 @@ def write_cache(launcher: Launcher, run: SmallRun, step: int, cache: Path) -> st
 def stock(launcher: Launcher, superposed: dict[str, SmallRun], folder: Path) -> dict[str, SmallRun]:
     """Plain runs from the switch, and one from an earlier step, in one separate process."""
     runs = {}
-    for name, step in (("plain", SWITCH), ("distributed", SWITCH), ("plain", EARLIER)):
+    for name, step in (*((name, SWITCH) for name in RUNS), ("plain", EARLIER)):
         run, target = superposed[name], folder / f"{name} from {step}"
         target.mkdir()
         cache = target / "data"
@@ -98,16 +100,16 @@ def assert_was_alone(run: SmallRun) -> None:
     assert "modules of this project: []" in run.log.read_text(), run.log.read_text()[-6000:]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", RUNS)
 def test_from_the_switch_on_losses_and_weights_are_those_of_our_phase_2(
-    superposed: dict[str, SmallRun], stock: dict[str, SmallRun], optimizer: str
+    superposed: dict[str, SmallRun], stock: dict[str, SmallRun], name: str
 ) -> None:
-    ours, plain = superposed[optimizer], stock[f"{optimizer} from {SWITCH}"]
+    ours, plain = superposed[name], stock[f"{name} from {SWITCH}"]
     assert_was_alone(plain)
     expected, actual = ours.scalars(), plain.scalars()
     steps = range(SWITCH + 1, LAST + 1)
     ahead = {"mtp_1 loss", "mtp_1_acceptance_rate"} & expected.keys()
-    assert bool(ahead) == ("mtp_num_layers" in OPTIMIZERS[optimizer])
+    assert bool(ahead) == ("mtp_num_layers" in RUNS[name])
     for scalar in ("lm loss", "grad-norm", "learning-rate", *ahead):
         assert actual[scalar] == {step: expected[scalar][step] for step in steps}
     assert_faultless(plain.checkpoint_folder(LAST), ours.checkpoint_folder(LAST))
