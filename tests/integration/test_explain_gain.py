@@ -136,7 +136,8 @@ def test_a_table_is_read_again_as_it_was_written(explained: Path, tmp_path: Path
     for name in ("explained.csv", "explained.md"):
         assert (tmp_path / name).read_bytes() == (explained / name).read_bytes()
     drawn = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert drawn == ["positions.png", "switch-gradients.png", "switch-losses.png"]
+    plots = ("positions", "switch-gradients", "switch-losses")
+    assert drawn == [f"{plot}.{form}" for plot in plots for form in ("pdf", "png")]
 
 
 def test_tables_of_some_seeds_are_joined(explained: Path, tmp_path: Path) -> None:
