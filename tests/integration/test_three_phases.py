@@ -11,7 +11,7 @@ import pytest
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.report.results import read_result
-from tests.integration.layouts import LAYOUTS
+from tests.integration.layouts import LAYOUTS, MODELS
 from tests.integration.test_bad_input import assert_messages
 from tests.runs import TOTAL_STEPS, Check, SmallRun, assert_bit_equal, assert_faultless
 from tests.survival import MAIN, last_checkpoint, wait_until_stopped
@@ -100,6 +100,34 @@ def test_it_goes_on_at_another_layout(
         assert sorted(actual) == list(range(step + 1, TOTAL_STEPS + 1))
         # fp32: sums run in another order.
         assert actual == pytest.approx({s: expected[s] for s in actual}, rel=1e-6), tag
+    assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"tst_schedule": None, "tst_bag_sizes": "2,4", "tst_steps": 7}],
+    ids=["schedule", "drawn"],
+)
+@pytest.mark.parametrize("layout", ["EP 2, alltoall", "TP 2 + SP, EP 2, distributed optimizer"])
+def test_experts_on_several_ranks_train_as_on_one(
+    launcher: Launcher, corpus: Path, tmp_path: Path, layout: str, sizes: dict[str, Any]
+) -> None:
+    settings = {**MODELS["Qwen3-MoE"], **ARGUMENTS, **sizes, "micro_batch_size": 1}
+    one = SmallRun(corpus, tmp_path / "one").with_(**settings)
+    launcher.run(one.argv, one.log)
+    # Each rank draws the first weights of its own experts, and a sharded optimizer begins anew.
+    start = one.with_(no_load_optim=True)
+    arguments = LAYOUTS[layout].arguments
+    same = resumed(start, tmp_path / "same", 4)
+    run = resumed(start, tmp_path / "several", 4, **arguments)
+    launcher.run(same.argv, same.log)
+    launcher.run(run.argv, run.log, world_size=LAYOUTS[layout].processes)
+    assert len({*same.scalars()["tst/bag size"].values()}) == (3 if sizes else 2)
+    for tag in ("lm loss", "grad-norm", "load_balancing_loss", "tst/data tokens", "tst/bag size"):
+        actual, expected = run.scalars()[tag], same.scalars()[tag]
+        assert sorted(actual) == list(range(5, TOTAL_STEPS + 1))
+        # fp32: sums run in another order.
+        assert actual == pytest.approx(expected, rel=1e-5), tag
     assert_faultless(run.checkpoint_folder(TOTAL_STEPS))
 
 
