@@ -17,10 +17,11 @@ from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.precision import describe_precision
 from megatron_tst.report.describing import Status
 from megatron_tst.report.families import with_differing_arguments
-from megatron_tst.report.results import read_result
+from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
+from megatron_tst.study.earlier_results import in_order_of, read_earlier_results, without
 from megatron_tst.study.execution import gpus_of_this_machine, slots_of_this_machine
 from megatron_tst.study.precision import leaves_precision_open, resolve_precision
 from megatron_tst.study.run_folder import ENDED
@@ -41,14 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study = resolve_precision(study, folder, starts_runs=False)
             # While another process may run it.
             check_same_study(study, folder)
-            return (
-                _list(study, folder, options) if options.list else _print_collected(study, folder)
-            )
+            earlier = _earlier(study, options)
+            if options.list:
+                return _list(study, folder, earlier, options)
+            print(collect(study, folder, earlier))
+            return 0
         study = _in_precision_of_this_machine(study, folder, options.slurm is not None)
+        earlier = _earlier(study, options)
         with open_study(study, folder):
             if options.slurm is not None:
-                return _submit(study, folder, options)
-            return _run(study, folder, options.jobs)
+                return _submit(study, folder, earlier, options)
+            return _run(study, folder, earlier, options.jobs)
     except KeyboardInterrupt:
         print("stopped: the same command goes on.", file=sys.stderr)
         return 130
@@ -68,6 +72,14 @@ def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bo
     return resolved
 
 
+def _earlier(study: StudyConfig, options: argparse.Namespace) -> list[RunResult]:
+    return read_earlier_results(options.earlier, study) if options.earlier else []
+
+
+def _left(study: StudyConfig, earlier: Sequence[RunResult]) -> StudyConfig:
+    return without(study, [result.name for result in earlier])
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -77,6 +89,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("study", type=Path, help="YAML file, see docs/studies.md")
     add("--output", type=Path, help="default: runs/studies/<name of the study file>")
+    add(
+        "--earlier",
+        type=Path,
+        metavar="TABLE",
+        help="results of the same study, such as another machine's: their runs are not run again, "
+        "and the results written hold them",
+    )
     add("--jobs", type=int, help="runs at once (default: what cores and GPUs suffice for)")
     add("--list", action="store_true", help="list the runs and how they stand, and run nothing")
     add(
@@ -100,26 +119,31 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(study: StudyConfig, folder: Path, jobs: int | None) -> int:
+def _run(study: StudyConfig, folder: Path, earlier: Sequence[RunResult], jobs: int | None) -> int:
     slots = slots_of_this_machine(jobs, study.processes)
     console = Console()
     with Display(console) as display:
-        progress = run_all(executions(study, folder), slots, display.show)
+        progress = run_all(executions(_left(study, earlier), folder), slots, display.show)
     console.print(summary(progress), markup=False, highlight=False)
-    if any(state in ENDED for state in progress.states.values()):
-        results = collect(study, folder)
+    if earlier or any(state in ENDED for state in progress.states.values()):
+        results = collect(study, folder, earlier)
         console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
     return _report_failures(progress)
 
 
-def collect(study: StudyConfig, folder: Path) -> Path:
+def collect(study: StudyConfig, folder: Path, earlier: Sequence[RunResult] = ()) -> Path:
     """Writes the results of all runs that have ended, and returns the file.
+
+    Args:
+        study: the grid.
+        folder: its folder.
+        earlier: runs of the grid that have ended elsewhere; those of the folder do not count.
 
     Raises:
         UsageError: none has.
     """
-    results = []
-    for execution in executions(study, folder):
+    results = list(earlier)
+    for execution in executions(_left(study, earlier), folder):
         state = execution.folder.state()
         if state in ENDED:
             # The losses of a finished run may still show that it has diverged.
@@ -127,7 +151,8 @@ def collect(study: StudyConfig, folder: Path) -> Path:
             results.append(read_result(execution.folder.path, execution.name, status))
     if not results:
         raise UsageError(f"no run in {folder} has ended: there are no results to collect yet.")
-    write_results(with_differing_arguments(results), folder / RESULTS_FILE)
+    ordered = in_order_of(study, with_differing_arguments(results))
+    write_results(ordered, folder / RESULTS_FILE)
     return folder / RESULTS_FILE
 
 
@@ -149,24 +174,29 @@ def _report_failures(progress: Progress) -> int:
     return 1 if failed else 0
 
 
-def _print_collected(study: StudyConfig, folder: Path) -> int:
-    print(collect(study, folder))
-    return 0
-
-
-def _list(study: StudyConfig, folder: Path, options: argparse.Namespace) -> int:
+def _list(
+    study: StudyConfig, folder: Path, earlier: Sequence[RunResult], options: argparse.Namespace
+) -> int:
+    elsewhere = {result.name: result.status for result in earlier}
     runs = executions(study, folder)
     for execution in runs:
-        print(f"{execution.folder.state():9} {execution.name}")
+        state = elsewhere.get(execution.name) or execution.folder.state()
+        print(f"{state:9} {execution.name}")
     controls = f", of them {study.controls} baselines added as controls" if study.controls else ""
     print(f"{len(runs)} runs, {sum(e.total_steps for e in runs):,} steps{controls}")
+    if elsewhere:
+        print(f"{len(elsewhere)} of them are in {options.earlier}")
     if options.gpu is not None:
-        print(expected_hours(study, options.gpu, options.mfu, options.vocabulary))
+        left = _left(study, earlier)
+        print(expected_hours(left, options.gpu, options.mfu, options.vocabulary))
     return 0
 
 
-def _submit(study: StudyConfig, folder: Path, options: argparse.Namespace) -> int:
-    jobs = submit(study, folder, options.jobs, parse_slurm_options(options.slurm))
+def _submit(
+    study: StudyConfig, folder: Path, earlier: Sequence[RunResult], options: argparse.Namespace
+) -> int:
+    left = _left(study, earlier)
+    jobs = submit(left, folder, options.jobs, parse_slurm_options(options.slurm))
     for name, job in jobs:
         print(f"{job} {name}")
     print(f"{len(jobs)} runs submitted; --collect writes the results of those that have ended.")

@@ -24,7 +24,7 @@ def summary(progress: Progress) -> str:
     left = progress.seconds_left
     if progress.running:
         counts.append("time left unknown" if left is None else f"about {rough_duration(left)} left")
-    return f"{len(progress.states)} runs: {', '.join(counts)}"
+    return f"{len(progress.states)} runs: {', '.join(counts) or 'none left'}"
 
 
 def running_lines(progress: Progress) -> list[str]:

@@ -98,6 +98,34 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert times == {path: path.stat().st_mtime_ns for path in times}, before
 
 
+def test_a_study_goes_on_elsewhere_from_its_table(corpus: Path, tmp_path: Path) -> None:
+    content = study_content(corpus)
+    study, here = write_study(tmp_path / "study.yaml", content), tmp_path / "here"
+    assert run_study(study, here, "--jobs", "2").returncode == 0
+    write_study(study, {**content, "seeds": [0, 1]})
+    table, there = here / "results.csv", tmp_path / "there"
+    options = ["--earlier", str(table)]
+    listed = run_study(study, there, "--list", *options)
+    assert listed.stdout.splitlines()[:3] == [
+        f"finished  {BASELINE}",
+        f"finished  {TST}",
+        f"waiting   {BASELINE[:-1]}1",
+    ]
+    assert listed.stdout.endswith(f"4 runs, 40 steps\n2 of them are in {table}\n")
+    done = run_study(study, there, "--jobs", "2", *options)
+    assert done.returncode == 0, done.stderr
+    assert "2 runs: 2 finished" in done.stdout
+    assert set(records(there)) == {f"{name[:-1]}1" for name in (BASELINE, TST)}
+    results = read_results(there / "results.csv")
+    assert [r.name[-5:] for r in results] == ["seed0", "seed0", "seed1", "seed1"]
+    # Nothing is lost on the way, and the next machine goes on from this table.
+    assert (there / "results.csv").read_text().startswith(table.read_text())
+    third = tmp_path / "third"
+    last = run_study(study, third, "--earlier", str(there / "results.csv"))
+    assert (last.returncode, last.stdout.splitlines()[0]) == (0, "0 runs: none left")
+    assert (third / "results.csv").read_bytes() == (there / "results.csv").read_bytes()
+
+
 def test_hours_are_the_flops_of_all_runs_at_the_speed_that_is_assumed(tmp_path: Path) -> None:
     study = ROOT / "examples/studies/gpu.yaml"
     options = ["--list", "--gpu", "H100", "--mfu", "0.15", "--vocabulary", "16384"]
