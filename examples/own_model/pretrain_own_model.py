@@ -16,8 +16,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.models import hybrid
 
-from megatron_tst import SuperpositionGPTModel, cpu
+from megatron_tst import SuperpositionGPTModel, SuperpositionHybridModel, cpu
 from megatron_tst.model.offset_loss import OffsetLossMeter
 from megatron_tst.settings.arguments import superposition_config_from_args
 from megatron_tst.training.command_line import parse_command_line
@@ -28,8 +29,13 @@ from megatron_tst.training.metrics import StepClock
 from megatron_tst.training.optimizer_sharding import mend_saved_optimizer
 
 
+def own_stack() -> ModuleSpec:
+    """Layers of a HybridModel, by the letters of its pattern: put your own here."""
+    return hybrid.default_hybrid_stack_spec
+
+
 def own_layers() -> ModuleSpec:
-    """Layers of this model: put your own here."""
+    """Layers of a GPTModel: put your own here."""
     return get_gpt_layer_local_spec(normalization=get_args().normalization)
 
 
@@ -39,24 +45,28 @@ def model_provider(
     vp_stage: int | None = None,
     config: Any = None,
     pg_collection: Any = None,
-) -> SuperpositionGPTModel:
-    """A provider of ``GPTModel`` with another class and one more argument."""
+) -> SuperpositionHybridModel | SuperpositionGPTModel:
+    """A provider of Megatron's models with other classes and one more argument."""
     args = get_args()
-    return SuperpositionGPTModel(
-        config=config or core_transformer_config_from_args(args),
-        transformer_layer_spec=own_layers(),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        vp_stage=vp_stage,
-        pg_collection=pg_collection,
-        superposition=superposition_config_from_args(args),
-    )
+    shared: dict[str, Any] = {
+        "config": config or core_transformer_config_from_args(args),
+        "vocab_size": args.padded_vocab_size,
+        "max_sequence_length": args.max_position_embeddings,
+        "pre_process": pre_process,
+        "post_process": post_process,
+        "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
+        "position_embedding_type": args.position_embedding_type,
+        "rotary_percent": args.rotary_percent,
+        "rotary_base": args.rotary_base,
+        "vp_stage": vp_stage,
+        "pg_collection": pg_collection,
+        "superposition": superposition_config_from_args(args),
+    }
+    if pattern := args.hybrid_layer_pattern:
+        return SuperpositionHybridModel(
+            hybrid_stack_spec=own_stack(), hybrid_layer_pattern=pattern, **shared
+        )
+    return SuperpositionGPTModel(transformer_layer_spec=own_layers(), **shared)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.layouts import MODELS
 from tests.runs import TOTAL_STEPS, SmallRun, assert_bit_equal
 from tests.zygote import Launcher
 
@@ -74,8 +75,9 @@ def test_superposition_as_a_new_run_from_the_weights_of_a_baseline(
     assert bags == [4, 1]
 
 
+@pytest.mark.parametrize("model", ["Llama", "Llama, hybrid"])
 def test_a_script_of_ones_own_trains_as_the_entry_point_does(
-    launcher: Launcher, corpus: Path, tmp_path: Path
+    launcher: Launcher, corpus: Path, tmp_path: Path, model: str
 ) -> None:
     layout: dict[str, Any] = {
         "tensor_model_parallel_size": 2,
@@ -83,7 +85,9 @@ def test_a_script_of_ones_own_trains_as_the_entry_point_does(
         "save_interval": 4,
     }
     ours, own = (
-        SmallRun(corpus, tmp_path / name).with_(**SUPERPOSED, **layout, hidden_dropout=0.1)
+        SmallRun(corpus, tmp_path / name).with_(
+            **SUPERPOSED, **layout, **MODELS[model], hidden_dropout=0.1
+        )
         for name in ("ours", "own")
     )
     launcher.run(ours.argv, ours.log, 2)
