@@ -435,11 +435,11 @@ def check_autocast() -> None:
 
 
 def check_tensor_parallelism_and_others_are_refused() -> None:
-    from megatron_tst.cpu.fused_layer import _attention_half, _mlp_half
+    from megatron_tst.cpu.layer_halves import attention_half, mlp_half
 
     layer = build_layer()
-    assert _attention_half(layer) is not None
-    assert _mlp_half(layer) is not None
+    assert attention_half(layer) is not None
+    assert mlp_half(layer) is not None
     for name, value in {
         "tensor_model_parallel_size": 2,
         "context_parallel_size": 2,
@@ -450,10 +450,10 @@ def check_tensor_parallelism_and_others_are_refused() -> None:
     }.items():
         before = getattr(layer.config, name)
         setattr(layer.config, name, value)
-        assert _attention_half(layer) is None, name
-        assert _mlp_half(layer) is None, name
+        assert attention_half(layer) is None, name
+        assert mlp_half(layer) is None, name
         setattr(layer.config, name, before)
-    assert _attention_half(layer) is not None
+    assert attention_half(layer) is not None
 
 
 def check_without_kernels() -> None:

@@ -15,16 +15,10 @@ from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.preflight import engine, misfits, model_checks, rank_simulation
 from megatron_tst.preflight.corpus_check import check_text, resolve_vocabulary
 from megatron_tst.preflight.findings import Finding, error, warning
-from megatron_tst.preflight.memory import (
-    GIB,
-    Memory,
-    RankParameters,
-    checkpoint_bytes,
-    phase_memory,
-    rank_parameters,
-)
+from megatron_tst.preflight.memory import GIB, Memory, checkpoint_bytes, phase_memory
 from megatron_tst.preflight.model_size import BuiltModel, whole_model
 from megatron_tst.preflight.optimizer_layout import misplaced_note
+from megatron_tst.preflight.rank_parameters import RankParameters, rank_parameters
 from megatron_tst.preflight.suspects import engine_note, suspects
 from megatron_tst.preflight.torch_check import torch_findings
 from megatron_tst.settings.argument_checks import argument_errors

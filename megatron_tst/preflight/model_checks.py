@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_tst.preflight.engine import has_transformer_engine
 from megatron_tst.preflight.findings import Finding, error, warning
-from megatron_tst.preflight.memory import decoder_layers, is_fp8_weight, is_layer_product
+from megatron_tst.preflight.rank_parameters import decoder_layers, is_fp8_weight, is_layer_product
 from megatron_tst.preflight.rank_simulation import Stage
 from megatron_tst.settings.fully_sharded import uneven_shards
 

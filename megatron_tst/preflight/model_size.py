@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tst.planning.accounting import ModelSize
-from megatron_tst.preflight.memory import is_multi_token
+from megatron_tst.preflight.rank_parameters import is_multi_token
 from megatron_tst.preflight.rank_simulation import Stage
 from megatron_tst.settings.attention_layers import ATTENTION, windows
 

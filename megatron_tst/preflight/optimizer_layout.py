@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_tst.preflight.findings import Finding, note
-from megatron_tst.preflight.memory import is_fp8_weight
+from megatron_tst.preflight.rank_parameters import is_fp8_weight
 from megatron_tst.preflight.rank_simulation import Stage, gradient_buffers
 
 

@@ -294,9 +294,13 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of(
         "cpu/fused_layer.py",
         ("read", "megatron.core.transformer.attention:SelfAttention",
-         "what the function above needs to know",
-         ".hidden_size_per_attention_head .num_query_groups_per_partition "
-         "._yarn_concentration_factor"),
+         "what a fused layer needs to know",
+         ".hidden_size_per_attention_head .num_query_groups_per_partition"),
+    ),
+    *_of(
+        "cpu/layer_halves.py",
+        ("read", "megatron.core.transformer.attention:SelfAttention",
+         "whether a fused layer serves", "._yarn_concentration_factor"),
     ),
     *_of(
         "cpu/hybrid_spec.py",
