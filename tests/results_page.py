@@ -6,23 +6,27 @@ a test compares. A comment is a kind, a section and a setting as the tables name
 
 - ``gap``: to the baseline at equal FLOPs; ``data``: at equal data, from finished runs;
 - ``diff`` of ``A vs B``: final loss of B minus that of A, seed by seed;
+- ``more`` of ``A vs SECTION: B``: the gap of A minus that of B, of another text or size, so that
+  no seed pairs with one (Welch's interval);
 - ``total``, ``decay``, ``bags``, ``share`` of ``A on B``: what A gains on the longer baseline B;
+  ``beyond``: the part of the decay minus that of the bags;
 - ``speed``: steps that a baseline needs to end as low; ``steps``: those beyond TST's;
 - ``ends``: final losses, seed by seed; ``back``: steps from the switch until the run is under the
   baseline; ``phase 1``: mean training loss from step 500 to the switch; ``seeds``;
 - ``is`` and one of those above that are gaps: its state; ``verdict CLAIM``: see :func:`verdict`,
   over several gaps, with ``;`` between them;
-- ``must`` a state and gaps, ``must most`` and shares of a decay, ``must wider`` and ``A vs B``:
-  what words of the page say; nothing is written where it is so, and "not so" where not;
+- ``must`` a state and gaps, ``must most`` and ``A on B``, where the decay has more of the gain
+  than the bags, ``must wider`` and ``A vs B``: what words of the page say; nothing is written
+  where it is so, and "not so" where not;
 - ``theirs``: a figure of somebody else, left as it is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from math import nan
+from math import nan, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,7 @@ from megatron_tst.report.decomposition import Gain, gains_of
 from megatron_tst.report.families import Group, families_of, with_differing_arguments
 from megatron_tst.report.plots import captions
 from megatron_tst.report.results_table import read_results
-from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate, is_decided
+from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate, is_decided, t_quantile
 from megatron_tst.report.units import gap_text, ratio_text
 
 ROOT = Path(__file__).parents[1]
@@ -110,10 +114,9 @@ def told(what: str) -> str:
 
 
 def _holds(claim: str, what: str) -> bool:
-    """Whether words say what the tables do; shares that are missing contradict nothing."""
+    """Whether words say what the tables do."""
     if claim == "most":
-        share = told(f"share {what}")
-        return share == NOT_RUN or int(share.partition("%")[0]) > 50
+        return state(reading(f"beyond {what}")) == "ahead"
     if claim == "wider":
         section, _, setting = what.partition(": ")
         first, second = (_group(study(section), label) for label in setting.split(" vs "))
@@ -236,14 +239,44 @@ def _difference(of: Study, setting: str) -> Estimate | None:
     return estimate(gaps) if gaps else None
 
 
+def _more(of: Study, setting: str) -> Estimate | None:
+    label, _, other = setting.partition(" vs ")
+    section, _, other_label = other.partition(": ")
+    first, second = _matchup(of, label), _matchup(study(section), other_label)
+    if first is None or second is None:
+        return None
+    return unpaired([pair.gap for pair in first.pairs], [pair.gap for pair in second.pairs])
+
+
+def unpaired(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of the first minus that of the second, with the interval of Welch's t-test.
+
+    Its degrees of freedom are rounded down. At least two values each, not all of them equal; ``n``
+    is the smaller count.
+    """
+    means = [sum(values) / len(values) for values in (first, second)]
+    squares = [
+        sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)
+        for values, mean in zip((first, second), means, strict=True)
+    ]
+    error = sqrt(sum(squares))
+    shares = zip(squares, (len(first), len(second)), strict=True)
+    degrees = int(error**4 / sum(square**2 / (n - 1) for square, n in shares))
+    difference, reach = means[0] - means[1], t_quantile(degrees) * error
+    n = min(len(first), len(second))
+    return Estimate(difference, difference - reach, difference + reach, error, n)
+
+
 _ESTIMATES: dict[str, Callable[[Study, str], Estimate | None]] = {
     "gap": _of_matchup(lambda one: one.gap),
     "data": _of_matchup(lambda one: one.equal_data_off_ends()),
     "diff": _difference,
+    "more": _more,
     "steps": _steps,
     "total": _of_gain(lambda gain: gain.total),
     "decay": _of_gain(lambda gain: gain.decay),
     "bags": _of_gain(lambda gain: gain.bags),
+    "beyond": _of_gain(lambda gain: estimate([one.decay - one.pair.gap for one in gain.pairs])),
 }
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from megatron_tst.commands.compare_runs import main
 from megatron_tst.common.units import PLUS_MINUS, TIMES
@@ -68,6 +69,19 @@ def test_figures_verdicts_and_captions_of_the_page_follow_from_the_tables() -> N
     assert results_page.with_captions(PAGE) == PAGE
     assert unmarked(PAGE) == []
     assert PAGE.count("<!--") > 100
+
+
+def test_an_unpaired_difference_is_that_of_welch() -> None:
+    equal = results_page.unpaired([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])
+    exact = stats.ttest_ind([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], equal_var=False).confidence_interval()
+    assert (equal.mean, equal.low, equal.high) == pytest.approx((0.5, exact.low, exact.high))
+    # 4.75 degrees of freedom, of which 4 count.
+    values = [0.040, 0.047, 0.026], [0.012, 0.004, 0.020, -0.006, 0.023]
+    found = results_page.unpaired(*values)
+    welch = stats.ttest_ind(*values, equal_var=False).confidence_interval()
+    assert found.half_width is not None
+    assert 1 < 2 * found.half_width / (welch.high - welch.low) < 1.1
+    assert found.mean == pytest.approx((welch.low + welch.high) / 2)
 
 
 @pytest.mark.parametrize(
