@@ -97,6 +97,7 @@ results: setup ## Draw the figures and write the numbers of docs/results.md anew
 	$(PY) -m tests.results_page
 	$(PY) tools/explain_gain.py docs/results/origins.csv --tables docs/results/origins-tables.md \
 	  --figures docs/images/results/origins > /dev/null
+	$(PY) -m tests.origins_page
 
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet

@@ -42,6 +42,8 @@ from megatron_tst.report.units import gap_text, ratio_text
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
+CHOOSING = ROOT / "docs/choosing-s-and-r.md"
+"""Quotes some of its figures."""
 TABLES = ROOT / "docs/results"
 SECTIONS = {
     "127k": ("proxy", 127_296),
@@ -372,8 +374,9 @@ def captions_of(table: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Writes the page anew."""
+    """Writes the page anew, and the figures that other pages quote."""
     PAGE.write_text(with_captions(refreshed(PAGE.read_text())))
+    CHOOSING.write_text(refreshed(CHOOSING.read_text()))
 
 
 if __name__ == "__main__":

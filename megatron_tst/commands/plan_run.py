@@ -26,6 +26,7 @@ from megatron_tst.planning.loss_estimate import loss_model
 from megatron_tst.planning.published import PUBLISHED_MODELS
 from megatron_tst.planning.wording import (
     controls,
+    evidence,
     launch_flags,
     outside_notes,
     plan_as_json,
@@ -274,9 +275,10 @@ def show(plan: Plan, console: Console) -> None:
         highlight=False,
     )
     console.print(plan_table(plan))
-    console.print("\nLosses are interpolated in the published tables.")
+    for sentence in evidence(plan):
+        console.print(f"\n{sentence}", highlight=False)
     computed = ", ".join(f"{kind} {loss}" for kind, loss in request.losses.items())
-    console.print(f"Steps take equally long with and without bags; loss of {computed}.")
+    console.print(f"\nSteps take equally long with and without bags; loss of {computed}.")
     notes = outside_notes(plan)
     if notes:
         console.print("\n* extrapolated, no published result to check it against:")
@@ -287,13 +289,26 @@ def show(plan: Plan, console: Console) -> None:
     console.print("\nFlags for python -m megatron_tst.pretrain:\n")
     console.print("  " + " \\\n  ".join(launch_flags(plan, plan.recommended)), highlight=False)
     for name, arm in plan.alternatives:
-        console.print(f"\nInstead, {name}:\n\n  {superposition_flags(arm)}", highlight=False)
+        lines = [superposition_flags(arm)]
+        if arm.steps != steps:
+            lines = launch_flags(plan, arm)
+        console.print(f"\nInstead, {name}:\n\n  " + " \\\n  ".join(lines), highlight=False)
     _show_controls(plan, console)
 
 
 def _show_controls(plan: Plan, console: Console) -> None:
+    start = "To compare, train"
+    if plan.recommended is not plan.tst:
+        # The baselines would have nothing to be compared with.
+        flags = " \\\n  ".join(launch_flags(plan, plan.tst))
+        console.print(
+            f"\nTo compare, train this run with superposition, for which the tokens suffice:\n\n"
+            f"  {flags}",
+            highlight=False,
+        )
+        start = "and"
     console.print(
-        "\nTo compare, train baselines of these lengths, each with its own complete decay; a\n"
+        f"\n{start} baselines of these lengths, each with its own complete decay; a\n"
         "longer one that is read before its end would credit superposition with the decay:",
         highlight=False,
     )

@@ -203,7 +203,8 @@ def _ways_out(schedule: SuperpositionSchedule, fits: _Fits) -> list[str]:
     if not config.superposes_input:
         return []
     output_only = (
-        f"--tst-variant {OUTPUT_ONLY.name} reads no more tokens than a run without phase 1."
+        f"--tst-variant {OUTPUT_ONLY.name} reads no more tokens than a run without phase 1; no "
+        "gain of it is shown (docs/choosing-s-and-r.md)."
     )
     if schedule.bags:
         return ["Use smaller bags or fewer steps in --tst-schedule.", output_only]

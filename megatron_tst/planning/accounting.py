@@ -46,6 +46,11 @@ class ModelSize:
         """Whether a token visits the smaller part of the parameters."""
         return self.matmul_parameters < 0.5 * self.parameters
 
+    @property
+    def visited_parameters(self) -> int:
+        """All parameters; of a mixture of experts those that a token is multiplied with."""
+        return self.matmul_parameters if self.is_mixture_of_experts else self.parameters
+
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOPs of training on one latent position, forward and backward.
 

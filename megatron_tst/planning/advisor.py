@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.planning.arms import ROUNDING, Arm, Arms, Comparison, Request, Setting
+from megatron_tst.planning.evidence import EQUAL_DATA
 from megatron_tst.planning.loss_estimate import SCATTER
 from megatron_tst.planning.published import PublishedModel
 
@@ -121,8 +122,8 @@ class _Planner:
         if text_share < mildest:
             reason = (
                 f"the tokens, read once, are {text_share:.2f} times what a baseline of this budget "
-                f"reads, and the mildest recommended setting reads {mildest:.2f} times as much: at "
-                "equal data the baseline wins, so bags are not recommended"
+                f"reads, and the mildest recommended setting reads {mildest:.2f} times as much; "
+                f"{EQUAL_DATA}, so bags are not recommended"
             )
         else:
             least = min(setting.text_factor for setting in self.candidates)
@@ -142,7 +143,7 @@ class _Planner:
             self.arms.baseline(steps),
             (
                 (
-                    "superposed output only: reads no extra tokens",
+                    "output only: no extra tokens, no gain shown",
                     self.arms.output_only(best, steps),
                 ),
             ),

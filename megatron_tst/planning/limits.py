@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from megatron_tst.common.units import quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
+from megatron_tst.planning.evidence import RATIOS, SHORT_RUNS
+from megatron_tst.planning.published import published_runs
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.losses import is_hosts
 from megatron_tst.settings.phases import bags_of
 
 SHORTEST_PUBLISHED_STEPS = 20_000
-FEWEST_TOKENS_A_PARAMETER = 12.5
-"""Equivalent tokens: the 3B runs, of 42 B."""
 
 # "Recovers within a few thousand steps."
 _RECOVERY_STEPS = 5000
@@ -65,10 +65,7 @@ def _about_setting(plan: Plan) -> Iterator[str]:
     ratio = config.step_ratio or 0.0
     low, high = reference.bag_sizes
     if not 0.2 <= ratio <= 0.4:
-        yield (
-            f"--tst-step-ratio {ratio:g} is outside of the published best, 0.2 to 0.4: below there "
-            "is less to gain, above 0.5 phase 2 no longer recovers fully."
-        )
+        yield f"--tst-step-ratio {ratio:g} is outside of the published best, 0.2 to 0.4: {RATIOS}"
     if not low <= config.bag_size <= high:
         best = f"{low} to {high} is the best" if low < high else f"{low} was used"
         yield f"--tst-bag-size {config.bag_size}: {best} at {reference.size.name} as published."
@@ -85,17 +82,17 @@ def _about_length(plan: Plan) -> Iterator[str]:
     if arm.steps < SHORTEST_PUBLISHED_STEPS:
         yield (
             f"A short run: {arm.steps} steps, and the shortest published one has "
-            f"{SHORTEST_PUBLISHED_STEPS}. In short runs superposition can lose."
+            f"{SHORTEST_PUBLISHED_STEPS}. {SHORT_RUNS}"
         )
     _, recovery = arm.phase_steps
     if arm.schedule.config.superposes_output and recovery < _RECOVERY_STEPS:
         yield (f"Phase 2 has {recovery} steps; recovering from the switch takes a few thousand.")
-    visited = size.matmul_parameters if size.is_mixture_of_experts else size.parameters
-    each = arm.equivalent_tokens / visited
-    if each < FEWEST_TOKENS_A_PARAMETER:
+    each = arm.equivalent_tokens / size.visited_parameters
+    fewest = min(run.tokens_a_parameter for run in published_runs())
+    if each < fewest:
         yield (
             f"{each:.1f} equivalent tokens a parameter; the fewest of a published run are "
-            f"{FEWEST_TOKENS_A_PARAMETER}."
+            f"{fewest:.1f}."
         )
 
 

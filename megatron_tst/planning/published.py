@@ -104,6 +104,11 @@ class PublishedRun:
         """Latent positions of the whole run."""
         return self.total_steps * PUBLISHED_MODELS[self.model].batch_tokens
 
+    @property
+    def tokens_a_parameter(self) -> float:
+        """Equivalent tokens for each parameter, of a mixture of experts for each visited one."""
+        return self.equivalent_tokens / PUBLISHED_MODELS[self.model].size.visited_parameters
+
 
 @cache
 def published_runs() -> tuple[PublishedRun, ...]:

@@ -10,10 +10,12 @@ from rich.table import Table
 from megatron_tst.common.units import DASH, quantity
 from megatron_tst.planning.advisor import Plan
 from megatron_tst.planning.arms import Arm
+from megatron_tst.planning.evidence import ABOUT_OUTPUT_ONLY, SOURCES
 from megatron_tst.planning.limits import SHORTEST_PUBLISHED_STEPS, describe, warnings
 from megatron_tst.planning.loss_estimate import Estimate
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import bags_of
+from megatron_tst.settings.variants import OUTPUT_ONLY
 
 FORMAT = "megatron-tst plan 1"
 
@@ -49,8 +51,14 @@ def outside_notes(plan: Plan) -> list[str]:
     return list(dict.fromkeys(note for arm in _arms(plan) for note in arm.loss.outside))
 
 
+def evidence(plan: Plan) -> list[str]:
+    """Where losses and advice of a plan are from, in sentences."""
+    offered = {arm.schedule.config.variant for _, arm in plan.alternatives}
+    return [SOURCES, *([ABOUT_OUTPUT_ONLY] if OUTPUT_ONLY.name in offered else [])]
+
+
 def controls(plan: Plan) -> list[tuple[str, Arm]]:
-    """The baselines that the run with superposition is compared with, and for what.
+    """The baselines that ``plan.tst`` is compared with, and for what.
 
     Each has a complete decay of its own. A longer baseline that is read before its end loses to any
     run that has ended, with bags or without.
@@ -122,10 +130,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "reason": plan.reason,
         "recommended": arm_as_json(plan.recommended),
         "flags": " ".join(launch_flags(plan, plan.recommended)).split(),
-        "alternatives": [
-            {"name": name, "flags": superposition_flags(arm).split(), **arm_as_json(arm)}
-            for name, arm in plan.alternatives
-        ],
+        "alternatives": [{"name": name, **_launched(plan, arm)} for name, arm in plan.alternatives],
         "comparisons": [
             {
                 "name": comparison.name,
@@ -134,16 +139,15 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for comparison in plan.comparisons
         ],
-        "controls": [
-            {
-                "compared_at": name,
-                "flags": " ".join(launch_flags(plan, arm)).split(),
-                **arm_as_json(arm),
-            }
-            for name, arm in controls(plan)
-        ],
+        "compared": _launched(plan, plan.tst),
+        "controls": [{"compared_at": name, **_launched(plan, arm)} for name, arm in controls(plan)],
+        "evidence": evidence(plan),
         "warnings": warnings(plan),
     }
+
+
+def _launched(plan: Plan, arm: Arm) -> dict[str, Any]:
+    return {"flags": " ".join(launch_flags(plan, arm)).split(), **arm_as_json(arm)}
 
 
 def arm_as_json(arm: Arm) -> dict[str, Any]:

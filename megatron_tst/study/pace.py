@@ -85,8 +85,8 @@ class Plan:
 
 
 EVIDENCE = (
-    "What that costs: the gap between the arms grows with the length of training, and at 600 steps "
-    "TST was behind, so that a draw or a loss of TST in a shortened run says little about a "
+    "What that costs: in very short runs TST was behind (600 steps, one seed), as phase 2 is too "
+    "short to recover, so that a draw or a loss of TST in a shortened run says little about a "
     "longer one."
 )
 

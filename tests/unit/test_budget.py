@@ -135,6 +135,7 @@ def test_ways_out_of_several_sizes(prefix: Path, config: SuperpositionConfig, wa
     message = refusal(plan, prefix)
     assert f"Use {way_out}" in message
     assert "--tst-variant output-only reads no more tokens" in message
+    assert "no gain of it is shown" in message
 
 
 def fits(plan: SuperpositionSchedule, prefix: Path) -> bool:

@@ -1,5 +1,5 @@
 """docs/results/origins.md: its tables and figures are those of the committed measurements, its
-numbers stand in the tables, and what it concludes follows from them."""
+numbers those of their rows and columns, and what it concludes follows from them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from megatron_tst.commands.explain_gain import main
+from megatron_tst.common.units import MINUS, PLUS_MINUS
 from megatron_tst.report.origin_tables import moment_ratio, paired, position_losses
 from megatron_tst.report.origins import GRADIENT, MOMENT, Arm, arms_of, read_traces
 from megatron_tst.report.statistics import estimate
 from tests.figures import assert_same_drawing
+from tests.origins_page import PAGE as ORIGINS_PAGE
+from tests.origins_page import TABLES, leaving_out_zero, refreshed, tables, told, unmarked
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results/origins.csv"
-TABLES = ROOT / "docs/results/origins-tables.md"
-PAGE = (ROOT / "docs/results/origins.md").read_text()
+PAGE = ORIGINS_PAGE.read_text()
 FIGURES = sorted((ROOT / "docs/images/results/origins").iterdir())
 BASELINE, BAGS, *OTHERS = arms_of(read_traces(RESULTS))
 SWITCH = 3810
@@ -46,17 +48,59 @@ def test_the_page_shows_every_figure_and_its_form_for_print() -> None:
     assert {figure.name for figure in FIGURES} == shown
 
 
-def test_the_numbers_of_the_page_are_in_the_tables() -> None:
-    text = re.sub(
-        r"```.*?```|^\| (?:model|training|machine|text) .*?$", "", PAGE, flags=re.S | re.M
-    )
-    quoted = re.findall(
-        "[+\N{MINUS SIGN}]?[0-9]+[.][0-9]+(?: \N{PLUS-MINUS SIGN} [0-9.]+[0-9])?", text
-    )
-    # And the start of a warm-up, which follows from the learning rate.
-    tables = f"{TABLES.read_text()} {0.002 * SWITCH / 200:g}"
-    assert len(quoted) > 20
-    assert [number for number in quoted if number not in tables] == []
+def test_the_numbers_of_the_page_are_those_of_their_rows_and_columns() -> None:
+    assert refreshed(PAGE) == PAGE
+    assert unmarked(PAGE) == []
+    assert PAGE.count("<!--") >= 60
+    # These are in no table.
+    assert f"`-{0.002 * SWITCH / 200:g}`" in PAGE
+    assert f"of the {BAGS.runs[1].total_steps - SWITCH} steps that are left" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        # Rows, columns and whole tables in each other's place.
+        ("By position; 65 to 128; s = 2 ahead by", "By position; 3 to 4; s = 2 ahead by"),
+        ("By position; 3 to 4; warm-up ahead by", "By position; 3 to 4; beta2 0.9 ahead by"),
+        ("After the switch; 0; loss of s = 2", "After the switch; 0; loss of baseline"),
+        ("By offset; 1 of 2; s = 2 ahead by", "After the switch; 1000; s = 2 ahead by"),
+    ],
+)
+def test_numbers_in_each_others_place_are_seen(one: str, other: str) -> None:
+    first, second = (f"{told(what)}<!--{what}-->" for what in (one, other))
+    assert first in PAGE
+    assert second in PAGE
+    changed = PAGE.replace(first, f"{told(other)}<!--{one}-->")
+    changed = changed.replace(second, f"{told(one)}<!--{other}-->")
+    # All of them are somewhere in the tables.
+    assert all(told(what) in TABLES.read_text() for what in (one, other))
+    assert refreshed(changed) == PAGE != changed
+
+
+def test_cells_of_a_row_in_each_others_place_are_seen() -> None:
+    row = "| 0.67 | 0.91 | 1.12 | 1.30 |"
+    assert PAGE.count(row) == 1
+    changed = PAGE.replace(row, "| 0.91 | 0.67 | 1.12 | 1.30 |")
+    assert refreshed(changed) == PAGE
+    assert unmarked(f"{PAGE}\nAnd +0.0195 {PLUS_MINUS} 0.0290.") != []
+
+
+def test_words_that_the_tables_contradict_are_marked() -> None:
+    all_hold = "All hold zero<!--must zero By position; each; s = 2 ahead by-->."
+    assert refreshed(all_hold) == all_hold
+    false = "All hold zero<!--must zero By position; each; fresh moments ahead by-->."
+    assert refreshed(false) == false.replace("<!--", "not so<!--")
+    assert refreshed(refreshed(false)) == refreshed(false)
+
+
+def test_the_page_names_every_interval_by_position_that_leaves_out_zero() -> None:
+    named = re.findall(r"<!--must off By position; ([^;]+); ([^>]+)-->", PAGE)
+    assert set(named) == leaving_out_zero("By position")
+    counted = re.findall(r"That is (\d+) of the table's (\d+) intervals", PAGE)
+    cells = [cell for row in tables()["By position"].values() for cell in row.values()]
+    gaps = sum(PLUS_MINUS in cell for cell in cells)
+    assert counted == [(str(len(named)), str(gaps))]
 
 
 def test_the_seeds_are_those_of_the_page() -> None:
@@ -85,6 +129,22 @@ def test_the_gain_is_undecided_and_later_predictions_gain_more() -> None:
     assert not gain.excludes(0.0)
     early, late = gaps(lambda seen: seen <= 4), gaps(lambda seen: seen > 8)
     assert all(late[seed] > early[seed] for seed in late)
+
+
+def test_half_of_what_the_switch_costs_is_back_within_20_steps() -> None:
+    gaps = tables()["After the switch"]
+    lost, left = (
+        float(gaps[step]["s = 2 ahead by"].partition(" ")[0].replace(MINUS, "-"))
+        for step in ("0", "20")
+    )
+    assert 0.45 < left / lost < 0.5
+
+
+def test_checkpoints_after_the_switch_are_at_the_full_rate() -> None:
+    """WSD with a warm-up of 5% and a decay of 10%."""
+    total = BAGS.runs[1].total_steps
+    assert 0.05 * total < SWITCH
+    assert total * 0.9 > SWITCH + 1000
 
 
 def test_no_place_in_the_bag_is_behind_the_other() -> None:
@@ -126,3 +186,20 @@ def test_second_moments_are_near_what_they_become() -> None:
     ]
     assert min(later) > 0.5
     assert max(later) < 2.0
+
+
+def test_three_tensors_are_clearly_further_off_after_50_steps_than_at_the_switch() -> None:
+    def further_off(name: str) -> float:
+        at, after = (
+            abs(np.log(moment_ratio(BAGS, name, SWITCH + step, SWITCH + 1000))) for step in (0, 50)
+        )
+        return float(after - at)
+
+    names = BAGS.runs[1].places(MOMENT, SWITCH)
+    assert {name for name in names if further_off(name) > 0.1} == {
+        "decoder.final_layernorm.weight",
+        "decoder.layers.self_attention.linear_qkv.weight",
+        "output_layer.weight",
+    }
+    # All of them are in the page's table.
+    assert all(f"<!--row Adam's second moments; s = 2, {name};" in PAGE for name in names)
