@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import isfinite, isnan
-from typing import Any
+from math import isnan
+from typing import Any, TypeGuard
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.describing import MODEL_SETTINGS, Setting
@@ -102,7 +102,7 @@ def checked_value(name: str, value: Any, where: str) -> Setting | None:
         return value
     if name in _WHOLE:
         return whole_number(name, value, where, _WHOLE[name])
-    if name in _NUMBERS and not (_is_number(value) and isfinite(float(value))):
+    if name in _NUMBERS and not (_is_number(value) and abs(value) < 2**63):
         raise UsageError(f"{where}: {name} is {value!r}: write a number.")
     if name == "tokens_per_step" and not float(value) > 0:
         raise UsageError(f"{where}: {name} is {value!r}: write a number above 0.")
@@ -117,7 +117,9 @@ def whole_number(name: str, value: Any, where: str, least: float = _ANY) -> int:
     Raises:
         UsageError: it is none, or below ``least``.
     """
-    if not _is_number(value) or not isfinite(value) or value != int(value) or value < least:
+    # NaN, infinity, and what int64 does not hold.
+    is_number = _is_number(value) and abs(value) < 2**63
+    if not is_number or value != int(value) or value < least:
         bound = "" if least == _ANY else f" of at least {least:g}"
         raise UsageError(f"{where}: {name} is {shown(value)}: write a whole number{bound}.")
     return int(value)
@@ -128,7 +130,7 @@ def shown(value: Any) -> str:
     return "empty" if value is None else repr(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -5,6 +5,7 @@ A row is one number of one run. An arm is a setting, its runs differ in their se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,8 @@ def read_traces(path: Path) -> list[Trace]:
         if key not in found:
             raise UsageError(f"{path} has values of a run {key[0]}, seed {key[1]}, and no run row.")
         step = whole_number("step", row["step"], where, 0)
-        place = (row["quantity"], step, row["place"] or "")
+        # Positions, which a program that read the table may have written as 7.0.
+        place = (row["quantity"], step, re.sub(r"^(\d+)\.0$", r"\1", row["place"] or ""))
         if place in found[key].values:
             raise UsageError(
                 f"{where}: {row['quantity']} of step {step} {place[2]} is there twice: keep one."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from math import isnan
+from math import isfinite, isnan
 from typing import Any, get_args
 
 import numpy as np
@@ -107,7 +107,7 @@ class _Curve:
         for step, row in self._rows.items():
             value = float("nan") if row[column] is None else row[column]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or (isnan(value) and not may_be_empty):
+            if not is_number or not (may_be_empty or isfinite(value)):
                 raise UsageError(
                     f"{self._where}, step {step}: {column} is {shown(row[column])}: write a "
                     "number; none is for a run with the status diverged."
