@@ -107,8 +107,9 @@ def _cleaned(row: Row, text_columns: Collection[str]) -> Row:
 
 
 def _as_text(value: Any) -> str | None:
-    text = "" if value is None or value != value else str(value).strip()
-    return text or None
+    # An empty value is NaN where a program takes empty values for missing numbers.
+    text = "" if value is None else str(value).strip()
+    return None if text.lower() in ("", "nan") else text
 
 
 def _as_value(value: Any) -> Any:

@@ -82,6 +82,12 @@ def test_a_table_that_pandas_has_written(path: Path, index: str) -> None:
     assert_compared(path)
 
 
+def test_empty_values_may_be_written_as_nan(path: Path) -> None:
+    rewrite(path, lambda row: row.update({n: v or "NaN" for n, v in row.items()}))
+    assert "NaN" in path.read_text()
+    assert_compared(path)
+
+
 def test_a_table_that_a_spreadsheet_has_written(path: Path) -> None:
     rewrite(path, lambda row: row.update(bf16=row["bf16"].upper()))
     header, *lines = path.read_text().splitlines()
