@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_tst.common.errors import UsageError
 from megatron_tst.report.events import FloatArray, Series
 from megatron_tst.settings.phases import Phase, is_superposed, lay_out
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -69,26 +68,6 @@ _TRAINING_MEANS = 40
 # Nats a token. A model that ends this far above a uniform guess, or above the best that it had
 # reached as an ordinary model, has diverged; noise and an unlucky batch stay well below.
 _ABSURD = 1.0
-
-_NUMBERS = (
-    *("bag_size", "switch_step", "total_steps", "step_ratio", "seed"),
-    *("sequence_length", "global_batch_size", "tokens_per_step", "parameters"),
-)
-
-
-def check_numbers(settings: Mapping[str, Setting], where: str) -> None:
-    """Refuses settings that reports calculate with and that are no numbers.
-
-    Args:
-        settings: by name.
-        where: they were read.
-
-    Raises:
-        UsageError: naming the first.
-    """
-    for name in _NUMBERS:
-        if isinstance(value := settings.get(name), str):
-            raise UsageError(f"{where}: {name} is {value!r}: write a number.")
 
 
 def status_of(settings: Mapping[str, Setting], validation: Series, training: Series) -> Status:

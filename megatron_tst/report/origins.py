@@ -5,11 +5,13 @@ A row is one number of one run. An arm is a setting, its runs differ in their se
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.checked_settings import shown, whole_number
 from megatron_tst.report.tables import Row, read_table, write_table
 
 VALIDATION, TRAINING, GRADIENT = "validation loss", "training loss", "gradient norm"
@@ -126,16 +128,40 @@ def read_traces(path: Path) -> list[Trace]:
     Raises:
         UsageError: naming the file and what is wrong with it.
     """
+    rows = read_table(path, (*_COLUMNS, *_OF_RUN), _TEXT_COLUMNS)
     found: dict[tuple[str, int], Trace] = {}
-    for row in read_table(path, (*_COLUMNS, *_OF_RUN), _TEXT_COLUMNS):
-        key = (row["arm"], row["seed"])
-        if row["quantity"] == _RUN:
-            found[key] = Trace(*key, **{name: row[name] for name in _OF_RUN})
-        elif key not in found:
+    for row in (row for row in rows if row["quantity"] == _RUN):
+        key, where = _key(row, path)
+        if key in found:
+            raise UsageError(f"{where}: its run row is there twice: keep one.")
+        for name in ("total_steps", "switch_step", "bag_size"):
+            if row[name] is not None or name != "switch_step":
+                row[name] = whole_number(name, row[name], where, 1)
+        found[key] = Trace(*key, **{name: row[name] for name in _OF_RUN})
+    for row in (row for row in rows if row["quantity"] != _RUN):
+        key, where = _key(row, path)
+        if key not in found:
             raise UsageError(f"{path} has values of a run {key[0]}, seed {key[1]}, and no run row.")
-        else:
-            place = (row["quantity"], row["step"], row["place"] or "")
-            found[key].values[place] = float(row["value"])
+        step = whole_number("step", row["step"], where, 0)
+        # Positions, which a program that read the table may have written as 7.0.
+        place = (row["quantity"], step, re.sub(r"^(\d+)\.0$", r"\1", row["place"] or ""))
+        if place in found[key].values:
+            raise UsageError(
+                f"{where}: {row['quantity']} of step {step} {place[2]} is there twice: keep one."
+            )
+        found[key].values[place] = _number(row["value"], where)
     if not found:
         raise UsageError(f"{path} holds no runs.")
     return list(found.values())
+
+
+def _key(row: Row, path: Path) -> tuple[tuple[str, int], str]:
+    """Arm and seed, and how errors name the run."""
+    seed = whole_number("seed", row["seed"], f"{path}: arm {row['arm']}")
+    return (row["arm"], seed), f"{path}: arm {row['arm']}, seed {seed}"
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UsageError(f"{where}: value is {shown(value)}: write a number.")
+    return float(value)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.describing import NUMERICS, Status, check_numbers
+from megatron_tst.report.checked_settings import checked_settings, checked_value
+from megatron_tst.report.describing import NUMERICS, IntArray
 from megatron_tst.report.results import RunResult
+from megatron_tst.report.table_rows import OFFSET, TRAINING, VALIDATION, curves_of, described_by
 from megatron_tst.report.tables import Row, read_table, write_table
 from megatron_tst.settings.config import SETTINGS
 
-VALIDATION, TRAINING, OFFSET = "validation loss", "training loss", "loss at offset"
 _DATA_PREFIX = "data."
 _NUMERICS_PREFIX = "numerics."
 _PREFIXES = (_DATA_PREFIX, _NUMERICS_PREFIX)
@@ -32,6 +32,7 @@ _LEADING = (
     "data_tokens",
     "seconds",
 )
+_OF_LOSSES = _LEADING[2:]
 _TRAILING = ("machine", "loss_impl", "commit")
 # Never read as numbers, whatever they look like.
 _TEXT = {
@@ -80,6 +81,10 @@ def read_results(path: Path) -> list[RunResult]:
     rows = read_table(path, required=_LEADING, text_columns=_TEXT)
     by_run: dict[str, list[Row]] = {}
     for row in rows:
+        if row["run"] is None:
+            raise UsageError(
+                f"{path} has a row without run: {row['quantity']}, step {row['step']}: fill it in."
+            )
         by_run.setdefault(row["run"], []).append(row)
     if not by_run:
         raise UsageError(f"{path} holds no run.")
@@ -134,50 +139,43 @@ def _rounded(value: float) -> float:
 
 
 def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
-    described = next((row for row in rows if row.get("status")), None)
-    if described is None or described["status"] not in get_args(Status):
-        raise UsageError(f"{path}: run {name} has no row with its status and settings.")
+    where = f"{path}: run {name}"
+    described = described_by(rows, _OF_LOSSES, where)
+    curves = curves_of(rows, described["status"], where)
+    _check_end(described, curves["steps"], where)
     known = {*_LEADING, *_TRAILING}
-    rest = {key: value for key, value in described.items() if key not in known}
-    present = {key: value for key, value in rest.items() if value is not None}
-    check_numbers(present, f"{path}: run {name}")
-    try:
-        return RunResult(
-            name=name,
-            status=described["status"],
-            settings={k: v for k, v in present.items() if not k.startswith(_PREFIXES)},
-            data=_under(_DATA_PREFIX, present),
-            numerics=_under(_NUMERICS_PREFIX, present),
-            machine=described.get("machine") or "",
-            commit=described.get("commit") or "",
-            loss_impl=described.get("loss_impl") or "",
-            **_curves(rows),
+    present = {key: value for key, value in described.items() if key not in known}
+    given = {k: v for k, v in present.items() if not k.startswith(_PREFIXES)}
+    if curves["steps"].size:
+        given.setdefault("total_steps", int(curves["steps"][-1]))
+    return RunResult(
+        name=name,
+        status=described["status"],
+        settings=checked_settings(given, where),
+        data=_checked_data(_under(_DATA_PREFIX, present), where),
+        numerics=_under(_NUMERICS_PREFIX, present),
+        machine=described.get("machine") or "",
+        commit=described.get("commit") or "",
+        loss_impl=described.get("loss_impl") or "",
+        **curves,
+    )
+
+
+def _check_end(described: Row, steps: IntArray, where: str) -> None:
+    """Refuses a finished run whose last rows are gone: its loss there would pass for its end."""
+    total = described.get("total_steps")
+    last = int(steps[-1]) if steps.size else 0
+    if described["status"] == "finished" and isinstance(total, int) and last < total:
+        raise UsageError(
+            f"{where} is finished, but its last validation loss is of step {last} of {total}: keep "
+            "all of its rows, or let its status be unfinished."
         )
-    except (TypeError, ValueError, KeyError) as error:
-        raise UsageError(f"{path}: run {name} has a row that cannot be read: {error}") from error
+
+
+def _checked_data(data: Row, where: str) -> Row:
+    checked = {name: checked_value(name, value, where) for name, value in data.items()}
+    return {name: value for name, value in checked.items() if value is not None}
 
 
 def _under(prefix: str, row: Row) -> Row:
     return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
-
-
-def _curves(rows: list[Row]) -> dict[str, Any]:
-    by_quantity: dict[str, list[Row]] = {VALIDATION: [], TRAINING: [], OFFSET: []}
-    for row in rows:
-        if row.get("quantity"):
-            by_quantity[row["quantity"]].append(row)
-
-    def column(quantity: str, name: str, dtype: type) -> Any:
-        ordered = sorted(by_quantity[quantity], key=lambda row: row["step"])
-        return np.array([row[name] for row in ordered], dtype=dtype)
-
-    return {
-        "steps": column(VALIDATION, "step", np.int64),
-        "validation_loss": column(VALIDATION, "loss", np.float64),
-        "equivalent_tokens": column(VALIDATION, "equivalent_tokens", np.int64),
-        "data_tokens": column(VALIDATION, "data_tokens", np.int64),
-        "seconds": column(VALIDATION, "seconds", np.float64),
-        "training_steps": column(TRAINING, "step", np.int64),
-        "training_loss": column(TRAINING, "loss", np.float64),
-        "offset_losses": column(OFFSET, "loss", np.float64),
-    }

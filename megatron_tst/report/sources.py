@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.describing import Setting, check_numbers
+from megatron_tst.report.checked_settings import checked_settings, checked_value
+from megatron_tst.report.describing import DATA_KEYS, Setting
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import read_results
 from megatron_tst.report.runs import RUN_FILE
 from megatron_tst.report.stock_runs import read_stock_run
+from megatron_tst.report.tables import value_of
 
 _TABLES = (".csv", ".parquet")
 _EVENTS = "events.out.tfevents.*"
+_TEXTS = ("data_path", "split", "tokenizer_type", "tokenizer_model")
+_MEASURED = (
+    *("bag_size", "switch_step", "step_ratio", "bags", "bag_sizes", "variant"),
+    *("total_steps", "sequence_length", "tokens_per_step"),
+)
+"""What the curves of a run of this project were made of."""
 
 
 def read_sources(paths: Iterable[Path]) -> list[RunResult]:
@@ -78,21 +85,41 @@ def read_stated(text: str) -> RunResult:
             f"--run {text!r} cannot be read: write NAME=FOLDER,KEY=VALUE,... such as "
             "mine=logs/a,bag_size=4,switch_step=3000,tokens_per_step=1048576."
         )
+    where = f"--run {text!r}"
+    stated = _stated((pair.partition("=")[::2] for pair in pairs), where)
     path = Path(folder)
-    stated = {key: _value(value) for key, _, value in (pair.partition("=") for pair in pairs)}
-    check_numbers(stated, f"--run {text!r}")
     if any((place / RUN_FILE).exists() for place in (path, path / "tensorboard")):
-        result = read_run_folder(path, name)
-        return replace(result, settings={**result.settings, **stated})
-    return read_stock_run(path, name, stated)
+        return _with_stated(read_run_folder(path, name), stated, where)
+    return read_stock_run(path, name, stated, where)
 
 
-def _value(text: str) -> Setting:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return text
-    return value if isinstance(value, str | int | float | bool) else text
+def _stated(pairs: Iterable[tuple[str, str]], where: str) -> dict[str, Setting]:
+    found: dict[str, Setting] = {}
+    for key, text in pairs:
+        value = text if key in _TEXTS else checked_value(key, value_of(text), where)
+        if value is None or not text:
+            raise UsageError(f"{where}: {key} is {text!r}: write a value, or leave it out.")
+        if key in found:
+            raise UsageError(f"{where} states {key} twice: leave one of them out.")
+        found[key] = value
+    return found
+
+
+def _with_stated(result: RunResult, stated: Mapping[str, Setting], where: str) -> RunResult:
+    """A run of this project, which knows its phases and its tokens itself."""
+    for key in _MEASURED:
+        if key in stated and stated[key] != result.settings.get(key):
+            raise UsageError(
+                f"{where}: {key} is {stated[key]!r}, and {result.settings.get(key, 'another')} in "
+                f"the record of this run: leave {key} out."
+            )
+    data = {key: value for key, value in stated.items() if key in DATA_KEYS}
+    settings = {key: value for key, value in stated.items() if key not in DATA_KEYS}
+    return replace(
+        result,
+        settings=checked_settings({**result.settings, **settings}, where),
+        data={**result.data, **data},
+    )
 
 
 def _names(folders: list[Path]) -> list[str]:

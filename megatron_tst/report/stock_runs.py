@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.arguments import arguments_that_can_matter
+from megatron_tst.report.checked_settings import checked_settings
 from megatron_tst.report.describing import (
     DATA_KEYS,
     Setting,
@@ -28,12 +29,14 @@ from megatron_tst.report.describing import (
 from megatron_tst.report.events import FloatArray, Series, read_scalars, read_texts
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import NOT_LOGGED, TRAINING_LOSS, VALIDATION_LOSS, seconds_at
-from megatron_tst.settings.phases import bags_of, is_superposed
+from megatron_tst.settings.phases import bags_of
 
 _ITERATION_TIME = "iteration-time"
 
 
-def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> RunResult:
+def read_stock_run(
+    folder: Path, name: str, stated: Mapping[str, Setting], where: str = ""
+) -> RunResult:
     """Reads a folder of event files that has no ``tst_run.json``.
 
     Args:
@@ -41,9 +44,10 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         name: name of the run.
         stated: what the folder does not say or says wrongly: ``tokens_per_step``, ``bag_size`` and
             ``switch_step`` of the user's own superposition, or any setting or data key.
+        where: it was stated, for errors; the folder by default.
 
     Raises:
-        UsageError: naming the folder and what is missing.
+        UsageError: naming the folder and what is missing, or a setting that cannot be.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: pass the folder of a run.")
@@ -54,7 +58,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
             f"{folder} has no values of {VALIDATION_LOSS!r}: pass the --tensorboard-dir of a run "
             "that evaluated at least once (--eval-interval)."
         )
-    settings = _settings(arguments, validation, stated)
+    settings = _settings(arguments, validation, stated, where or str(folder))
     tokens_per_step = _tokens_per_step(folder, scalars, arguments, stated)
     equivalent = (validation.steps * tokens_per_step).astype(np.int64)
     phases = phases_of(settings)
@@ -98,29 +102,18 @@ def _arguments(folder: Path) -> dict[str, Any]:
 
 
 def _settings(
-    arguments: Mapping[str, Any], validation: Series, stated: Mapping[str, Setting]
+    arguments: Mapping[str, Any], validation: Series, stated: Mapping[str, Setting], where: str
 ) -> dict[str, Setting]:
-    size = arguments.get("global_batch_size")
-    batch: dict[str, Setting] = {} if size is None else {"global_batch_size": size}
-    length = arguments.get("seq_length")
-    settings: dict[str, Setting] = {
-        "bag_size": 1,
+    recorded = {
+        "total_steps": int(validation.steps[-1]),
         **describe_settings(arguments),
-        **({} if length is None else {"sequence_length": length}),
-        **batch,
-        **{key: value for key, value in stated.items() if key not in DATA_KEYS},
+        "sequence_length": arguments.get("seq_length"),
+        "global_batch_size": arguments.get("global_batch_size"),
     }
-    settings.pop("tokens_per_step", None)
-    settings.setdefault("total_steps", int(validation.steps[-1]))
-    if is_superposed(settings):
-        if "switch_step" not in settings:
-            raise UsageError(
-                f"bag_size={settings['bag_size']} is stated without switch_step: state the first "
-                "step of phase 2 too, as in --run NAME=FOLDER,bag_size=4,switch_step=3000."
-            )
-        ratio = int(settings["switch_step"]) / int(settings["total_steps"])
-        settings.setdefault("step_ratio", round(ratio, 6))
-    return settings
+    # The length of a sequence is a setting too.
+    not_settings = {*DATA_KEYS, "tokens_per_step"} - {"sequence_length"}
+    own = {key: value for key, value in stated.items() if key not in not_settings}
+    return checked_settings({**recorded, **own}, where)
 
 
 def _tokens_per_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,26 @@ _OWN_FLAGS = {
     "tensorboard-dir": "--output of tst study",
     "data-cache-path": "--output of tst study",
 }
+
+
+# Of what YAML reads otherwise: 2:0.3 without quotes is a time, 120.3 seconds.
+_EXAMPLES = {"schedule": '"8:0.05,4:0.1"', "bag_sizes": '"2,4"'}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is there twice: leave one out", key.start_mark
+                )
+            if isinstance(key.value, str):
+                keys.add(key.value)
+        return node
 
 
 @dataclass(frozen=True)
@@ -151,7 +172,7 @@ def read_study(path: Path) -> StudyConfig:
         OSError: the file cannot be read.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     # Text in another encoding, and dates that there are not.
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
@@ -169,7 +190,7 @@ def _study(content: Any) -> StudyConfig:
         for name, arguments in _mapping(top["models"], "models").items()
     }
     processes = _number(top.get("processes", 1), "processes", int, 1)
-    grid = tuple(_grid(top["arms"], top["defaults"], top["seeds"]))
+    grid = _once(_grid(top["arms"], top["defaults"], top["seeds"]))
     controls = _controls(grid) if _switch(top.get("controls", True), "controls") else ()
     study = StudyConfig(
         arguments=_arguments(top["arguments"], "arguments"),
@@ -186,8 +207,11 @@ def _study(content: Any) -> StudyConfig:
         if run.model not in models:
             known = ", ".join(models)
             raise UsageError(f"model is {run.model!r}: it is not under models ({known}).")
-        if "seq-length" not in {**study.arguments, **models[run.model]}:
+        arguments = {**study.arguments, **models[run.model]}
+        if "seq-length" not in arguments:
             raise UsageError("arguments has no seq-length: add it there or to each model.")
+        _number(arguments["seq-length"], "seq-length", int, 1)
+    _check_names(study.grid)
     return study
 
 
@@ -207,16 +231,51 @@ def _grid(arms: Any, defaults: Any, seeds: Any) -> Iterable[RunSettings]:
         raise UsageError("arms is empty: list the arms, {} for one with the defaults.")
     known = set(AXES) - {"seed"}
     common = _mapping(defaults, "defaults", optional=known)
-    runs: dict[RunSettings, None] = {}
     for i, arm in enumerate(arms, start=1):
         where = f"arms, entry {i}"
         axes = {**common, **_mapping(arm, where, optional={*known, "seeds"})}
         axes["seed"] = axes.pop("seeds", seeds)
         for missing in {"model", "total_steps", "learning_rate"} - set(axes):
             raise UsageError(f"{where} has no {missing}: set it there or under defaults.")
-        for run in _product(axes, where):
-            runs[run] = None
-    return runs
+        yield from _product(axes, where)
+
+
+def _once(runs: Iterable[RunSettings]) -> tuple[RunSettings, ...]:
+    """Runs, each once, also if two entries have it in different words.
+
+    Raises:
+        UsageError: two runs train the same and would be reported as two settings.
+    """
+    found: dict[frozenset[tuple[str, Any]], RunSettings] = {}
+    for run in dict.fromkeys(runs):
+        trained = {name: value for name, value in run.reported().items() if name != "step_ratio"}
+        first = found.setdefault(frozenset(trained.items()), run)
+        ratios = [one.reported().get("step_ratio") for one in (first, run)]
+        if ratios[0] != ratios[1]:
+            raise UsageError(
+                f"{first.name} and {run.name} are one run: step_ratio {ratios[0]:g} and "
+                f"{ratios[1]:g} of {run.total_steps} steps switch at one step, "
+                f"{trained['switch_step']}: leave one of them out."
+            )
+    return tuple(found.values())
+
+
+def _check_names(grid: Iterable[RunSettings]) -> None:
+    """Refuses two runs of one name, which would share a folder."""
+    by_name: dict[str, RunSettings] = {}
+    for run in grid:
+        first = by_name.setdefault(run.name, run)
+        if first != run:
+            values = first.to_dict()
+            apart = [
+                f"{name} {values[name]!r} and {value!r}"
+                for name, value in run.to_dict().items()
+                if values[name] != value
+            ]
+            raise UsageError(
+                f"two runs are called {run.name}, with {', '.join(apart)}: names hold six digits "
+                "of a number, let them differ in these."
+            )
 
 
 def _controls(grid: Sequence[RunSettings]) -> tuple[RunSettings, ...]:
@@ -250,10 +309,17 @@ def _product(axes: Mapping[str, Any], where: str) -> Iterable[RunSettings]:
 
 def _setting(name: str, value: Any) -> Any:
     """A value of an axis as its type; YAML reads 1e-3 as text."""
-    may_be_none = name in SETTINGS and SETTINGS[name].is_optional
-    if AXES[name] is str or (value is None and may_be_none):
+    if value is None and name in SETTINGS and SETTINGS[name].is_optional:
         return value
-    return _number(value, name, AXES[name], 0 if AXES[name] is int else float("-inf"))
+    if AXES[name] is not str:
+        return _number(value, name, AXES[name], 0 if AXES[name] is int else float("-inf"))
+    if name == "model" and isinstance(value, int | float):
+        # As the names under models are.
+        return str(value)
+    if not isinstance(value, str):
+        example = f", as in {name}: {_EXAMPLES[name]}" if name in _EXAMPLES else ""
+        raise UsageError(f"{name} is {value!r} as YAML reads it: write text, in quotes{example}.")
+    return value
 
 
 def _number(
@@ -270,7 +336,8 @@ def _number(
     """
     try:
         number = kind(value)
-        good = not isinstance(value, bool) and number == float(value) and least <= number <= most
+        good = not isinstance(value, bool) and number == float(value) and isfinite(number)
+        good = good and least <= number <= most
     except (TypeError, ValueError, OverflowError):
         good = False
     if not good:

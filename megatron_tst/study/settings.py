@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.describing import superposition_settings
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import SETTINGS, SuperpositionConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -77,16 +78,30 @@ class RunSettings:
             raise UsageError(f"total_steps is {self.total_steps}: use 1 or more.")
         if not self.learning_rate > 0:
             raise UsageError(f"learning_rate is {self.learning_rate}: use a number above 0.")
-        SuperpositionSchedule(self.superposition, self.total_steps, BatchSizes.constant(1), 1)
+        self.reported()
         if self.is_baseline and self.changed:
             raise UsageError(
                 f"bag_size is 1, and so {', '.join(dict(self.changed))} would be ignored: set "
                 "bag_size, or leave them out of a baseline."
             )
 
+    def reported(self) -> dict[str, Any]:
+        """What a report tells the run by, which other values of the axes can come to as well.
+
+        Raises:
+            UsageError: its superposition cannot be.
+        """
+        batch = BatchSizes.constant(1)
+        schedule = SuperpositionSchedule(self.superposition, self.total_steps, batch, 1)
+        own = {name: getattr(self, name) for name in _OWN_AXES}
+        return {**own, **superposition_settings(schedule)}
+
     @property
     def name(self) -> str:
-        """Name of the run's folder, unique in a study: every setting that is not its default."""
+        """Name of the run's folder: every setting that is not its default; numbers of six digits.
+
+        A study has no two runs of one name.
+        """
         parts = [self.model, f"{self.total_steps}steps", f"lr{self.learning_rate:g}"]
         changed = dict(self.changed)
         if self.is_baseline:

@@ -109,7 +109,7 @@ def test_two_runs_of_one_name_are_refused(results: list[RunResult], tmp_path: Pa
         (
             "run,status,quantity,step,loss,equivalent_tokens,data_tokens,seconds\n"
             "x,finished,validation loss,1,high,3,4,5\n",
-            "run x has a row that cannot be read",
+            "run x, validation loss, step 1: loss is 'high'",
         ),
     ],
 )

@@ -164,6 +164,60 @@ def test_several_bag_sizes_on_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "twin",
+    [
+        {"bag_size": 2, "step_ratio": 0.3, "target_weighting": "uniform"},
+        {"bag_size": 2, "step_ratio": 0.3, "target_weighting": [None, "uniform"]},
+        {"bag_size": 2, "step_ratio": 0.3, "power_law_exponent": [1.5, 2]},
+        {"schedule": "2:0.3"},
+        {"schedule": [" 2:3"]},
+        {"bag_size": 2, "step_ratio": [0.3, "3e-1"], "seeds": [0, 0]},
+    ],
+)
+def test_what_two_entries_have_in_other_words_runs_once(
+    tmp_path: Path, twin: dict[str, Any]
+) -> None:
+    arms = [{}, {"bag_size": 2, "step_ratio": 0.3}, twin]
+    names = [run.name for run in read(tmp_path, arms=arms).runs()]
+    assert names == ["tiny-10steps-lr0.001-baseline-seed0", "tiny-10steps-lr0.001-s2-r0.3-seed0"]
+
+
+def test_several_bag_sizes_in_other_words_run_once(tmp_path: Path) -> None:
+    arms = [
+        {"schedule": ["4:0.2,2:0.2", "4:0.2, 2:0.2", "4:2,2:2"]},
+        {"bag_sizes": ["2,4", "4, 2"], "step_ratio": 0.3},
+        {"bag_size": 8, "step_ratio": 0.3, "target_weighting": [None, "power-law", "uniform"]},
+    ]
+    assert [run.name for run in read(tmp_path, arms=arms, controls=False).runs()] == [
+        f"tiny-10steps-lr0.001-{arm}-seed0"
+        for arm in ("s4r0.2s2r0.2", "s2or4-r0.3", "s8-r0.3", "s8-r0.3-uniform")
+    ]
+
+
+def test_a_model_may_be_called_by_a_number(tmp_path: Path) -> None:
+    model = study_content(CORPUS)["models"]["tiny"]
+    (run,) = read(tmp_path, models={442: model}, arms=[{"model": 442}]).runs()
+    assert run.name == "442-10steps-lr0.001-baseline-seed0"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule: 2:0.3", r"schedule is 120\.3 as YAML reads it: write text, in quotes"),
+        ("bag_size: 2, bag_size: 4", r"bag_size is there twice.* line \d+"),
+    ],
+)
+def test_what_yaml_reads_otherwise_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write_study(tmp_path / "study.yaml", study_content(CORPUS))
+    content = path.read_text()
+    start = content.index("arms:")
+    end = content.index("\n", content.index("step_ratio"))
+    path.write_text(f"{content[:start]}arms: [{{{text}}}]{content[end:]}")
+    with pytest.raises(ValueError, match=message):
+        read_study(path)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"arm": []}, ["unknown key 'arm'", "arms"]),
@@ -185,6 +239,32 @@ def test_several_bag_sizes_on_the_command_line(tmp_path: Path) -> None:
         ({"arms": [{"bag_sizes": "2,x", "step_ratio": 0.3}]}, ["bag_sizes is '2,x'"]),
         ({"arms": [{"bag_sizes": "2,4", "schedule": "4:0.1"}]}, ["both set bag sizes"]),
         ({"arms": [{"schedule": "4:0.1", "bag_size": 2}]}, ["schedule: 4:0.1 and bag_size: 2"]),
+        ({"arms": [{"schedule": 120.3}]}, ["schedule is 120.3", 'in quotes, as in schedule: "8']),
+        ({"arms": [{"bag_sizes": [2, 4], "step_ratio": 0.3}]}, ["bag_sizes is 2", '"2,4"']),
+        ({"arms": [{"variant": 1, "bag_size": 2, "step_ratio": 0.3}]}, ["variant is 1", "text"]),
+        (
+            {"arms": [{"bag_size": 2, "step_ratio": [0.3, 0.31]}]},
+            ["s2-r0.3-seed0 and ", "step_ratio 0.3 and 0.31 of 10 steps", "step, 3", "leave one"],
+        ),
+        (
+            {"arms": [{"learning_rate": [1e-3, 0.00100000001]}]},
+            ["two runs are called tiny-10steps-lr0.001-baseline-seed0", "0.001 and 0.00100000001"],
+        ),
+        (
+            {
+                "arms": [
+                    {
+                        "bag_size": 2,
+                        "step_ratio": 0.3,
+                        "target_weighting": "power-law",
+                        "power_law_exponent": [1.5, 1.5000001],
+                    }
+                ]
+            },
+            ["two runs are called", "power_law_exponent 1.5 and 1.5000001"],
+        ),
+        ({"arguments": {"seq-length": "128k"}}, ["seq-length is '128k'", "whole number"]),
+        ({"arms": [{"learning_rate": float("inf")}]}, ["learning_rate is inf"]),
         ({"arms": [{"learning_rate": "fast"}]}, ["learning_rate is 'fast'", "a number"]),
         ({"arms": [{"learning_rate": 0}]}, ["learning_rate is 0", "above 0"]),
         ({"arms": [{"total_steps": 0}]}, ["total_steps is 0"]),
