@@ -62,7 +62,9 @@ class RunResult:
             [0].
         command: command line; not part of a table of results.
         arguments: all that can matter and that the settings do not tell; empty where they were not
-            recorded. A table of results keeps those in which its runs differ, as settings.
+            recorded.
+        source: what it was first read from, a table or a folder. Runs of one table that recorded
+            no arguments were compared when it was written.
     """
 
     name: str
@@ -83,6 +85,7 @@ class RunResult:
     arguments: dict[str, Setting] = field(default_factory=dict)
     loss_impl: str = ""
     numerics: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -160,6 +163,7 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         arguments=arguments_that_can_matter(run.info.get("arguments", {})),
         numerics=describe_numerics(run.info.get("arguments", {}), run.info["machine"]),
         loss_impl="+".join(sorted(set(run.info.get("losses", {}).values()))),
+        source=name or folder.name,
     )
 
 

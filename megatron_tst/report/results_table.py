@@ -1,11 +1,13 @@
 """A set of runs as one tidy table.
 
 A row is one logged loss. Rows of validation losses repeat the settings of their run, so that the
-table can be filtered and grouped as it is; those of training losses leave them out.
+table can be filtered and grouped as it is; those of training losses leave them out. The first row
+of a run also has all of its arguments that can matter.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +15,7 @@ from typing import Any, get_args
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.describing import NUMERICS, Status, check_numbers
+from megatron_tst.report.describing import NUMERICS, OFF, Status, check_numbers
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.tables import Row, read_table, write_table
 from megatron_tst.settings.config import SETTINGS
@@ -33,6 +35,8 @@ _LEADING = (
     "seconds",
 )
 _TRAILING = ("machine", "loss_impl", "commit")
+_ARGUMENTS, _SOURCE = "arguments", "source"
+_RECORD = (_ARGUMENTS, _SOURCE)
 # Never read as numbers, whatever they look like.
 _TEXT = {
     "run",
@@ -41,6 +45,7 @@ _TEXT = {
     "machine",
     "loss_impl",
     "commit",
+    *_RECORD,
     "bags",
     *(name for name, known in SETTINGS.items() if known.kind is str),
     "lr_decay_style",
@@ -90,7 +95,8 @@ def _columns(results: Sequence[RunResult]) -> list[str]:
     settings = [name for result in results for name in result.settings]
     data = [f"{_DATA_PREFIX}{name}" for result in results for name in result.data]
     numerics = [f"{_NUMERICS_PREFIX}{name}" for result in results for name in result.numerics]
-    return list(dict.fromkeys([*_LEADING, *settings, *data, *numerics, *_TRAILING]))
+    record = [name for result in results for name in _record(result)]
+    return list(dict.fromkeys([*_LEADING, *settings, *data, *numerics, *_TRAILING, *record]))
 
 
 def _rows(result: RunResult) -> Iterator[Row]:
@@ -104,11 +110,13 @@ def _rows(result: RunResult) -> Iterator[Row]:
         "loss_impl": result.loss_impl,
         "commit": result.commit,
     }
+    record = _record(result)
     if not result.steps.size:
-        yield described
+        yield {**described, **record}
     for i, step in enumerate(result.steps):
         yield {
             **described,
+            **(record if i == 0 else {}),
             "quantity": VALIDATION,
             "step": int(step),
             "loss": _rounded(result.validation_loss[i]),
@@ -129,6 +137,18 @@ def _rows(result: RunResult) -> Iterator[Row]:
             }
 
 
+def _record(result: RunResult) -> Row:
+    """Arguments that are not off, as JSON; what a run with a part of its record was read from."""
+    record: Row = {}
+    if result.arguments:
+        stated = {name: result.settings.get(name, v) for name, v in result.arguments.items()}
+        kept = {name: value for name, value in stated.items() if value and value != OFF}
+        record[_ARGUMENTS] = json.dumps(kept or stated, separators=(",", ":"))
+    if result.source and not (result.arguments and {*NUMERICS} <= result.numerics.keys()):
+        record[_SOURCE] = result.source
+    return record
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
@@ -137,10 +157,13 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
     described = next((row for row in rows if row.get("status")), None)
     if described is None or described["status"] not in get_args(Status):
         raise UsageError(f"{path}: run {name} has no row with its status and settings.")
-    known = {*_LEADING, *_TRAILING}
+    known = {*_LEADING, *_TRAILING, *_RECORD}
     rest = {key: value for key, value in described.items() if key not in known}
     present = {key: value for key, value in rest.items() if value is not None}
     check_numbers(present, f"{path}: run {name}")
+    arguments = _arguments(path, name, rows)
+    # As the JSON has them: a column of a CSV file does not tell a text from a number.
+    present.update({key: value for key, value in arguments.items() if key in present})
     try:
         return RunResult(
             name=name,
@@ -151,10 +174,27 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
             machine=described.get("machine") or "",
             commit=described.get("commit") or "",
             loss_impl=described.get("loss_impl") or "",
+            arguments=arguments,
+            source=next((row[_SOURCE] for row in rows if row.get(_SOURCE)), str(path)),
             **_curves(rows),
         )
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: run {name} has a row that cannot be read: {error}") from error
+
+
+def _arguments(path: Path, name: str, rows: list[Row]) -> dict[str, Any]:
+    """Those that a run recorded; none in a table of an earlier version."""
+    text = next((row[_ARGUMENTS] for row in rows if row.get(_ARGUMENTS)), "{}")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{path}: run {name} has arguments that are no JSON object ({text[:40]!r}): write the "
+            "table again."
+        )
+    return found
 
 
 def _under(prefix: str, row: Row) -> Row:

@@ -82,6 +82,7 @@ def read_stock_run(folder: Path, name: str, stated: Mapping[str, Setting]) -> Ru
         training_loss=training_loss,
         arguments=arguments_that_can_matter(arguments),
         numerics=describe_numerics(arguments),
+        source=name,
     )
 
 
