@@ -167,6 +167,25 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
     )
 
 
+def all_settings_of(run: Run) -> dict[str, Setting]:
+    """All that keeps two runs from being equal but for their seed, by name.
+
+    What is off is not there. Empty for a run of an earlier version, which recorded only a part.
+    """
+    arguments = run.info.get("arguments")
+    if not arguments:
+        return {}
+    found = {
+        **describe_data({**_arguments(run), "seq_length": run.schedule.sequence_length}),
+        **_settings(run),
+        **arguments_that_can_matter(arguments),
+        **describe_numerics(arguments, run.info["machine"]),
+    }
+    # A stock Megatron run does not record the parameters, which follow from the shape.
+    told = {name: value for name, value in found.items() if name not in ("seed", "parameters")}
+    return {name: value for name, value in told.items() if value}
+
+
 def _arguments(run: Run) -> dict[str, Any]:
     # Earlier versions wrote those of some importance only.
     return {**run.info.get("arguments", {}), **run.info["settings"]}
