@@ -178,7 +178,7 @@ def study(section: str) -> Study:
     table, parameters = SECTIONS[section]
     path = TABLES / f"{table}.csv"
     runs = [run for run in read_results(path) if run.settings["parameters"] == parameters]
-    (family,) = families_of(runs)
+    (family,) = families_of(with_differing_arguments(runs))
     return study_of(family)
 
 

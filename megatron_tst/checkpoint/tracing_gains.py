@@ -27,7 +27,9 @@ from megatron_tst.report.origins import (
     VALIDATION,
     Key,
     Trace,
+    check_comparable,
 )
+from megatron_tst.report.results import all_settings_of
 from megatron_tst.report.runs import TRAINING_LOSS, VALIDATION_LOSS, Run, read_run
 
 _GRADIENT_NORM = "grad-norm"
@@ -56,7 +58,8 @@ def trace_arms(
         display: shows how far it is.
 
     Raises:
-        UsageError: a folder is no run, or a checkpoint cannot be read or evaluated.
+        UsageError: a folder is no run, runs cannot be compared, or a checkpoint cannot be read or
+            evaluated.
     """
     runs = {name: [read_run(f, may_lack_scalars=True) for f in arms[name]] for name in arms}
     every = [run for each in runs.values() for run in each]
@@ -66,6 +69,8 @@ def trace_arms(
             f"--arm: the runs have sequences of {' and '.join(map(str, lengths))} tokens: compare "
             "runs of one --seq-length."
         )
+    # Before anything is measured, which takes minutes.
+    check_comparable([_empty(name, run, None) for name, each in runs.items() for run in each])
     evaluation = None
     if text is not None:
         [length] = lengths
@@ -122,6 +127,7 @@ def _empty(arm: str, run: Run, evaluation: Evaluation | None) -> Trace:
         text=None if evaluation is None else evaluation.settings["text_sha256"],
         machine=describe_machine(run.info["machine"]),
         commit=run.info["commit"],
+        settings=all_settings_of(run),
     )
 
 

@@ -10,6 +10,7 @@ checkpoints/ are read. The first arm is what the others are held to, pair by pai
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command, leave_on_sigterm
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.report.origin_plots import origin_plots
+from megatron_tst.report.origin_settings import unrecorded
 from megatron_tst.report.origin_tables import markdown
 from megatron_tst.report.origins import Trace, arms_of, read_traces, write_traces
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_file(args.figures / f"{plot.name}.png", plot.png)
             write_file(args.figures / f"{plot.name}.pdf", plot.pdf)
     print(text)
+    if note := unrecorded(arms):
+        print(note, file=sys.stderr)
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +22,12 @@ from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
-from megatron_tst.study.earlier_results import in_order_of, read_earlier_results, without
+from megatron_tst.study.earlier_results import (
+    in_order_of,
+    not_compared,
+    read_earlier_results,
+    without,
+)
 from megatron_tst.study.execution import gpus_of_this_machine, slots_of_this_machine
 from megatron_tst.study.precision import leaves_precision_open, resolve_precision
 from megatron_tst.study.run_folder import ENDED
@@ -73,7 +79,19 @@ def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bo
 
 
 def _earlier(study: StudyConfig, options: argparse.Namespace) -> list[RunResult]:
-    return read_earlier_results(options.earlier, study) if options.earlier else []
+    if options.earlier is None:
+        return []
+    results = read_earlier_results(options.earlier, study, _parsed)
+    if note := not_compared(options.earlier, study, results):
+        print(note, file=sys.stderr)
+    return results
+
+
+def _parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    # Here, because it imports Megatron, which takes seconds.
+    from megatron_tst.checkpoint.hf_arguments import parse_arguments
+
+    return vars(parse_arguments(arguments))
 
 
 def _left(study: StudyConfig, earlier: Sequence[RunResult]) -> StudyConfig:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tst.report.describing import DESCRIBED_ARGUMENTS, Setting, as_one_model
+from megatron_tst.report.describing import DESCRIBED_ARGUMENTS, OFF, Setting, as_one_model
 
+DECAY_SHARE = "lr_decay_share"
 _LAYOUT = """
     tensor_model_parallel_size pipeline_model_parallel_size transformer_pipeline_model_parallel_size
     pipeline_model_parallel_layout virtual_pipeline_model_parallel_size context_parallel_size
@@ -44,7 +45,7 @@ _KERNELS_AND_MEMORY = """
     offload_modules train_sync_interval
 """
 _FILES = """
-    save load save_interval save_retain_interval no_save_optim no_save_rng no_load_optim no_load_rng
+    save load save_interval save_retain_interval no_save_optim no_save_rng no_load_rng
     async_save async_strategy use_persistent_ckpt_worker auto_detect_ckpt_format
     non_persistent_save_interval exit_on_missing_checkpoint use_checkpoint_args
     use_mp_args_from_checkpoint_args use_tokenizer_model_from_checkpoint_args use_dist_ckpt
@@ -71,10 +72,8 @@ _COUNTS = """
     iteration curr_iteration consumed_train_samples consumed_valid_samples skipped_train_samples
     num_floating_point_operations_so_far do_train do_valid do_test ckpt_step start_time
 """
-_LENGTH = """
-    train_samples lr_decay_iters lr_decay_samples lr_warmup_samples lr_wsd_decay_samples
-    phase_transition_iterations
-"""
+# Told by the steps of a run and by its decay share.
+_LENGTH = "train_samples lr_decay_iters lr_decay_samples"
 _CANNOT_MATTER = frozenset(
     " ".join([_LAYOUT, _KERNELS_AND_MEMORY, _FILES, _LOGGING, _COUNTS, _LENGTH]).split()
 )
@@ -103,8 +102,21 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
         and name not in DESCRIBED_ARGUMENTS
         and not name.startswith(_PREFIXES)
     }
+    if arguments.get("finetune"):
+        # Starts from weights alone, whatever the flag.
+        found.pop("no_load_optim", None)
     share = _decay_share(arguments)
-    return found if share is None else {**found, "lr_decay_share": share}
+    return found if share is None else {**found, DECAY_SHARE: share}
+
+
+def argument_of(arguments: Mapping[str, Setting], name: str) -> Setting:
+    """A recorded argument; one that is off is as one that a release does not have.
+
+    Args:
+        arguments: all that a run recorded, as :func:`arguments_that_can_matter` gives them.
+        name: of the argument.
+    """
+    return arguments.get(name) or (1.0 if name == DECAY_SHARE else OFF)
 
 
 def _decay_share(arguments: Mapping[str, Any]) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.units import TIMES, quantity
+from megatron_tst.report.arguments import argument_of
 from megatron_tst.report.describing import MODEL_SETTINGS, NUMERICS, Setting, phases_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.settings.config import SETTINGS, default_weighting
@@ -18,7 +19,10 @@ SUPERPOSITION_SETTINGS = (
     "switch_step",
     "bags",
 )
-LENGTH_SETTINGS = ("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters")
+LENGTH_SETTINGS = (
+    *("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters"),
+    *("lr_warmup_samples", "lr_wsd_decay_samples", "phase_transition_iterations"),
+)
 """What a run of another length has otherwise: its schedule is scaled with it."""
 
 _NAMES = {"learning_rate": "lr", "global_batch_size": "batch size"}
@@ -85,6 +89,7 @@ def families_of(runs: Sequence[RunResult]) -> list[Family]:
     Raises:
         UsageError: two runs have one name, or the same settings and seed.
     """
+    runs = with_differing_arguments(runs)
     _refuse_duplicates(runs)
     by_key: dict[object, list[RunResult]] = {}
     for run in runs:
@@ -97,24 +102,45 @@ def families_of(runs: Sequence[RunResult]) -> list[Family]:
 
 
 def with_differing_arguments(runs: Sequence[RunResult]) -> list[RunResult]:
-    """Adds to the settings of runs the recorded arguments and the numerics in which they differ.
+    """Adds to the settings of runs the arguments and the numerics in which comparable runs differ.
 
-    So runs that differ in one are not taken for runs of the same settings, and it is named. A run
-    that recorded none, of an earlier version or out of a table, stays as it is. An argument that is
-    off is as one that is not there: a release that has more of them does not differ by these.
+    So runs that differ in one are not taken for runs of the same settings, and it is named. What a
+    run did not record is not added to it. An argument that is off is as one that is not there: a
+    release that has more of them does not differ by these.
     """
-    recorded = [run.arguments for run in runs if run.arguments]
-    names = sorted({name for arguments in recorded for name in arguments})
-    found = [name for name in names if len({one.get(name) or None for one in recorded}) > 1]
-    for name in NUMERICS:
-        known = {run.numerics[name] for run in runs if name in run.numerics}
-        found += [name] if len(known) > 1 else []
+    members: dict[object, list[RunResult]] = {}
+    for run in runs:
+        members.setdefault(_key(_identity(run)), []).append(run)
+    names = {key: _told_apart_by(family) for key, family in members.items()}
+    return [_with(run, names[_key(_identity(run))]) for run in runs]
 
-    def added(run: RunResult) -> dict[str, Setting]:
-        told = {**run.arguments, **run.numerics}
-        return {name: told[name] for name in found if name in told}
 
-    return [replace(run, settings={**added(run), **run.settings}) for run in runs]
+def _told_apart_by(runs: Sequence[RunResult]) -> list[str]:
+    """Arguments and numerics that runs differ in, or that are settings of one of them already."""
+    names = [*sorted({name for run in runs for name in run.arguments}), *NUMERICS]
+    return [
+        name
+        for name in names
+        if any(name in run.settings for run in runs)
+        or len({_recorded_value(run, name) for run in runs} - {None}) > 1
+    ]
+
+
+def _with(run: RunResult, names: Sequence[str]) -> RunResult:
+    found = {name: _recorded_value(run, name) for name in names}
+    added = {name: value for name, value in found.items() if value is not None}
+    settings = {**added, **{k: v for k, v in run.settings.items() if k not in added}}
+    return run if settings == run.settings else replace(run, settings=settings)
+
+
+def _recorded_value(run: RunResult, name: str) -> Setting | None:
+    """An argument or a part of the numerics; None where the run does not tell."""
+    if name in run.settings:
+        # Stated, or out of a table.
+        return argument_of(run.settings, name)
+    if name in NUMERICS:
+        return run.numerics.get(name)
+    return argument_of(run.arguments, name) if run.arguments else None
 
 
 def incomparable(first: RunResult, second: RunResult) -> list[str]:

@@ -44,7 +44,9 @@ def _without_control(tst: Group, baselines: list[Group]) -> str:
 
 def _apart(tst: Group, baseline: Group) -> list[str]:
     """In which settings two groups differ, with both values; a length is one of them."""
-    left_out = {*SUPERPOSITION_SETTINGS, *LENGTH_SETTINGS} - {"total_steps"}
+    is_as_long = tst.total_steps == baseline.total_steps
+    scaled = () if is_as_long else {*LENGTH_SETTINGS} - {"total_steps"}
+    left_out = {*SUPERPOSITION_SETTINGS, *scaled}
     names = [n for n in differing([tst.settings, baseline.settings]) if n not in left_out]
 
     def value(group: Group, name: str) -> Setting:

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH, MINUS
 from megatron_tst.report.curves import first_reached
+from megatron_tst.report.origin_settings import unequal_settings
 from megatron_tst.report.origins import (
     CHECKPOINTS_AFTER,
     GRADIENT,
@@ -46,7 +47,8 @@ class Section(NamedTuple):
 
 def sections(arms: Sequence[Arm]) -> list[Section]:
     """All tables that the measurements are enough for; the first arm is what others are held to."""
-    made = (final_losses, by_position, by_offset, losses_after_switch, steps_around, moments)
+    of_ends = (settings_apart, final_losses, by_position, by_offset)
+    made = (*of_ends, losses_after_switch, steps_around, moments)
     found = (make(arms) for make in made)
     return [section for section in found if section is not None and section.table.rows]
 
@@ -79,19 +81,28 @@ def last_switch(arms: Sequence[Arm]) -> int | None:
     return next((trace.switch_step for trace in _firsts(arms) if trace.switch_step), None)
 
 
+def settings_apart(arms: Sequence[Arm]) -> Section:
+    """What arms have otherwise than the first one, superposition apart."""
+    name = arms[0].name
+    note = f"Outside of superposition. What an arm gains on {name} is due to this too."
+    rows = [[arm, ", ".join(apart)] for arm, apart in unequal_settings(arms).items()]
+    header = ["arm", f"differs from {name} in"]
+    return Section("What the arms differ in", note, Table(header, rows))
+
+
 def final_losses(arms: Sequence[Arm]) -> Section:
     """Validation losses at the end, held to the first arm and to the second, and the way there."""
-    against = arms[: min(2, len(arms) - 1)]
+    against, of = arms[: min(2, len(arms) - 1)], _most_seeds(arms)
     rows = []
     for arm in arms:
         ends = [
-            _gap(paired(arm, other, lambda t: t.final_loss)) if other is not arm else DASH
+            _gap(paired(arm, other, lambda t: t.final_loss), of) if other is not arm else DASH
             for other in against
         ]
         each = [run.final_loss for _, run in sorted(arm.runs.items())]
         listed = ", ".join(f"{loss:.4f}" for loss in each if loss is not None)
         level = crossing(arms[0], arm)
-        rows.append([arm.name, listed or DASH, *ends, DASH if level is None else _steps(level)])
+        rows.append([arm.name, listed or DASH, *ends, DASH if level is None else _steps(level, of)])
     header = ["arm", "final loss, a seed each", *(f"ahead of {other.name}" for other in against)]
     header.append(f"steps from the switch until level with {arms[0].name}")
     note = (
@@ -163,12 +174,12 @@ def _of_positions(
 
         return loss
 
-    whole = np.ones(len(masks[0]), dtype=bool)
+    whole, of = np.ones(len(masks[0]), dtype=bool), _most_seeds(arms)
     rows = [
         [
             name,
-            _loss(mean(baseline, loss_in(mask))),
-            *(_gap(paired(arm, baseline, loss_in(mask)), 4) for arm in others),
+            _loss(mean(baseline, loss_in(mask)), of),
+            *(_gap(paired(arm, baseline, loss_in(mask)), of, 4) for arm in others),
         ]
         for name, mask in [*zip(names, masks, strict=True), ("all", whole)]
     ]
@@ -178,7 +189,7 @@ def _of_positions(
 
 def losses_after_switch(arms: Sequence[Arm]) -> Section | None:
     """Loss on the text at checkpoints from the switch on."""
-    switch, baseline = last_switch(arms), arms[0]
+    switch, baseline, of = last_switch(arms), arms[0], _most_seeds(arms)
     if switch is None:
         return None
     shared = {arm.name: _shared_steps(baseline, arm, switch) for arm in arms[1:]}
@@ -189,9 +200,9 @@ def losses_after_switch(arms: Sequence[Arm]) -> Section | None:
         gaps = [
             cell
             for arm in shown
-            for cell in (_loss(mean(arm, at)), _gap(paired(arm, baseline, at)))
+            for cell in (_loss(mean(arm, at), of), _gap(paired(arm, baseline, at), of))
         ]
-        rows.append([f"{step - switch}", _loss(mean(baseline, at)), *gaps])
+        rows.append([f"{step - switch}", _loss(mean(baseline, at), of), *gaps])
     header = ["steps after the switch", f"loss of {baseline.name}"]
     header += [cell for arm in shown for cell in (f"loss of {arm.name}", f"{arm.name} ahead by")]
     note = "Loss on the text as plain text, of checkpoints."
@@ -229,10 +240,10 @@ def steps_around(arms: Sequence[Arm]) -> Section | None:
     shown = [arm for arm in arms if all(_is_logged(run, switch) for run in arm.runs.values())]
     if len(shown) < 2:
         return None
-    rows = []
+    rows, of = [], _most_seeds(arms)
     for low, high in _WINDOWS:
         means = [
-            _loss(mean(arm, _window_mean(quantity, switch + low, switch + high)), 3)
+            _loss(mean(arm, _window_mean(quantity, switch + low, switch + high)), of, 3)
             for quantity in (GRADIENT, TRAINING)
             for arm in shown
         ]
@@ -309,13 +320,24 @@ def _firsts(arms: Sequence[Arm]) -> list[Trace]:
     return [next(iter(arm.runs.values())) for arm in arms]
 
 
-def _gap(found: Estimate | None, digits: int = 3) -> str:
-    return DASH if found is None else gap_text(found, digits)
+def _most_seeds(arms: Sequence[Arm]) -> int:
+    return max(len(arm.runs) for arm in arms)
 
 
-def _loss(found: Estimate | None, digits: int = 4) -> str:
-    return DASH if found is None else loss_text(Estimate(found.mean, None, None, None, 1), digits)
+def _gap(found: Estimate | None, of: int, digits: int = 3) -> str:
+    return DASH if found is None else gap_text(found, digits) + _some(found, of)
 
 
-def _steps(found: Estimate) -> str:
-    return loss_text(found, 0)
+def _loss(found: Estimate | None, of: int, digits: int = 4) -> str:
+    if found is None:
+        return DASH
+    return loss_text(Estimate(found.mean, None, None, None, 1), digits) + _some(found, of)
+
+
+def _steps(found: Estimate, of: int) -> str:
+    return loss_text(found, 0) + _some(found, of)
+
+
+def _some(found: Estimate, of: int) -> str:
+    """Says where a seed lacks a run or a value."""
+    return f" (n = {found.n} of {of})" if found.n < of else ""

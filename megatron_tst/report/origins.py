@@ -5,13 +5,16 @@ A row is one number of one run. An arm is a setting, its runs differ in their se
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.arguments import argument_of
 from megatron_tst.report.checked_settings import shown, whole_number
+from megatron_tst.report.describing import DATA_KEYS, MODEL_SETTINGS, NUMERICS, Setting
 from megatron_tst.report.tables import Row, read_table, write_table
 
 VALIDATION, TRAINING, GRADIENT = "validation loss", "training loss", "gradient norm"
@@ -25,7 +28,8 @@ CHECKPOINTS_AFTER = 1000
 _RUN = "run"
 _COLUMNS = ("arm", "seed", "quantity", "step", "place", "value")
 _OF_RUN = ("total_steps", "switch_step", "bag_size", "text", "machine", "commit")
-_TEXT_COLUMNS = ("arm", "quantity", "place", "text", "machine", "commit")
+_SETTINGS = "settings"
+_TEXT_COLUMNS = ("arm", "quantity", "place", "text", "machine", "commit", _SETTINGS)
 
 Key = tuple[str, int, str]
 """Quantity, optimizer step, and place: a position of the sequence from 1, or a tensor."""
@@ -45,6 +49,7 @@ class Trace:
         machine: where it trained.
         commit: of this project.
         values: in nats a token, or as Megatron logs it; of second moments the mean over a tensor.
+        settings: all but the seed that can matter and is not off; empty where not recorded.
     """
 
     arm: str
@@ -56,6 +61,7 @@ class Trace:
     machine: str
     commit: str
     values: dict[Key, float] = field(default_factory=dict)
+    settings: dict[str, Setting] = field(default_factory=dict)
 
     def series(self, quantity: str, place: str = "") -> dict[int, float]:
         """Values by step, ascending."""
@@ -89,34 +95,94 @@ def arms_of(traces: Iterable[Trace]) -> list[Arm]:
     """Arms in the order of their first runs.
 
     Raises:
-        UsageError: an arm has a seed twice, or its runs do not switch at one step.
+        UsageError: an arm has a seed twice, or as :func:`check_comparable`.
     """
+    traces = list(traces)
+    check_comparable(traces)
     arms: dict[str, Arm] = {}
     for trace in traces:
         arm = arms.setdefault(trace.arm, Arm(trace.arm, {}))
         if trace.seed in arm.runs:
             raise UsageError(f"--arm {arm.name} has two runs of seed {trace.seed}: leave one out.")
         arm.runs[trace.seed] = trace
-        first = next(iter(arm.runs.values()))
-        for name in ("switch_step", "total_steps", "bag_size"):
-            was, value = getattr(first, name), getattr(trace, name)
-            if was != value:
-                raise UsageError(
-                    f"--arm {arm.name}: its runs have {name.replace('_', ' ')} {was} and {value}: "
-                    "pass runs that differ in their seed alone as one arm."
-                )
     return list(arms.values())
+
+
+def check_comparable(traces: Sequence[Trace]) -> None:
+    """Refuses runs whose numbers cannot be set against each other.
+
+    Args:
+        traces: of all arms; measured or not, and several of a seed.
+
+    Raises:
+        UsageError: runs of an arm differ in more than their seed, arms in their model or data, or
+            losses are of two texts.
+    """
+    firsts: dict[str, Trace] = {}
+    for trace in traces:
+        _check_arm(firsts.setdefault(trace.arm, trace), trace)
+        _check_data(traces[0], trace)
+    texts = {trace.text: trace.arm for trace in traces if trace.text}
+    if len(texts) > 1:
+        found = " and ".join(f"{text[:12]}... (--arm {arm})" for text, arm in texts.items())
+        raise UsageError(
+            f"losses by position are of several texts, with SHA-256 {found}: measure all arms on "
+            "one --text."
+        )
+
+
+def _check_arm(first: Trace, trace: Trace) -> None:
+    for name in ("switch_step", "total_steps", "bag_size"):
+        was, value = getattr(first, name), getattr(trace, name)
+        if was != value:
+            raise UsageError(
+                f"--arm {trace.arm}: its runs have {name.replace('_', ' ')} {was} and {value}: "
+                "pass runs that differ in their seed alone as one arm."
+            )
+    if apart := differences(first, trace):
+        raise UsageError(
+            f"--arm {trace.arm}: its runs differ in {', '.join(apart.values())}: pass runs that "
+            "differ in their seed alone as one arm."
+        )
+
+
+def _check_data(first: Trace, trace: Trace) -> None:
+    found = differences(first, trace)
+    apart = [text for name, text in found.items() if name in (*DATA_KEYS, *MODEL_SETTINGS)]
+    if apart:
+        raise UsageError(
+            f"--arm {first.arm} and --arm {trace.arm} cannot be compared: their runs differ in "
+            f"{', '.join(apart)}. Pass runs of one model, one tokenizer and one validation set."
+        )
+
+
+def differences(one: Trace, other: Trace) -> dict[str, str]:
+    """By setting, how two runs differ; of runs that did not record theirs only in their length."""
+    first, second = ({"total_steps": run.total_steps, **run.settings} for run in (one, other))
+    names = dict.fromkeys((*first, *second))
+    if not (one.settings and other.settings):
+        names = {"total_steps": None}
+    pairs = {
+        name: (argument_of(first, name), argument_of(second, name))
+        for name in names
+        # What of the numerics is not recorded keeps nothing apart.
+        if name not in NUMERICS or (name in first and name in second)
+    }
+    return {name: f"{name} ({was}, not {is_})" for name, (was, is_) in pairs.items() if was != is_}
 
 
 def write_traces(traces: Sequence[Trace], path: Path) -> None:
     """Writes a table, CSV or Parquet by the suffix."""
     rows = [row for trace in traces for row in _rows(trace)]
-    write_table(path, rows, (*_COLUMNS, *_OF_RUN))
+    recorded = (_SETTINGS,) if any(trace.settings for trace in traces) else ()
+    write_table(path, rows, (*_COLUMNS, *_OF_RUN, *recorded))
 
 
 def _rows(trace: Trace) -> Iterable[Row]:
     of_run = {name: getattr(trace, name) for name in _OF_RUN}
     lead = {"arm": trace.arm, "seed": trace.seed}
+    if trace.settings:
+        of_run[_SETTINGS] = json.dumps(trace.settings, separators=(",", ":"))
     yield {**lead, "quantity": _RUN, **{n: v for n, v in of_run.items() if v is not None}}
     for (quantity, step, place), value in trace.values.items():
         yield {**lead, "quantity": quantity, "step": step, "place": place, "value": value}
@@ -137,7 +203,8 @@ def read_traces(path: Path) -> list[Trace]:
         for name in ("total_steps", "switch_step", "bag_size"):
             if row[name] is not None or name != "switch_step":
                 row[name] = whole_number(name, row[name], where, 1)
-        found[key] = Trace(*key, **{name: row[name] for name in _OF_RUN})
+        of_run = {name: row[name] for name in _OF_RUN}
+        found[key] = Trace(*key, **of_run, settings=_settings(path, row))
     for row in (row for row in rows if row["quantity"] != _RUN):
         key, where = _key(row, path)
         if key not in found:
@@ -165,3 +232,17 @@ def _number(value: object, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UsageError(f"{where}: value is {shown(value)}: write a number.")
     return float(value)
+
+
+def _settings(path: Path, row: Row) -> dict[str, Setting]:
+    """Those of a run; none in a table of an earlier version."""
+    try:
+        found = json.loads(row.get(_SETTINGS) or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{path}: the {_SETTINGS} of {row['arm']}, seed {row['seed']}, are no JSON object: "
+            "write the table again."
+        )
+    return found

@@ -62,7 +62,9 @@ class RunResult:
             [0].
         command: command line; not part of a table of results.
         arguments: all that can matter and that the settings do not tell; empty where they were not
-            recorded. A table of results keeps those in which its runs differ, as settings.
+            recorded.
+        source: what it was first read from, a table or a folder. Runs of one table that recorded
+            no arguments were compared when it was written.
     """
 
     name: str
@@ -83,6 +85,7 @@ class RunResult:
     arguments: dict[str, Setting] = field(default_factory=dict)
     loss_impl: str = ""
     numerics: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     @cached_property
     def phases(self) -> tuple[Phase, ...]:
@@ -160,7 +163,27 @@ def read_result(folder: Path, name: str | None = None, status: Status | None = N
         arguments=arguments_that_can_matter(run.info.get("arguments", {})),
         numerics=describe_numerics(run.info.get("arguments", {}), run.info["machine"]),
         loss_impl="+".join(sorted(set(run.info.get("losses", {}).values()))),
+        source=name or folder.name,
     )
+
+
+def all_settings_of(run: Run) -> dict[str, Setting]:
+    """All that keeps two runs from being equal but for their seed, by name.
+
+    What is off is not there. Empty for a run of an earlier version, which recorded only a part.
+    """
+    arguments = run.info.get("arguments")
+    if not arguments:
+        return {}
+    found = {
+        **describe_data({**_arguments(run), "seq_length": run.schedule.sequence_length}),
+        **_settings(run),
+        **arguments_that_can_matter(arguments),
+        **describe_numerics(arguments, run.info["machine"]),
+    }
+    # A stock Megatron run does not record the parameters, which follow from the shape.
+    told = {name: value for name, value in found.items() if name not in ("seed", "parameters")}
+    return {name: value for name, value in told.items() if value}
 
 
 def _arguments(run: Run) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """A set of runs as one tidy table.
 
 A row is one logged loss. Rows of validation losses repeat the settings of their run, so that the
-table can be filtered and grouped as it is; those of training losses leave them out.
+table can be filtered and grouped as it is; those of training losses leave them out. The first row
+of a run also has all of its arguments that can matter.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.checked_settings import checked_settings, checked_value
-from megatron_tst.report.describing import NUMERICS, IntArray
+from megatron_tst.report.describing import NUMERICS, OFF, IntArray
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.table_rows import OFFSET, TRAINING, VALIDATION, curves_of, described_by
 from megatron_tst.report.tables import Row, read_table, write_table
@@ -34,6 +37,8 @@ _LEADING = (
 )
 _OF_LOSSES = _LEADING[2:]
 _TRAILING = ("machine", "loss_impl", "commit")
+_ARGUMENTS, _SOURCE = "arguments", "source"
+_RECORD = (_ARGUMENTS, _SOURCE)
 # Never read as numbers, whatever they look like.
 _TEXT = {
     "run",
@@ -42,6 +47,7 @@ _TEXT = {
     "machine",
     "loss_impl",
     "commit",
+    *_RECORD,
     "bags",
     *(name for name, known in SETTINGS.items() if known.kind is str),
     "lr_decay_style",
@@ -95,7 +101,8 @@ def _columns(results: Sequence[RunResult]) -> list[str]:
     settings = [name for result in results for name in result.settings]
     data = [f"{_DATA_PREFIX}{name}" for result in results for name in result.data]
     numerics = [f"{_NUMERICS_PREFIX}{name}" for result in results for name in result.numerics]
-    return list(dict.fromkeys([*_LEADING, *settings, *data, *numerics, *_TRAILING]))
+    record = [name for result in results for name in _record(result)]
+    return list(dict.fromkeys([*_LEADING, *settings, *data, *numerics, *_TRAILING, *record]))
 
 
 def _rows(result: RunResult) -> Iterator[Row]:
@@ -109,11 +116,13 @@ def _rows(result: RunResult) -> Iterator[Row]:
         "loss_impl": result.loss_impl,
         "commit": result.commit,
     }
+    record = _record(result)
     if not result.steps.size:
-        yield described
+        yield {**described, **record}
     for i, step in enumerate(result.steps):
         yield {
             **described,
+            **(record if i == 0 else {}),
             "quantity": VALIDATION,
             "step": int(step),
             "loss": _rounded(result.validation_loss[i]),
@@ -134,6 +143,18 @@ def _rows(result: RunResult) -> Iterator[Row]:
             }
 
 
+def _record(result: RunResult) -> Row:
+    """Arguments that are not off, as JSON; what a run with a part of its record was read from."""
+    record: Row = {}
+    if result.arguments:
+        stated = {name: result.settings.get(name, v) for name, v in result.arguments.items()}
+        kept = {name: value for name, value in stated.items() if value and value != OFF}
+        record[_ARGUMENTS] = json.dumps(kept or stated, separators=(",", ":"))
+    if result.source and not (result.arguments and {*NUMERICS} <= result.numerics.keys()):
+        record[_SOURCE] = result.source
+    return record
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
@@ -143,8 +164,11 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
     described = described_by(rows, _OF_LOSSES, where)
     curves = curves_of(rows, described["status"], where)
     _check_end(described, curves["steps"], where)
-    known = {*_LEADING, *_TRAILING}
+    known = {*_LEADING, *_TRAILING, *_RECORD}
     present = {key: value for key, value in described.items() if key not in known}
+    arguments = _arguments(described.get(_ARGUMENTS) or "{}", where)
+    # As the JSON has them: a column of a CSV file does not tell a text from a number.
+    present.update({key: value for key, value in arguments.items() if key in present})
     given = {k: v for k, v in present.items() if not k.startswith(_PREFIXES)}
     if curves["steps"].size:
         given.setdefault("total_steps", int(curves["steps"][-1]))
@@ -157,6 +181,8 @@ def _result(path: Path, name: str, rows: list[Row]) -> RunResult:
         machine=described.get("machine") or "",
         commit=described.get("commit") or "",
         loss_impl=described.get("loss_impl") or "",
+        arguments=arguments,
+        source=described.get(_SOURCE) or str(path),
         **curves,
     )
 
@@ -175,6 +201,19 @@ def _check_end(described: Row, steps: IntArray, where: str) -> None:
 def _checked_data(data: Row, where: str) -> Row:
     checked = {name: checked_value(name, value, where) for name, value in data.items()}
     return {name: value for name, value in checked.items() if value is not None}
+
+
+def _arguments(text: str, where: str) -> dict[str, Any]:
+    """Those that a run recorded; none in a table of an earlier version."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{where} has arguments that are no JSON object ({text[:40]!r}): write the table again."
+        )
+    return found
 
 
 def _under(prefix: str, row: Row) -> Row:

@@ -86,6 +86,7 @@ def read_stock_run(
         training_loss=training_loss,
         arguments=arguments_that_can_matter(arguments),
         numerics=describe_numerics(arguments),
+        source=name,
     )
 
 

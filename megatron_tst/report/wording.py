@@ -12,6 +12,7 @@ from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import Estimate
+from megatron_tst.report.unchecked import unchecked
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 from megatron_tst.settings.phases import bags_name, phase_at, phase_name
 
@@ -209,6 +210,7 @@ def cautions(study: Study) -> list[str]:
     for group in study.groups:
         found += _cautions_on_runs(group)
     found += missing_controls(study)
+    found += unchecked(study)
     for matchup in study.matchups:
         found += _cautions_on_arms(matchup)
     spread = max((matchup.time_spread for matchup in study.matchups), default=1.0)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_tst.checkpoint.hf_arguments import parse_arguments
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.results_table import read_results, write_results
 from megatron_tst.study.config import StudyConfig, read_study
-from megatron_tst.study.earlier_results import in_order_of, read_earlier_results, without
+from megatron_tst.study.earlier_results import (
+    in_order_of,
+    not_compared,
+    read_earlier_results,
+    without,
+)
 from tests.zygote import ROOT
 
 TABLE = ROOT / "docs/results/long.csv"
+
+
+def never(arguments: Sequence[str]) -> dict[str, Any]:
+    """The committed runs recorded no arguments: Megatron's parser is not asked."""
+    raise AssertionError(arguments)
+
+
+def by_megatron(arguments: Sequence[str]) -> dict[str, Any]:
+    return vars(parse_arguments(arguments))
 
 
 @pytest.fixture
@@ -23,7 +41,7 @@ def study() -> StudyConfig:
 
 
 def test_the_committed_runs_of_a_study_are_known_and_not_run_again(study: StudyConfig) -> None:
-    earlier = read_earlier_results(TABLE, study)
+    earlier = read_earlier_results(TABLE, study, never)
     assert [result.name for result in earlier] == [r.name for r in read_results(TABLE)]
     left = without(study, [result.name for result in earlier])
     assert {run.name for run in study.runs()} == {
@@ -51,7 +69,7 @@ def test_a_table_of_another_study_is_refused(study: StudyConfig, tmp_path: Path)
     table = tmp_path / "table.csv"
     write_results([replace(first, name="1M-10steps-lr0.1-baseline-seed0"), *rest], table)
     with pytest.raises(UsageError, match=r"table\.csv: run 1M-10steps.* is none of the study"):
-        read_earlier_results(table, study)
+        read_earlier_results(table, study, never)
     changed = replace(
         first,
         settings={**first.settings, "adam_beta2": 0.98},
@@ -63,10 +81,60 @@ def test_a_table_of_another_study_is_refused(study: StudyConfig, tmp_path: Path)
         match=rf"run {first.name} is of another study, which differs in adam_beta2 \(0\.98, not "
         r"0\.95\), data_path \(python-packages, not prose\): use a table of this study",
     ):
-        read_earlier_results(table, study)
+        read_earlier_results(table, study, never)
 
 
 def test_the_precision_of_the_table_is_that_of_the_runs_to_come(study: StudyConfig) -> None:
     without_bf16 = {k: v for k, v in study.arguments.items() if k != "bf16"}
     with pytest.raises(UsageError, match=r"differs in bf16 \(True, not False\)"):
-        read_earlier_results(TABLE, replace(study, arguments=without_bf16))
+        read_earlier_results(TABLE, replace(study, arguments=without_bf16), never)
+
+
+def test_another_batch_size_is_refused(study: StudyConfig) -> None:
+    larger = replace(study, arguments={**study.arguments, "global-batch-size": 16})
+    with pytest.raises(UsageError, match=r"differs in global_batch_size \(8, not 16\)"):
+        read_earlier_results(TABLE, larger, never)
+    eight_bits = replace(study, arguments={**study.arguments, "fp8-format": "hybrid"})
+    with pytest.raises(UsageError, match=r"differs in fp8 \(off, not hybrid\)"):
+        read_earlier_results(TABLE, eight_bits, never)
+
+
+def test_what_a_table_does_not_tell_is_named(study: StudyConfig) -> None:
+    earlier = read_earlier_results(TABLE, study, never)
+    note = not_compared(TABLE, study, earlier)
+    assert f"{len(earlier)} of {len(earlier)} runs did not record all" in note
+    assert all(flag in note for flag in ("--hidden-dropout", "--swiglu", "--normalization"))
+    # The table tells these, or they cannot matter.
+    assert not any(flag in note for flag in ("--lr", "--num-layers", "--micro-batch", "--log"))
+    recorded = [replace(result, arguments={"swiglu": True}) for result in earlier]
+    assert not not_compared(TABLE, study, recorded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden-dropout": 0.1}, r"hidden_dropout \(off, not 0\.1\)"),
+        ({"swiglu": None}, r"swiglu \(True, not off\)"),
+        ({"normalization": None}, r"normalization \(RMSNorm, not LayerNorm\)"),
+        ({"untie-embeddings-and-output-weights": None}, r"untie_\w+ \(True, not off\)"),
+        ({"disable-bias-linear": None}, r"add_bias_linear \(off, not True\)"),
+    ],
+)
+def test_a_table_with_arguments_of_another_study_is_refused(
+    study: StudyConfig, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    result, run = read_results(TABLE)[0], study.runs()[0]
+    assert result.name == run.name
+    parsed = by_megatron(run.arguments)
+    # As a run has them that has started.
+    parsed |= {"accumulate_allreduce_grads_in_fp32": True, "encoder_seq_length": 128}
+    table = tmp_path / "table.csv"
+    write_results([replace(result, arguments=arguments_that_can_matter(parsed))], table)
+    (again,) = read_earlier_results(table, study, by_megatron)
+    assert again.arguments["normalization"] == "RMSNorm"
+    assert not not_compared(table, study, [again])
+    kept = {name: v for name, v in study.arguments.items() if name not in changes}
+    changed = {name: value for name, value in changes.items() if value is not None}
+    other = replace(study, arguments={**kept, **changed})
+    with pytest.raises(UsageError, match=f"another study, which differs in {named}: use"):
+        read_earlier_results(table, other, by_megatron)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.describing import Setting
+from megatron_tst.report.origin_settings import unrecorded
 from megatron_tst.report.origin_tables import (
     crossing,
     moment_ratio,
@@ -161,6 +164,91 @@ def test_runs_that_are_no_arm() -> None:
         arms_of([TRACES[0], TRACES[0]])
     with pytest.raises(UsageError, match="switch step None and 300"):
         arms_of([TRACES[0], trace("baseline", 2, 2, 0.1)])
+
+
+SETTINGS: dict[str, Setting] = {
+    "data_path": "corpus",
+    "hidden_size": 64,
+    "learning_rate": 1e-3,
+    "global_batch_size": 8,
+    "total_steps": TOTAL,
+    "device": "CPU",
+    "swiglu": True,
+}
+
+
+def with_settings(arm: str, **changes: Setting) -> list[Trace]:
+    settings = {**SETTINGS, "bag_size": 1 if arm == "baseline" else 2, **changes}
+    return [replace(one, settings=dict(settings)) for one in TRACES if one.arm == arm]
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_no_arm() -> None:
+    first, *rest = with_settings("baseline")
+    for changes, named in (
+        ({"learning_rate": 2e-3}, r"learning_rate \(0\.001, not 0\.002\)"),
+        ({"swiglu": False, "hidden_dropout": 0}, r"swiglu \(True, not off\)"),
+        ({"device": "GPU"}, r"device \(CPU, not GPU\)"),
+    ):
+        changed = [replace(one, settings={**one.settings, **changes}) for one in rest]
+        with pytest.raises(UsageError, match=f"--arm baseline: its runs differ in {named}: pass"):
+            arms_of([first, *changed])
+
+
+@pytest.mark.parametrize("setting", ["data_path", "hidden_size"])
+def test_arms_of_another_model_or_corpus_are_refused(setting: str) -> None:
+    with pytest.raises(UsageError, match=rf"baseline and --arm bags cannot be .* {setting} \("):
+        arms_of([*with_settings("baseline"), *with_settings("bags", **{setting: "other"})])
+
+
+def test_losses_of_two_texts_are_refused() -> None:
+    other = [replace(one, text="other") for one in TRACES if one.arm == "bags"]
+    with pytest.raises(UsageError, match=r"SHA-256 text\.\.\. \(--arm baseline\) and other"):
+        arms_of([*TRACES[:3], *other])
+    # Measured without it.
+    arms_of([*TRACES[:3], *(replace(one, text=None) for one in other)])
+
+
+def test_what_arms_differ_in_is_said() -> None:
+    title = "What the arms differ in"
+    changes: dict[str, Setting] = {"learning_rate": 2e-3, "no_load_optim": True}
+    bags = with_settings("bags", **changes)
+    for one in bags:
+        # Not recorded.
+        del one.settings["device"]
+    arms = arms_of([*with_settings("baseline"), *bags])
+    named = "learning_rate (0.002, not 0.001), no_load_optim (True, not off)"
+    assert rows(arms, title) == [["bags", named]]
+    assert not unrecorded(arms)
+    equal = arms_of([*with_settings("baseline"), *with_settings("bags")])
+    assert title not in [section.title for section in sections(equal)]
+    mixed = arms_of([*with_settings("baseline"), *TRACES[3:]])
+    assert title not in [section.title for section in sections(mixed)]
+    assert unrecorded(mixed).startswith("3 of 6 runs did not record their settings")
+    # Equal or not, the length is told by every run.
+    shorter = [replace(one, total_steps=TOTAL - 1) for one in TRACES[3:]]
+    assert "total_steps" in rows(arms_of([*TRACES[:3], *shorter]), title)[0][1]
+
+
+def test_a_gap_of_fewer_seeds_says_so() -> None:
+    arms = arms_of([*TRACES[:3], *TRACES[4:]])
+    _, bags = rows(arms, "The end of training")
+    assert [cell[-12:] for cell in bags[2:]] == [" (n = 2 of 3)"[-12:]] * 2
+    for title in ("By position", "After the switch"):
+        for row in rows(arms, title):
+            assert " (n = 2 of 3)" in row[-1]
+
+
+def test_settings_outlive_a_table(tmp_path: Path) -> None:
+    traces = [*with_settings("baseline"), *TRACES[3:]]
+    for name in ("traces.csv", "traces.parquet"):
+        write_traces(traces, tmp_path / name)
+        assert [each.settings for each in read_traces(tmp_path / name)] == [
+            each.settings for each in traces
+        ]
+    text = (tmp_path / "traces.csv").read_text()
+    (tmp_path / "traces.csv").write_text(text.replace('"{""data_path', '"[""data_path'))
+    with pytest.raises(UsageError, match="settings of baseline, seed 1, are no JSON object"):
+        read_traces(tmp_path / "traces.csv")
 
 
 def test_a_table_without_the_row_of_a_run(tmp_path: Path) -> None:

@@ -196,8 +196,8 @@ def test_cautions_name_what_makes_the_comparison_unfair(
     write_info(tst, TST, **changes)
     found = cautions(study_of_two(read_result(runs[0]), read_result(tst)))
     assert any(caution in sentence for sentence in found)
-    # One seed, and baselines of one length.
-    assert len(found) == (3 if changes else 2)
+    # One seed, baselines of one length, and arguments that these folders do not have.
+    assert len(found) == (4 if changes else 3)
 
 
 def test_other_data_is_refused_by_name(runs: tuple[Path, Path], tmp_path: Path) -> None:

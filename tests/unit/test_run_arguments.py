@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import pytest
 
 from megatron_tst.checkpoint.hf_arguments import parse_arguments
 from megatron_tst.commands.compare_runs import main
+from megatron_tst.common.errors import UsageError
 from megatron_tst.report import arguments as reviewed
 from megatron_tst.report.arguments import arguments_that_can_matter
-from megatron_tst.report.comparison import match_two, study_of
-from megatron_tst.report.describing import describe_settings
+from megatron_tst.report.comparison import Study, match_two, study_of
+from megatron_tst.report.describing import NUMERICS, describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
-from megatron_tst.report.results import read_result
+from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.report.sources import read_sources
 from megatron_tst.report.wording import cautions
+from tests import results_page
 from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
+from tests.unit.synthetic_runs import line, synthetic_run
 
 # What Megatron adds to its arguments while it starts, or has under another name in a release.
 _DERIVED = {
@@ -145,6 +149,163 @@ def test_an_arithmetic_that_was_not_recorded_keeps_nothing_apart(tmp_path: Path)
     write_info(folders[1], TST, arguments=ARGUMENTS, machine=MACHINE)
     (family,) = families_of(with_differing_arguments([read_result(f) for f in folders]))
     assert len(study_of(family).matchups) == 1
+
+
+def arm(seeds: range, bag_size: int, arguments: dict[str, Any]) -> list[RunResult]:
+    runs = [synthetic_run(line(3.0), bag_size=bag_size, seed=seed) for seed in seeds]
+    numerics = dict.fromkeys(NUMERICS, "same")
+    return [replace(run, arguments=arguments, numerics=numerics) for run in runs]
+
+
+def through_tables(folder: Path, *arms: list[RunResult]) -> list[RunResult]:
+    """Each arm by a table of its own: none knows what the others have."""
+    paths = [folder / f"{i}.csv" for i in range(len(arms))]
+    for path, runs in zip(paths, arms, strict=True):
+        write_results(with_differing_arguments(runs), path)
+    return read_sources(paths)
+
+
+def compared(runs: list[RunResult]) -> Study:
+    (family,) = families_of(runs)
+    return study_of(family)
+
+
+DROPOUT = {"hidden_dropout": 0.1, "moe_router_topk": 1}
+
+
+@pytest.mark.parametrize("tables", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("arguments", "pairs"),
+    [
+        ({"hidden_dropout": 0.0, "moe_router_topk": 2}, 0),
+        ({"hidden_dropout": 0.0, "moe_router_topk": 1}, 0),
+        # Off, as in a release that has no such argument.
+        ({**DROPOUT, "another": False}, 3),
+    ],
+)
+def test_a_difference_outlives_tables(
+    tmp_path: Path, tables: int, arguments: dict[str, Any], pairs: int
+) -> None:
+    arms = [arm(range(3), 1, DROPOUT), arm(range(3), 2, arguments)]
+    read = through_tables(tmp_path, *arms[:tables]) if tables else []
+    study = compared([*read, *(run for one in arms[tables:] for run in one)])
+    assert sum(len(matchup.pairs) for matchup in study.matchups) == pairs
+    assert not any("did not record" in caution for caution in cautions(study))
+    if not pairs:
+        assert "hidden_dropout off" in study.alone[0].label
+
+
+def test_a_part_of_a_table_pairs_with_runs_that_have_its_argument(tmp_path: Path) -> None:
+    """The table has a column for what its runs differed in, and those that did are left out."""
+    arms = [arm(range(3), 1, {**DROPOUT, "hidden_dropout": 0.0}), arm(range(3), 2, DROPOUT)]
+    write_results(with_differing_arguments([*arms[0], *arms[1]]), tmp_path / "all.csv")
+    rest = [run for run in read_sources([tmp_path / "all.csv"]) if run.bag_size == 2]
+    assert rest[0].settings["hidden_dropout"] == 0.1
+    for dropout, pairs in ((0.1, 3), (0, 0)):
+        study = compared([*rest, *arm(range(3), 1, {**DROPOUT, "hidden_dropout": dropout})])
+        assert sum(len(matchup.pairs) for matchup in study.matchups) == pairs
+
+
+def test_what_is_stated_of_a_run_outlives_a_table(tmp_path: Path) -> None:
+    (run,) = arm(range(1), 1, DROPOUT)
+    stated = replace(run, settings={**run.settings, "hidden_dropout": 0})
+    (again,) = through_tables(tmp_path, [stated])
+    assert with_differing_arguments([again])[0].settings["hidden_dropout"] == "off"
+
+
+def test_runs_of_another_model_split_no_arm_of_runs_that_recorded_nothing() -> None:
+    """New runs of a table may have a model of their own, whose arguments the old ones lack."""
+    old = [*arm(range(3), 1, {}), *arm(range(3), 2, {})]
+    new = [*arm(range(3, 5), 1, DROPOUT), *arm(range(3, 5), 2, DROPOUT)]
+    other = synthetic_run(line(3.0), name="other", hidden_size=16)
+    experts = replace(other, arguments={**DROPOUT, "moe_router_topk": 2})
+    families = families_of([*old, *new, experts])
+    (matchup,) = study_of(families[0]).matchups
+    assert len(matchup.pairs) == 5
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [((True, True), False), ((False, True), True), ((False, False), True)],
+)
+def test_what_was_not_recorded_is_said_once(
+    tmp_path: Path, recorded: tuple[bool, bool], said: bool
+) -> None:
+    arms = [
+        arm(range(3), size, DROPOUT if was else {})
+        for size, was in zip((1, 2), recorded, strict=True)
+    ]
+    runs = through_tables(tmp_path, *arms)
+    found = [one for one in cautions(compared(runs)) if "did not record" in one]
+    assert len(found) == said
+    if said:
+        lacking = 3 * recorded.count(False)
+        assert found[0].startswith(f"{lacking} of 6 runs (baseline-100-seed0, ")
+        assert "did not record: arguments beyond the settings. That" in found[0]
+        # And so it is where they are written into one table.
+        write_results(with_differing_arguments(runs), tmp_path / "joined.csv")
+        assert found[0] in cautions(compared(read_sources([tmp_path / "joined.csv"])))
+
+
+def test_runs_of_one_table_of_an_earlier_version_were_compared(tmp_path: Path) -> None:
+    write_results([*arm(range(3), 1, {}), *arm(range(3), 2, {})], tmp_path / "old.csv")
+    assert "arguments" not in (tmp_path / "old.csv").read_text().splitlines()[0]
+    study = compared(read_sources([tmp_path / "old.csv"]))
+    assert not any("did not record" in caution for caution in cautions(study))
+
+
+def test_arguments_that_are_no_json_are_refused(tmp_path: Path) -> None:
+    write_results(arm(range(1), 1, DROPOUT), tmp_path / "a.csv")
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text(text.replace('"{""hidden_dropout', '"[""hidden_dropout'))
+    with pytest.raises(UsageError, match="seed0 has arguments that are no JSON object"):
+        read_sources([tmp_path / "a.csv"])
+
+
+def test_the_page_of_results_pairs_no_runs_of_another_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        replace(run, numerics={"device": device})
+        for size, device in ((1, "CPU"), (2, "GPU"))
+        for run in arm(range(3), size, {})
+    ]
+    write_results(runs, tmp_path / "small.csv")
+    monkeypatch.setattr(results_page, "TABLES", tmp_path)
+    monkeypatch.setitem(results_page.SECTIONS, "small", ("small", 1000))
+    assert not results_page.study("small").matchups
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lr_warmup_samples", "lr_wsd_decay_samples", "phase_transition_iterations", "no_load_optim"],
+)
+def test_arguments_that_were_taken_for_harmless(name: str) -> None:
+    assert arguments_that_can_matter({name: 5}) == {name: 5}
+    arms = [arm(range(3), 1, {**DROPOUT, name: 5}), arm(range(3), 2, {**DROPOUT, name: 10})]
+    study = compared([*arms[0], *arms[1]])
+    assert not study.matchups
+    assert any(f"differs in {name} (5 instead of 10)" in caution for caution in cautions(study))
+
+
+def test_a_longer_baseline_may_have_a_longer_warm_up_in_samples() -> None:
+    tst = arm(range(3), 2, {"lr_warmup_samples": 5})
+    same = arm(range(3), 1, {"lr_warmup_samples": 5})
+    longer = [
+        replace(
+            synthetic_run(line(2.9, 200), total_steps=200, seed=seed),
+            arguments={"lr_warmup_samples": 10},
+        )
+        for seed in range(3)
+    ]
+    (matchup,) = compared([*tst, *same, *longer]).matchups
+    assert len(matchup.baselines) == 2
+
+
+def test_a_start_from_weights_has_no_optimizer_to_load() -> None:
+    assert arguments_that_can_matter({"finetune": True, "no_load_optim": True}) == {
+        "finetune": True
+    }
 
 
 def test_the_lists_name_arguments_of_megatron() -> None:
