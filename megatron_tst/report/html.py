@@ -28,7 +28,7 @@ _CURVES_NOTE = (
 _NUMBERS_NOTE = (
     "Means over seeds, with half of the 95% interval (Student's t) where there are several. A gap "
     "is the loss of the baseline minus that of TST, paired by seed; it is undecided where its "
-    "interval holds zero. Diverged runs are in no mean."
+    "interval holds zero, and fewer than three seeds decide nothing. Diverged runs are in no mean."
 )
 _RESULTS_NOTE = "What several seeds say, with intervals, and how much of a gain is the decay"
 _GAINS_NOTE = (

@@ -11,21 +11,24 @@ from megatron_tst.report.families import Group
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.runs import Budget
-from megatron_tst.report.statistics import Estimate
+from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 from megatron_tst.settings.phases import bags_name, phase_at, phase_name
 
 NOT_REACHED = "not reached within the run"
+TOO_FEW = "too few seeds"
 # Losses are quoted to three decimals; a smaller gap is no gap.
 _DRAW = 5e-4
 
 
 def outcome(gap: Estimate) -> str:
-    """What a gap says about TST: won, lost, drew or undecided.
+    """What a gap says about TST: won, lost, drew, undecided, or that it has too few seeds.
 
-    With several seeds the interval decides, with one the number alone.
+    The interval decides, of at least :data:`FEWEST_SEEDS` seeds.
     """
-    if gap.n > 1 and not gap.excludes(0.0):
+    if gap.n < FEWEST_SEEDS:
+        return TOO_FEW
+    if not gap.excludes(0.0):
         return "undecided"
     if abs(gap.mean) < _DRAW:
         return "drew"
@@ -56,8 +59,8 @@ def _ranking(study: Study, best: Matchup) -> str:
     ranked = study.ranked
     outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
     counts = ", ".join(
-        f"{outcomes.count(word)} {word}"
-        for word in ("won", "lost", "drew", "undecided")
+        f"{outcomes.count(word)} {'with ' * (word == TOO_FEW)}{word}"
+        for word in ("won", "lost", "drew", "undecided", TOO_FEW)
         if word in outcomes
     )
     fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
@@ -91,9 +94,20 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
 
 def _claim(gap: Estimate, phase: str = "") -> str:
     result = outcome(gap)
+    if gap.n == 1:
+        return f"{_side(gap)} in this one run{phase}"
+    if result == TOO_FEW:
+        return f"{seeds(gap.n)} are too few to say whether TST gains{phase}"
     if result == "undecided":
         return f"it is undecided whether TST gains{phase}"
     return f"the arms drew{phase}" if result == "drew" else f"TST {result}{phase}"
+
+
+def _side(gap: Estimate) -> str:
+    """Which arm one run has ahead; it may be chance."""
+    if abs(gap.mean) < _DRAW:
+        return "the arms drew"
+    return f"TST is {'ahead' if gap.mean > 0 else 'behind'}"
 
 
 def _losses(losses: list[float], gap: Estimate) -> str:
@@ -222,11 +236,12 @@ def cautions(study: Study) -> list[str]:
 
 def _cautions_on_seeds(study: Study) -> Iterable[str]:
     counts = [len(matchup.pairs) for matchup in study.ranked]
+    few = [m for m in study.ranked if len(m.pairs) < FEWEST_SEEDS]
     if max(counts) == 1:
         yield "One seed; no interval: a second seed may move the gap."
-    elif min(counts) == 1:
-        alone = [m.tst.label for m in study.ranked if len(m.pairs) == 1]
-        yield f"One seed, so no interval: {', '.join(alone)}."
+    elif few:
+        named = ", ".join(f"{m.tst.label} ({seeds(len(m.pairs))})" for m in few)
+        yield f"Too few seeds to decide anything, fewer than {FEWEST_SEEDS}: {named}."
     if len(counts) > 1:
         yield (
             f"The best of {len(counts)} settings was picked by the gap itself: "
@@ -239,9 +254,7 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
             f"({seeds(len(study.best.baseline.counted))}), by fewer seeds: the gap to a baseline "
             "that is tuned by as many may be smaller."
         )
-    undecided = [
-        m.tst.label for m in study.ranked if m.gap and m.gap.n > 1 and not m.gap.excludes(0.0)
-    ]
+    undecided = [m.tst.label for m in study.ranked if m.gap and outcome(m.gap) == "undecided"]
     if undecided:
         yield f"Undecided, the interval of the gap holds zero: {', '.join(undecided)}."
 

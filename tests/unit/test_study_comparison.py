@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import exp, log, sqrt
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
-from megatron_tst.report.wording import cautions, verdict
+from megatron_tst.report.wording import cautions, outcome, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -356,6 +357,32 @@ def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
     assert study.best is not None
     assert study.best.tst.label == "s=4 r=0.25"
     assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "word"),
+    [
+        ([0.2], "too few seeds"),
+        ([0.2, 0.2001], "too few seeds"),
+        ([0.2, 0.2001, 0.2002], "won"),
+        ([-0.2, -0.2001, -0.2002], "lost"),
+        ([0.2, -0.1, 0.0], "undecided"),
+    ],
+)
+def test_fewer_than_three_seeds_win_nothing(gaps: list[float], word: str) -> None:
+    assert outcome(estimate(gaps)) == word
+    runs = []
+    for seed, gap in enumerate(gaps):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        for size in (2, 4):
+            runs.append(synthetic_run(falling(100, 3.0 - gap), bag_size=size, seed=seed))
+    study = study_of(families_of(runs)[0])
+    counted = f"with {word}" if len(gaps) < 3 else word
+    assert verdict(study)[0].startswith(f"2 TST settings at equal FLOPs: 2 {counted}.")
+    said = " ".join([*verdict(study), *cautions(study)])
+    if len(gaps) < 3:
+        assert not re.search(r"\bTST (won|lost)\b|ndecided", said)
+    assert ("Too few seeds to decide anything" in said) == (len(gaps) == 2)
 
 
 def test_labels_say_what_differs() -> None:
