@@ -78,8 +78,8 @@ class Matchup:
 
     @property
     def gap(self) -> Estimate | None:
-        """Mean and interval of the paired differences of the final losses."""
-        return estimate([pair.gap for pair in self.pairs]) if self.pairs else None
+        """Mean and interval of the paired differences of the final losses; see :attr:`Pair.gap`."""
+        return self.mean_of(lambda pair: pair.gap)
 
     @property
     def times_are_comparable(self) -> bool:

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_tst.report.comparison import Matchup, Study, of_all_lengths
-from megatron_tst.report.curves import first_reached
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.readings import loss_reached
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
 # How far from the last step of TST a longer baseline may have been evaluated: before its decay the
 # loss falls so slowly that 2% of the steps move it by less than seeds do.
 _NEAR = 0.02
-# A curve is read between validations no further apart than this share of the length of TST.
-_DENSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,19 +48,20 @@ class SplitPair:
         """What the control gains on it: the decay, and nothing else."""
         return self.loss - self.pair.baseline.final_loss
 
+    @property
+    def bags(self) -> float:
+        """What TST gains on the control."""
+        return self.pair.baseline.final_loss - self.pair.tst.final_loss
+
     def steps_to(self, loss: float) -> float | None:
         """Steps of the longer baseline to a loss, in lengths of TST.
 
         None if it never has it, or was evaluated too seldom around it to tell.
         """
-        steps = self.longer.steps.astype(np.float64)
-        reached = first_reached(steps, self.longer.validation_loss, loss)
-        if reached is None:
-            return None
-        behind = int(np.searchsorted(steps, reached))
         length = self.pair.tst.total_steps
-        is_told = behind > 0 and steps[behind] - steps[behind - 1] <= _DENSE * length
-        return reached / length if is_told else None
+        steps = self.longer.steps.astype(np.float64)
+        reached = loss_reached(self.longer, steps, loss, length)
+        return None if reached is None or reached.at is None else reached.at / length
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +93,7 @@ class Gain:
     @property
     def bags(self) -> Estimate:
         """The rest: the gap at equal FLOPs."""
-        return estimate([one.pair.gap for one in self.pairs])
+        return estimate([one.bags for one in self.pairs])
 
     @property
     def decay_share(self) -> float | None:

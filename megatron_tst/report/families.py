@@ -117,6 +117,16 @@ def with_differing_arguments(runs: Sequence[RunResult]) -> list[RunResult]:
     return [replace(run, settings={**added(run), **run.settings}) for run in runs]
 
 
+def decay_share(settings: Mapping[str, Setting]) -> float | None:
+    """Share of a run in which its learning rate falls at the end; None where that is unknown."""
+    steps, batch = settings.get("total_steps"), settings.get("global_batch_size")
+    if steps and (decay := settings.get("lr_wsd_decay_iters")):
+        return float(decay) / float(steps)
+    if steps and isinstance(batch, int) and (decay := settings.get("lr_wsd_decay_samples")):
+        return float(decay) / (float(steps) * batch)
+    return None
+
+
 def incomparable(first: RunResult, second: RunResult) -> list[str]:
     """Names of what keeps the losses of two runs from being compared: data and model."""
     return differing([_identity(first), _identity(second)])

@@ -105,6 +105,17 @@ class RunResult:
         return int(self.settings.get("total_steps", self.steps[-1] if self.steps.size else 0))
 
     @property
+    def schedule_share(self) -> float:
+        """Length of the learning rate's schedule in units of the run."""
+        told = self.settings.get("lr_decay_share", self.arguments.get("lr_decay_share", 1.0))
+        return float(told)
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it ended before its learning rate had decayed, by accident or by its flags."""
+        return self.status == "unfinished" or self.schedule_share > 1
+
+    @property
     def seed(self) -> int:
         """Seed of weights and data order."""
         return int(self.settings.get("seed", 0))

@@ -10,6 +10,7 @@ from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.families import Group
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
@@ -78,7 +79,7 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
     spent = sum(reading.amount for reading in readings) / len(readings)
     condition = f"{condition} ({amount(budget, spent)})"
     if gap is None:
-        return f"{condition} the arms cannot be compared: one was first evaluated later."
+        return f"{condition} the arms cannot be compared: one was not evaluated near it."
     phase = ""
     if any(reading.tst_in_superposition for reading in readings):
         phase = f", while still in {bags_name(matchup.pairs[0].tst.phases)}"
@@ -198,21 +199,27 @@ def parts_of_gain(study: Study) -> str:
 def switch_sentence(matchup: Matchup) -> str:
     """The jump at the switch and how long it lasts; empty if it was not logged."""
     jump = matchup.mean_of(lambda pair: pair.switch().jump)
-    crossings = [pair.switch().steps_to_crossing for pair in matchup.pairs]
-    reached = [steps for steps in crossings if steps is not None]
+    found = recovery_of(matchup)
     first = ""
     if jump is not None:
         moved = "jumped" if jump.mean > 0 else "moved"
         first = f"At the switch the training loss {moved} by {gap_text(jump)} nats. "
-    if not reached:
-        return f"{first}After the switch the validation loss never came under the baseline's."
-    mean = sum(reached) / len(reached)
-    share = mean / matchup.tst.total_steps
-    some = "" if len(reached) == len(crossings) else f" in {len(reached)} of {len(crossings)} seeds"
-    return (
-        f"{first}The validation loss was back under the baseline's of the same step "
-        f"{mean:.0f} steps after the switch ({share:.0%} of the run){some}."
-    )
+    if not found.recovered:
+        return (
+            f"{first}After the switch the validation loss did not come under the baseline's to "
+            "stay."
+        )
+    some = ""
+    if found.recovered < found.seeds:
+        some = f" in {found.recovered} of {found.seeds} seeds"
+    start = f"{first}The validation loss came under the baseline's of the same step to stay"
+    if found.steps is None:
+        return (
+            f"{start} between {found.earliest:.0f} and {found.latest:.0f} steps after the switch"
+            f"{some}: it was evaluated too seldom to tell more."
+        )
+    share = found.steps / matchup.tst.total_steps
+    return f"{start} {found.steps:.0f} steps after the switch ({share:.0%} of the run){some}."
 
 
 def cautions(study: Study) -> list[str]:
@@ -307,9 +314,13 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
 
 
 def cost(reading: EqualLoss, arm: Arm) -> str:
-    """What an arm spent to reach the target."""
-    spent = reading.cost_of(arm)
-    return NOT_REACHED if spent is None else amount(reading.budget, spent)
+    """What an arm spent to reach the target; within which, where it was evaluated too seldom."""
+    reached = reading.reached_by(arm)
+    if reached is None:
+        return NOT_REACHED
+    if reached.at is None:
+        return f"{amount(reading.budget, reached.low)} to {amount(reading.budget, reached.high)}"
+    return amount(reading.budget, reached.at)
 
 
 def jump_explanation(pair: Pair) -> str:

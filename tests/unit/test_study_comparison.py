@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from math import exp, log, sqrt
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -12,10 +13,11 @@ from megatron_tst.report.comparison import Matchup, match_two, matchups_of, stud
 from megatron_tst.report.families import families_of
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
-from megatron_tst.report.wording import cautions, outcome, verdict
+from megatron_tst.report.wording import cautions, cost, outcome, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -250,14 +252,63 @@ def test_the_switch_has_a_jump_and_a_crossing() -> None:
     # 6 at the first validation after the switch at step 25, then down by 0.1 a step: 4 at step 50.
     tst = synthetic_run(lambda step: 9.0 - 0.1 * step, bag_size=4)
     found = Pair(baseline, tst).switch()
-    assert found.steps_to_crossing == pytest.approx(25.0)
+    assert found.crossing is not None
+    assert found.crossing.at == pytest.approx(25.0)
     # Two nats lower by definition after the switch; means of steps 26 to 28 and 23 to 25.
     assert found.jump == pytest.approx(-2.0 - 0.3)
 
 
 def test_no_crossing_is_no_number() -> None:
     pair = Pair(synthetic_run(lambda step: 1.0), synthetic_run(lambda step: 2.0, bag_size=4))
-    assert pair.switch().steps_to_crossing is None
+    assert pair.switch().crossing is None
+
+
+def test_a_touch_that_is_lost_again_is_no_crossing() -> None:
+    baseline = synthetic_run(lambda step: 4.0)
+    # Under the baseline at 40, over it at 50 and 60, and under it from 80 on: level at 70.
+    losses = {30: 5.0, 40: 3.9, 50: 4.1, 60: 4.1, 70: 4.0, 80: 3.9, 90: 3.9, 100: 3.9}
+    tst = synthetic_run(lambda step: losses.get(int(step), 9.0), bag_size=4)
+    crossing = Pair(baseline, tst).switch().crossing
+    assert crossing is not None
+    assert crossing.at == pytest.approx(70 - 25)
+    behind = synthetic_run(
+        lambda step: 4.1 if step == 100 else losses.get(int(step), 9.0), bag_size=4
+    )
+    assert Pair(baseline, behind).switch().crossing is None
+
+
+def test_two_validations_do_not_say_what_happens_between_them() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed, every=50))
+        # Over the baseline at step 50 and under it at the end.
+        tst = falling(100, 2.9, slope=0.04)
+        runs.append(synthetic_run(tst, bag_size=4, seed=seed, every=50))
+    matchup = matchup_of(runs)
+    found = recovery_of(matchup)
+    assert (found.recovered, found.steps, found.text) == (3, None, "25 to 75")
+    assert matchup.speed_up_off_curve("equivalent tokens") is None
+    assert matchup.mean_of(lambda pair: pair.equal_budget("data tokens").gap) is None
+    # At a validation of either nothing is read between two.
+    assert matchup.gap is not None
+    assert matchup.gap.mean == pytest.approx(0.1)
+    (study,) = [study_of(family) for family in families_of(runs)]
+    said = " ".join(verdict(study))
+    assert "between 25 and 75 steps after the switch: it was evaluated too seldom" in said
+    assert "Read from one curve" not in said
+    reading = matchup.pairs[0].equal_loss("equivalent tokens", "baseline")
+    assert cost(reading, "TST") == "800 equivalent tokens to 1.60 k equivalent tokens"
+
+
+@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (19, False), (20, True), (None, True)])
+def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: bool) -> None:
+    settings: dict[str, Any] = {} if decay is None else {"lr_wsd_decay_iters": decay}
+    runs = [
+        synthetic_run(falling(100, end), bag_size=size, **settings)
+        for size, end in ((1, 3.0), (4, 2.9))
+    ]
+    # TST is at 3.0 between its validations at 90 and 100.
+    assert (matchup_of(runs).speed_up_off_curve("equivalent tokens") is not None) == is_read
 
 
 def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
