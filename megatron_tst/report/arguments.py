@@ -95,7 +95,7 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
     Args:
         arguments: Megatron's, by name; those that are None are left out.
     """
-    found = {
+    return {
         name: value if isinstance(value, str | int | float | bool) else json.dumps(value)
         for name, value in sorted(as_one_model(arguments).items())
         if value is not None
@@ -103,14 +103,3 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
         and name not in DESCRIBED_ARGUMENTS
         and not name.startswith(_PREFIXES)
     }
-    share = _decay_share(arguments)
-    return found if share is None else {**found, "lr_decay_share": share}
-
-
-def _decay_share(arguments: Mapping[str, Any]) -> float | None:
-    """Length of the learning rate's schedule in units of the run; None where they are equal."""
-    for decay, length in (("lr_decay_iters", "train_iters"), ("lr_decay_samples", "train_samples")):
-        if arguments.get(decay) and arguments.get(length):
-            share = round(arguments[decay] / arguments[length], 6)
-            return None if share == 1 else share
-    return None

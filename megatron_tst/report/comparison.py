@@ -165,7 +165,7 @@ class Matchup:
 
     @property
     def pairs_with_lengths(self) -> list[Pair]:
-        """Those of seeds whose baselines were trained at several lengths."""
+        """Those of seeds whose baselines were trained at several lengths, to the end of a decay."""
         return [pair for pair in self.pairs if len(self._ends(pair)[0]) > 1]
 
     def _ends(self, pair: Pair) -> tuple[FloatArray, FloatArray]:
@@ -175,7 +175,7 @@ class Matchup:
             (float(run.equivalent_tokens[-1] / total), run.final_loss)
             for group in self.baselines
             for run in group.runs
-            if run.status == "finished" and run.seed == pair.baseline.seed
+            if run.has_decayed and pair.tst.has_decayed and run.seed == pair.baseline.seed
         )
         return np.array([length for length, _ in ends]), np.array([loss for _, loss in ends])
 

@@ -166,16 +166,10 @@ def _gain(matchup: Matchup, longer: Group) -> Gain | None:
     if not found:
         return None
     ends = (run for one in found for run in (one.pair.baseline, one.pair.tst))
-    cut = [run.name for run in ends if _was_cut_off(run)]
+    cut = [run.name for run in ends if not run.has_decayed]
     if cut:
         return Gain(matchup.tst, longer, (), f"cut off before the end of a decay: {', '.join(cut)}")
     return Gain(matchup.tst, longer, tuple(found))
-
-
-def _was_cut_off(run: RunResult) -> bool:
-    """Whether it ended before its learning rate had decayed, by accident or by its flags."""
-    share = run.arguments.get("lr_decay_share", run.settings.get("lr_decay_share", 1.0))
-    return run.status == "unfinished" or float(share) > 1
 
 
 def _loss_near(run: RunResult, step: int) -> float | None:

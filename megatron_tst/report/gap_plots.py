@@ -174,7 +174,7 @@ def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) ->
     ends: dict[int, list[RunResult]] = {}
     for group in matchup.baselines:
         for run in group.runs:
-            if run.status == "finished":
+            if run.has_decayed:
                 ends.setdefault(run.seed, []).append(run)
     for place, (seed, runs) in enumerate(sorted(ends.items())):
         runs.sort(key=lambda run: run.total_steps)

@@ -107,13 +107,12 @@ class RunResult:
     @property
     def schedule_share(self) -> float:
         """Length of the learning rate's schedule in units of the run."""
-        told = self.settings.get("lr_decay_share", self.arguments.get("lr_decay_share", 1.0))
-        return float(told)
+        return float(self.settings.get("lr_decay_share", 1.0))
 
     @property
-    def is_cut_off(self) -> bool:
-        """Whether it ended before its learning rate had decayed, by accident or by its flags."""
-        return self.status == "unfinished" or self.schedule_share > 1
+    def has_decayed(self) -> bool:
+        """Whether it reached the end of its decay, cut off neither by accident nor by its flags."""
+        return self.status == "finished" and self.schedule_share <= 1
 
     @property
     def seed(self) -> int:
