@@ -19,6 +19,7 @@ from megatron_tst.report.families import (
     SUPERPOSITION_SETTINGS,
     Family,
     Group,
+    decay_share,
     differing,
     incomparable,
     superposition_label,
@@ -310,9 +311,35 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
 
 
 def of_all_lengths(group: Group, baselines: Sequence[Group]) -> tuple[Group, ...]:
-    """The baselines that differ from a group in their length and in superposition alone."""
-    wanted = _key(group, LENGTH_SETTINGS)
-    return tuple(one for one in baselines if _key(one, LENGTH_SETTINGS) == wanted)
+    """The baselines that differ from a group in their length and in superposition alone.
+
+    One of each length. Their decay is the same share of them; a warm-up may be as long or scaled.
+    """
+    wanted, same = _key(group, LENGTH_SETTINGS), _key(group, ())
+    found = [
+        one
+        for one in baselines
+        if _key(one, LENGTH_SETTINGS) == wanted
+        and _decay_alike(one, group)
+        and (one.total_steps != group.total_steps or _key(one, ()) == same)
+    ]
+    nearest = sorted(found, key=lambda one: _warmup_apart(one, group), reverse=True)
+    by_length = {one.total_steps: one for one in nearest}
+    return tuple(one for one in found if by_length[one.total_steps] is one)
+
+
+def _decay_alike(one: Group, other: Group) -> bool:
+    """Whether two decays are one share of their runs, up to the rounding to whole steps."""
+    shares = [decay_share(group.settings) for group in (one, other)]
+    if shares[0] is None or shares[1] is None:
+        return shares[0] == shares[1]
+    return abs(shares[0] - shares[1]) <= 1 / min(one.total_steps, other.total_steps)
+
+
+def _warmup_apart(one: Group, other: Group) -> float:
+    """How far a warm-up is from that of another group, in steps or scaled, whichever is nearer."""
+    steps, others = (float(group.settings.get("lr_warmup_iters", 0)) for group in (one, other))
+    return min(abs(steps - others), abs(steps - others * one.total_steps / other.total_steps))
 
 
 def _loss_at_length(lengths: FloatArray, losses: FloatArray, length: float) -> float | None:

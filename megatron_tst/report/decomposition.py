@@ -15,13 +15,15 @@ import numpy as np
 from megatron_tst.report.comparison import Matchup, Study, of_all_lengths
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Pair
-from megatron_tst.report.readings import loss_reached
+from megatron_tst.report.readings import decay_begin, loss_reached
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
 # How far from the last step of TST a longer baseline may have been evaluated: before its decay the
 # loss falls so slowly that 2% of the steps move it by less than seeds do.
 _NEAR = 0.02
+# Schedules whose learning rate falls from the warm-up on.
+_DECAYS_THROUGHOUT = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class SplitPair:
         pair: the control and TST.
         longer: the run of the longer baseline.
         loss: its next-token loss at the last step of TST, nats a token.
+        step: of the validation that is read.
     """
 
     pair: Pair
     longer: RunResult
     loss: float
+    step: int
 
     @property
     def total(self) -> float:
@@ -149,7 +153,7 @@ def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
     found = [
         group
         for group in of_all_lengths(tst, baselines)
-        if group.total_steps > step and any(_loss_near(run, step) for run in group.runs)
+        if group.total_steps > step and any(_validation_near(run, step) for run in group.runs)
     ]
     return sorted(found, key=lambda group: -group.total_steps)
 
@@ -160,22 +164,33 @@ def _gain(matchup: Matchup, longer: Group) -> Gain | None:
     found = []
     for pair in matchup.pairs:
         run = by_seed.get(pair.tst.seed)
-        loss = None if run is None else _loss_near(run, pair.tst.total_steps)
-        if run is not None and loss is not None:
-            found.append(SplitPair(pair, run, loss))
+        read = None if run is None else _validation_near(run, pair.tst.total_steps)
+        if run is not None and read is not None:
+            found.append(SplitPair(pair, run, loss=read[1], step=read[0]))
     if not found:
         return None
     ends = (run for one in found for run in (one.pair.baseline, one.pair.tst))
     cut = [run.name for run in ends if not run.has_decayed]
     if cut:
         return Gain(matchup.tst, longer, (), f"cut off before the end of a decay: {', '.join(cut)}")
+    decaying = [one.longer.name for one in found if not _is_before_decay(one.longer, one.step)]
+    if decaying:
+        return Gain(matchup.tst, longer, (), f"read within its own decay: {', '.join(decaying)}")
     return Gain(matchup.tst, longer, tuple(found))
 
 
-def _loss_near(run: RunResult, step: int) -> float | None:
-    """Its loss at the validation nearest to a step; None if that is not near."""
+def _is_before_decay(run: RunResult, step: int) -> bool:
+    """Whether a baseline is read at its full learning rate, as far as its settings tell."""
+    if run.settings.get("lr_decay_style") in _DECAYS_THROUGHOUT:
+        return False
+    begin = decay_begin(run)
+    return begin is None or step <= begin
+
+
+def _validation_near(run: RunResult, step: int) -> tuple[int, float] | None:
+    """Step and loss of the validation nearest to a step; None if that is not near."""
     if not run.steps.size:
         return None
     nearest = int(np.argmin(np.abs(run.steps - step)))
     is_near = abs(int(run.steps[nearest]) - step) <= _NEAR * step
-    return float(run.validation_loss[nearest]) if is_near else None
+    return (int(run.steps[nearest]), float(run.validation_loss[nearest])) if is_near else None

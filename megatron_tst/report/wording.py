@@ -185,13 +185,14 @@ def parts_of_gain(study: Study) -> str:
     gain = next((gain for gain in gains if gain.pairs), gains[0])
     start = (
         f"On the baseline planned for {gain.longer.total_steps} steps, read at step "
-        f"{gain.tst.total_steps} before its decay, the gain of {gain.tst.label} is"
+        f"{gain.tst.total_steps}"
     )
     if gain.not_separable:
-        return f"{start} not separable: {gain.not_separable}."
+        return f"{start}, the gain of {gain.tst.label} is not separable: {gain.not_separable}."
     share = "" if gain.decay_share is None else f" ({gain.decay_share:.0%})"
     return (
-        f"{start} {gap_text(gain.total)} nats: {gap_text(gain.decay)}{share} are the decay, which "
+        f"{start} before its decay, the gain of {gain.tst.label} is {gap_text(gain.total)} nats: "
+        f"{gap_text(gain.decay)}{share} are the decay, which "
         f"a finished baseline of the same length has too, and {gap_text(gain.bags)} the bags."
     )
 

@@ -143,6 +143,34 @@ def test_a_cut_that_all_runs_have_is_told_by_a_table_too(tmp_path: Path) -> None
     assert whole.speed_up_off_ends() is not None
 
 
+@pytest.mark.parametrize(
+    ("settings", "total_steps", "is_split"),
+    [
+        # The decay of the longer one begins at 60, at 180 and, cut off, at 240.
+        ({"lr_wsd_decay_iters": 40}, 110, False),
+        ({"lr_wsd_decay_iters": 40}, 300, True),
+        ({"lr_wsd_decay_iters": 40, "lr_decay_style": "WSD"}, 300, True),
+        ({"lr_decay_style": "cosine"}, 300, False),
+    ],
+)
+def test_a_longer_baseline_is_read_before_its_own_decay(
+    settings: dict[str, Any], total_steps: int, is_split: bool
+) -> None:
+    runs = [run for run in seed_of(0, **settings) if run.total_steps == 100]
+    if decay := settings.get("lr_wsd_decay_iters"):
+        settings = {**settings, "lr_wsd_decay_iters": round(decay * total_steps / 100)}
+    runs.append(synthetic_run(decaying(total_steps), total_steps=total_steps, every=5, **settings))
+    gain = gain_of(runs)
+    assert bool(gain.pairs) == is_split
+    assert is_split or gain.not_separable == f"read within its own decay: {runs[-1].name}"
+
+
+def test_a_decay_of_another_share_is_another_schedule() -> None:
+    runs = seed_of(0, lr_wsd_decay_iters=10)
+    assert runs[1].total_steps == 300
+    assert not gains_of(study(runs))
+
+
 @pytest.mark.parametrize(("every", "is_read"), [(100, True), (99, True), (60, False)])
 def test_a_longer_baseline_is_read_only_where_it_was_evaluated(every: int, is_read: bool) -> None:
     tst, _, control = seed_of(0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from math import exp, log, sqrt
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -226,6 +228,64 @@ def test_bounds_are_those_that_hold_for_every_seed() -> None:
         assert (found.beyond, found.below) == bounds
         # One seed was trained for 200 steps and the other for 150; from 50 and from 100.
         assert (found.longest, found.shortest) == ((1.5, 0.5) if end == 2.0 else (2.0, 1.0))
+
+
+@pytest.mark.parametrize("other", [{"lr_wsd_decay_iters": 10}, {"lr_warmup_iters": 9}])
+def test_a_baseline_of_one_length_and_another_schedule_is_no_second_length(
+    other: dict[str, Any],
+) -> None:
+    settings: dict[str, Any] = {"lr_wsd_decay_iters": 50, "lr_warmup_iters": 5}
+    runs = [
+        synthetic_run(falling(100, 3.0), name="own", **settings),
+        synthetic_run(falling(100, 2.9), name="tst", bag_size=4, **settings),
+        synthetic_run(falling(100, 2.5), name="other", **{**settings, **other}),
+    ]
+    found = matchup_of(runs)
+    assert [group.runs[0].name for group in found.baselines] == ["own"]
+    assert found.speed_up_off_ends() is None
+
+
+def test_of_two_baselines_of_a_length_the_one_with_the_nearer_warm_up_counts() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0), lr_wsd_decay_iters=10),
+        synthetic_run(falling(100, 2.9), bag_size=4, lr_wsd_decay_iters=10),
+        *(
+            synthetic_run(
+                falling(205, 2.5),
+                total_steps=205,
+                # A tenth of 205 is no whole number.
+                lr_wsd_decay_iters=20,
+                lr_warmup_iters=warmup,
+                name=f"warm-up {warmup}",
+            )
+            for warmup in (30, 10, 50)
+        ),
+    ]
+    names = [group.runs[0].name for group in matchup_of(runs).baselines]
+    assert names == ["baseline-100-lr_wsd_decay_iters10-seed0", "warm-up 10"]
+
+
+def test_a_run_that_was_stopped_is_read_at_a_step_that_both_have() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        whole = synthetic_run(falling(100, 2.9), bag_size=4, seed=seed)
+        runs.append(stopped(whole, 60))
+    matchup = matchup_of(runs)
+    # Its last loss is 4.1, that of the baseline at its end 3.
+    assert matchup.gap is not None
+    assert matchup.gap.mean == pytest.approx(0.1)
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert [one.gap.mean for one in study.ranked if one.gap] == [pytest.approx(0.1)]
+    seldom = [synthetic_run(falling(100, 3.0), seed=seed, every=50) for seed in range(3)]
+    assert matchup_of([*seldom, *runs[1::2]]).gap is None
+
+
+def stopped(run: RunResult, step: int) -> RunResult:
+    """A run as it is when it was stopped."""
+    count = int(np.searchsorted(run.steps, step, side="right"))
+    names = ("steps", "validation_loss", "equivalent_tokens", "data_tokens", "seconds")
+    return replace(run, status="unfinished", **{name: getattr(run, name)[:count] for name in names})
 
 
 def test_one_length_gives_no_speed_up_off_finished_runs() -> None:
