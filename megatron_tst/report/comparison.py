@@ -17,6 +17,7 @@ from megatron_tst.report.events import FloatArray
 from megatron_tst.report.families import (
     LENGTH_SETTINGS,
     SUPERPOSITION_SETTINGS,
+    TUNED_SETTINGS,
     Family,
     Group,
     decay_share,
@@ -208,7 +209,7 @@ class Study:
 
         def order(one: tuple[float, Matchup]) -> tuple[bool, float]:
             gap, matchup = one
-            return not self._has_best_baseline(matchup), -gap
+            return not self.has_best_baseline(matchup), -gap
 
         return [matchup for _, matchup in sorted(found, key=order)]
 
@@ -218,27 +219,32 @@ class Study:
         most seeds, the first by rank."""
 
         def order(matchup: Matchup) -> tuple[bool, int]:
-            return self._has_best_baseline(matchup), len(matchup.pairs)
+            return self.has_best_baseline(matchup), len(matchup.pairs)
 
         return max(self.ranked, key=order, default=None)
 
-    def _has_best_baseline(self, matchup: Matchup) -> bool:
-        """Whether no baseline of its length and of as many seeds ends lower, in the mean."""
+    def has_best_baseline(self, matchup: Matchup) -> bool:
+        """Whether no baseline of other optimizer settings and of as many seeds ends lower."""
         return not self.lower_baselines(matchup, len(matchup.baseline.counted))
 
     def lower_baselines(self, matchup: Matchup, fewest: int = 1) -> list[Group]:
-        """Baselines of its length and of at least ``fewest`` seeds that end lower than its own."""
-        own = matchup.baseline
+        """Baselines of at least ``fewest`` seeds that end lower than its own, in the mean.
+
+        They differ from it in settings of the optimizer alone; TST need not have been trained so.
+        """
+        own, wanted = matchup.baseline, _key(matchup.baseline, TUNED_SETTINGS)
         return [
             group
-            for group in dict.fromkeys(m.baseline for m in self.matchups if m.pairs)
-            if group.total_steps == own.total_steps
+            for group in self.groups
+            if group.is_baseline
             and len(group.counted) >= fewest
-            and _mean_end(group) < _mean_end(own)
+            and _key(group, TUNED_SETTINGS) == wanted
+            and mean_end(group) < mean_end(own)
         ]
 
 
-def _mean_end(group: Group) -> float:
+def mean_end(group: Group) -> float:
+    """Mean final loss of the runs that count, nats a token."""
     return float(np.mean([run.final_loss for run in group.counted]))
 
 

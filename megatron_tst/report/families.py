@@ -21,6 +21,12 @@ SUPERPOSITION_SETTINGS = (
 LENGTH_SETTINGS = ("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters")
 """What a run of another length has otherwise: its schedule is scaled with it."""
 
+TUNED_SETTINGS = (
+    *("learning_rate", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_wsd_decay_iters"),
+    *("lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+)
+"""Settings of the optimizer, which suit an arm or do not."""
+
 _NAMES = {"learning_rate": "lr", "global_batch_size": "batch size"}
 
 

@@ -23,7 +23,7 @@ _CURVES_NOTE = (
     "curve read before the end of its run has not had its learning-rate decay: the arm that is "
     "read early would have got there sooner in a run planned for that length. Finished baselines "
     "of several lengths have no such flaw; their final losses are interpolated over the logarithm "
-    "of the length."
+    "of the length. A range lies between validations too far apart to tell more."
 )
 _NUMBERS_NOTE = (
     "Means over seeds, with half of the 95% interval (Student's t) where there are several. A gap "

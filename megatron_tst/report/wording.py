@@ -13,6 +13,7 @@ from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate
+from megatron_tst.report.tuning import tuned_arms
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 from megatron_tst.settings.phases import bags_name, phase_at, phase_name
 
@@ -43,6 +44,7 @@ def verdict(study: Study) -> list[str]:
         return ["No TST run can be set against a baseline."]
     sentences = [
         _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
+        _tuned(study, best),
         *speed_sentences(best),
         *_equal_data(best),
         parts_of_gain(study),
@@ -66,10 +68,12 @@ def _ranking(study: Study, best: Matchup) -> str:
     )
     fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
     among = ", of those with the most seeds," if fewer else ""
+    largest = f"The largest gap to the best baseline of its length{among}"
+    if not study.has_best_baseline(best):
+        largest = f"None is against the best baseline of its length. The largest gap{among}"
     return (
-        f"{len(ranked)} TST settings at equal FLOPs: {counts}. The largest gap to the best "
-        f"baseline of its length{among} is that of {best.tst.label}; the sentences below are "
-        "about it."
+        f"{len(ranked)} TST settings at equal FLOPs: {counts}. {largest} is that of "
+        f"{best.tst.label}; the sentences below are about it."
     )
 
 
@@ -109,6 +113,18 @@ def _side(gap: Estimate) -> str:
     if abs(gap.mean) < _DRAW:
         return "the arms drew"
     return f"TST is {'ahead' if gap.mean > 0 else 'behind'}"
+
+
+def _tuned(study: Study, best: Matchup) -> str:
+    """Each arm at its own best settings of the optimizer; empty where the best setting is that."""
+    found = tuned_arms(study, best)
+    if found is None:
+        return ""
+    return (
+        f"Each arm at the best learning rate, or other setting of the optimizer, that it was "
+        f"trained with, {found.tst.label} against {found.baseline.label}, {_claim(found.gap)}: a "
+        f"gap of {signed(found.gap.mean)} nats{_over_seeds(found.gap)}."
+    )
 
 
 def _losses(losses: list[float], gap: Estimate) -> str:
@@ -255,16 +271,27 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
             f"The best of {len(counts)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
-    if study.best and (lower := study.lower_baselines(study.best)):
-        names = ", ".join(f"{group.label} ({seeds(len(group.counted))})" for group in lower)
-        yield (
-            f"{names} ended lower than {study.best.baseline.label} "
-            f"({seeds(len(study.best.baseline.counted))}), by fewer seeds: the gap to a baseline "
-            "that is tuned by as many may be smaller."
-        )
+    if study.best:
+        yield from _cautions_on_tuning(study, study.best)
     undecided = [m.tst.label for m in study.ranked if m.gap and outcome(m.gap) == "undecided"]
     if undecided:
         yield f"Undecided, the interval of the gap holds zero: {', '.join(undecided)}."
+
+
+def _cautions_on_tuning(study: Study, best: Matchup) -> Iterable[str]:
+    own = best.baseline
+    lower = study.lower_baselines(best)
+    as_many = study.lower_baselines(best, len(own.counted))
+    for groups, words in (
+        (as_many, ": the gap is not one to the best baseline that was trained."),
+        (
+            [group for group in lower if group not in as_many],
+            ", by fewer seeds: the gap to a baseline that is tuned by as many may be smaller.",
+        ),
+    ):
+        if groups:
+            names = ", ".join(f"{group.label} ({seeds(len(group.counted))})" for group in groups)
+            yield f"{names} ended lower than {own.label} ({seeds(len(own.counted))}){words}"
 
 
 def _cautions_on_runs(group: Group) -> Iterable[str]:

@@ -19,6 +19,7 @@ from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
+from megatron_tst.report.tuning import tuned_arms
 from megatron_tst.report.wording import cautions, cost, outcome, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
@@ -399,6 +400,65 @@ def test_a_learning_rate_tried_out_with_one_seed_is_no_verdict() -> None:
     assert said.startswith(
         "baseline lr 0.003 (1 seed) ended lower than baseline (3 seeds), by fewer"
     )
+
+
+def test_a_better_baseline_at_a_rate_without_tst_is_seen() -> None:
+    def runs(bag_sizes: tuple[int, ...], rate: float = 2e-3) -> list[RunResult]:
+        found = []
+        for seed, noise in enumerate((0.0, 0.001, -0.001)):
+            found.append(synthetic_run(falling(100, 3.0), seed=seed))
+            other: dict[str, Any] = {"learning_rate": rate, "min_lr": rate / 10}
+            found.append(synthetic_run(falling(100, 2.8), seed=seed, **other))
+            for size in bag_sizes:
+                end = falling(100, 2.9 + noise)
+                found.append(synthetic_run(end, bag_size=size, seed=seed))
+        return found
+
+    (study,) = [study_of(family) for family in families_of(runs((4,)))]
+    assert study.best is not None
+    assert not study.has_best_baseline(study.best)
+    assert (
+        "s=4 r=0.25 against baseline lr 0.002 min_lr 0.0002, TST lost: a gap of "
+        "\N{MINUS SIGN}0.100 nats" in verdict(study)[1]
+    )
+    (said,) = [caution for caution in cautions(study) if "ended lower" in caution]
+    assert said == (
+        "baseline lr 0.002 min_lr 0.0002 (3 seeds) ended lower than baseline (3 seeds): the gap is "
+        "not one to the best baseline that was trained."
+    )
+    (study,) = [study_of(family) for family in families_of(runs((2, 4)))]
+    assert "None is against the best baseline of its length." in verdict(study)[0]
+
+
+def test_a_baseline_that_differs_in_more_than_its_tuning_is_no_better_one() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed, device="CPU"))
+        runs.append(synthetic_run(falling(100, 2.9), seed=seed, bag_size=4, device="CPU"))
+        runs.append(synthetic_run(falling(100, 2.8), seed=seed, device="GPU"))
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert study.best is not None
+    assert study.has_best_baseline(study.best)
+    assert not any("ended lower" in caution for caution in cautions(study))
+
+
+def test_each_arm_is_read_at_its_own_best_rate() -> None:
+    ends = {1e-3: (3.0, 2.9), 2e-3: (3.1, 2.85)}
+    runs = [
+        synthetic_run(falling(100, end), bag_size=size, learning_rate=rate, seed=seed)
+        for rate, both in ends.items()
+        for size, end in zip((1, 4), both, strict=True)
+        for seed in range(3)
+    ]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert study.best is not None
+    tuned = tuned_arms(study, study.best)
+    assert tuned is not None
+    assert tuned.gap.mean == pytest.approx(3.0 - 2.85)
+    assert [group.settings["learning_rate"] for group in (tuned.baseline, tuned.tst)] == [
+        1e-3,
+        2e-3,
+    ]
 
 
 @pytest.mark.parametrize(
