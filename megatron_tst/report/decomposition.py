@@ -140,11 +140,14 @@ def gains_of(study: Study) -> list[Gain]:
         for longer in _longer(matchup.tst, baselines)
         if (gain := _gain(matchup, longer)) is not None
     ]
-    missing = "no finished baseline of {} steps has the same settings"
     for tst in study.alone:
-        reason = missing.format(tst.total_steps)
-        found += [Gain(tst, longer, (), reason) for longer in _longer(tst, baselines)]
+        found += [_without_control(tst, longer) for longer in _longer(tst, baselines)]
     return found
+
+
+def _without_control(tst: Group, longer: Group) -> Gain:
+    reason = f"no finished baseline of {tst.total_steps} steps has the same settings"
+    return Gain(tst, longer, (), reason)
 
 
 def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
@@ -160,6 +163,9 @@ def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
 
 def _gain(matchup: Matchup, longer: Group) -> Gain | None:
     """None if no seed has all three runs."""
+    if matchup.baseline.total_steps != matchup.tst.total_steps:
+        # Of two runs that the user named; the longer baseline is no control of itself.
+        return _without_control(matchup.tst, longer)
     by_seed = {run.seed: run for run in longer.runs if run.status != "diverged"}
     found = []
     for pair in matchup.pairs:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_tst.report.arguments import arguments_that_can_matter
-from megatron_tst.report.comparison import Study, study_of
+from megatron_tst.report.comparison import Study, study_of, study_of_two
 from megatron_tst.report.decomposition import Gain, gains_of
 from megatron_tst.report.describing import describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
@@ -103,6 +103,12 @@ def test_bags_that_cost_leave_no_share() -> None:
 def test_without_a_control_the_gain_is_not_separable() -> None:
     gain = gain_of(seed_of(0, control=False))
     assert not gain.pairs
+    assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
+
+
+def test_a_longer_baseline_that_was_named_is_no_control_of_itself() -> None:
+    tst, longer, _ = seed_of(0)
+    (gain,) = gains_of(study_of_two(longer, tst))
     assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
 
 
