@@ -12,9 +12,10 @@ a test compares. A comment is a kind, a section and a setting as the tables name
   ``beyond``: the part of the decay minus that of the bags;
 - ``speed``: steps that a baseline needs to end as low; ``steps``: those beyond TST's;
 - ``ends``: final losses, seed by seed; ``back``: steps from the switch until the run is under the
-  baseline; ``phase 1``: mean training loss from step 500 to the switch; ``seeds``;
+  baseline to stay, or between which where it was evaluated too seldom, and in how many seeds;
+  ``phase 1``: mean training loss from step 500 to the switch; ``seeds``;
 - ``is`` and one of those above that are gaps: its state; ``verdict CLAIM``: see :func:`verdict`,
-  over several gaps, with ``;`` between them;
+  over several gaps, or a ``back``, with ``;`` between them;
 - ``must`` a state and gaps, ``must most`` and ``A on B``, where the decay has more of the gain
   than the bags, ``must wider`` and ``A vs B``: what words of the page say; nothing is written
   where it is so, and "not so" where not;
@@ -36,6 +37,7 @@ from megatron_tst.report.comparison import Length, Matchup, Study, study_of
 from megatron_tst.report.decomposition import Gain, gains_of
 from megatron_tst.report.families import Group, families_of, with_differing_arguments
 from megatron_tst.report.plots import captions
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results_table import read_results
 from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate, is_decided, t_quantile
 from megatron_tst.report.units import gap_text, ratio_text
@@ -64,7 +66,10 @@ _RATIO = rf"\d\.\d\d{TIMES}(?: \(\d\.\d\d to \d\.\d\d\))?{_N}"
 _BOUND = rf"(?:more|less) than [\d.]+{TIMES} in \d of \d seeds"
 _LOSSES = r"\d\.\d{3}(?:, \d\.\d{3})*(?: and \d\.\d{3})?"
 _WORDS = "|".join([*STATES, *VERDICTS, NOT_SO])
-_VALUE = rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%{_N}|\d\.\d\d|\d+|{_WORDS}"
+_STEPS = r"\d+(?: to \d+)?(?: in \d of \d)?"
+_VALUE = (
+    rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%{_N}|\d\.\d\d|{_STEPS}|{_WORDS}"
+)
 _MARKED = re.compile(rf"(?P<value>{_VALUE}|)<!--(?P<what>[^>]+)-->")
 FIGURE = re.compile(rf"{_GAP}|{_RATIO}|\d+%|\b\d\.\d{{3}}\b|\*\*(?:{_WORDS})\b")
 """What has to stand before a comment: figures, and verdicts in bold."""
@@ -103,7 +108,7 @@ def told(what: str) -> str:
         return "" if all(_holds(claim, one) for one in evidence.split("; ")) else NOT_SO
     if kind == "verdict":
         claim, _, evidence = rest.partition(": ")
-        states = [state(reading(one)) for one in evidence.split("; ")] if evidence else []
+        states = [_state_of(one) for one in evidence.split("; ")] if evidence else []
         return verdict(claim.rstrip(":"), states)
     if kind == "is":
         return state(reading(rest))
@@ -113,6 +118,23 @@ def told(what: str) -> str:
     section, setting = what.removeprefix(kind).strip().split(": ")
     found = _TEXTS[kind](study(section), setting)
     return NOT_RUN if found is None else found
+
+
+def _state_of(what: str) -> str:
+    """State of what a verdict is about; of a ``back`` ahead where all seeds come back and stay."""
+    if not what.startswith("back "):
+        return state(reading(what))
+    section, _, label = what.removeprefix("back ").partition(": ")
+    matchup = _matchup(study(section), label)
+    if matchup is None:
+        return NOT_RUN
+    found = recovery_of(matchup)
+    # Between which steps says nothing of how long it takes.
+    if found.seeds < FEWEST_SEEDS or (found.recovered and found.steps is None):
+        return "too few seeds"
+    if 0 < found.recovered < found.seeds:
+        return "undecided"
+    return "ahead" if found.recovered else "behind"
 
 
 def _holds(claim: str, what: str) -> bool:
@@ -247,7 +269,8 @@ def _more(of: Study, setting: str) -> Estimate | None:
     first, second = _matchup(of, label), _matchup(study(section), other_label)
     if first is None or second is None:
         return None
-    return unpaired([pair.gap for pair in first.pairs], [pair.gap for pair in second.pairs])
+    gaps = [[pair.gap for pair in one.pairs if pair.gap is not None] for one in (first, second)]
+    return unpaired(*gaps)
 
 
 def unpaired(first: Sequence[float], second: Sequence[float]) -> Estimate:
@@ -278,7 +301,7 @@ _ESTIMATES: dict[str, Callable[[Study, str], Estimate | None]] = {
     "total": _of_gain(lambda gain: gain.total),
     "decay": _of_gain(lambda gain: gain.decay),
     "bags": _of_gain(lambda gain: gain.bags),
-    "beyond": _of_gain(lambda gain: estimate([one.decay - one.pair.gap for one in gain.pairs])),
+    "beyond": _of_gain(lambda gain: estimate([one.decay - one.bags for one in gain.pairs])),
 }
 
 
@@ -320,8 +343,7 @@ def _ends(of: Study, label: str) -> str | None:
 
 def _back(of: Study, label: str) -> str | None:
     matchup = _matchup(of, label)
-    found = matchup and matchup.mean_of(lambda pair: pair.switch().steps_to_crossing)
-    return f"{found.mean:.0f}" if found else None
+    return None if matchup is None else recovery_of(matchup).text
 
 
 def _phase_1(of: Study, label: str) -> str | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_tst.report.describing import DESCRIBED_ARGUMENTS, OFF, Setting, as_one_model
 
-DECAY_SHARE = "lr_decay_share"
 _LAYOUT = """
     tensor_model_parallel_size pipeline_model_parallel_size transformer_pipeline_model_parallel_size
     pipeline_model_parallel_layout virtual_pipeline_model_parallel_size context_parallel_size
@@ -105,8 +104,7 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
     if arguments.get("finetune"):
         # Starts from weights alone, whatever the flag.
         found.pop("no_load_optim", None)
-    share = _decay_share(arguments)
-    return found if share is None else {**found, DECAY_SHARE: share}
+    return found
 
 
 def argument_of(arguments: Mapping[str, Setting], name: str) -> Setting:
@@ -116,13 +114,4 @@ def argument_of(arguments: Mapping[str, Setting], name: str) -> Setting:
         arguments: all that a run recorded, as :func:`arguments_that_can_matter` gives them.
         name: of the argument.
     """
-    return arguments.get(name) or (1.0 if name == DECAY_SHARE else OFF)
-
-
-def _decay_share(arguments: Mapping[str, Any]) -> float | None:
-    """Length of the learning rate's schedule in units of the run; None where they are equal."""
-    for decay, length in (("lr_decay_iters", "train_iters"), ("lr_decay_samples", "train_samples")):
-        if arguments.get(decay) and arguments.get(length):
-            share = round(arguments[decay] / arguments[length], 6)
-            return None if share == 1 else share
-    return None
+    return arguments.get(name) or OFF

@@ -17,8 +17,10 @@ from megatron_tst.report.events import FloatArray
 from megatron_tst.report.families import (
     LENGTH_SETTINGS,
     SUPERPOSITION_SETTINGS,
+    TUNED_SETTINGS,
     Family,
     Group,
+    decay_share,
     differing,
     incomparable,
     superposition_label,
@@ -78,8 +80,8 @@ class Matchup:
 
     @property
     def gap(self) -> Estimate | None:
-        """Mean and interval of the paired differences of the final losses."""
-        return estimate([pair.gap for pair in self.pairs]) if self.pairs else None
+        """Mean and interval of the paired differences of the final losses; see :attr:`Pair.gap`."""
+        return self.mean_of(lambda pair: pair.gap)
 
     @property
     def times_are_comparable(self) -> bool:
@@ -165,7 +167,7 @@ class Matchup:
 
     @property
     def pairs_with_lengths(self) -> list[Pair]:
-        """Those of seeds whose baselines were trained at several lengths."""
+        """Those of seeds whose baselines were trained at several lengths, to the end of a decay."""
         return [pair for pair in self.pairs if len(self._ends(pair)[0]) > 1]
 
     def _ends(self, pair: Pair) -> tuple[FloatArray, FloatArray]:
@@ -175,7 +177,7 @@ class Matchup:
             (float(run.equivalent_tokens[-1] / total), run.final_loss)
             for group in self.baselines
             for run in group.runs
-            if run.status == "finished" and run.seed == pair.baseline.seed
+            if run.has_decayed and pair.tst.has_decayed and run.seed == pair.baseline.seed
         )
         return np.array([length for length, _ in ends]), np.array([loss for _, loss in ends])
 
@@ -207,7 +209,7 @@ class Study:
 
         def order(one: tuple[float, Matchup]) -> tuple[bool, float]:
             gap, matchup = one
-            return not self._has_best_baseline(matchup), -gap
+            return not self.has_best_baseline(matchup), -gap
 
         return [matchup for _, matchup in sorted(found, key=order)]
 
@@ -217,27 +219,32 @@ class Study:
         most seeds, the first by rank."""
 
         def order(matchup: Matchup) -> tuple[bool, int]:
-            return self._has_best_baseline(matchup), len(matchup.pairs)
+            return self.has_best_baseline(matchup), len(matchup.pairs)
 
         return max(self.ranked, key=order, default=None)
 
-    def _has_best_baseline(self, matchup: Matchup) -> bool:
-        """Whether no baseline of its length and of as many seeds ends lower, in the mean."""
+    def has_best_baseline(self, matchup: Matchup) -> bool:
+        """Whether no baseline of other optimizer settings and of as many seeds ends lower."""
         return not self.lower_baselines(matchup, len(matchup.baseline.counted))
 
     def lower_baselines(self, matchup: Matchup, fewest: int = 1) -> list[Group]:
-        """Baselines of its length and of at least ``fewest`` seeds that end lower than its own."""
-        own = matchup.baseline
+        """Baselines of at least ``fewest`` seeds that end lower than its own, in the mean.
+
+        They differ from it in settings of the optimizer alone; TST need not have been trained so.
+        """
+        own, wanted = matchup.baseline, _key(matchup.baseline, TUNED_SETTINGS)
         return [
             group
-            for group in dict.fromkeys(m.baseline for m in self.matchups if m.pairs)
-            if group.total_steps == own.total_steps
+            for group in self.groups
+            if group.is_baseline
             and len(group.counted) >= fewest
-            and _mean_end(group) < _mean_end(own)
+            and _key(group, TUNED_SETTINGS) == wanted
+            and mean_end(group) < mean_end(own)
         ]
 
 
-def _mean_end(group: Group) -> float:
+def mean_end(group: Group) -> float:
+    """Mean final loss of the runs that count, nats a token."""
     return float(np.mean([run.final_loss for run in group.counted]))
 
 
@@ -310,9 +317,35 @@ def match_two(baseline: RunResult, tst: RunResult) -> Matchup:
 
 
 def of_all_lengths(group: Group, baselines: Sequence[Group]) -> tuple[Group, ...]:
-    """The baselines that differ from a group in their length and in superposition alone."""
-    wanted = _key(group, LENGTH_SETTINGS)
-    return tuple(one for one in baselines if _key(one, LENGTH_SETTINGS) == wanted)
+    """The baselines that differ from a group in their length and in superposition alone.
+
+    One of each length. Their decay is the same share of them; a warm-up may be as long or scaled.
+    """
+    wanted, same = _key(group, LENGTH_SETTINGS), _key(group, ())
+    found = [
+        one
+        for one in baselines
+        if _key(one, LENGTH_SETTINGS) == wanted
+        and _decay_alike(one, group)
+        and (one.total_steps != group.total_steps or _key(one, ()) == same)
+    ]
+    nearest = sorted(found, key=lambda one: _warmup_apart(one, group), reverse=True)
+    by_length = {one.total_steps: one for one in nearest}
+    return tuple(one for one in found if by_length[one.total_steps] is one)
+
+
+def _decay_alike(one: Group, other: Group) -> bool:
+    """Whether two decays are one share of their runs, up to the rounding to whole steps."""
+    shares = [decay_share(group.settings) for group in (one, other)]
+    if shares[0] is None or shares[1] is None:
+        return shares[0] == shares[1]
+    return abs(shares[0] - shares[1]) <= 1 / min(one.total_steps, other.total_steps)
+
+
+def _warmup_apart(one: Group, other: Group) -> float:
+    """How far a warm-up is from that of another group, in steps or scaled, whichever is nearer."""
+    steps, others = (float(group.settings.get("lr_warmup_iters", 0)) for group in (one, other))
+    return min(abs(steps - others), abs(steps - others * one.total_steps / other.total_steps))
 
 
 def _loss_at_length(lengths: FloatArray, losses: FloatArray, length: float) -> float | None:

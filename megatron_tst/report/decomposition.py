@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_tst.report.comparison import Matchup, Study, of_all_lengths
-from megatron_tst.report.curves import first_reached
 from megatron_tst.report.families import Group
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.readings import decay_begin, loss_reached
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import Estimate, estimate, estimate_ratio
 
 # How far from the last step of TST a longer baseline may have been evaluated: before its decay the
 # loss falls so slowly that 2% of the steps move it by less than seeds do.
 _NEAR = 0.02
-# A curve is read between validations no further apart than this share of the length of TST.
-_DENSE = 0.1
+# Schedules whose learning rate falls from the warm-up on.
+_DECAYS_THROUGHOUT = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class SplitPair:
         pair: the control and TST.
         longer: the run of the longer baseline.
         loss: its next-token loss at the last step of TST, nats a token.
+        step: of the validation that is read.
     """
 
     pair: Pair
     longer: RunResult
     loss: float
+    step: int
 
     @property
     def total(self) -> float:
@@ -50,19 +52,20 @@ class SplitPair:
         """What the control gains on it: the decay, and nothing else."""
         return self.loss - self.pair.baseline.final_loss
 
+    @property
+    def bags(self) -> float:
+        """What TST gains on the control."""
+        return self.pair.baseline.final_loss - self.pair.tst.final_loss
+
     def steps_to(self, loss: float) -> float | None:
         """Steps of the longer baseline to a loss, in lengths of TST.
 
         None if it never has it, or was evaluated too seldom around it to tell.
         """
-        steps = self.longer.steps.astype(np.float64)
-        reached = first_reached(steps, self.longer.validation_loss, loss)
-        if reached is None:
-            return None
-        behind = int(np.searchsorted(steps, reached))
         length = self.pair.tst.total_steps
-        is_told = behind > 0 and steps[behind] - steps[behind - 1] <= _DENSE * length
-        return reached / length if is_told else None
+        steps = self.longer.steps.astype(np.float64)
+        reached = loss_reached(self.longer, steps, loss, length)
+        return None if reached is None or reached.at is None else reached.at / length
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,7 @@ class Gain:
     @property
     def bags(self) -> Estimate:
         """The rest: the gap at equal FLOPs."""
-        return estimate([one.pair.gap for one in self.pairs])
+        return estimate([one.bags for one in self.pairs])
 
     @property
     def decay_share(self) -> float | None:
@@ -137,11 +140,14 @@ def gains_of(study: Study) -> list[Gain]:
         for longer in _longer(matchup.tst, baselines)
         if (gain := _gain(matchup, longer)) is not None
     ]
-    missing = "no finished baseline of {} steps has the same settings"
     for tst in study.alone:
-        reason = missing.format(tst.total_steps)
-        found += [Gain(tst, longer, (), reason) for longer in _longer(tst, baselines)]
+        found += [_without_control(tst, longer) for longer in _longer(tst, baselines)]
     return found
+
+
+def _without_control(tst: Group, longer: Group) -> Gain:
+    reason = f"no finished baseline of {tst.total_steps} steps has the same settings"
+    return Gain(tst, longer, (), reason)
 
 
 def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
@@ -150,39 +156,47 @@ def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
     found = [
         group
         for group in of_all_lengths(tst, baselines)
-        if group.total_steps > step and any(_loss_near(run, step) for run in group.runs)
+        if group.total_steps > step and any(_validation_near(run, step) for run in group.runs)
     ]
     return sorted(found, key=lambda group: -group.total_steps)
 
 
 def _gain(matchup: Matchup, longer: Group) -> Gain | None:
     """None if no seed has all three runs."""
+    if matchup.baseline.total_steps != matchup.tst.total_steps:
+        # Of two runs that the user named; the longer baseline is no control of itself.
+        return _without_control(matchup.tst, longer)
     by_seed = {run.seed: run for run in longer.runs if run.status != "diverged"}
     found = []
     for pair in matchup.pairs:
         run = by_seed.get(pair.tst.seed)
-        loss = None if run is None else _loss_near(run, pair.tst.total_steps)
-        if run is not None and loss is not None:
-            found.append(SplitPair(pair, run, loss))
+        read = None if run is None else _validation_near(run, pair.tst.total_steps)
+        if run is not None and read is not None:
+            found.append(SplitPair(pair, run, loss=read[1], step=read[0]))
     if not found:
         return None
     ends = (run for one in found for run in (one.pair.baseline, one.pair.tst))
-    cut = [run.name for run in ends if _was_cut_off(run)]
+    cut = [run.name for run in ends if not run.has_decayed]
     if cut:
         return Gain(matchup.tst, longer, (), f"cut off before the end of a decay: {', '.join(cut)}")
+    decaying = [one.longer.name for one in found if not _is_before_decay(one.longer, one.step)]
+    if decaying:
+        return Gain(matchup.tst, longer, (), f"read within its own decay: {', '.join(decaying)}")
     return Gain(matchup.tst, longer, tuple(found))
 
 
-def _was_cut_off(run: RunResult) -> bool:
-    """Whether it ended before its learning rate had decayed, by accident or by its flags."""
-    share = run.arguments.get("lr_decay_share", run.settings.get("lr_decay_share", 1.0))
-    return run.status == "unfinished" or float(share) > 1
+def _is_before_decay(run: RunResult, step: int) -> bool:
+    """Whether a baseline is read at its full learning rate, as far as its settings tell."""
+    if run.settings.get("lr_decay_style") in _DECAYS_THROUGHOUT:
+        return False
+    begin = decay_begin(run)
+    return begin is None or step <= begin
 
 
-def _loss_near(run: RunResult, step: int) -> float | None:
-    """Its loss at the validation nearest to a step; None if that is not near."""
+def _validation_near(run: RunResult, step: int) -> tuple[int, float] | None:
+    """Step and loss of the validation nearest to a step; None if that is not near."""
     if not run.steps.size:
         return None
     nearest = int(np.argmin(np.abs(run.steps - step)))
     is_near = abs(int(run.steps[nearest]) - step) <= _NEAR * step
-    return float(run.validation_loss[nearest]) if is_near else None
+    return (int(run.steps[nearest]), float(run.validation_loss[nearest])) if is_near else None

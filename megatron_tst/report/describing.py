@@ -153,7 +153,17 @@ def describe_settings(arguments: Mapping[str, Any]) -> dict[str, Setting]:
     arguments = as_one_model(arguments)
     renamed = {"learning_rate": arguments.get("lr"), "total_steps": arguments.get("train_iters")}
     same = {name: arguments.get(name) for name in (*MODEL_SETTINGS, *_TRAINING_SETTINGS, "seed")}
-    return {name: value for name, value in {**renamed, **same}.items() if value is not None}
+    found = {**renamed, **same, "lr_decay_share": _schedule_share(arguments)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _schedule_share(arguments: Mapping[str, Any]) -> float | None:
+    """Length of the learning rate's schedule in units of the run; None where they are equal."""
+    for decay, length in (("lr_decay_iters", "train_iters"), ("lr_decay_samples", "train_samples")):
+        if arguments.get(decay) and arguments.get(length):
+            share = round(arguments[decay] / arguments[length], 6)
+            return None if share == 1 else share
+    return None
 
 
 def describe_data(arguments: Mapping[str, Any]) -> dict[str, str | int | float]:

@@ -25,6 +25,12 @@ LENGTH_SETTINGS = (
 )
 """What a run of another length has otherwise: its schedule is scaled with it."""
 
+TUNED_SETTINGS = (
+    *("learning_rate", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_wsd_decay_iters"),
+    *("lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+)
+"""Settings of the optimizer, which suit an arm or do not."""
+
 _NAMES = {"learning_rate": "lr", "global_batch_size": "batch size"}
 
 
@@ -141,6 +147,16 @@ def _recorded_value(run: RunResult, name: str) -> Setting | None:
     if name in NUMERICS:
         return run.numerics.get(name)
     return argument_of(run.arguments, name) if run.arguments else None
+
+
+def decay_share(settings: Mapping[str, Setting]) -> float | None:
+    """Share of a run in which its learning rate falls at the end; None where that is unknown."""
+    steps, batch = settings.get("total_steps"), settings.get("global_batch_size")
+    if steps and (decay := settings.get("lr_wsd_decay_iters")):
+        return float(decay) / float(steps)
+    if steps and isinstance(batch, int) and (decay := settings.get("lr_wsd_decay_samples")):
+        return float(decay) / (float(steps) * batch)
+    return None
 
 
 def incomparable(first: RunResult, second: RunResult) -> list[str]:

@@ -31,9 +31,9 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
         colour = COLOURS[1] if gap.mean > 0 else COLOURS[0]
         if gap.low is not None and gap.high is not None:
             canvas.axes.plot([gap.low, gap.high], [row, row], color=colour, linewidth=2)
-        for pair in matchup.pairs:
-            canvas.axes.plot(pair.gap, row, "|", color=FOREGROUND, markersize=6, alpha=0.6)
-            canvas.say(pair.gap, row, f"{matchup.tst.label}, seed {pair.tst.seed}: {pair.gap:+.4f}")
+        for seed, value in _by_seed(matchup):
+            canvas.axes.plot(value, row, "|", color=FOREGROUND, markersize=6, alpha=0.6)
+            canvas.say(value, row, f"{matchup.tst.label}, seed {seed}: {value:+.4f}")
         face = colour if is_decided(gap) else "white"
         canvas.axes.plot(
             gap.mean, row, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3
@@ -46,10 +46,14 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
     canvas.axes.set_xlabel(_GAP_AXIS)
 
 
+def _by_seed(matchup: Matchup) -> list[tuple[int, float]]:
+    return [(pair.tst.seed, pair.gap) for pair in matchup.pairs if pair.gap is not None]
+
+
 def _frame(matchups: Sequence[Matchup]) -> tuple[float, float]:
     """Limits of an axis of gaps: all seeds, whole intervals as far as they are no wider than
     these. The interval of two seeds can be ten times as wide, and would hide the rest."""
-    gaps = [pair.gap for matchup in matchups for pair in matchup.pairs]
+    gaps = [gap for matchup in matchups for _, gap in _by_seed(matchup)]
     low, high = min([*gaps, 0.0]), max([*gaps, 0.0])
     found = [matchup.gap for matchup in matchups]
     ends = [end for gap in found if gap is not None for end in (gap.low, gap.high)]
@@ -170,7 +174,7 @@ def draw_lengths(canvas: Canvas, matchup: Matchup, others: Sequence[Matchup]) ->
     ends: dict[int, list[RunResult]] = {}
     for group in matchup.baselines:
         for run in group.runs:
-            if run.status == "finished":
+            if run.has_decayed:
                 ends.setdefault(run.seed, []).append(run)
     for place, (seed, runs) in enumerate(sorted(ends.items())):
         runs.sort(key=lambda run: run.total_steps)

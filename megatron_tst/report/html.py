@@ -23,12 +23,12 @@ _CURVES_NOTE = (
     "curve read before the end of its run has not had its learning-rate decay: the arm that is "
     "read early would have got there sooner in a run planned for that length. Finished baselines "
     "of several lengths have no such flaw; their final losses are interpolated over the logarithm "
-    "of the length."
+    "of the length. A range lies between validations too far apart to tell more."
 )
 _NUMBERS_NOTE = (
     "Means over seeds, with half of the 95% interval (Student's t) where there are several. A gap "
     "is the loss of the baseline minus that of TST, paired by seed; it is undecided where its "
-    "interval holds zero. Diverged runs are in no mean."
+    "interval holds zero, and fewer than three seeds decide nothing. Diverged runs are in no mean."
 )
 _RESULTS_NOTE = "What several seeds say, with intervals, and how much of a gain is the decay"
 _GAINS_NOTE = (

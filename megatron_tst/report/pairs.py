@@ -11,8 +11,8 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_tst.report.curves import first_reached, value_at
 from megatron_tst.report.describing import in_last_phase
+from megatron_tst.report.readings import Reached, is_dense, loss_at, loss_reached
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 
@@ -29,7 +29,7 @@ class EqualBudget:
     Attributes:
         budget: what is equal.
         amount: how much both arms had spent; the smaller of their totals.
-        baseline_loss: nats a token; None if the arm was first evaluated after ``amount``.
+        baseline_loss: nats a token; None if the arm was not evaluated near ``amount``.
         tst_loss: likewise.
         tst_in_superposition: whether TST still read bags at that point.
     """
@@ -56,26 +56,30 @@ class EqualLoss:
         budget: what is counted.
         target_of: the arm whose final loss is the target.
         target_loss: nats a token.
-        baseline_cost: None if not reached within the run.
-        tst_cost: likewise.
+        baseline: what the baseline spent; None if not reached within the run.
+        tst: likewise.
     """
 
     budget: Budget
     target_of: Arm
     target_loss: float
-    baseline_cost: float | None
-    tst_cost: float | None
+    baseline: Reached | None
+    tst: Reached | None
+
+    def reached_by(self, arm: Arm) -> Reached | None:
+        """What this arm spent; None if it never reached the target."""
+        return self.baseline if arm == "baseline" else self.tst
 
     def cost_of(self, arm: Arm) -> float | None:
-        """What this arm spent; None if it never reached the target."""
-        return self.baseline_cost if arm == "baseline" else self.tst_cost
+        """The same as a number; None too if the arm was evaluated too seldom to tell."""
+        reached = self.reached_by(arm)
+        return None if reached is None else reached.at
 
     @property
     def speed_up(self) -> float | None:
         """Baseline cost over TST cost; above 1 where TST is cheaper."""
-        if self.baseline_cost is None or self.tst_cost is None:
-            return None
-        return self.baseline_cost / self.tst_cost
+        baseline, tst = map(self.cost_of, ARMS)
+        return None if baseline is None or tst is None else baseline / tst
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,13 @@ class Switch:
     Attributes:
         jump: rise of the training loss, nats; a change of quantity, not of the model. None if one
             side was not logged.
-        steps_to_crossing: steps after the switch until the validation loss is back at or under the
-            baseline's of the same step; None if that does not happen within the run.
+        crossing: steps after the switch until the validation loss is at or under the baseline's of
+            the same step, and stays there; None if that does not happen within the run. A touch
+            that is lost again is none.
     """
 
     jump: float | None
-    steps_to_crossing: float | None
+    crossing: Reached | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +106,12 @@ class Pair:
     tst: RunResult
 
     @property
-    def gap(self) -> float:
-        """Final loss of the baseline minus that of TST."""
-        return self.baseline.final_loss - self.tst.final_loss
+    def gap(self) -> float | None:
+        """Final loss of the baseline minus that of TST, nats a token.
+
+        Where one was stopped before, both are read there; None if the other was not evaluated near.
+        """
+        return self.equal_budget("equivalent tokens").gap
 
     def equal_budget(self, budget: Budget) -> EqualBudget:
         """Both validation curves where the cheaper run ends."""
@@ -112,8 +120,8 @@ class Pair:
         return EqualBudget(
             budget=budget,
             amount=amount,
-            baseline_loss=value_at(spent[0], self.baseline.validation_loss, amount),
-            tst_loss=value_at(spent[1], self.tst.validation_loss, amount),
+            baseline_loss=loss_at(self.baseline, budget, amount),
+            tst_loss=loss_at(self.tst, budget, amount),
             tst_in_superposition=amount < self.spent_at_switches(budget)[-1],
         )
 
@@ -136,19 +144,21 @@ class Pair:
     def equal_loss(self, budget: Budget, target_of: Arm) -> EqualLoss:
         """Both validation curves where they first reach the final loss of one arm."""
         target = (self.baseline if target_of == "baseline" else self.tst).final_loss
-        costs = [
-            first_reached(run.spent(budget), run.validation_loss, target)
-            for run in (self.baseline, self.tst)
+        reached = [
+            loss_reached(run, run.spent(budget), target) for run in (self.baseline, self.tst)
         ]
-        return EqualLoss(budget, target_of, target, *costs)
+        return EqualLoss(budget, target_of, target, *reached)
 
     def speed_up_off_curve(self, budget: Budget) -> float | None:
         """How much sooner TST reached the final loss of whichever arm ended higher."""
-        return self.equal_loss(budget, "baseline" if self.gap >= 0 else "TST").speed_up
+        ended_higher: Arm = "TST"
+        if self.baseline.final_loss >= self.tst.final_loss:
+            ended_higher = "baseline"
+        return self.equal_loss(budget, ended_higher).speed_up
 
     def switch(self) -> Switch:
         """The jump of the training loss and the crossing of the validation curves."""
-        return Switch(self._jump(), self._steps_to_crossing())
+        return Switch(self._jump(), self._crossing())
 
     def _jump(self) -> float | None:
         is_after = in_last_phase(self.tst.phases, self.tst.training_steps)
@@ -157,15 +167,35 @@ class Pair:
             return None
         return float(after[:_AROUND_SWITCH].mean() - before[-_AROUND_SWITCH:].mean())
 
-    def _steps_to_crossing(self) -> float | None:
-        steps = np.union1d(self.baseline.steps, self.tst.steps)
-        last = min(self.baseline.steps[-1], self.tst.steps[-1])
-        is_read = in_last_phase(self.tst.phases, steps) & (steps <= last)
-        steps = steps[is_read & (steps >= self.baseline.steps[0])].astype(np.float64)
-        if not steps.size:
+    def _crossing(self) -> Reached | None:
+        switch = self.tst.switch_step
+        ordinary = self.tst.steps[in_last_phase(self.tst.phases, self.tst.steps)]
+        if not ordinary.size:
             return None
+        first = max(ordinary[0], self.baseline.steps[0])
+        last = min(self.baseline.steps[-1], self.tst.steps[-1])
+        steps = np.union1d(self.baseline.steps, ordinary)
+        steps = steps[(steps >= first) & (steps <= last)].astype(np.float64)
         excess = np.interp(steps, self.tst.steps, self.tst.validation_loss) - np.interp(
             steps, self.baseline.steps, self.baseline.validation_loss
         )
-        reached = first_reached(steps, excess, 0.0)
-        return None if reached is None else reached - self.tst.switch_step
+        above = np.flatnonzero(excess > 0)
+        behind = int(above[-1]) + 1 if above.size else 0
+        if behind == len(steps):
+            return None
+        low, at = float(switch), steps[behind]
+        if behind:
+            low, before, after = steps[behind - 1], excess[behind - 1], excess[behind]
+            at = low + before / (before - after) * (at - low)
+        is_told = all(self._is_dense(run, low, steps[behind]) for run in (self.baseline, self.tst))
+        return Reached(
+            float(at - switch) if is_told else None,
+            float(low - switch),
+            float(steps[behind] - switch),
+        )
+
+    def _is_dense(self, run: RunResult, low: float, high: float) -> bool:
+        """Whether a run was evaluated often enough around two steps from the switch on."""
+        before, after = run.steps[run.steps <= low], run.steps[run.steps >= high]
+        since = max(float(before[-1]), float(self.tst.switch_step)) if before.size else low
+        return is_dense(run, since, float(after[0]))

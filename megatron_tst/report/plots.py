@@ -22,7 +22,7 @@ from megatron_tst.report.gap_plots import (
     draw_over_bag_sizes,
     draw_over_step_ratios,
 )
-from megatron_tst.report.pairs import Pair
+from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.statistics import FEWEST_SEEDS
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.settings.phases import plain_name
@@ -88,7 +88,7 @@ def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
     dotted = " Dotted with a cross: diverged." if any(group.diverged for group in groups) else ""
     diamonds = (
         " Diamonds mark where each arm first reached the other's final loss."
-        if len(best.pairs) == 1
+        if len(best.pairs) == 1 and _has_equal_loss(pair)
         else ""
     )
     validation = partial(draw_validation, groups=groups, matchup=best)
@@ -121,6 +121,10 @@ def _curves(study: Study, best: Matchup) -> Iterator[_Sketch]:
             partial(validation, budget="seconds"),
         )
     yield from _training_curves(groups, pair)
+
+
+def _has_equal_loss(pair: Pair) -> bool:
+    return any(pair.equal_loss("equivalent tokens", arm).speed_up for arm in ARMS)
 
 
 def _training_curves(groups: list[Group], pair: Pair) -> Iterator[_Sketch]:

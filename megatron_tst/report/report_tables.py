@@ -16,6 +16,7 @@ from megatron_tst.report.decomposition import Gain
 from megatron_tst.report.describing import Setting
 from megatron_tst.report.families import Group, differing
 from megatron_tst.report.pairs import ARMS, Pair
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 from megatron_tst.report.statistics import estimate
@@ -89,13 +90,13 @@ def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
     gap = matchup.mean_of(lambda pair: pair.equal_budget("equivalent tokens").gap)
     if gap is None:
         lost = f"{len(matchup.tst.diverged)} of {len(matchup.tst.runs)} diverged"
-        reason = lost if matchup.tst.diverged else "no pair"
+        missing = "evaluated too seldom" if matchup.pairs else "no pair"
+        reason = lost if matchup.tst.diverged else missing
         return (matchup.tst.label, DASH, "0", reason, *[DASH] * 6)
     off_curve = matchup.speed_up_off_curve("equivalent tokens")
     data = matchup.mean_of(lambda pair: pair.equal_budget("data tokens").gap)
     data_off_ends = matchup.equal_data_off_ends()
     jump = matchup.mean_of(lambda pair: pair.switch().jump)
-    crossing = matchup.mean_of(lambda pair: pair.switch().steps_to_crossing)
     return (
         matchup.tst.label,
         gap_text(gap),
@@ -106,7 +107,7 @@ def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
         DASH if data is None else gap_text(data),
         DASH if data_off_ends is None else gap_text(data_off_ends),
         DASH if jump is None else gap_text(jump),
-        DASH if crossing is None else f"{crossing.mean:.0f}",
+        recovery_of(matchup).text,
     )
 
 
@@ -162,7 +163,7 @@ def equal_budget_table(pair: Pair, with_time: bool) -> Table:
         phase = bags_name(pair.tst.phases)
         phase = f" (TST in {phase})" if reading.tst_in_superposition else ""
         losses = (
-            "not evaluated yet" if loss is None else f"{loss:.4f}"
+            "not evaluated near" if loss is None else f"{loss:.4f}"
             for loss in (reading.baseline_loss, reading.tst_loss)
         )
         gap = DASH if reading.gap is None else signed(reading.gap)

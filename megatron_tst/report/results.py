@@ -108,6 +108,16 @@ class RunResult:
         return int(self.settings.get("total_steps", self.steps[-1] if self.steps.size else 0))
 
     @property
+    def schedule_share(self) -> float:
+        """Length of the learning rate's schedule in units of the run."""
+        return float(self.settings.get("lr_decay_share", 1.0))
+
+    @property
+    def has_decayed(self) -> bool:
+        """Whether it reached the end of its decay, cut off neither by accident nor by its flags."""
+        return self.status == "finished" and self.schedule_share <= 1
+
+    @property
     def seed(self) -> int:
         """Seed of weights and data order."""
         return int(self.settings.get("seed", 0))

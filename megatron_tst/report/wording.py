@@ -10,23 +10,28 @@ from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.families import Group
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.runs import Budget
-from megatron_tst.report.statistics import Estimate
+from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate
+from megatron_tst.report.tuning import tuned_arms
 from megatron_tst.report.unchecked import unchecked
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 from megatron_tst.settings.phases import bags_name, phase_at, phase_name
 
 NOT_REACHED = "not reached within the run"
+TOO_FEW = "too few seeds"
 # Losses are quoted to three decimals; a smaller gap is no gap.
 _DRAW = 5e-4
 
 
 def outcome(gap: Estimate) -> str:
-    """What a gap says about TST: won, lost, drew or undecided.
+    """What a gap says about TST: won, lost, drew, undecided, or that it has too few seeds.
 
-    With several seeds the interval decides, with one the number alone.
+    The interval decides, of at least :data:`FEWEST_SEEDS` seeds.
     """
-    if gap.n > 1 and not gap.excludes(0.0):
+    if gap.n < FEWEST_SEEDS:
+        return TOO_FEW
+    if not gap.excludes(0.0):
         return "undecided"
     if abs(gap.mean) < _DRAW:
         return "drew"
@@ -40,6 +45,7 @@ def verdict(study: Study) -> list[str]:
         return ["No TST run can be set against a baseline."]
     sentences = [
         _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
+        _tuned(study, best),
         *speed_sentences(best),
         *_equal_data(best),
         parts_of_gain(study),
@@ -57,16 +63,18 @@ def _ranking(study: Study, best: Matchup) -> str:
     ranked = study.ranked
     outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
     counts = ", ".join(
-        f"{outcomes.count(word)} {word}"
-        for word in ("won", "lost", "drew", "undecided")
+        f"{outcomes.count(word)} {'with ' * (word == TOO_FEW)}{word}"
+        for word in ("won", "lost", "drew", "undecided", TOO_FEW)
         if word in outcomes
     )
     fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
     among = ", of those with the most seeds," if fewer else ""
+    largest = f"The largest gap to the best baseline of its length{among}"
+    if not study.has_best_baseline(best):
+        largest = f"None is against the best baseline of its length. The largest gap{among}"
     return (
-        f"{len(ranked)} TST settings at equal FLOPs: {counts}. The largest gap to the best "
-        f"baseline of its length{among} is that of {best.tst.label}; the sentences below are "
-        "about it."
+        f"{len(ranked)} TST settings at equal FLOPs: {counts}. {largest} is that of "
+        f"{best.tst.label}; the sentences below are about it."
     )
 
 
@@ -76,7 +84,7 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
     spent = sum(reading.amount for reading in readings) / len(readings)
     condition = f"{condition} ({amount(budget, spent)})"
     if gap is None:
-        return f"{condition} the arms cannot be compared: one was first evaluated later."
+        return f"{condition} the arms cannot be compared: one was not evaluated near it."
     phase = ""
     if any(reading.tst_in_superposition for reading in readings):
         phase = f", while still in {bags_name(matchup.pairs[0].tst.phases)}"
@@ -92,9 +100,32 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
 
 def _claim(gap: Estimate, phase: str = "") -> str:
     result = outcome(gap)
+    if gap.n == 1:
+        return f"{_side(gap)} in this one run{phase}"
+    if result == TOO_FEW:
+        return f"{seeds(gap.n)} are too few to say whether TST gains{phase}"
     if result == "undecided":
         return f"it is undecided whether TST gains{phase}"
     return f"the arms drew{phase}" if result == "drew" else f"TST {result}{phase}"
+
+
+def _side(gap: Estimate) -> str:
+    """Which arm one run has ahead; it may be chance."""
+    if abs(gap.mean) < _DRAW:
+        return "the arms drew"
+    return f"TST is {'ahead' if gap.mean > 0 else 'behind'}"
+
+
+def _tuned(study: Study, best: Matchup) -> str:
+    """Each arm at its own best settings of the optimizer; empty where the best setting is that."""
+    found = tuned_arms(study, best)
+    if found is None:
+        return ""
+    return (
+        f"Each arm at the best learning rate, or other setting of the optimizer, that it was "
+        f"trained with, {found.tst.label} against {found.baseline.label}, {_claim(found.gap)}: a "
+        f"gap of {signed(found.gap.mean)} nats{_over_seeds(found.gap)}."
+    )
 
 
 def _losses(losses: list[float], gap: Estimate) -> str:
@@ -171,13 +202,14 @@ def parts_of_gain(study: Study) -> str:
     gain = next((gain for gain in gains if gain.pairs), gains[0])
     start = (
         f"On the baseline planned for {gain.longer.total_steps} steps, read at step "
-        f"{gain.tst.total_steps} before its decay, the gain of {gain.tst.label} is"
+        f"{gain.tst.total_steps}"
     )
     if gain.not_separable:
-        return f"{start} not separable: {gain.not_separable}."
+        return f"{start}, the gain of {gain.tst.label} is not separable: {gain.not_separable}."
     share = "" if gain.decay_share is None else f" ({gain.decay_share:.0%})"
     return (
-        f"{start} {gap_text(gain.total)} nats: {gap_text(gain.decay)}{share} are the decay, which "
+        f"{start} before its decay, the gain of {gain.tst.label} is {gap_text(gain.total)} nats: "
+        f"{gap_text(gain.decay)}{share} are the decay, which "
         f"a finished baseline of the same length has too, and {gap_text(gain.bags)} the bags."
     )
 
@@ -185,21 +217,27 @@ def parts_of_gain(study: Study) -> str:
 def switch_sentence(matchup: Matchup) -> str:
     """The jump at the switch and how long it lasts; empty if it was not logged."""
     jump = matchup.mean_of(lambda pair: pair.switch().jump)
-    crossings = [pair.switch().steps_to_crossing for pair in matchup.pairs]
-    reached = [steps for steps in crossings if steps is not None]
+    found = recovery_of(matchup)
     first = ""
     if jump is not None:
         moved = "jumped" if jump.mean > 0 else "moved"
         first = f"At the switch the training loss {moved} by {gap_text(jump)} nats. "
-    if not reached:
-        return f"{first}After the switch the validation loss never came under the baseline's."
-    mean = sum(reached) / len(reached)
-    share = mean / matchup.tst.total_steps
-    some = "" if len(reached) == len(crossings) else f" in {len(reached)} of {len(crossings)} seeds"
-    return (
-        f"{first}The validation loss was back under the baseline's of the same step "
-        f"{mean:.0f} steps after the switch ({share:.0%} of the run){some}."
-    )
+    if not found.recovered:
+        return (
+            f"{first}After the switch the validation loss did not come under the baseline's to "
+            "stay."
+        )
+    some = ""
+    if found.recovered < found.seeds:
+        some = f" in {found.recovered} of {found.seeds} seeds"
+    start = f"{first}The validation loss came under the baseline's of the same step to stay"
+    if found.steps is None:
+        return (
+            f"{start} between {found.earliest:.0f} and {found.latest:.0f} steps after the switch"
+            f"{some}: it was evaluated too seldom to tell more."
+        )
+    share = found.steps / matchup.tst.total_steps
+    return f"{start} {found.steps:.0f} steps after the switch ({share:.0%} of the run){some}."
 
 
 def cautions(study: Study) -> list[str]:
@@ -224,28 +262,38 @@ def cautions(study: Study) -> list[str]:
 
 def _cautions_on_seeds(study: Study) -> Iterable[str]:
     counts = [len(matchup.pairs) for matchup in study.ranked]
+    few = [m for m in study.ranked if len(m.pairs) < FEWEST_SEEDS]
     if max(counts) == 1:
         yield "One seed; no interval: a second seed may move the gap."
-    elif min(counts) == 1:
-        alone = [m.tst.label for m in study.ranked if len(m.pairs) == 1]
-        yield f"One seed, so no interval: {', '.join(alone)}."
+    elif few:
+        named = ", ".join(f"{m.tst.label} ({seeds(len(m.pairs))})" for m in few)
+        yield f"Too few seeds to decide anything, fewer than {FEWEST_SEEDS}: {named}."
     if len(counts) > 1:
         yield (
             f"The best of {len(counts)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
-    if study.best and (lower := study.lower_baselines(study.best)):
-        names = ", ".join(f"{group.label} ({seeds(len(group.counted))})" for group in lower)
-        yield (
-            f"{names} ended lower than {study.best.baseline.label} "
-            f"({seeds(len(study.best.baseline.counted))}), by fewer seeds: the gap to a baseline "
-            "that is tuned by as many may be smaller."
-        )
-    undecided = [
-        m.tst.label for m in study.ranked if m.gap and m.gap.n > 1 and not m.gap.excludes(0.0)
-    ]
+    if study.best:
+        yield from _cautions_on_tuning(study, study.best)
+    undecided = [m.tst.label for m in study.ranked if m.gap and outcome(m.gap) == "undecided"]
     if undecided:
         yield f"Undecided, the interval of the gap holds zero: {', '.join(undecided)}."
+
+
+def _cautions_on_tuning(study: Study, best: Matchup) -> Iterable[str]:
+    own = best.baseline
+    lower = study.lower_baselines(best)
+    as_many = study.lower_baselines(best, len(own.counted))
+    for groups, words in (
+        (as_many, ": the gap is not one to the best baseline that was trained."),
+        (
+            [group for group in lower if group not in as_many],
+            ", by fewer seeds: the gap to a baseline that is tuned by as many may be smaller.",
+        ),
+    ):
+        if groups:
+            names = ", ".join(f"{group.label} ({seeds(len(group.counted))})" for group in groups)
+            yield f"{names} ended lower than {own.label} ({seeds(len(own.counted))}){words}"
 
 
 def _cautions_on_runs(group: Group) -> Iterable[str]:
@@ -296,9 +344,13 @@ def _cautions_on_arms(matchup: Matchup) -> Iterable[str]:
 
 
 def cost(reading: EqualLoss, arm: Arm) -> str:
-    """What an arm spent to reach the target."""
-    spent = reading.cost_of(arm)
-    return NOT_REACHED if spent is None else amount(reading.budget, spent)
+    """What an arm spent to reach the target; within which, where it was evaluated too seldom."""
+    reached = reading.reached_by(arm)
+    if reached is None:
+        return NOT_REACHED
+    if reached.at is None:
+        return f"{amount(reading.budget, reached.low)} to {amount(reading.budget, reached.high)}"
+    return amount(reading.budget, reached.at)
 
 
 def jump_explanation(pair: Pair) -> str:

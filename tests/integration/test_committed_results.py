@@ -111,6 +111,20 @@ def test_words_that_the_tables_contradict_are_marked() -> None:
     ]
 
 
+def test_what_comes_back_under_the_baseline_decides_by_its_seeds() -> None:
+    said = "1<!--{}--> **undecided<!--verdict ahead: {}-->**"
+    for what, shown in (
+        # Evaluated twice, which does not say when.
+        ("back 127k: s=2 r=0.3", ("601 to 2100", "not tested")),
+        ("back long 443k: s=2 r=0.3", ("4514", "reproduced")),
+        ("back long: s=2 r=0.3", ("3879 in 3 of 5", "undecided")),
+    ):
+        steps, word = shown
+        assert refreshed(said.format(what, what)) == (
+            f"{steps}<!--{what}--> **{word}<!--verdict ahead: {what}-->**"
+        )
+
+
 ZERO_HELD, AHEAD, BEHIND = estimate([-1, 2, 3]), estimate([2, 3, 4]), estimate([-2, -3, -4])
 
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from megatron_tst.report.comparison import Study, study_of
+from megatron_tst.report.arguments import arguments_that_can_matter
+from megatron_tst.report.comparison import Study, study_of, study_of_two
 from megatron_tst.report.decomposition import Gain, gains_of
+from megatron_tst.report.describing import describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
 from megatron_tst.report.html import report_html
 from megatron_tst.report.markdown import write_tables
 from megatron_tst.report.plots import render_plots
 from megatron_tst.report.results import RunResult
+from megatron_tst.report.results_table import read_results, write_results
 from megatron_tst.report.wording import parts_of_gain, verdict
 from tests.unit.synthetic_runs import synthetic_run
 
@@ -103,6 +106,12 @@ def test_without_a_control_the_gain_is_not_separable() -> None:
     assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
 
 
+def test_a_longer_baseline_that_was_named_is_no_control_of_itself() -> None:
+    tst, longer, _ = seed_of(0)
+    (gain,) = gains_of(study_of_two(longer, tst))
+    assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
+
+
 def test_a_control_of_other_settings_is_none() -> None:
     tst, longer, _ = seed_of(0)
     control = synthetic_run(decaying(100), every=5, learning_rate=2e-3)
@@ -121,6 +130,51 @@ def test_a_schedule_longer_than_the_run_is_a_cut() -> None:
     runs = seed_of(0, lr_decay_share=2.0)
     names = ", ".join(run.name for run in (runs[2], runs[0]))
     assert gain_of(runs).not_separable == f"cut off before the end of a decay: {names}"
+
+
+def test_a_cut_that_all_runs_have_is_told_by_a_table_too(tmp_path: Path) -> None:
+    arguments = {"lr": 1e-3, "train_iters": 100, "lr_decay_iters": 150}
+    told = describe_settings(arguments)
+    assert told["lr_decay_share"] == 1.5
+    assert "lr_decay_share" not in describe_settings({**arguments, "lr_decay_iters": 100})
+    assert "lr_decay_share" not in arguments_that_can_matter(arguments)
+    table = tmp_path / "results.csv"
+    write_results(seed_of(0, lr_decay_share=told["lr_decay_share"]), table)
+    (found,) = study(read_results(table)).matchups
+    assert gain_of(read_results(table)).not_separable
+    # Nor do they say how long a finished baseline must train.
+    assert found.speed_up_off_ends() is None
+    assert found.equal_data_off_ends() is None
+    whole = study([*seed_of(0)]).matchups[0]
+    assert whole.speed_up_off_ends() is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "total_steps", "is_split"),
+    [
+        # The decay of the longer one begins at 60, at 180 and, cut off, at 240.
+        ({"lr_wsd_decay_iters": 40}, 110, False),
+        ({"lr_wsd_decay_iters": 40}, 300, True),
+        ({"lr_wsd_decay_iters": 40, "lr_decay_style": "WSD"}, 300, True),
+        ({"lr_decay_style": "cosine"}, 300, False),
+    ],
+)
+def test_a_longer_baseline_is_read_before_its_own_decay(
+    settings: dict[str, Any], total_steps: int, is_split: bool
+) -> None:
+    runs = [run for run in seed_of(0, **settings) if run.total_steps == 100]
+    if decay := settings.get("lr_wsd_decay_iters"):
+        settings = {**settings, "lr_wsd_decay_iters": round(decay * total_steps / 100)}
+    runs.append(synthetic_run(decaying(total_steps), total_steps=total_steps, every=5, **settings))
+    gain = gain_of(runs)
+    assert bool(gain.pairs) == is_split
+    assert is_split or gain.not_separable == f"read within its own decay: {runs[-1].name}"
+
+
+def test_a_decay_of_another_share_is_another_schedule() -> None:
+    runs = seed_of(0, lr_wsd_decay_iters=10)
+    assert runs[1].total_steps == 300
+    assert not gains_of(study(runs))
 
 
 @pytest.mark.parametrize(("every", "is_read"), [(100, True), (99, True), (60, False)])

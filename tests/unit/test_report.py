@@ -78,7 +78,8 @@ def test_value_at_never_extrapolates(at: float, expected: float | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("final", "words"), [(2.5, "TST won"), (3.5, "TST lost"), (3.0, "the arms drew")]
+    ("final", "words"),
+    [(2.5, "TST is ahead"), (3.5, "TST is behind"), (3.0, "the arms drew")],
 )
 def test_verdict_follows_the_numbers(tmp_path: Path, final: float, words: str) -> None:
     baseline = make_run(tmp_path / "baseline", BASELINE, baseline_loss)
@@ -86,7 +87,7 @@ def test_verdict_follows_the_numbers(tmp_path: Path, final: float, words: str) -
     tst = make_run(tmp_path / "tst", TST, lambda step: tst_loss(step) + shift)
     headline = verdict(study_of_two(read_result(baseline), read_result(tst)))[0]
     assert headline.startswith("At equal FLOPs")
-    assert words in headline
+    assert f"{words} in this one run" in headline
 
 
 def test_restarts_and_the_test_loss_do_not_change_the_curve(tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_the_page_needs_nothing_but_itself(page: str) -> None:
 
 def test_the_page_shows_the_numbers(page: str) -> None:
     shown = [
-        "TST won: validation loss 2.500 against 3.000, a gap of +0.500 nats",
+        "TST is ahead in this one run: validation loss 2.500 against 3.000, a gap of +0.500 nats",
         f"{exp(3.0):.3f}",
         f"{exp(2.5):.3f}",
         f"{1 - exp(-0.5):.1%} lower",

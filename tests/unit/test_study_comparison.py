@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from math import exp, log, sqrt
+from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -11,10 +15,12 @@ from megatron_tst.report.comparison import Matchup, match_two, matchups_of, stud
 from megatron_tst.report.families import families_of
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
-from megatron_tst.report.wording import cautions, verdict
+from megatron_tst.report.tuning import tuned_arms
+from megatron_tst.report.wording import cautions, cost, outcome, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -225,6 +231,64 @@ def test_bounds_are_those_that_hold_for_every_seed() -> None:
         assert (found.longest, found.shortest) == ((1.5, 0.5) if end == 2.0 else (2.0, 1.0))
 
 
+@pytest.mark.parametrize("other", [{"lr_wsd_decay_iters": 10}, {"lr_warmup_iters": 9}])
+def test_a_baseline_of_one_length_and_another_schedule_is_no_second_length(
+    other: dict[str, Any],
+) -> None:
+    settings: dict[str, Any] = {"lr_wsd_decay_iters": 50, "lr_warmup_iters": 5}
+    runs = [
+        synthetic_run(falling(100, 3.0), name="own", **settings),
+        synthetic_run(falling(100, 2.9), name="tst", bag_size=4, **settings),
+        synthetic_run(falling(100, 2.5), name="other", **{**settings, **other}),
+    ]
+    found = matchup_of(runs)
+    assert [group.runs[0].name for group in found.baselines] == ["own"]
+    assert found.speed_up_off_ends() is None
+
+
+def test_of_two_baselines_of_a_length_the_one_with_the_nearer_warm_up_counts() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0), lr_wsd_decay_iters=10),
+        synthetic_run(falling(100, 2.9), bag_size=4, lr_wsd_decay_iters=10),
+        *(
+            synthetic_run(
+                falling(205, 2.5),
+                total_steps=205,
+                # A tenth of 205 is no whole number.
+                lr_wsd_decay_iters=20,
+                lr_warmup_iters=warmup,
+                name=f"warm-up {warmup}",
+            )
+            for warmup in (30, 10, 50)
+        ),
+    ]
+    names = [group.runs[0].name for group in matchup_of(runs).baselines]
+    assert names == ["baseline-100-lr_wsd_decay_iters10-seed0", "warm-up 10"]
+
+
+def test_a_run_that_was_stopped_is_read_at_a_step_that_both_have() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        whole = synthetic_run(falling(100, 2.9), bag_size=4, seed=seed)
+        runs.append(stopped(whole, 60))
+    matchup = matchup_of(runs)
+    # Its last loss is 4.1, that of the baseline at its end 3.
+    assert matchup.gap is not None
+    assert matchup.gap.mean == pytest.approx(0.1)
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert [one.gap.mean for one in study.ranked if one.gap] == [pytest.approx(0.1)]
+    seldom = [synthetic_run(falling(100, 3.0), seed=seed, every=50) for seed in range(3)]
+    assert matchup_of([*seldom, *runs[1::2]]).gap is None
+
+
+def stopped(run: RunResult, step: int) -> RunResult:
+    """A run as it is when it was stopped."""
+    count = int(np.searchsorted(run.steps, step, side="right"))
+    names = ("steps", "validation_loss", "equivalent_tokens", "data_tokens", "seconds")
+    return replace(run, status="unfinished", **{name: getattr(run, name)[:count] for name in names})
+
+
 def test_one_length_gives_no_speed_up_off_finished_runs() -> None:
     runs = [*scaling([100], 0), synthetic_run(falling(100, 2.9), bag_size=4)]
     assert matchup_of(runs).speed_up_off_ends() is None
@@ -249,14 +313,63 @@ def test_the_switch_has_a_jump_and_a_crossing() -> None:
     # 6 at the first validation after the switch at step 25, then down by 0.1 a step: 4 at step 50.
     tst = synthetic_run(lambda step: 9.0 - 0.1 * step, bag_size=4)
     found = Pair(baseline, tst).switch()
-    assert found.steps_to_crossing == pytest.approx(25.0)
+    assert found.crossing is not None
+    assert found.crossing.at == pytest.approx(25.0)
     # Two nats lower by definition after the switch; means of steps 26 to 28 and 23 to 25.
     assert found.jump == pytest.approx(-2.0 - 0.3)
 
 
 def test_no_crossing_is_no_number() -> None:
     pair = Pair(synthetic_run(lambda step: 1.0), synthetic_run(lambda step: 2.0, bag_size=4))
-    assert pair.switch().steps_to_crossing is None
+    assert pair.switch().crossing is None
+
+
+def test_a_touch_that_is_lost_again_is_no_crossing() -> None:
+    baseline = synthetic_run(lambda step: 4.0)
+    # Under the baseline at 40, over it at 50 and 60, and under it from 80 on: level at 70.
+    losses = {30: 5.0, 40: 3.9, 50: 4.1, 60: 4.1, 70: 4.0, 80: 3.9, 90: 3.9, 100: 3.9}
+    tst = synthetic_run(lambda step: losses.get(int(step), 9.0), bag_size=4)
+    crossing = Pair(baseline, tst).switch().crossing
+    assert crossing is not None
+    assert crossing.at == pytest.approx(70 - 25)
+    behind = synthetic_run(
+        lambda step: 4.1 if step == 100 else losses.get(int(step), 9.0), bag_size=4
+    )
+    assert Pair(baseline, behind).switch().crossing is None
+
+
+def test_two_validations_do_not_say_what_happens_between_them() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed, every=50))
+        # Over the baseline at step 50 and under it at the end.
+        tst = falling(100, 2.9, slope=0.04)
+        runs.append(synthetic_run(tst, bag_size=4, seed=seed, every=50))
+    matchup = matchup_of(runs)
+    found = recovery_of(matchup)
+    assert (found.recovered, found.steps, found.text) == (3, None, "25 to 75")
+    assert matchup.speed_up_off_curve("equivalent tokens") is None
+    assert matchup.mean_of(lambda pair: pair.equal_budget("data tokens").gap) is None
+    # At a validation of either nothing is read between two.
+    assert matchup.gap is not None
+    assert matchup.gap.mean == pytest.approx(0.1)
+    (study,) = [study_of(family) for family in families_of(runs)]
+    said = " ".join(verdict(study))
+    assert "between 25 and 75 steps after the switch: it was evaluated too seldom" in said
+    assert "Read from one curve" not in said
+    reading = matchup.pairs[0].equal_loss("equivalent tokens", "baseline")
+    assert cost(reading, "TST") == "800 equivalent tokens to 1.60 k equivalent tokens"
+
+
+@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (19, False), (20, True), (None, True)])
+def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: bool) -> None:
+    settings: dict[str, Any] = {} if decay is None else {"lr_wsd_decay_iters": decay}
+    runs = [
+        synthetic_run(falling(100, end), bag_size=size, **settings)
+        for size, end in ((1, 3.0), (4, 2.9))
+    ]
+    # TST is at 3.0 between its validations at 90 and 100.
+    assert (matchup_of(runs).speed_up_off_curve("equivalent tokens") is not None) == is_read
 
 
 def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
@@ -287,6 +400,65 @@ def test_a_learning_rate_tried_out_with_one_seed_is_no_verdict() -> None:
     assert said.startswith(
         "baseline lr 0.003 (1 seed) ended lower than baseline (3 seeds), by fewer"
     )
+
+
+def test_a_better_baseline_at_a_rate_without_tst_is_seen() -> None:
+    def runs(bag_sizes: tuple[int, ...], rate: float = 2e-3) -> list[RunResult]:
+        found = []
+        for seed, noise in enumerate((0.0, 0.001, -0.001)):
+            found.append(synthetic_run(falling(100, 3.0), seed=seed))
+            other: dict[str, Any] = {"learning_rate": rate, "min_lr": rate / 10}
+            found.append(synthetic_run(falling(100, 2.8), seed=seed, **other))
+            for size in bag_sizes:
+                end = falling(100, 2.9 + noise)
+                found.append(synthetic_run(end, bag_size=size, seed=seed))
+        return found
+
+    (study,) = [study_of(family) for family in families_of(runs((4,)))]
+    assert study.best is not None
+    assert not study.has_best_baseline(study.best)
+    assert (
+        "s=4 r=0.25 against baseline lr 0.002 min_lr 0.0002, TST lost: a gap of "
+        "\N{MINUS SIGN}0.100 nats" in verdict(study)[1]
+    )
+    (said,) = [caution for caution in cautions(study) if "ended lower" in caution]
+    assert said == (
+        "baseline lr 0.002 min_lr 0.0002 (3 seeds) ended lower than baseline (3 seeds): the gap is "
+        "not one to the best baseline that was trained."
+    )
+    (study,) = [study_of(family) for family in families_of(runs((2, 4)))]
+    assert "None is against the best baseline of its length." in verdict(study)[0]
+
+
+def test_a_baseline_that_differs_in_more_than_its_tuning_is_no_better_one() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed, device="CPU"))
+        runs.append(synthetic_run(falling(100, 2.9), seed=seed, bag_size=4, device="CPU"))
+        runs.append(synthetic_run(falling(100, 2.8), seed=seed, device="GPU"))
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert study.best is not None
+    assert study.has_best_baseline(study.best)
+    assert not any("ended lower" in caution for caution in cautions(study))
+
+
+def test_each_arm_is_read_at_its_own_best_rate() -> None:
+    ends = {1e-3: (3.0, 2.9), 2e-3: (3.1, 2.85)}
+    runs = [
+        synthetic_run(falling(100, end), bag_size=size, learning_rate=rate, seed=seed)
+        for rate, both in ends.items()
+        for size, end in zip((1, 4), both, strict=True)
+        for seed in range(3)
+    ]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert study.best is not None
+    tuned = tuned_arms(study, study.best)
+    assert tuned is not None
+    assert tuned.gap.mean == pytest.approx(3.0 - 2.85)
+    assert [group.settings["learning_rate"] for group in (tuned.baseline, tuned.tst)] == [
+        1e-3,
+        2e-3,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +528,32 @@ def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
     assert study.best is not None
     assert study.best.tst.label == "s=4 r=0.25"
     assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
+
+
+@pytest.mark.parametrize(
+    ("gaps", "word"),
+    [
+        ([0.2], "too few seeds"),
+        ([0.2, 0.2001], "too few seeds"),
+        ([0.2, 0.2001, 0.2002], "won"),
+        ([-0.2, -0.2001, -0.2002], "lost"),
+        ([0.2, -0.1, 0.0], "undecided"),
+    ],
+)
+def test_fewer_than_three_seeds_win_nothing(gaps: list[float], word: str) -> None:
+    assert outcome(estimate(gaps)) == word
+    runs = []
+    for seed, gap in enumerate(gaps):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        for size in (2, 4):
+            runs.append(synthetic_run(falling(100, 3.0 - gap), bag_size=size, seed=seed))
+    study = study_of(families_of(runs)[0])
+    counted = f"with {word}" if len(gaps) < 3 else word
+    assert verdict(study)[0].startswith(f"2 TST settings at equal FLOPs: 2 {counted}.")
+    said = " ".join([*verdict(study), *cautions(study)])
+    if len(gaps) < 3:
+        assert not re.search(r"\bTST (won|lost)\b|ndecided", said)
+    assert ("Too few seeds to decide anything" in said) == (len(gaps) == 2)
 
 
 def test_labels_say_what_differs() -> None:
