@@ -57,7 +57,9 @@ def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> list[
         if result.arguments and model not in parsed:
             # Runs of a model differ in what the settings tell.
             parsed[model] = parse(_of_megatron(run.arguments))
-        different = [*_different(result, run), *_otherwise(result, run, parsed.get(model, {}))]
+        different = _different(result, run)
+        if result.arguments:
+            different += _otherwise(result, run, parsed[model])
         if different:
             raise UsageError(
                 f"--earlier {path}: run {result.name} is of another study, which differs in "
@@ -134,8 +136,6 @@ def _batch_size(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _otherwise(result: RunResult, run: StudyRun, parsed: Mapping[str, Any]) -> list[str]:
     """Recorded arguments that are not those of the study, with both values."""
-    if not parsed:
-        return []
     # Of a list of one Megatron takes the one.
     asked = arguments_that_can_matter(
         {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in parsed.items()}
