@@ -24,7 +24,6 @@ from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.display import Display, summary
 from megatron_tst.study.earlier_results import (
     in_order_of,
-    not_compared,
     read_earlier_results,
     without,
 )
@@ -81,10 +80,10 @@ def _in_precision_of_this_machine(study: StudyConfig, folder: Path, by_slurm: bo
 def _earlier(study: StudyConfig, options: argparse.Namespace) -> list[RunResult]:
     if options.earlier is None:
         return []
-    results = read_earlier_results(options.earlier, study, _parsed)
-    if note := not_compared(options.earlier, study, results):
+    earlier = read_earlier_results(options.earlier, study, _parsed)
+    for note in earlier.notes:
         print(note, file=sys.stderr)
-    return results
+    return list(earlier.results)
 
 
 def _parsed(arguments: Sequence[str]) -> dict[str, Any]:

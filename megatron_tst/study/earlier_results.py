@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,42 @@ from megatron_tst.study.config import StudyConfig, StudyRun
 Parser = Callable[[Sequence[str]], Mapping[str, Any]]
 """Megatron's own: from a command line to all arguments by name."""
 
-# Where they are not on the command line, Megatron sets these from others as it starts, or they are
-# no plain values and so not recorded.
-_SET_BY_MEGATRON = {
-    *("accumulate_allreduce_grads_in_fp32", "add_qkv_bias", "apply_wd_to_qk_layernorm"),
-    *("attention_softmax_in_fp32", "exp_avg_dtype", "exp_avg_sq_dtype", "finetune"),
+# What Megatron works out as it starts, from arguments that are compared, or what is no plain value
+# and so not recorded. Of all others that a study leaves to Megatron, a difference is told.
+_DERIVED = {
+    *("_is_global_batch_size_explicitly_specified", "accumulate_allreduce_grads_in_fp32"),
+    *("attention_softmax_in_fp32", "dataloader_type", "encoder_seq_length", "end_weight_decay"),
+    *("exp_avg_dtype", "exp_avg_sq_dtype", "expert_gtp_weight_remat_size"),
+    *("expert_tensor_parallel_num_weight_shards", "gtp_weight_remat_size", "kv_channels"),
     *("main_grads_dtype", "main_params_dtype", "mamba_inference_conv_states_dtype"),
-    *("mamba_inference_ssm_states_dtype", "mock_data", "moe_aux_loss_coeff"),
+    *("mamba_inference_ssm_states_dtype", "mock_data", "moe_ffn_hidden_size", "skip_train"),
+    *("start_weight_decay", "stream_ckpt_dequant", "tensor_parallel_num_weight_shards"),
+    *("use_layer_wise_distributed_optimizer", "variable_seq_lengths"),
+}
+# Megatron sets these from others where the command line does not.
+_MAY_BE_SET = {
+    *("add_qkv_bias", "apply_wd_to_qk_layernorm", "finetune", "moe_aux_loss_coeff"),
     *("moe_router_load_balancing_type", "multi_latent_attention", "optimizer"),
-    *("position_embedding_type", "skip_train", "stream_ckpt_dequant"),
-    "use_precision_aware_optimizer",
+    *("position_embedding_type", "use_precision_aware_optimizer"),
 }
 # Flags whose argument is called otherwise.
 _NAMES = {"fp8_format": "fp8", "fp4_format": "fp4"}
 
 
-def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> list[RunResult]:
+@dataclass(frozen=True)
+class Earlier:
+    """The runs of a table that stand for those of a study.
+
+    Attributes:
+        results: the runs that have ended, whose settings are those of the study.
+        notes: sentences on what is not used or was not compared.
+    """
+
+    results: tuple[RunResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> Earlier:
     """Reads a table of ``results.csv``'s kind whose runs are some of a study's.
 
     Args:
@@ -46,6 +66,7 @@ def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> list[
     results = read_results(path)
     runs = {run.name: run for run in study.runs()}
     parsed: dict[str, Mapping[str, Any]] = {}
+    untold: set[str] = set()
     for result in results:
         if result.name not in runs:
             raise UsageError(
@@ -53,44 +74,55 @@ def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> list[
                 "study, or take the run out of it."
             )
         run = runs[result.name]
-        model = run.settings.model
-        if result.arguments and model not in parsed:
-            # Runs of a model differ in what the settings tell.
-            parsed[model] = parse(_of_megatron(run.arguments))
         different = _different(result, run)
         if result.arguments:
-            different += _otherwise(result, run, parsed[model])
+            model = run.settings.model
+            if model not in parsed:
+                # Runs of a model differ in what the settings tell.
+                parsed[model] = parse(_of_megatron(run.arguments))
+            refused, left_to_megatron = _otherwise(result, run, parsed[model])
+            different += refused
+            untold |= set(left_to_megatron)
         if different:
             raise UsageError(
                 f"--earlier {path}: run {result.name} is of another study, which differs in "
                 f"{', '.join(different)}: use a table of this study."
             )
-    return results
+    ended = tuple(result for result in results if result.status != "unfinished")
+    notes = [
+        _unfinished(len(results) - len(ended)),
+        _not_recorded(ended, runs),
+        _left_to_megatron(untold),
+    ]
+    return Earlier(ended, tuple(f"--earlier {path}: {note}" for note in notes if note))
 
 
-def not_compared(path: Path, study: StudyConfig, results: Sequence[RunResult]) -> str:
-    """What of a study the runs of a table do not tell, as a sentence; empty if they tell all.
+def _unfinished(count: int) -> str:
+    return f"{count} of its runs had not ended, and are trained anew." if count else ""
 
-    Args:
-        path: of the table.
-        study: of its runs.
-        results: what :func:`read_earlier_results` found there.
-    """
-    silent = {result.name for result in results if not result.arguments}
-    asked = {
-        f"--{part.removeprefix('--')}"
-        for run in study.runs()
-        if run.name in silent
-        for part in run.arguments
-        if part.startswith("--") and arguments_that_can_matter({_name_of(part): True})
-    }
+
+def _not_recorded(results: Sequence[RunResult], runs: Mapping[str, StudyRun]) -> str:
+    """What the settings of a table of an earlier version do not tell."""
+    silent = [result.name for result in results if not result.arguments]
     if not silent:
         return ""
+    asked = {
+        f"--{part.removeprefix('--')}"
+        for name in silent
+        for part in runs[name].arguments
+        if part.startswith("--")
+        and (_name_of(part) in _GROWING or arguments_that_can_matter({_name_of(part): True}))
+    }
     return (
-        f"--earlier {path}: {len(silent)} of {len(results)} runs did not record all of their "
-        f"arguments. That they had those of the study was not checked: {', '.join(sorted(asked))}, "
-        "and what the study leaves as Megatron has it."
+        f"{len(silent)} of {len(results)} runs did not record all of their arguments. That they "
+        f"had those of the study was not checked: {', '.join(sorted(asked))}, and what the study "
+        "leaves as Megatron has it."
     )
+
+
+def _left_to_megatron(names: Iterable[str]) -> str:
+    listed = ", ".join(sorted(names))
+    return f"runs had {listed}, which the study leaves to Megatron." if listed else ""
 
 
 def without(study: StudyConfig, names: Iterable[str]) -> StudyConfig:
@@ -120,34 +152,45 @@ def _different(result: RunResult, run: StudyRun) -> list[str]:
         **_batch_size(arguments),
     }
     found = {**result.settings, **result.data, **result.numerics}
-    return [
+    different = [
         f"{name} ({found[name]}, not {value})"
         for name, value in asked.items()
         if name in found and found[name] != value
     ]
+    size = found.get("global_batch_size")
+    if isinstance(size, int) and any(map(arguments.get, _GROWING)):
+        different.append(f"global_batch_size ({size}, not one that grows)")
+    return different
+
+
+_GROWING = ("rampup_batch_size", "step_batch_size_schedule")
 
 
 def _batch_size(arguments: Mapping[str, Any]) -> dict[str, Any]:
     # One that grows is told in the words of its schedule.
-    grows = arguments.get("rampup_batch_size") or arguments.get("step_batch_size_schedule")
     size = arguments.get("global_batch_size")
-    return {} if grows or size is None else {"global_batch_size": size}
+    return {} if size is None or any(map(arguments.get, _GROWING)) else {"global_batch_size": size}
 
 
-def _otherwise(result: RunResult, run: StudyRun, parsed: Mapping[str, Any]) -> list[str]:
-    """Recorded arguments that are not those of the study, with both values."""
+def _otherwise(
+    result: RunResult, run: StudyRun, parsed: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Recorded arguments that are not those of the study: against it, and where it says nothing."""
     # Of a list of one Megatron takes the one.
     asked = arguments_that_can_matter(
         {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in parsed.items()}
     )
     given = set(_by_name(run.arguments))
-    # What is None Megatron works out from others.
-    names = {name for name in (*asked, *result.arguments) if parsed.get(name) is not None}
-    pairs = {
-        name: (argument_of(result.arguments, name), argument_of(asked, name))
-        for name in sorted(names - (_SET_BY_MEGATRON - given))
-    }
-    return [f"{name} ({was}, not {now})" for name, (was, now) in pairs.items() if was != now]
+    against, untold = [], []
+    for name in sorted({*asked, *result.arguments} - (_DERIVED - given)):
+        was, now = argument_of(result.arguments, name), argument_of(asked, name)
+        if was == now:
+            continue
+        if name in given or (parsed.get(name) is not None and name not in _MAY_BE_SET):
+            against.append(f"{name} ({was}, not {now})")
+        else:
+            untold.append(f"{name} ({was})")
+    return against, untold
 
 
 def _of_megatron(arguments: Sequence[str]) -> list[str]:

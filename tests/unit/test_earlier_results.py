@@ -17,7 +17,6 @@ from megatron_tst.report.results_table import read_results, write_results
 from megatron_tst.study.config import StudyConfig, read_study
 from megatron_tst.study.earlier_results import (
     in_order_of,
-    not_compared,
     read_earlier_results,
     without,
 )
@@ -49,7 +48,7 @@ def study() -> StudyConfig:
 def test_the_committed_runs_of_a_study_are_known_and_not_run_again(study: StudyConfig) -> None:
     # Some of them recorded their arguments, and some, of an earlier version, did not.
     assert {bool(result.arguments) for result in read_results(TABLE)} == {True, False}
-    earlier = read_earlier_results(TABLE, study, by_megatron)
+    earlier = read_earlier_results(TABLE, study, by_megatron).results
     assert [result.name for result in earlier] == [r.name for r in read_results(TABLE)]
     left = without(study, [result.name for result in earlier])
     assert {run.name for run in study.runs()} == {
@@ -108,14 +107,12 @@ def test_another_batch_size_is_refused(study: StudyConfig) -> None:
 
 
 def test_what_a_table_does_not_tell_is_named(study: StudyConfig) -> None:
-    earlier = read_earlier_results(TABLE, study, by_megatron)
-    note = not_compared(TABLE, study, earlier)
-    assert f"{len(silent())} of {len(earlier)} runs did not record all" in note
+    found = read_earlier_results(TABLE, study, by_megatron)
+    (note,) = found.notes
+    assert f"{len(silent())} of {len(found.results)} runs did not record all" in note
     assert all(flag in note for flag in ("--hidden-dropout", "--swiglu", "--normalization"))
     # The table tells these, or they cannot matter.
     assert not any(flag in note for flag in ("--lr", "--num-layers", "--micro-batch", "--log"))
-    recorded = [replace(result, arguments={"swiglu": True}) for result in earlier]
-    assert not not_compared(TABLE, study, recorded)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +135,41 @@ def test_a_table_with_arguments_of_another_study_is_refused(
     parsed |= {"accumulate_allreduce_grads_in_fp32": True, "encoder_seq_length": 128}
     table = tmp_path / "table.csv"
     write_results([replace(result, arguments=arguments_that_can_matter(parsed))], table)
-    (again,) = read_earlier_results(table, study, by_megatron)
-    assert again.arguments["normalization"] == "RMSNorm"
-    assert not not_compared(table, study, [again])
+    found = read_earlier_results(table, study, by_megatron)
+    assert found.results[0].arguments["normalization"] == "RMSNorm"
+    assert not found.notes
     kept = {name: v for name, v in study.arguments.items() if name not in changes}
     changed = {name: value for name, value in changes.items() if value is not None}
     other = replace(study, arguments={**kept, **changed})
     with pytest.raises(UsageError, match=f"another study, which differs in {named}: use"):
         read_earlier_results(table, other, by_megatron)
+
+
+def test_what_the_study_leaves_to_megatron_is_told(study: StudyConfig, tmp_path: Path) -> None:
+    result, run = read_results(TABLE)[0], study.runs()[0]
+    recorded = arguments_that_can_matter(by_megatron(run.arguments))
+    recorded |= {"mtp_num_layers": 1, "window_size": "[8, 0]", "optimizer": "muon"}
+    table = tmp_path / "table.csv"
+    write_results([replace(result, arguments=recorded)], table)
+    (note,) = read_earlier_results(table, study, by_megatron).notes
+    assert note == (
+        f"--earlier {table}: runs had mtp_num_layers (1), optimizer (muon), window_size ([8, 0]), "
+        "which the study leaves to Megatron."
+    )
+
+
+def test_a_run_that_had_not_ended_is_trained(study: StudyConfig, tmp_path: Path) -> None:
+    first, second, *_ = silent()
+    table = tmp_path / "table.csv"
+    write_results([first, replace(second, status="unfinished")], table)
+    found = read_earlier_results(table, study, never)
+    assert [result.name for result in found.results] == [first.name]
+    assert found.notes[0].endswith("1 of its runs had not ended, and are trained anew.")
+
+
+def test_a_batch_that_grows_is_no_constant_one(study: StudyConfig, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    write_results(silent(), table)
+    growing = replace(study, arguments={**study.arguments, "rampup-batch-size": [4, 4, 1000]})
+    with pytest.raises(UsageError, match=r"differs in global_batch_size \(8, not one that grows\)"):
+        read_earlier_results(table, growing, never)
