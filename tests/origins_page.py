@@ -80,11 +80,13 @@ def _holds(claim: str) -> bool:
     table, row, column = rest.split("; ")
     rows = _table(table)
     cells = [each[column] for each in rows.values()] if row == EACH else [rows[row][column]]
-    return all(_holds_zero(cell) == (kind == "zero") for cell in cells if PLUS_MINUS in cell)
+    decided = [_holds_zero(cell) == (kind == "zero") for cell in cells if PLUS_MINUS in cell]
+    return bool(decided) and all(decided)
 
 
 def _holds_zero(cell: str) -> bool:
-    mean, half = cell.replace(MINUS, "-").split(f" {PLUS_MINUS} ")
+    interval = cell.replace(MINUS, "-").partition(" (")[0]
+    mean, half = interval.split(f" {PLUS_MINUS} ")
     return abs(float(mean)) <= float(half)
 
 

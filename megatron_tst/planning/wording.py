@@ -17,7 +17,7 @@ from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import bags_of
 from megatron_tst.settings.variants import OUTPUT_ONLY
 
-FORMAT = "megatron-tst plan 1"
+FORMAT = "megatron-tst plan 2"
 
 _WARMUP_STEPS = 2000
 _COLUMNS = (

@@ -17,7 +17,15 @@ from megatron_tst.report.origins import GRADIENT, MOMENT, Arm, arms_of, read_tra
 from megatron_tst.report.statistics import estimate
 from tests.figures import assert_same_drawing
 from tests.origins_page import PAGE as ORIGINS_PAGE
-from tests.origins_page import TABLES, leaving_out_zero, refreshed, tables, told, unmarked
+from tests.origins_page import (
+    TABLES,
+    _holds_zero,
+    leaving_out_zero,
+    refreshed,
+    tables,
+    told,
+    unmarked,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/results/origins.csv"
@@ -92,6 +100,17 @@ def test_words_that_the_tables_contradict_are_marked() -> None:
     false = "All hold zero<!--must zero By position; each; fresh moments ahead by-->."
     assert refreshed(false) == false.replace("<!--", "not so<!--")
     assert refreshed(refreshed(false)) == refreshed(false)
+
+
+def test_words_on_a_cell_without_an_interval_do_not_hold() -> None:
+    for kind in ("zero", "off"):
+        bare = f"So<!--must {kind} Around the switch; {MINUS}49 to 0; gradient norm, baseline-->."
+        assert refreshed(bare) == bare.replace("<!--", "not so<!--")
+
+
+def test_an_interval_of_some_seeds_is_read() -> None:
+    assert _holds_zero(f"+0.02 {PLUS_MINUS} 0.03 (n = 2 of 3)")
+    assert not _holds_zero(f"{MINUS}0.04 {PLUS_MINUS} 0.03 (n = 2 of 3)")
 
 
 def test_the_page_names_every_interval_by_position_that_leaves_out_zero() -> None:
