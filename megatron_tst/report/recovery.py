@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_tst.common.units import DASH
-from megatron_tst.report.comparison import Matchup
+from megatron_tst.report.matchup import Matchup
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,10 @@ import pytest
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.describing import Setting
+from megatron_tst.report.origin_seeds import paired
 from megatron_tst.report.origin_settings import unrecorded
-from megatron_tst.report.origin_tables import (
-    crossing,
-    moment_ratio,
-    paired,
-    sections,
-)
+from megatron_tst.report.origin_switch import moment_ratio
+from megatron_tst.report.origin_tables import crossing, sections
 from megatron_tst.report.origins import (
     GRADIENT,
     MOMENT,
