@@ -8,8 +8,9 @@ from typing import NamedTuple
 from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH
 from megatron_tst.report.origins import Arm, Trace
+from megatron_tst.report.recovery import Recovery
 from megatron_tst.report.statistics import Estimate, estimate
-from megatron_tst.report.units import gap_text, loss_text
+from megatron_tst.report.units import gap_text, loss_text, seeds
 
 
 class Section(NamedTuple):
@@ -60,21 +61,24 @@ def most_seeds(arms: Sequence[Arm]) -> int:
 
 def gap_cell(found: Estimate | None, of: int, digits: int = 3) -> str:
     """A gap with half its interval, and its seeds where they are fewer than ``of``."""
-    return DASH if found is None else gap_text(found, digits) + _some(found, of)
+    return DASH if found is None else gap_text(found, digits) + _some(found.n, of)
 
 
 def loss_cell(found: Estimate | None, of: int, digits: int = 4) -> str:
     """A mean without an interval, and its seeds where they are fewer than ``of``."""
     if found is None:
         return DASH
-    return loss_text(Estimate(found.mean, None, None, None, 1), digits) + _some(found, of)
+    return loss_text(Estimate(found.mean, None, None, None, 1), digits) + _some(found.n, of)
 
 
-def steps_cell(found: Estimate, of: int) -> str:
-    """Steps with half their interval, and their seeds where they are fewer than ``of``."""
-    return loss_text(found, 0) + _some(found, of)
+def recovery_cell(found: Recovery | None, of: int) -> str:
+    """Steps until the crossing, of how many seeds, and these where they are fewer than ``of``."""
+    if found is None:
+        return DASH
+    steps = found.text if found.recovered else f"not in {seeds(found.seeds)}"
+    return steps + _some(found.seeds, of)
 
 
-def _some(found: Estimate, of: int) -> str:
+def _some(n: int, of: int) -> str:
     """Says where a seed lacks a run or a value."""
-    return f" (n = {found.n} of {of})" if found.n < of else ""
+    return f" (n = {n} of {of})" if n < of else ""

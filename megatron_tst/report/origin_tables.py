@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH
-from megatron_tst.report.curves import first_reached
 from megatron_tst.report.origin_positions import by_offset, by_position
-from megatron_tst.report.origin_seeds import Section, gap_cell, most_seeds, paired, steps_cell
+from megatron_tst.report.origin_recovery import recovery_of_arm
+from megatron_tst.report.origin_seeds import Section, gap_cell, most_seeds, paired, recovery_cell
 from megatron_tst.report.origin_settings import unequal_settings
 from megatron_tst.report.origin_switch import losses_after_switch, moments, steps_around
-from megatron_tst.report.origins import VALIDATION, Arm
-from megatron_tst.report.statistics import Estimate, estimate
+from megatron_tst.report.origins import Arm
 
 
 def sections(arms: Sequence[Arm]) -> list[Section]:
@@ -51,27 +48,13 @@ def final_losses(arms: Sequence[Arm]) -> Section:
         ]
         each = [run.final_loss for _, run in sorted(arm.runs.items())]
         listed = ", ".join(f"{loss:.4f}" for loss in each if loss is not None)
-        level = crossing(arms[0], arm)
-        steps = DASH if level is None else steps_cell(level, of)
-        rows.append([arm.name, listed or DASH, *ends, steps])
+        back = recovery_cell(recovery_of_arm(arms[0], arm), of)
+        rows.append([arm.name, listed or DASH, *ends, back])
     header = ["arm", "final loss, a seed each", *(f"ahead of {other.name}" for other in against)]
-    header.append(f"steps from the switch until level with {arms[0].name}")
+    header.append(f"steps from the switch until under {arms[0].name} to stay")
     note = (
         "Validation loss in nats a token. Between two validations an arm and the first one are "
-        "taken to move on straight lines."
+        "taken to move on straight lines; where they are too far apart for that, the steps are "
+        "those of the two. An arm that comes over the first one again was not under it to stay."
     )
     return Section("The end of training", note, Table(header, rows))
-
-
-def crossing(baseline: Arm, arm: Arm) -> Estimate | None:
-    """Steps after the switch until the validation loss is that of the baseline, over seeds."""
-    found = []
-    for seed, run in arm.runs.items():
-        if seed not in baseline.runs or run.switch_step is None:
-            continue
-        ours, theirs = (r.series(VALIDATION) for r in (run, baseline.runs[seed]))
-        steps = [step for step in ours if step >= run.switch_step and step in theirs]
-        behind = np.array([ours[step] - theirs[step] for step in steps])
-        if steps and (at := first_reached(np.array(steps, dtype=float), behind, 0.0)) is not None:
-            found.append(at - run.switch_step)
-    return estimate(found) if found else None
