@@ -25,7 +25,7 @@ PAGE = FOLDER / "origins.md"
 TABLES = FOLDER / "origins-tables.md"
 EACH, NOT_SO = "each", "not so"
 
-_NUMBER = rf"[+{MINUS}]?\d+(?:\.\d+)?(?: {PLUS_MINUS} [\d.]*\d)?"
+_NUMBER = rf"[+{MINUS}]?\d+(?:\.\d+)?(?: {PLUS_MINUS} [\d.]*\d| in \d+ of \d+)?"
 _WORDS = "|".join([NOT_SO, *results_page.STATES])
 _MARKED = re.compile(rf"(?P<value>{_NUMBER}|{_WORDS}|)<!--(?P<what>[^>]+)-->")
 _ROW = re.compile(r"^(?P<first>\|[^|\n]*<!--row (?P<what>[^>]+)--> \|)(?P<cells>.*)\|$", re.M)

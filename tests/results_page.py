@@ -33,9 +33,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_tst.common.units import MINUS, PLUS_MINUS, TIMES
-from megatron_tst.report.comparison import Length, Matchup, Study, study_of
+from megatron_tst.report.comparison import Study, study_of
 from megatron_tst.report.decomposition import Gain, gains_of
 from megatron_tst.report.families import Group, families_of, with_differing_arguments
+from megatron_tst.report.matchup import Length, Matchup
 from megatron_tst.report.plots import captions
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results_table import read_results

@@ -20,7 +20,7 @@ from megatron_tst.report.describing import Status
 from megatron_tst.report.families import with_differing_arguments
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
-from megatron_tst.study.config import StudyConfig, read_study
+from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.display import Display, summary
 from megatron_tst.study.earlier_results import (
     in_order_of,
@@ -32,6 +32,7 @@ from megatron_tst.study.precision import leaves_precision_open, resolve_precisio
 from megatron_tst.study.run_folder import ENDED
 from megatron_tst.study.runner import Progress, run_all
 from megatron_tst.study.slurm import parse_slurm_options, submit
+from megatron_tst.study.study_file import read_study
 from megatron_tst.study.study_folder import RESULTS_FILE, check_same_study, executions, open_study
 
 

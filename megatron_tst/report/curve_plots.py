@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
-from megatron_tst.report.comparison import Matchup
 from megatron_tst.report.drawing import FOREGROUND, Canvas
 from megatron_tst.report.events import FloatArray
 from megatron_tst.report.families import Group
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import ARMS, Arm
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_tst.report.comparison import Matchup, Study, of_all_lengths
+from megatron_tst.report.comparison import Study, of_all_lengths
 from megatron_tst.report.families import Group
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.readings import decay_begin, loss_reached
 from megatron_tst.report.results import RunResult

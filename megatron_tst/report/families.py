@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.common.units import TIMES, quantity
+from megatron_tst.common.units import quantity
 from megatron_tst.report.arguments import argument_of
-from megatron_tst.report.describing import MODEL_SETTINGS, NUMERICS, Setting, phases_of
+from megatron_tst.report.compared_settings import differing
+from megatron_tst.report.describing import MODEL_SETTINGS, NUMERICS, Setting
+from megatron_tst.report.labels import labels_of
 from megatron_tst.report.results import RunResult
-from megatron_tst.settings.config import SETTINGS, default_weighting
 from megatron_tst.settings.phases import is_superposed
-
-SUPERPOSITION_SETTINGS = (
-    *(name for name, known in SETTINGS.items() if known.is_method and name != "steps"),
-    "switch_step",
-    "bags",
-)
-LENGTH_SETTINGS = (
-    *("total_steps", "lr_warmup_iters", "lr_wsd_decay_iters"),
-    *("lr_warmup_samples", "lr_wsd_decay_samples", "phase_transition_iterations"),
-)
-"""What a run of another length has otherwise: its schedule is scaled with it."""
-
-TUNED_SETTINGS = (
-    *("learning_rate", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_wsd_decay_iters"),
-    *("lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
-)
-"""Settings of the optimizer, which suit an arm or do not."""
-
-_NAMES = {"learning_rate": "lr", "global_batch_size": "batch size"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,25 +130,9 @@ def _recorded_value(run: RunResult, name: str) -> Setting | None:
     return argument_of(run.arguments, name) if run.arguments else None
 
 
-def decay_share(settings: Mapping[str, Setting]) -> float | None:
-    """Share of a run in which its learning rate falls at the end; None where that is unknown."""
-    steps, batch = settings.get("total_steps"), settings.get("global_batch_size")
-    if steps and (decay := settings.get("lr_wsd_decay_iters")):
-        return float(decay) / float(steps)
-    if steps and isinstance(batch, int) and (decay := settings.get("lr_wsd_decay_samples")):
-        return float(decay) / (float(steps) * batch)
-    return None
-
-
 def incomparable(first: RunResult, second: RunResult) -> list[str]:
     """Names of what keeps the losses of two runs from being compared: data and model."""
     return differing([_identity(first), _identity(second)])
-
-
-def differing(settings: Sequence[Mapping[str, Setting]]) -> list[str]:
-    """Names whose values are not the same everywhere."""
-    names = dict.fromkeys(name for one in settings for name in one)
-    return [name for name in names if len({one.get(name) for one in settings}) > 1]
 
 
 def _refuse_duplicates(runs: Sequence[RunResult]) -> None:
@@ -229,7 +194,7 @@ def _groups(runs: Iterable[RunResult]) -> list[Group]:
         by_key.setdefault(_key(_without_seed(run.settings)), []).append(run)
     members = [sorted(group, key=lambda run: run.seed) for group in by_key.values()]
     settings = [_without_seed(group[0].settings) for group in members]
-    labels = _labels(settings, [len(group) for group in members])
+    labels = labels_of(settings, [len(group) for group in members])
     groups = [
         Group(label, chosen, tuple(group))
         for label, chosen, group in zip(labels, settings, members, strict=True)
@@ -245,76 +210,3 @@ def _order(group: Group) -> tuple[object, ...]:
 
 def _without_seed(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     return {name: value for name, value in settings.items() if name not in ("seed", "parameters")}
-
-
-def _labels(settings: Sequence[dict[str, Setting]], counts: Sequence[int]) -> list[str]:
-    """Names each group by what sets it apart from what most runs have."""
-    others = [
-        name
-        for name in differing(settings)
-        if name not in (*SUPERPOSITION_SETTINGS, *LENGTH_SETTINGS)
-    ]
-    usual = {name: _most_common(settings, counts, name) for name in ("total_steps", *others)}
-    labels = []
-    for one in settings:
-        parts = [superposition_label(one)]
-        steps, usual_steps = one.get("total_steps"), usual["total_steps"]
-        if steps != usual_steps:
-            parts.append(f"{float(steps or 0) / float(usual_steps or 1):.3g}{TIMES} steps")
-        parts += [_shown(name, one.get(name)) for name in others if one.get(name) != usual[name]]
-        labels.append(" ".join(parts))
-    return _told_apart(labels, settings)
-
-
-def superposition_label(settings: Mapping[str, Setting]) -> str:
-    """The superposition of a run, with what is not the published choice."""
-    if not is_superposed(settings):
-        return "baseline"
-    sizes = ",".join(str(phase.bag_size) for phase in phases_of(settings)[:-1])
-    if drawn := settings.get("bag_sizes"):
-        sizes = str(drawn).replace(",", "|")
-    ratio = float(settings.get("step_ratio", 0))
-    parts = [f"s={sizes} r={ratio:.4g}"]
-    for name, known in SETTINGS.items():
-        if name == "target_weighting":
-            parts.append(weighting_label(settings) or "")
-        parts.append(known.named(settings.get(name, known.default)))
-    return " ".join(filter(None, parts))
-
-
-def weighting_label(settings: Mapping[str, Setting]) -> str | None:
-    """Target weights that are not the default of the bag size; None for those that are."""
-    weighting = settings.get("target_weighting")
-    default = default_weighting(int(settings.get("bag_size", 1)))
-    exponent = settings.get("power_law_exponent", 1.0)
-    if weighting == "power-law" and exponent != 1.0:
-        return f"power-law {exponent:g}"
-    return None if weighting in (None, default) else str(weighting)
-
-
-def _most_common(
-    settings: Sequence[Mapping[str, Setting]], counts: Sequence[int], name: str
-) -> Setting | None:
-    votes: Counter[Setting | None] = Counter()
-    for one, count in zip(settings, counts, strict=True):
-        votes[one.get(name)] += count
-    return votes.most_common(1)[0][0]
-
-
-def _shown(name: str, value: Setting | None) -> str:
-    shown = "not recorded" if value is None else f"{value:g}" if _is_number(value) else str(value)
-    return f"{_NAMES.get(name, name)} {shown}"
-
-
-def _is_number(value: Setting) -> bool:
-    return isinstance(value, float)
-
-
-def _told_apart(labels: list[str], settings: Sequence[dict[str, Setting]]) -> list[str]:
-    """Adds to labels that several groups share all settings in which these groups differ."""
-    found = []
-    for label, one in zip(labels, settings, strict=True):
-        twins = [other for other, its in zip(settings, labels, strict=True) if its == label]
-        extra = [_shown(name, one.get(name)) for name in differing(twins)]
-        found.append(" ".join([label, *extra]))
-    return found

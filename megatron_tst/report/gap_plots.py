@@ -10,9 +10,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from megatron_tst.common.units import DASH, quantity
-from megatron_tst.report.comparison import Matchup
 from megatron_tst.report.curve_plots import COLOURS, MARKERS, legend
 from megatron_tst.report.drawing import FOREGROUND, Canvas
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import is_decided
 from megatron_tst.report.sweep import Sweep, cell_of

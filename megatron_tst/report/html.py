@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_tst.common.atomic_files import write_file
-from megatron_tst.report import page, report_tables, wording
+from megatron_tst.report import cautions, page, report_tables, wording
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.drawing import Plot
@@ -115,7 +115,7 @@ def _study(study: Study, plots: Sequence[Plot], level: int) -> list[str]:
         name,
         page.note(precision),
         page.verdict_box(wording.verdict(study)),
-        page.bullets(wording.cautions(study)),
+        page.bullets(cautions.cautions(study)),
         heading("The numbers"),
         page.note(_NUMBERS_NOTE),
         page.table(report_tables.groups_table(study.groups)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tst.common.atomic_files import write_file
-from megatron_tst.report import report_tables, wording
+from megatron_tst.report import cautions, report_tables, wording
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.decomposition import gains_of
 
@@ -18,7 +18,7 @@ def write_tables(studies: Sequence[Study], output: Path) -> None:
 
 def _section(study: Study) -> str:
     parts = [f"# {study.name}\n", *(f"{sentence}\n" for sentence in wording.verdict(study))]
-    parts.append("".join(f"- {caution}\n" for caution in wording.cautions(study)))
+    parts.append("".join(f"- {caution}\n" for caution in cautions.cautions(study)))
     parts.append(report_tables.groups_table(study.groups).markdown())
     if study.matchups:
         parts.append(report_tables.matchups_table(study.matchups).markdown())

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_tst.common.units import DASH
-from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.compared_settings import LENGTH_SETTINGS, SUPERPOSITION_SETTINGS, differing
+from megatron_tst.report.comparison import Study
 from megatron_tst.report.describing import Setting
-from megatron_tst.report.families import (
-    LENGTH_SETTINGS,
-    SUPERPOSITION_SETTINGS,
-    Group,
-    differing,
-)
+from megatron_tst.report.families import Group
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import Pair
 
 

@@ -11,7 +11,8 @@ from matplotlib.ticker import NullFormatter
 
 from megatron_tst.report.curve_plots import COLOURS, legend
 from megatron_tst.report.drawing import FOREGROUND, Canvas, Plot, render
-from megatron_tst.report.origin_tables import last_switch, position_bins, position_losses
+from megatron_tst.report.origin_positions import position_bins, position_losses
+from megatron_tst.report.origin_seeds import last_switch
 from megatron_tst.report.origins import GRADIENT, STEPS_AFTER, TRAINING, Arm
 from megatron_tst.report.statistics import estimate
 from megatron_tst.report.units import gap_text, seeds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_tst.report.families import SUPERPOSITION_SETTINGS
+from megatron_tst.report.compared_settings import SUPERPOSITION_SETTINGS
 from megatron_tst.report.origins import Arm, differences
 
 

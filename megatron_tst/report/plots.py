@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from megatron_tst.report import wording
-from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.comparison import Study
 from megatron_tst.report.curve_plots import draw_training, draw_validation
 from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.describing import in_last_phase
@@ -22,6 +22,7 @@ from megatron_tst.report.gap_plots import (
     draw_over_bag_sizes,
     draw_over_step_ratios,
 )
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.statistics import FEWEST_SEEDS
 from megatron_tst.report.sweep import largest_sweep

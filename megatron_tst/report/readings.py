@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_tst.report.compared_settings import decay_share
 from megatron_tst.report.curves import first_reached, value_at
 from megatron_tst.report.events import FloatArray
-from megatron_tst.report.families import decay_share
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 

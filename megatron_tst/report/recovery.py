@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tst.common.units import DASH
-from megatron_tst.report.comparison import Matchup
+from megatron_tst.report.matchup import Matchup
+from megatron_tst.report.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,13 @@ class Recovery:
 
 
 def recovery_of(matchup: Matchup) -> Recovery:
-    """Reads the crossing of every pair."""
-    crossings = [pair.switch().crossing for pair in matchup.pairs]
+    """Reads the crossing of every pair of a matchup."""
+    return recovery_over(matchup.pairs)
+
+
+def recovery_over(pairs: Sequence[Pair]) -> Recovery:
+    """Reads the crossing of every pair, a seed each."""
+    crossings = [pair.switch().crossing for pair in pairs]
     found = [one for one in crossings if one is not None]
     told = [one.at for one in found if one.at is not None]
     is_told = bool(found) and len(told) == len(found)

@@ -11,10 +11,12 @@ import numpy as np
 from megatron_tst.common.text_table import Table
 from megatron_tst.common.units import DASH, TIMES, duration, quantity
 from megatron_tst.report import wording
-from megatron_tst.report.comparison import Matchup, Study
+from megatron_tst.report.compared_settings import differing
+from megatron_tst.report.comparison import Study
 from megatron_tst.report.decomposition import Gain
 from megatron_tst.report.describing import Setting
-from megatron_tst.report.families import Group, differing
+from megatron_tst.report.families import Group
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import ARMS, Pair
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult

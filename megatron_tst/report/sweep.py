@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tst.report.comparison import Matchup
-from megatron_tst.report.families import weighting_label
+from megatron_tst.report.labels import weighting_label
+from megatron_tst.report.matchup import Matchup
 
 _SWEPT = ("bag_size", "step_ratio", "switch_step", "target_weighting", "power_law_exponent")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_tst.report.comparison import Matchup, Study, mean_end
-from megatron_tst.report.families import TUNED_SETTINGS, Group
+from megatron_tst.report.compared_settings import TUNED_SETTINGS
+from megatron_tst.report.comparison import Study, mean_end
+from megatron_tst.report.families import Group
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate
 
 

@@ -13,7 +13,7 @@ from megatron_tst.common.units import PLUS_MINUS, TIMES
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.results_table import read_results
 from megatron_tst.report.statistics import Estimate, estimate
-from megatron_tst.study.config import read_study
+from megatron_tst.study.study_file import read_study
 from tests import results_page
 from tests.figures import assert_same_drawing
 from tests.results_page import ROOT, SECTIONS, TABLES, refreshed, state, unmarked, verdict

@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from megatron_tst.common.progress import INTERVAL_VARIABLE
-from megatron_tst.report.families import SUPERPOSITION_SETTINGS, differing, superposition_label
+from megatron_tst.report.compared_settings import SUPERPOSITION_SETTINGS, differing
+from megatron_tst.report.labels import superposition_label
 from megatron_tst.report.results_table import read_results
-from megatron_tst.study.config import read_study
 from megatron_tst.study.slurm import submit
+from megatron_tst.study.study_file import read_study
 from megatron_tst.study.study_folder import open_study
 from tests.studies import study_content, write_study
 from tests.zygote import ROOT

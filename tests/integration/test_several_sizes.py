@@ -14,7 +14,7 @@ import torch
 from megatron_tst.checkpoint.saved_accounting import check_accounting
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.commands import inspect_data
-from megatron_tst.report.families import superposition_label
+from megatron_tst.report.labels import superposition_label
 from megatron_tst.report.results import read_result
 from megatron_tst.settings.step_sizes import StepSizes
 from tests.corpus import write_corpus

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tst.ops.objectives import LOSSES, superposition_loss
 from megatron_tst.report.describing import superposition_settings
-from megatron_tst.report.families import superposition_label
+from megatron_tst.report.labels import superposition_label
 from megatron_tst.settings.arguments import (
     add_superposition_arguments,
     superposition_config_from_args,
@@ -20,7 +20,7 @@ from megatron_tst.settings.arguments import (
 from megatron_tst.settings.batch_sizes import BatchSizes
 from megatron_tst.settings.config import OBJECTIVES, WEIGHTINGS, Objective, SuperpositionConfig
 from megatron_tst.settings.schedule import SuperpositionSchedule
-from megatron_tst.study.config import read_study
+from megatron_tst.study.study_file import read_study
 from tests.studies import study_content, write_study
 
 TOY: dict[str, Any] = {

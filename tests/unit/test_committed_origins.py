@@ -12,7 +12,9 @@ import pytest
 
 from megatron_tst.commands.explain_gain import main
 from megatron_tst.common.units import MINUS, PLUS_MINUS
-from megatron_tst.report.origin_tables import moment_ratio, paired, position_losses
+from megatron_tst.report.origin_positions import position_losses
+from megatron_tst.report.origin_seeds import paired
+from megatron_tst.report.origin_switch import moment_ratio
 from megatron_tst.report.origins import GRADIENT, MOMENT, Arm, arms_of, read_traces
 from megatron_tst.report.statistics import estimate
 from tests.figures import assert_same_drawing

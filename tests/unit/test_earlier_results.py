@@ -14,12 +14,13 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.results_table import read_results, write_results
-from megatron_tst.study.config import StudyConfig, read_study
+from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.earlier_results import (
     in_order_of,
     read_earlier_results,
     without,
 )
+from megatron_tst.study.study_file import read_study
 from tests.zygote import ROOT
 
 TABLE = ROOT / "docs/results/long.csv"

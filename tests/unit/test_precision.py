@@ -12,8 +12,9 @@ from megatron_tst.commands.run_study import main
 from megatron_tst.common import bf16
 from megatron_tst.common.precision import describe_precision, faster_precision
 from megatron_tst.evaluation.folder import check_model_folder, load_model
-from megatron_tst.study.config import StudyConfig, read_study
+from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.precision import resolve_precision
+from megatron_tst.study.study_file import read_study
 from megatron_tst.study.study_folder import executions, open_study
 from tests.studies import study_content, write_study
 from tests.tiny_llama import CPU, save_tiny_llama

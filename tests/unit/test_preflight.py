@@ -19,8 +19,8 @@ from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
 from megatron_tst.common.units import quantity
 from megatron_tst.preflight.launch_command import read_launch
-from megatron_tst.study.config import read_study
 from megatron_tst.study.run_folder import RunFolder
+from megatron_tst.study.study_file import read_study
 from tests.corpus import write_corpus
 from tests.hf_models import save_model
 from tests.newer_torch import NEWER, OLDER, record_torch, write_as_newer_torch

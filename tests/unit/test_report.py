@@ -15,12 +15,13 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_tst.common.units import duration, quantity
+from megatron_tst.report.cautions import cautions
 from megatron_tst.report.comparison import Study, study_of_two
 from megatron_tst.report.curves import first_reached, value_at
 from megatron_tst.report.html import write_report
 from megatron_tst.report.results import read_result
 from megatron_tst.report.runs import read_run
-from megatron_tst.report.wording import NOT_REACHED, cautions, verdict
+from megatron_tst.report.wording import NOT_REACHED, verdict
 from tests.unit.run_folders import (
     BASELINE,
     BATCH,

@@ -13,13 +13,13 @@ from megatron_tst.commands.compare_runs import main
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report import arguments as reviewed
 from megatron_tst.report.arguments import arguments_that_can_matter
+from megatron_tst.report.cautions import cautions
 from megatron_tst.report.comparison import Study, match_two, study_of
 from megatron_tst.report.describing import NUMERICS, describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
 from megatron_tst.report.sources import read_sources
-from megatron_tst.report.wording import cautions
 from tests import results_page
 from tests.unit.run_folders import BASELINE, TST, baseline_loss, make_run, tst_loss, write_info
 from tests.unit.synthetic_runs import line, synthetic_run

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from megatron_tst.commands.run_study import main
-from megatron_tst.study.config import read_study
 from megatron_tst.study.display import running_lines, summary
 from megatron_tst.study.execution import Execution, Slot, slots_of_this_machine
 from megatron_tst.study.run_folder import LogReader, RunFolder, State
 from megatron_tst.study.runner import Progress
 from megatron_tst.study.settings import RunSettings
 from megatron_tst.study.slurm import parse_slurm_options
+from megatron_tst.study.study_file import read_study
 from megatron_tst.study.study_folder import open_study
 from tests.studies import study_content, write_study
 

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_tst.report.comparison import Matchup, match_two, matchups_of, study_of
+from megatron_tst.report.cautions import cautions
+from megatron_tst.report.comparison import match_two, matchups_of, study_of
 from megatron_tst.report.families import families_of
+from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.recovery import recovery_of
@@ -20,7 +22,7 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.report.tuning import tuned_arms
-from megatron_tst.report.wording import cautions, cost, outcome, verdict
+from megatron_tst.report.wording import cost, outcome, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
