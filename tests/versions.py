@@ -147,7 +147,10 @@ def run(name: str, python: Path, arguments: Sequence[str]) -> tuple[list[str], l
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"
         command = [str(python), "-m", "pytest", "-q", "-n", "0", f"--junitxml={results}", *chosen]
-        ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"CI": ""}).returncode
+        # Torch would build an extension anew for every version that shares the folder.
+        extensions = {"TORCH_EXTENSIONS_DIR": str(OVERLAYS / name / "torch_extensions")}
+        environment = os.environ | {"CI": ""} | extensions
+        ended = subprocess.run(command, cwd=ROOT, env=environment).returncode
         # Anything else than failed tests, an interruption too, leaves counts that mean nothing.
         if ended not in (0, 1):
             raise subprocess.CalledProcessError(ended, command)

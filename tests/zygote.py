@@ -100,7 +100,7 @@ class Launcher:
         self._runs.update(dict.fromkeys(pids, run))
         return run
 
-    def wait(self, run: Run, seconds: float = 120) -> list[int]:
+    def wait(self, run: Run, seconds: float = 300) -> list[int]:
         """Waits for all ranks and returns their exit codes, by rank; kills a run that hangs."""
         deadline = time.monotonic() + seconds
         while not run.finished:
