@@ -52,7 +52,7 @@ TESTS = {
         tests/unit/test_preflight.py::test_all_errors_of_arguments_are_told_at_once
         tests/unit/test_preflight.py::test_the_torch_that_runs_is_named
         tests/integration/test_training.py
-        tests/torch_upgrade.py
+        tests/integration/torch_upgrade.py
         tests/integration/test_resume.py::test_the_checkpoint_of_a_newer_torch_is_not_called_damaged
         tests/integration/test_hf_export.py
         tests/integration/test_hf_import.py::test_the_way_back_gives_the_same_bits
