@@ -72,12 +72,16 @@ class Study:
         """Baselines of at least ``fewest`` seeds that end lower than its own, in the mean.
 
         They differ from it in settings of the optimizer alone; TST need not have been trained so.
+        Those of finished runs: the last losses of others are of any step.
         """
+        if not matchup.baseline.is_finished:
+            return []
         own, wanted = matchup.baseline, _key(matchup.baseline, TUNED_SETTINGS)
         return [
             group
             for group in self.groups
             if group.is_baseline
+            and group.is_finished
             and len(group.counted) >= fewest
             and _key(group, TUNED_SETTINGS) == wanted
             and mean_end(group) < mean_end(own)

@@ -463,6 +463,25 @@ def test_each_arm_is_read_at_its_own_best_rate() -> None:
     ]
 
 
+def test_ends_of_runs_that_were_stopped_are_not_set_against_each_other() -> None:
+    """Of two rates in progress, one at step 40 and one whose baseline is at 80."""
+    runs = []
+    for seed in range(3):
+        for rate, steps in ((1e-3, (40, 40)), (2e-3, (80, 40))):
+            for size, end, step in zip((1, 4), (3.0, 2.9), steps, strict=True):
+                settings = {"bag_size": size, "learning_rate": rate, "seed": seed}
+                runs.append(stopped(synthetic_run(falling(100, end), **settings), step))
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert [matchup.gap.mean for matchup in study.ranked if matchup.gap] == [
+        pytest.approx(0.1),
+        pytest.approx(0.1),
+    ]
+    for matchup in study.matchups:
+        assert study.lower_baselines(matchup) == []
+        assert tuned_arms(study, matchup) is None
+    assert not any("Each arm at the best" in sentence for sentence in verdict(study))
+
+
 @pytest.mark.parametrize(
     ("others", "said"),
     [
