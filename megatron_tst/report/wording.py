@@ -16,6 +16,7 @@ from megatron_tst.settings.phases import bags_name
 
 NOT_REACHED = "not reached within the run"
 TOO_FEW = "too few seeds"
+UNFINISHED = "unfinished"
 # Losses are quoted to three decimals; a smaller gap is no gap.
 _DRAW = 5e-4
 
@@ -32,6 +33,11 @@ def outcome(gap: Estimate) -> str:
     if abs(gap.mean) < _DRAW:
         return "drew"
     return "won" if gap.mean > 0 else "lost"
+
+
+def result_of(matchup: Matchup, gap: Estimate) -> str:
+    """The outcome of a matchup whose gap is known; one before the end of its runs is none."""
+    return outcome(gap) if matchup.is_finished else UNFINISHED
 
 
 def verdict(study: Study) -> list[str]:
@@ -56,15 +62,16 @@ def verdict(study: Study) -> list[str]:
 
 
 def _ranking(study: Study, best: Matchup) -> str:
-    ranked = study.ranked
-    outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
+    ranked, chosen = study.ranked, study.picked_from
+    outcomes = [result_of(matchup, matchup.gap) for matchup in ranked if matchup.gap]
     counts = ", ".join(
         f"{outcomes.count(word)} {'with ' * (word == TOO_FEW)}{word}"
-        for word in ("won", "lost", "drew", "undecided", TOO_FEW)
+        for word in ("won", "lost", "drew", "undecided", TOO_FEW, UNFINISHED)
         if word in outcomes
     )
-    fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
-    among = ", of those with the most seeds," if fewer else ""
+    fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in chosen)
+    limits = ["that are finished"] * (len(chosen) < len(ranked)) + ["with the most seeds"] * fewer
+    among = f", of those {' and '.join(limits)}," if limits else ""
     largest = f"The largest gap to the best baseline of its length{among}"
     if not study.has_best_baseline(best):
         largest = f"None is against the best baseline of its length. The largest gap{among}"

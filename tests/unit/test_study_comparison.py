@@ -18,6 +18,7 @@ from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.recovery import recovery_of
+from megatron_tst.report.report_tables import matchups_table
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
@@ -549,6 +550,31 @@ def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
     assert study.best is not None
     assert study.best.tst.label == "s=4 r=0.25"
     assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
+
+
+def test_a_run_in_progress_is_ranked_behind_finished_ones() -> None:
+    finished, halfway = [], []
+    for seed in range(3):
+        finished.append(synthetic_run(falling(100, 3.0), seed=seed))
+        for size, end in ((2, 2.95), (8, 3.02)):
+            run = synthetic_run(falling(100, end - 0.001 * seed), bag_size=size, seed=seed)
+            finished.append(run)
+        run = synthetic_run(falling(100, 2.9 - 0.001 * seed), bag_size=4, seed=seed)
+        halfway.append(stopped(run, 50))
+    study = study_of(families_of([*finished, *halfway])[0])
+    assert [matchup.tst.settings["bag_size"] for matchup in study.ranked] == [2, 8, 4]
+    assert verdict(study)[0] == (
+        "3 TST settings at equal FLOPs: 1 won, 1 lost, 1 unfinished. The largest gap to the best "
+        "baseline of its length, of those that are finished, is that of s=2 r=0.25; the sentences "
+        "below are about it."
+    )
+    assert any("The best of 2 settings" in caution for caution in cautions(study))
+    rows = matchups_table(study.matchups).rows
+    assert [row[3] for row in rows] == ["won", "unfinished", "lost"]
+    # Where none is finished the verdict is about the largest gap.
+    study = study_of(families_of([*finished[::3], *halfway])[0])
+    assert study.best is not None
+    assert study.best.tst.settings["bag_size"] == 4
 
 
 @pytest.mark.parametrize(
