@@ -57,13 +57,17 @@ class Study:
     @property
     def best(self) -> Matchup | None:
         """What the verdict is about: of those that are finished, then of those against a best
-        baseline, and then of those with the most seeds, the first by rank."""
+        baseline, and then of those with the most seeds, the first by rank.
+
+        Where no gap can be read, one of those that have pairs.
+        """
+        found = self.ranked or [one for one in self.matchups if one.pairs]
 
         def order(matchup: Matchup) -> tuple[bool, bool, int]:
             is_best = self.has_best_baseline(matchup)
             return matchup.is_finished, is_best, len(matchup.pairs)
 
-        return max(self.ranked, key=order, default=None)
+        return max(found, key=order, default=None)
 
     @property
     def picked_from(self) -> list[Matchup]:

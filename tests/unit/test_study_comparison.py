@@ -17,6 +17,7 @@ from megatron_tst.report.families import families_of
 from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.plots import captions
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.report_tables import matchups_table
 from megatron_tst.report.results import RunResult
@@ -285,6 +286,28 @@ def test_a_run_that_was_stopped_is_read_at_a_step_that_both_have() -> None:
     assert matchup_of([*seldom, *runs[1::2]]).gap is None
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_run_that_was_stopped_between_validations_is_read_before(number: int) -> None:
+    runs = []
+    for seed in range(number):
+        settings: dict[str, Any] = {"seed": seed, "every": 50, "total_steps": 300}
+        runs.append(synthetic_run(falling(300, 3.0), name=f"base{seed}", **settings))
+        whole = synthetic_run(falling(300, 2.9), bag_size=4, **{**settings, "every": 1})
+        kept = np.isin(whole.steps, [50, 100, 124])
+        names = ("steps", "validation_loss", "equivalent_tokens", "data_tokens", "seconds")
+        rows = {name: getattr(whole, name)[kept] for name in names}
+        runs.append(replace(whole, status="unfinished", **rows))
+    study = study_of(families_of(runs)[0])
+    assert study.ranked == []
+    said = verdict(study)
+    assert "the arms cannot be compared" in said[0]
+    assert said[1].startswith("base0 was not evaluated near step 124")
+    assert said[1].count("was not evaluated near") == number
+    assert "At step 100, the last at which both arms were, " in said[1]
+    assert "a gap of +0.100 nats" in said[1]
+    assert captions([study])
+
+
 def stopped(run: RunResult, step: int) -> RunResult:
     """A run as it is when it was stopped."""
     count = int(np.searchsorted(run.steps, step, side="right"))
@@ -470,7 +493,7 @@ def test_ends_of_runs_that_were_stopped_are_not_set_against_each_other() -> None
     for seed in range(3):
         for rate, steps in ((1e-3, (40, 40)), (2e-3, (80, 40))):
             for size, end, step in zip((1, 4), (3.0, 2.9), steps, strict=True):
-                settings = {"bag_size": size, "learning_rate": rate, "seed": seed}
+                settings: dict[str, Any] = {"bag_size": size, "learning_rate": rate, "seed": seed}
                 runs.append(stopped(synthetic_run(falling(100, end), **settings), step))
     (study,) = [study_of(family) for family in families_of(runs)]
     assert [matchup.gap.mean for matchup in study.ranked if matchup.gap] == [
