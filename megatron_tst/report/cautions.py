@@ -11,7 +11,7 @@ from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.statistics import FEWEST_SEEDS
 from megatron_tst.report.unchecked import unchecked
 from megatron_tst.report.units import seeds
-from megatron_tst.report.wording import outcome
+from megatron_tst.report.wording import result_of
 from megatron_tst.settings.phases import phase_at, phase_name
 
 
@@ -43,14 +43,14 @@ def _cautions_on_seeds(study: Study) -> Iterable[str]:
     elif few:
         named = ", ".join(f"{m.tst.label} ({seeds(len(m.pairs))})" for m in few)
         yield f"Too few seeds to decide anything, fewer than {FEWEST_SEEDS}: {named}."
-    if len(counts) > 1:
+    if len(study.picked_from) > 1:
         yield (
-            f"The best of {len(counts)} settings was picked by the gap itself: "
+            f"The best of {len(study.picked_from)} settings was picked by the gap itself: "
             "expect a smaller one from new seeds."
         )
     if study.best:
         yield from _cautions_on_tuning(study, study.best)
-    undecided = [m.tst.label for m in study.ranked if m.gap and outcome(m.gap) == "undecided"]
+    undecided = [m.tst.label for m in study.ranked if m.gap and result_of(m, m.gap) == "undecided"]
     if undecided:
         yield f"Undecided, the interval of the gap holds zero: {', '.join(undecided)}."
 

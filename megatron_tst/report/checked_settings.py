@@ -12,7 +12,7 @@ from math import isnan
 from typing import Any, TypeGuard
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.describing import MODEL_SETTINGS, Setting
+from megatron_tst.report.describing import MODEL_SETTINGS, OFF, Setting
 from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import is_superposed
 from megatron_tst.settings.variants import VARIANTS
@@ -32,10 +32,13 @@ _WHOLE: dict[str, float] = {
     "num_experts": 0,
 }
 """Whole numbers, and the least that each may be."""
+SAMPLES = ("lr_warmup_samples", "lr_wsd_decay_samples")
+"""Whole numbers or off, as in a run that has its schedule in steps, beside one that has not."""
 _NUMBERS = (
     *("tokens_per_step", "step_ratio", "power_law_exponent", "learning_rate", "min_lr"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "clip_grad", "lr_decay_share"),
 )
+_ABOVE_ZERO = ("tokens_per_step", "lr_decay_share")
 _OF_SUPERPOSITION = {
     *(name for name, known in SETTINGS.items() if known.is_method or name == "schedule"),
     *("switch_step", "bags"),
@@ -51,7 +54,7 @@ def _bare(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower()).removeprefix("tst")
 
 
-_KNOWN = {*_WHOLE, *_NUMBERS, *_OF_SUPERPOSITION}
+_KNOWN = {*_WHOLE, *SAMPLES, *_NUMBERS, *_OF_SUPERPOSITION}
 _SPELLINGS = {_bare(name): name for name in _KNOWN}
 _SPELLINGS |= {_bare(name): ours for name, ours in _MEGATRONS.items()}
 
@@ -102,9 +105,11 @@ def checked_value(name: str, value: Any, where: str) -> Setting | None:
         return value
     if name in _WHOLE:
         return whole_number(name, value, where, _WHOLE[name])
+    if name in SAMPLES:
+        return value if value == OFF else whole_number(name, value, where, 0)
     if name in _NUMBERS and not (_is_number(value) and abs(value) < 2**63):
         raise UsageError(f"{where}: {name} is {value!r}: write a number.")
-    if name == "tokens_per_step" and not float(value) > 0:
+    if name in _ABOVE_ZERO and not float(value) > 0:
         raise UsageError(f"{where}: {name} is {value!r}: write a number above 0.")
     if name == "bf16" and value not in (True, False):
         raise UsageError(f"{where}: {name} is {value!r}: write true or false.")

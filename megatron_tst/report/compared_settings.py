@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_tst.report.describing import Setting
+from megatron_tst.report.describing import OFF, Setting
 from megatron_tst.settings.config import SETTINGS
 
 SUPERPOSITION_SETTINGS = (
@@ -31,7 +31,9 @@ def decay_share(settings: Mapping[str, Setting]) -> float | None:
     steps, batch = settings.get("total_steps"), settings.get("global_batch_size")
     if steps and (decay := settings.get("lr_wsd_decay_iters")):
         return float(decay) / float(steps)
-    if steps and isinstance(batch, int) and (decay := settings.get("lr_wsd_decay_samples")):
+    decay = settings.get("lr_wsd_decay_samples", OFF)
+    # Off in a run without it, beside runs that have one.
+    if steps and isinstance(batch, int) and decay and decay != OFF:
         return float(decay) / (float(steps) * batch)
     return None
 

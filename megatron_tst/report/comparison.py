@@ -41,28 +41,38 @@ class Study:
 
     @property
     def ranked(self) -> list[Matchup]:
-        """Matchups with a pair that counts: against the best baseline of their length first.
+        """Matchups with a pair that counts: finished first, then against the best baseline first.
 
-        Among these, and among the others, the largest mean gap comes first: a gap to a baseline
-        whose learning rate does not suit it says little.
+        The best of their length. Among these, and among the others, the largest mean gap comes
+        first: a gap to a baseline whose learning rate does not suit it says little.
         """
         found = [(matchup.gap.mean, matchup) for matchup in self.matchups if matchup.gap]
 
-        def order(one: tuple[float, Matchup]) -> tuple[bool, float]:
+        def order(one: tuple[float, Matchup]) -> tuple[bool, bool, float]:
             gap, matchup = one
-            return not self.has_best_baseline(matchup), -gap
+            return not matchup.is_finished, not self.has_best_baseline(matchup), -gap
 
         return [matchup for _, matchup in sorted(found, key=order)]
 
     @property
     def best(self) -> Matchup | None:
-        """What the verdict is about: of those against a best baseline, and then of those with the
-        most seeds, the first by rank."""
+        """What the verdict is about: of those that are finished, then of those against a best
+        baseline, and then of those with the most seeds, the first by rank.
 
-        def order(matchup: Matchup) -> tuple[bool, int]:
-            return self.has_best_baseline(matchup), len(matchup.pairs)
+        Where no gap can be read, one of those that have pairs.
+        """
+        found = self.ranked or [one for one in self.matchups if one.pairs]
 
-        return max(self.ranked, key=order, default=None)
+        def order(matchup: Matchup) -> tuple[bool, bool, int]:
+            is_best = self.has_best_baseline(matchup)
+            return matchup.is_finished, is_best, len(matchup.pairs)
+
+        return max(found, key=order, default=None)
+
+    @property
+    def picked_from(self) -> list[Matchup]:
+        """Of those ranked what :attr:`best` is chosen from: the finished ones, if there are any."""
+        return [one for one in self.ranked if one.is_finished] or self.ranked
 
     def has_best_baseline(self, matchup: Matchup) -> bool:
         """Whether no baseline of other optimizer settings and of as many seeds ends lower."""
@@ -72,12 +82,16 @@ class Study:
         """Baselines of at least ``fewest`` seeds that end lower than its own, in the mean.
 
         They differ from it in settings of the optimizer alone; TST need not have been trained so.
+        Those of finished runs: the last losses of others are of any step.
         """
+        if not matchup.baseline.is_finished:
+            return []
         own, wanted = matchup.baseline, _key(matchup.baseline, TUNED_SETTINGS)
         return [
             group
             for group in self.groups
             if group.is_baseline
+            and group.is_finished
             and len(group.counted) >= fewest
             and _key(group, TUNED_SETTINGS) == wanted
             and mean_end(group) < mean_end(own)

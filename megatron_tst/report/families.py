@@ -42,6 +42,11 @@ class Group:
         return finished or tuple(unfinished)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has runs that count, and these reached their last step."""
+        return bool(self.counted) and self.counted[0].status == "finished"
+
+    @property
     def diverged(self) -> tuple[RunResult, ...]:
         """The runs whose loss means nothing."""
         return tuple(run for run in self.runs if run.status == "diverged")

@@ -71,6 +71,12 @@ class Matchup:
         return self.mean_of(lambda pair: pair.gap)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether its pairs reached their last step: a gap before it says less than one there."""
+        runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]
+        return bool(runs) and all(run.status == "finished" for run in runs)
+
+    @property
     def times_are_comparable(self) -> bool:
         """Whether all runs were timed, with one loss on one kind of machine, an arm's alike."""
         runs = [run for pair in self.pairs for run in (pair.baseline, pair.tst)]

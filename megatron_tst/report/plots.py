@@ -147,7 +147,7 @@ def _offsets(best: Matchup) -> Iterator[_Sketch]:
 
 
 def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
-    if len(study.ranked) > 1 or len(best.pairs) > 1:
+    if study.ranked and (len(study.ranked) > 1 or len(best.pairs) > 1):
         yield _Sketch(
             "gaps",
             "Gap to the baseline at equal FLOPs",

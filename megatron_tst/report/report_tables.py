@@ -103,7 +103,7 @@ def _matchup_row(matchup: Matchup) -> tuple[str, ...]:
         matchup.tst.label,
         gap_text(gap),
         str(gap.n),
-        wording.outcome(gap),
+        wording.result_of(matchup, gap),
         DASH if off_curve is None else ratio_text(off_curve),
         _off_ends(matchup),
         DASH if data is None else gap_text(data),

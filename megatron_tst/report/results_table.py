@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.report.checked_settings import checked_settings, checked_value
+from megatron_tst.report.checked_settings import SAMPLES, checked_settings, checked_value
 from megatron_tst.report.describing import NUMERICS, OFF, IntArray
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.table_rows import OFFSET, TRAINING, VALIDATION, curves_of, described_by
@@ -213,6 +213,9 @@ def _arguments(text: str, where: str) -> dict[str, Any]:
         raise UsageError(
             f"{where} has arguments that are no JSON object ({text[:40]!r}): write the table again."
         )
+    for name, value in found.items():
+        if name in SAMPLES:
+            checked_value(name, value, where)
     return found
 
 

@@ -30,13 +30,15 @@ class Tuned:
 def tuned_arms(study: Study, matchup: Matchup) -> Tuned | None:
     """Each arm of a matchup at its best learning rate and other settings of the optimizer.
 
-    Settings of fewer than three seeds count only where none has more.
+    Settings of fewer than three seeds count only where none has more, and unfinished runs never:
+    their last losses are of any step.
 
     Returns:
-        None where the arms of the matchup are these, or these have no seed in common.
+        None where the arms of the matchup are these, or these have no seed in common; where all
+        runs of an arm are unfinished.
     """
     baseline, tst = (_best(study.groups, arm) for arm in (matchup.baseline, matchup.tst))
-    if (baseline, tst) == (matchup.baseline, matchup.tst):
+    if baseline is None or tst is None or (baseline, tst) == (matchup.baseline, matchup.tst):
         return None
     losses = {run.seed: run.final_loss for run in baseline.counted}
     gaps = [losses[run.seed] - run.final_loss for run in tst.counted if run.seed in losses]
@@ -49,11 +51,13 @@ def _differs_in_tuning(group: Group, other: Group) -> bool:
         {name: value for name, value in one.settings.items() if name not in TUNED_SETTINGS}
         for one in (group, other)
     ]
-    return bool(group.counted) and settings[0] == settings[1]
+    return settings[0] == settings[1]
 
 
-def _best(groups: Sequence[Group], arm: Group) -> Group:
+def _best(groups: Sequence[Group], arm: Group) -> Group | None:
     """The group that ends lowest of those that differ from an arm in their tuning, or are it."""
-    found = [group for group in groups if group is arm or _differs_in_tuning(group, arm)]
-    enough = min(FEWEST_SEEDS, max(len(group.counted) for group in found))
-    return min((group for group in found if len(group.counted) >= enough), key=mean_end)
+    alike = [group for group in groups if group is arm or _differs_in_tuning(group, arm)]
+    found = [group for group in alike if group.is_finished]
+    enough = min(FEWEST_SEEDS, max((len(group.counted) for group in found), default=0))
+    enough_seeds = (group for group in found if len(group.counted) >= enough)
+    return min(enough_seeds, key=mean_end, default=None)

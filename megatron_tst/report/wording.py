@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from megatron_tst.common.units import TIMES
+from megatron_tst.report.common_step import last_common_step, loss_of, unread
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.decomposition import gains_of
 from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import Arm, EqualLoss, Pair
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.runs import Budget
-from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate
+from megatron_tst.report.statistics import FEWEST_SEEDS, Estimate, estimate
 from megatron_tst.report.tuning import tuned_arms
 from megatron_tst.report.units import amount, gap_text, perplexity_change, ratio_text, seeds, signed
 from megatron_tst.settings.phases import bags_name
 
 NOT_REACHED = "not reached within the run"
 TOO_FEW = "too few seeds"
+UNFINISHED = "unfinished"
 # Losses are quoted to three decimals; a smaller gap is no gap.
 _DRAW = 5e-4
 
@@ -34,6 +36,11 @@ def outcome(gap: Estimate) -> str:
     return "won" if gap.mean > 0 else "lost"
 
 
+def result_of(matchup: Matchup, gap: Estimate) -> str:
+    """The outcome of a matchup whose gap is known; one before the end of its runs is none."""
+    return outcome(gap) if matchup.is_finished else UNFINISHED
+
+
 def verdict(study: Study) -> list[str]:
     """The outcome of a study, a sentence each; about its best setting."""
     best = study.best
@@ -41,6 +48,7 @@ def verdict(study: Study) -> list[str]:
         return ["No TST run can be set against a baseline."]
     sentences = [
         _equal_budget(best, "At equal FLOPs", "equivalent tokens"),
+        _at_common_step(best),
         _tuned(study, best),
         *speed_sentences(best),
         *_equal_data(best),
@@ -56,15 +64,16 @@ def verdict(study: Study) -> list[str]:
 
 
 def _ranking(study: Study, best: Matchup) -> str:
-    ranked = study.ranked
-    outcomes = [outcome(matchup.gap) for matchup in ranked if matchup.gap]
+    ranked, chosen = study.ranked, study.picked_from
+    outcomes = [result_of(matchup, matchup.gap) for matchup in ranked if matchup.gap]
     counts = ", ".join(
         f"{outcomes.count(word)} {'with ' * (word == TOO_FEW)}{word}"
-        for word in ("won", "lost", "drew", "undecided", TOO_FEW)
+        for word in ("won", "lost", "drew", "undecided", TOO_FEW, UNFINISHED)
         if word in outcomes
     )
-    fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in ranked)
-    among = ", of those with the most seeds," if fewer else ""
+    fewer = any(len(matchup.pairs) < len(best.pairs) for matchup in chosen)
+    limits = ["that are finished"] * (len(chosen) < len(ranked)) + ["with the most seeds"] * fewer
+    among = f", of those {' and '.join(limits)}," if limits else ""
     largest = f"The largest gap to the best baseline of its length{among}"
     if not study.has_best_baseline(best):
         largest = f"None is against the best baseline of its length. The largest gap{among}"
@@ -92,6 +101,26 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
         )
     ]
     return f"{condition} {_claim(gap, phase)}: {_losses(losses, gap)}"
+
+
+def _at_common_step(matchup: Matchup) -> str:
+    """What was not evaluated where, and what can be read before; empty if nothing is lacking."""
+    lacking = unread(matchup)
+    if not lacking:
+        return ""
+    named = ", ".join(f"{run.name} was not evaluated near step {step}" for run, step in lacking)
+    step = last_common_step(matchup)
+    if step is None:
+        return f"{named}, and there is no step at which both arms were: evaluate them at the same."
+    arms = [[loss_of(run, step) for run in (pair.tst, pair.baseline)] for pair in matchup.pairs]
+    gap = estimate([baseline - tst for tst, baseline in arms])
+    is_superposed = any(step < pair.tst.switch_step for pair in matchup.pairs)
+    phase = f", while still in {bags_name(matchup.pairs[0].tst.phases)}" * is_superposed
+    losses = [sum(column) / len(arms) for column in zip(*arms, strict=True)]
+    return (
+        f"{named}. At step {step}, the last at which both arms were, {_claim(gap, phase)}: "
+        f"{_losses(losses, gap)}"
+    )
 
 
 def _claim(gap: Estimate, phase: str = "") -> str:

@@ -14,6 +14,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.report import arguments as reviewed
 from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.cautions import cautions
+from megatron_tst.report.compared_settings import decay_share
 from megatron_tst.report.comparison import Study, match_two, study_of
 from megatron_tst.report.describing import NUMERICS, describe_settings
 from megatron_tst.report.families import families_of, with_differing_arguments
@@ -151,8 +152,8 @@ def test_an_arithmetic_that_was_not_recorded_keeps_nothing_apart(tmp_path: Path)
     assert len(study_of(family).matchups) == 1
 
 
-def arm(seeds: range, bag_size: int, arguments: dict[str, Any]) -> list[RunResult]:
-    runs = [synthetic_run(line(3.0), bag_size=bag_size, seed=seed) for seed in seeds]
+def arm(seeds: range, bag_size: int, arguments: dict[str, Any], **settings: Any) -> list[RunResult]:
+    runs = [synthetic_run(line(3.0), bag_size=bag_size, seed=seed, **settings) for seed in seeds]
     numerics = dict.fromkeys(NUMERICS, "same")
     return [replace(run, arguments=arguments, numerics=numerics) for run in runs]
 
@@ -300,6 +301,25 @@ def test_a_longer_baseline_may_have_a_longer_warm_up_in_samples() -> None:
     ]
     (matchup,) = compared([*tst, *same, *longer]).matchups
     assert len(matchup.baselines) == 2
+
+
+def test_a_decay_in_samples_and_no_decay_are_read_side_by_side(tmp_path: Path) -> None:
+    runs = [
+        run
+        for size in (1, 2)
+        for style, arguments in (("WSD", {"lr_wsd_decay_samples": 80}), ("cosine", DROPOUT))
+        for run in arm(
+            range(3), size, {**DROPOUT, **arguments}, lr_decay_style=style, global_batch_size=8
+        )
+    ]
+    table = tmp_path / "runs.csv"
+    write_results(with_differing_arguments(runs), table)
+    assert "off" in {run.settings["lr_wsd_decay_samples"] for run in read_sources([table])}
+    for read in (runs, read_sources([table])):
+        study = compared(read)
+        assert [len(matchup.pairs) for matchup in study.matchups] == [3, 3]
+        shares = [decay_share(matchup.tst.settings) for matchup in study.matchups]
+        assert sorted(map(str, shares)) == ["0.1", "None"]
 
 
 def test_a_start_from_weights_has_no_optimizer_to_load() -> None:

@@ -17,7 +17,9 @@ from megatron_tst.report.families import families_of
 from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.plots import captions
 from megatron_tst.report.recovery import recovery_of
+from megatron_tst.report.report_tables import matchups_table
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
@@ -284,6 +286,28 @@ def test_a_run_that_was_stopped_is_read_at_a_step_that_both_have() -> None:
     assert matchup_of([*seldom, *runs[1::2]]).gap is None
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_run_that_was_stopped_between_validations_is_read_before(number: int) -> None:
+    runs = []
+    for seed in range(number):
+        settings: dict[str, Any] = {"seed": seed, "every": 50, "total_steps": 300}
+        runs.append(synthetic_run(falling(300, 3.0), name=f"base{seed}", **settings))
+        whole = synthetic_run(falling(300, 2.9), bag_size=4, **{**settings, "every": 1})
+        kept = np.isin(whole.steps, [50, 100, 124])
+        names = ("steps", "validation_loss", "equivalent_tokens", "data_tokens", "seconds")
+        rows = {name: getattr(whole, name)[kept] for name in names}
+        runs.append(replace(whole, status="unfinished", **rows))
+    study = study_of(families_of(runs)[0])
+    assert study.ranked == []
+    said = verdict(study)
+    assert "the arms cannot be compared" in said[0]
+    assert said[1].startswith("base0 was not evaluated near step 124")
+    assert said[1].count("was not evaluated near") == number
+    assert "At step 100, the last at which both arms were, " in said[1]
+    assert "a gap of +0.100 nats" in said[1]
+    assert captions([study])
+
+
 def stopped(run: RunResult, step: int) -> RunResult:
     """A run as it is when it was stopped."""
     count = int(np.searchsorted(run.steps, step, side="right"))
@@ -463,6 +487,25 @@ def test_each_arm_is_read_at_its_own_best_rate() -> None:
     ]
 
 
+def test_ends_of_runs_that_were_stopped_are_not_set_against_each_other() -> None:
+    """Of two rates in progress, one at step 40 and one whose baseline is at 80."""
+    runs = []
+    for seed in range(3):
+        for rate, steps in ((1e-3, (40, 40)), (2e-3, (80, 40))):
+            for size, end, step in zip((1, 4), (3.0, 2.9), steps, strict=True):
+                settings: dict[str, Any] = {"bag_size": size, "learning_rate": rate, "seed": seed}
+                runs.append(stopped(synthetic_run(falling(100, end), **settings), step))
+    (study,) = [study_of(family) for family in families_of(runs)]
+    assert [matchup.gap.mean for matchup in study.ranked if matchup.gap] == [
+        pytest.approx(0.1),
+        pytest.approx(0.1),
+    ]
+    for matchup in study.matchups:
+        assert study.lower_baselines(matchup) == []
+        assert tuned_arms(study, matchup) is None
+    assert not any("Each arm at the best" in sentence for sentence in verdict(study))
+
+
 @pytest.mark.parametrize(
     ("others", "said"),
     [
@@ -530,6 +573,31 @@ def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
     assert study.best is not None
     assert study.best.tst.label == "s=4 r=0.25"
     assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
+
+
+def test_a_run_in_progress_is_ranked_behind_finished_ones() -> None:
+    finished, halfway = [], []
+    for seed in range(3):
+        finished.append(synthetic_run(falling(100, 3.0), seed=seed))
+        for size, end in ((2, 2.95), (8, 3.02)):
+            run = synthetic_run(falling(100, end - 0.001 * seed), bag_size=size, seed=seed)
+            finished.append(run)
+        run = synthetic_run(falling(100, 2.9 - 0.001 * seed), bag_size=4, seed=seed)
+        halfway.append(stopped(run, 50))
+    study = study_of(families_of([*finished, *halfway])[0])
+    assert [matchup.tst.settings["bag_size"] for matchup in study.ranked] == [2, 8, 4]
+    assert verdict(study)[0] == (
+        "3 TST settings at equal FLOPs: 1 won, 1 lost, 1 unfinished. The largest gap to the best "
+        "baseline of its length, of those that are finished, is that of s=2 r=0.25; the sentences "
+        "below are about it."
+    )
+    assert any("The best of 2 settings" in caution for caution in cautions(study))
+    rows = matchups_table(study.matchups).rows
+    assert [row[3] for row in rows] == ["won", "unfinished", "lost"]
+    # Where none is finished the verdict is about the largest gap.
+    study = study_of(families_of([*finished[::3], *halfway])[0])
+    assert study.best is not None
+    assert study.best.tst.settings["bag_size"] == 4
 
 
 @pytest.mark.parametrize(
