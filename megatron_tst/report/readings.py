@@ -72,6 +72,22 @@ def loss_at(run: RunResult, budget: Budget, amount: float) -> float | None:
     return loss if is_dense(run, run.steps[behind - 1], run.steps[behind]) else None
 
 
+def loss_after(run: RunResult, step: int) -> float | None:
+    """Validation loss after a step; None where that is neither a validation nor close between two.
+
+    Stricter than :func:`loss_at`: what the sign of a small difference of two curves decides is not
+    to be read off a line across a decay, however near to its end.
+    """
+    behind = int(np.searchsorted(run.steps, step))
+    if behind < run.steps.size and run.steps[behind] == step:
+        return float(run.validation_loss[behind])
+    if not 0 < behind < run.steps.size:
+        return None
+    if not is_dense(run, run.steps[behind - 1], run.steps[behind]):
+        return None
+    return float(np.interp(step, run.steps, run.validation_loss))
+
+
 def loss_reached(
     run: RunResult, spent: FloatArray, target: float, length: int | None = None
 ) -> Reached | None:

@@ -22,7 +22,7 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.report.tuning import tuned_arms
-from megatron_tst.report.wording import cost, outcome, verdict
+from megatron_tst.report.wording import cost, outcome, switch_sentence, verdict
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -361,6 +361,52 @@ def test_two_validations_do_not_say_what_happens_between_them() -> None:
     assert "Read from one curve" not in said
     reading = matchup.pairs[0].equal_loss("equivalent tokens", "baseline")
     assert cost(reading, "TST") == "800 equivalent tokens to 1.60 k equivalent tokens"
+
+
+def crossing_at(step_of_crossing: int, every: int, baseline_every: int) -> tuple[Pair, Pair]:
+    """A pair of 3000 steps, TST evaluated so seldom, and the same with dense validations."""
+
+    def baseline(step: float) -> float:
+        return 3.0 - step / 3000
+
+    def tst(step: float) -> float:
+        return baseline(step) + (0.2 if step < step_of_crossing else -0.02)
+
+    run = synthetic_run(baseline, total_steps=3000, every=baseline_every)
+    seldom, often = (
+        synthetic_run(tst, bag_size=2, step_ratio=0.3, total_steps=3000, every=steps)
+        for steps in (every, 25)
+    )
+    return Pair(run, seldom), Pair(run, often)
+
+
+@pytest.mark.parametrize("baseline_every", [25, 50, 500, 1000])
+@pytest.mark.parametrize("step_of_crossing", [930, 1025, 1300, 1990, 2010, 2700])
+def test_the_range_of_a_crossing_holds_it_where_one_arm_was_evaluated_seldom(
+    step_of_crossing: int, baseline_every: int
+) -> None:
+    seldom, often = crossing_at(step_of_crossing, 1000, baseline_every)
+    found = seldom.switch().crossing
+    assert found is not None
+    assert (found.at is None) == (step_of_crossing > 1000)
+    assert found.low <= step_of_crossing - 900 <= found.high
+    assert found.low + 900 in (900, 1000, 2000)
+    assert found.high + 900 in (1000, 2000, 3000)
+    if baseline_every <= 50:
+        told = often.switch().crossing
+        assert told is not None
+        assert told.at == pytest.approx(step_of_crossing - 900, abs=50)
+
+
+def test_arms_that_were_evaluated_at_no_common_step_say_nothing_of_a_crossing() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0), every=30, seed=0),
+        synthetic_run(falling(100, 2.9), every=50, seed=0, bag_size=4),
+    ]
+    assert not Pair(*runs).switch().is_read
+    matchup = matchup_of(runs)
+    assert (recovery_of(matchup).seeds, recovery_of(matchup).text) == (0, "\N{EN DASH}")
+    assert "cannot be said: no step after the switch" in switch_sentence(matchup)
 
 
 @pytest.mark.parametrize(("decay", "is_read"), [(10, False), (19, False), (20, True), (None, True)])
