@@ -16,6 +16,8 @@ from megatron_tst.report.runs import Budget
 _DENSE = 0.1
 # and than this share of a decay, in which a straight line would take the place of the whole drop.
 _DENSE_IN_DECAY = 0.5
+# More than that by a step they may be: a study rounds the distance of its validations up.
+_ROUNDING_STEPS = 1
 # This close to a validation, as a share of the length, it is read whatever lies between.
 _AT_VALIDATION = 0.01
 
@@ -54,9 +56,9 @@ def is_dense(run: RunResult, low: float, high: float, length: int | None = None)
     share = decay_share(run.settings)
     if begin is not None and share is not None:
         in_decay = high - max(low, begin)
-        if in_decay > _DENSE_IN_DECAY * share * run.total_steps:
+        if in_decay > _DENSE_IN_DECAY * share * run.total_steps + _ROUNDING_STEPS:
             return False
-    return high - low <= _DENSE * (length or run.total_steps)
+    return high - low <= _DENSE * (length or run.total_steps) + _ROUNDING_STEPS
 
 
 def loss_at(run: RunResult, budget: Budget, amount: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import exp, log, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from megatron_tst.report.families import families_of
 from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
+from megatron_tst.report.readings import is_dense
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.report.tuning import tuned_arms
 from megatron_tst.report.wording import cost, outcome, switch_sentence, verdict
+from megatron_tst.study.study_file import read_study
+from tests.studies import study_content, write_study
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -409,7 +413,7 @@ def test_arms_that_were_evaluated_at_no_common_step_say_nothing_of_a_crossing() 
     assert "cannot be said: no step after the switch" in switch_sentence(matchup)
 
 
-@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (19, False), (20, True), (None, True)])
+@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (17, False), (20, True), (None, True)])
 def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: bool) -> None:
     settings: dict[str, Any] = {} if decay is None else {"lr_wsd_decay_iters": decay}
     runs = [
@@ -418,6 +422,38 @@ def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: b
     ]
     # TST is at 3.0 between its validations at 90 and 100.
     assert (matchup_of(runs).speed_up_off_curve("equivalent tokens") is not None) == is_read
+
+
+@pytest.mark.parametrize(("times", "is_read"), [(9, False), (10, True), (20, True)])
+@pytest.mark.parametrize("total_steps", [3000, 3004, 3019])
+def test_a_study_of_ten_validations_is_read_between_them(
+    tmp_path: Path, times: int, is_read: bool, total_steps: int
+) -> None:
+    run = synthetic_run(falling(total_steps, 3.0), total_steps=total_steps)
+    every = evaluated_every(tmp_path, times, total_steps)
+    assert is_dense(run, every, 2 * every) == is_read
+
+
+@pytest.mark.parametrize(("times", "is_read"), [(10, False), (19, False), (20, True)])
+@pytest.mark.parametrize("total_steps", [3000, 3004, 3019])
+def test_a_study_of_twenty_validations_is_read_in_a_decay_of_a_tenth(
+    tmp_path: Path, times: int, is_read: bool, total_steps: int
+) -> None:
+    decay = round(0.1 * total_steps)
+    run = synthetic_run(
+        falling(total_steps, 3.0), total_steps=total_steps, lr_wsd_decay_iters=decay
+    )
+    every = evaluated_every(tmp_path, times, total_steps)
+    assert is_dense(run, total_steps - every, total_steps) == is_read
+
+
+def evaluated_every(folder: Path, times: int, total_steps: int) -> int:
+    """Steps between two validations of a study."""
+    content = study_content(folder / "corpus")
+    content["validation"]["times"] = times
+    content["defaults"]["total_steps"] = total_steps
+    arguments = read_study(write_study(folder / "study.yaml", content)).runs()[0].arguments
+    return int(arguments[arguments.index("--eval-interval") + 1])
 
 
 def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
