@@ -574,6 +574,18 @@ def test_a_control_that_is_missing_is_named_with_what_cannot_be_said(
     assert any(caution.endswith(said) for caution in found), found
 
 
+def test_what_a_baseline_did_not_record_is_said_where_it_keeps_a_run_from_it() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0)),
+        replace(synthetic_run(falling(100, 2.9), bag_size=4), arguments={"a": 1}),
+        replace(synthetic_run(falling(100, 3.0), seed=1), arguments={"a": 2}),
+    ]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    said = " ".join(cautions(study))
+    assert "the nearest differs in a (not recorded instead of 1)" in said
+    assert "(baseline-100-seed0) did not record: arguments beyond the settings" in said
+
+
 def test_another_loss_is_another_setting_by_name() -> None:
     objectives = ("mce", "bce")
     runs = [synthetic_run(falling(100, 3.0))]
