@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_tst.common.units import DASH
 from megatron_tst.report.compared_settings import LENGTH_SETTINGS, SUPERPOSITION_SETTINGS, differing
 from megatron_tst.report.comparison import Study
-from megatron_tst.report.describing import Setting
+from megatron_tst.report.describing import NUMERICS, Setting
 from megatron_tst.report.families import Group
 from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.pairs import Pair
@@ -32,11 +32,16 @@ def missing_controls(study: Study) -> Iterator[str]:
 
 
 def _without_control(tst: Group, baselines: list[Group]) -> str:
-    apart = min((_apart(tst, baseline) for baseline in baselines), key=len)
+    apart = _apart(tst, nearest_baseline(tst, baselines))
     return (
         f"{tst.label} has no baseline of the same settings and length: the nearest differs in "
         f"{', '.join(apart)}. What it gains cannot be said."
     )
+
+
+def nearest_baseline(tst: Group, baselines: list[Group]) -> Group:
+    """The baseline that differs from a group in the fewest settings."""
+    return min(baselines, key=lambda baseline: len(_apart(tst, baseline)))
 
 
 def _apart(tst: Group, baseline: Group) -> list[str]:
@@ -47,7 +52,8 @@ def _apart(tst: Group, baseline: Group) -> list[str]:
     names = [n for n in differing([tst.settings, baseline.settings]) if n not in left_out]
 
     def value(group: Group, name: str) -> Setting:
-        return group.settings.get(name, DASH)
+        tells = name not in NUMERICS and all(run.arguments for run in group.runs)
+        return group.settings.get(name, DASH if tells else "not recorded")
 
     return [f"{n} ({value(baseline, n)} instead of {value(tst, n)})" for n in names]
 

@@ -17,8 +17,8 @@ def recovery_of_arm(baseline: Arm, arm: Arm) -> Recovery | None:
         for seed, run in sorted(arm.runs.items())
         if seed in baseline.runs and run.switch_step is not None
     ]
-    evaluated = [pair for pair in pairs if pair.baseline.steps.size and pair.tst.steps.size]
-    return recovery_over(evaluated) if evaluated else None
+    found = recovery_over([pair for pair in pairs if pair.switch().is_read])
+    return found if found.seeds else None
 
 
 def _as_result(run: Trace) -> RunResult:

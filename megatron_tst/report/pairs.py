@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from megatron_tst.report.describing import in_last_phase
-from megatron_tst.report.readings import Reached, is_dense, loss_at, loss_reached
+from megatron_tst.report.events import FloatArray
+from megatron_tst.report.readings import Reached, is_dense, loss_after, loss_at, loss_reached
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.runs import Budget
 
@@ -90,12 +91,14 @@ class Switch:
         jump: rise of the training loss, nats; a change of quantity, not of the model. None if one
             side was not logged.
         crossing: steps after the switch until the validation loss is at or under the baseline's of
-            the same step, and stays there; None if that does not happen within the run. A touch
-            that is lost again is none.
+            the same step, and stays there; None if that does not happen within the run, or cannot
+            be told. A touch that is lost again is none.
+        is_read: whether both validation curves can be read at one step behind the switch.
     """
 
     jump: float | None
     crossing: Reached | None
+    is_read: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,7 @@ class Pair:
 
     def switch(self) -> Switch:
         """The jump of the training loss and the crossing of the validation curves."""
-        return Switch(self._jump(), self._crossing())
+        return Switch(self._jump(), self._crossing(), bool(self._excess()[0].size))
 
     def _jump(self) -> float | None:
         is_after = in_last_phase(self.tst.phases, self.tst.training_steps)
@@ -168,34 +171,41 @@ class Pair:
         return float(after[:_AROUND_SWITCH].mean() - before[-_AROUND_SWITCH:].mean())
 
     def _crossing(self) -> Reached | None:
-        switch = self.tst.switch_step
-        ordinary = self.tst.steps[in_last_phase(self.tst.phases, self.tst.steps)]
-        if not ordinary.size:
-            return None
-        first = max(ordinary[0], self.baseline.steps[0])
-        last = min(self.baseline.steps[-1], self.tst.steps[-1])
-        steps = np.union1d(self.baseline.steps, ordinary)
-        steps = steps[(steps >= first) & (steps <= last)].astype(np.float64)
-        excess = np.interp(steps, self.tst.steps, self.tst.validation_loss) - np.interp(
-            steps, self.baseline.steps, self.baseline.validation_loss
-        )
+        switch = float(self.tst.switch_step)
+        steps, excess = self._excess()
         above = np.flatnonzero(excess > 0)
         behind = int(above[-1]) + 1 if above.size else 0
         if behind == len(steps):
             return None
-        low, at = float(switch), steps[behind]
+        low, at = switch, steps[behind]
         if behind:
             low, before, after = steps[behind - 1], excess[behind - 1], excess[behind]
             at = low + before / (before - after) * (at - low)
-        is_told = all(self._is_dense(run, low, steps[behind]) for run in (self.baseline, self.tst))
+        runs = (self.baseline, self.tst)
+        around = [self._validations_around(run, low, steps[behind]) for run in runs]
+        is_told = all(is_dense(run, *ends) for run, ends in zip(runs, around, strict=True))
+        begins, ends = zip(*around, strict=True)
         return Reached(
-            float(at - switch) if is_told else None,
-            float(low - switch),
-            float(steps[behind] - switch),
+            float(at - switch) if is_told else None, min(begins) - switch, max(ends) - switch
         )
 
-    def _is_dense(self, run: RunResult, low: float, high: float) -> bool:
-        """Whether a run was evaluated often enough around two steps from the switch on."""
+    def _excess(self) -> tuple[FloatArray, FloatArray]:
+        """Steps behind the switch at which both curves can be read, ascending; TST's loss minus
+        the baseline's there, nats a token."""
+        ordinary = self.tst.steps[in_last_phase(self.tst.phases, self.tst.steps)]
+        steps = np.union1d(self.baseline.steps, ordinary)
+        # Before its first validation as an ordinary model TST's curve is that of bags.
+        steps = steps[steps >= ordinary[0]] if ordinary.size else steps[:0]
+        found = [
+            (step, tst - baseline)
+            for step in map(int, steps)
+            if (tst := loss_after(self.tst, step)) is not None
+            and (baseline := loss_after(self.baseline, step)) is not None
+        ]
+        return np.array([step for step, _ in found], float), np.array([gap for _, gap in found])
+
+    def _validations_around(self, run: RunResult, low: float, high: float) -> tuple[float, float]:
+        """The validations of a run that enclose two steps, none before the switch."""
         before, after = run.steps[run.steps <= low], run.steps[run.steps >= high]
         since = max(float(before[-1]), float(self.tst.switch_step)) if before.size else low
-        return is_dense(run, since, float(after[0]))
+        return since, float(after[0])

@@ -16,6 +16,8 @@ from megatron_tst.report.runs import Budget
 _DENSE = 0.1
 # and than this share of a decay, in which a straight line would take the place of the whole drop.
 _DENSE_IN_DECAY = 0.5
+# More than that by a step they may be: a study rounds the distance of its validations up.
+_ROUNDING_STEPS = 1
 # This close to a validation, as a share of the length, it is read whatever lies between.
 _AT_VALIDATION = 0.01
 
@@ -54,9 +56,9 @@ def is_dense(run: RunResult, low: float, high: float, length: int | None = None)
     share = decay_share(run.settings)
     if begin is not None and share is not None:
         in_decay = high - max(low, begin)
-        if in_decay > _DENSE_IN_DECAY * share * run.total_steps:
+        if in_decay > _DENSE_IN_DECAY * share * run.total_steps + _ROUNDING_STEPS:
             return False
-    return high - low <= _DENSE * (length or run.total_steps)
+    return high - low <= _DENSE * (length or run.total_steps) + _ROUNDING_STEPS
 
 
 def loss_at(run: RunResult, budget: Budget, amount: float) -> float | None:
@@ -70,6 +72,22 @@ def loss_at(run: RunResult, budget: Budget, amount: float) -> float | None:
         return loss
     behind = int(np.searchsorted(run.steps, step))
     return loss if is_dense(run, run.steps[behind - 1], run.steps[behind]) else None
+
+
+def loss_after(run: RunResult, step: int) -> float | None:
+    """Validation loss after a step; None where that is neither a validation nor close between two.
+
+    Stricter than :func:`loss_at`: what the sign of a small difference of two curves decides is not
+    to be read off a line across a decay, however near to its end.
+    """
+    behind = int(np.searchsorted(run.steps, step))
+    if behind < run.steps.size and run.steps[behind] == step:
+        return float(run.validation_loss[behind])
+    if not 0 < behind < run.steps.size:
+        return None
+    if not is_dense(run, run.steps[behind - 1], run.steps[behind]):
+        return None
+    return float(np.interp(step, run.steps, run.validation_loss))
 
 
 def loss_reached(

@@ -15,7 +15,9 @@ class Recovery:
     """What the seeds of a setting say.
 
     Attributes:
-        seeds: number of them.
+        pairs: number of seeds.
+        seeds: those whose two runs were evaluated so that they can be read at one step behind the
+            switch.
         recovered: those whose validation loss comes under the baseline's within the run, and stays.
         steps: from the switch until then, the mean over these; None if there are none, or one was
             evaluated too seldom to tell.
@@ -23,6 +25,7 @@ class Recovery:
         latest: steps until which all of these are.
     """
 
+    pairs: int
     seeds: int
     recovered: int
     steps: float | None
@@ -37,7 +40,7 @@ class Recovery:
         steps = f"{self.earliest:.0f} to {self.latest:.0f}"
         if self.steps is not None:
             steps = f"{self.steps:.0f}"
-        some = "" if self.recovered == self.seeds else f" in {self.recovered} of {self.seeds}"
+        some = "" if self.recovered == self.pairs else f" in {self.recovered} of {self.seeds}"
         return steps + some
 
 
@@ -48,12 +51,13 @@ def recovery_of(matchup: Matchup) -> Recovery:
 
 def recovery_over(pairs: Sequence[Pair]) -> Recovery:
     """Reads the crossing of every pair, a seed each."""
-    crossings = [pair.switch().crossing for pair in pairs]
-    found = [one for one in crossings if one is not None]
+    switches = [pair.switch() for pair in pairs]
+    found = [one.crossing for one in switches if one.crossing is not None]
     told = [one.at for one in found if one.at is not None]
     is_told = bool(found) and len(told) == len(found)
     return Recovery(
-        seeds=len(crossings),
+        pairs=len(switches),
+        seeds=sum(one.is_read for one in switches),
         recovered=len(found),
         steps=sum(told) / len(told) if is_told else None,
         earliest=min((one.low for one in found), default=0.0),

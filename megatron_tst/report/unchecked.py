@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_tst.report.comparison import Study
 from megatron_tst.report.describing import NUMERICS
+from megatron_tst.report.missing import nearest_baseline
 from megatron_tst.report.results import RunResult
 
 _NAMED = 3
@@ -14,6 +15,8 @@ _NAMED = 3
 def unchecked(study: Study) -> Iterator[str]:
     """One sentence on all arguments and numerics that some of the compared runs do not tell."""
     groups = [group for one in study.matchups for group in (one.baseline, *one.baselines, one.tst)]
+    if baselines := [group for group in study.groups if group.is_baseline]:
+        groups += [g for tst in study.alone for g in (nearest_baseline(tst, baselines), tst)]
     runs = list(dict.fromkeys(run for group in groups for run in group.runs))
     lacking = {what: _lacking(runs, tells) for what, tells in _records().items()}
     lacking = {what: found for what, found in lacking.items() if found}

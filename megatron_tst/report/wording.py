@@ -247,13 +247,18 @@ def switch_sentence(matchup: Matchup) -> str:
     if jump is not None:
         moved = "jumped" if jump.mean > 0 else "moved"
         first = f"At the switch the training loss {moved} by {gap_text(jump)} nats. "
+    if not found.seeds:
+        return (
+            f"{first}When the validation loss came under the baseline's cannot be said: no step "
+            "after the switch is one at which both arms were evaluated."
+        )
     if not found.recovered:
         return (
             f"{first}After the switch the validation loss did not come under the baseline's to "
             "stay."
         )
     some = ""
-    if found.recovered < found.seeds:
+    if found.recovered < found.pairs:
         some = f" in {found.recovered} of {found.seeds} seeds"
     start = f"{first}The validation loss came under the baseline's of the same step to stay"
     if found.steps is None:

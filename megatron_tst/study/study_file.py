@@ -37,18 +37,27 @@ _OWN_FLAGS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would take the last without a word."""
+    """Refuses a key that is there twice, of which YAML would take the last without a word.
+
+    So it does a key that is no text, as ``{{ corpus }}`` without quotes makes.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         keys: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    "a list or a mapping is no key: write text with brackets or braces in quotes",
+                    key.start_mark,
+                )
             if key.value in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is there twice: leave one out", key.start_mark
                 )
-            if isinstance(key.value, str):
-                keys.add(key.value)
+            keys.add(key.value)
         return node
 
 

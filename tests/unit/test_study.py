@@ -205,6 +205,8 @@ def test_a_model_may_be_called_by_a_number(tmp_path: Path) -> None:
     [
         ("schedule: 2:0.3", r"schedule is 120\.3 as YAML reads it: write text, in quotes"),
         ("bag_size: 2, bag_size: 4", r"bag_size is there twice.* line \d+"),
+        ("bag_size: {{ bags }}", r"a mapping is no key: write text with .* in quotes.* line \d+"),
+        ("? [a, b] : c", r"a list or a mapping is no key.* line \d+"),
     ],
 )
 def test_what_yaml_reads_otherwise_is_refused(tmp_path: Path, text: str, message: str) -> None:

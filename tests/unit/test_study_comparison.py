@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from math import exp, log, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,16 @@ from megatron_tst.report.matchup import Matchup
 from megatron_tst.report.missing import missing_controls
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.plots import captions
+from megatron_tst.report.readings import is_dense
 from megatron_tst.report.recovery import recovery_of
 from megatron_tst.report.report_tables import matchups_table
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import estimate, estimate_ratio, t_probability, t_quantile
 from megatron_tst.report.sweep import largest_sweep
 from megatron_tst.report.tuning import tuned_arms
-from megatron_tst.report.wording import cost, outcome, verdict
+from megatron_tst.report.wording import cost, outcome, switch_sentence, verdict
+from megatron_tst.study.study_file import read_study
+from tests.studies import study_content, write_study
 from tests.unit.synthetic_runs import TOKENS_PER_STEP, synthetic_run
 
 
@@ -387,7 +391,53 @@ def test_two_validations_do_not_say_what_happens_between_them() -> None:
     assert cost(reading, "TST") == "800 equivalent tokens to 1.60 k equivalent tokens"
 
 
-@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (19, False), (20, True), (None, True)])
+def crossing_at(step_of_crossing: int, every: int, baseline_every: int) -> tuple[Pair, Pair]:
+    """A pair of 3000 steps, TST evaluated so seldom, and the same with dense validations."""
+
+    def baseline(step: float) -> float:
+        return 3.0 - step / 3000
+
+    def tst(step: float) -> float:
+        return baseline(step) + (0.2 if step < step_of_crossing else -0.02)
+
+    run = synthetic_run(baseline, total_steps=3000, every=baseline_every)
+    seldom, often = (
+        synthetic_run(tst, bag_size=2, step_ratio=0.3, total_steps=3000, every=steps)
+        for steps in (every, 25)
+    )
+    return Pair(run, seldom), Pair(run, often)
+
+
+@pytest.mark.parametrize("baseline_every", [25, 50, 500, 1000])
+@pytest.mark.parametrize("step_of_crossing", [930, 1025, 1300, 1990, 2010, 2700])
+def test_the_range_of_a_crossing_holds_it_where_one_arm_was_evaluated_seldom(
+    step_of_crossing: int, baseline_every: int
+) -> None:
+    seldom, often = crossing_at(step_of_crossing, 1000, baseline_every)
+    found = seldom.switch().crossing
+    assert found is not None
+    assert (found.at is None) == (step_of_crossing > 1000)
+    assert found.low <= step_of_crossing - 900 <= found.high
+    assert found.low + 900 in (900, 1000, 2000)
+    assert found.high + 900 in (1000, 2000, 3000)
+    if baseline_every <= 50:
+        told = often.switch().crossing
+        assert told is not None
+        assert told.at == pytest.approx(step_of_crossing - 900, abs=50)
+
+
+def test_arms_that_were_evaluated_at_no_common_step_say_nothing_of_a_crossing() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0), every=30, seed=0),
+        synthetic_run(falling(100, 2.9), every=50, seed=0, bag_size=4),
+    ]
+    assert not Pair(*runs).switch().is_read
+    matchup = matchup_of(runs)
+    assert (recovery_of(matchup).seeds, recovery_of(matchup).text) == (0, "\N{EN DASH}")
+    assert "cannot be said: no step after the switch" in switch_sentence(matchup)
+
+
+@pytest.mark.parametrize(("decay", "is_read"), [(10, False), (17, False), (20, True), (None, True)])
 def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: bool) -> None:
     settings: dict[str, Any] = {} if decay is None else {"lr_wsd_decay_iters": decay}
     runs = [
@@ -396,6 +446,38 @@ def test_a_decay_is_not_read_off_one_straight_line(decay: int | None, is_read: b
     ]
     # TST is at 3.0 between its validations at 90 and 100.
     assert (matchup_of(runs).speed_up_off_curve("equivalent tokens") is not None) == is_read
+
+
+@pytest.mark.parametrize(("times", "is_read"), [(9, False), (10, True), (20, True)])
+@pytest.mark.parametrize("total_steps", [3000, 3004, 3019])
+def test_a_study_of_ten_validations_is_read_between_them(
+    tmp_path: Path, times: int, is_read: bool, total_steps: int
+) -> None:
+    run = synthetic_run(falling(total_steps, 3.0), total_steps=total_steps)
+    every = evaluated_every(tmp_path, times, total_steps)
+    assert is_dense(run, every, 2 * every) == is_read
+
+
+@pytest.mark.parametrize(("times", "is_read"), [(10, False), (19, False), (20, True)])
+@pytest.mark.parametrize("total_steps", [3000, 3004, 3019])
+def test_a_study_of_twenty_validations_is_read_in_a_decay_of_a_tenth(
+    tmp_path: Path, times: int, is_read: bool, total_steps: int
+) -> None:
+    decay = round(0.1 * total_steps)
+    run = synthetic_run(
+        falling(total_steps, 3.0), total_steps=total_steps, lr_wsd_decay_iters=decay
+    )
+    every = evaluated_every(tmp_path, times, total_steps)
+    assert is_dense(run, total_steps - every, total_steps) == is_read
+
+
+def evaluated_every(folder: Path, times: int, total_steps: int) -> int:
+    """Steps between two validations of a study."""
+    content = study_content(folder / "corpus")
+    content["validation"]["times"] = times
+    content["defaults"]["total_steps"] = total_steps
+    arguments = read_study(write_study(folder / "study.yaml", content)).runs()[0].arguments
+    return int(arguments[arguments.index("--eval-interval") + 1])
 
 
 def test_a_baseline_of_another_learning_rate_is_no_baseline() -> None:
@@ -533,6 +615,18 @@ def test_a_control_that_is_missing_is_named_with_what_cannot_be_said(
     (study,) = [study_of(family) for family in families_of(runs)]
     found = cautions(study)
     assert any(caution.endswith(said) for caution in found), found
+
+
+def test_what_a_baseline_did_not_record_is_said_where_it_keeps_a_run_from_it() -> None:
+    runs = [
+        synthetic_run(falling(100, 3.0)),
+        replace(synthetic_run(falling(100, 2.9), bag_size=4), arguments={"a": 1}),
+        replace(synthetic_run(falling(100, 3.0), seed=1), arguments={"a": 2}),
+    ]
+    (study,) = [study_of(family) for family in families_of(runs)]
+    said = " ".join(cautions(study))
+    assert "the nearest differs in a (not recorded instead of 1)" in said
+    assert "(baseline-100-seed0) did not record: arguments beyond the settings" in said
 
 
 def test_another_loss_is_another_setting_by_name() -> None:
