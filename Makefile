@@ -86,7 +86,7 @@ study: setup $(STUDY_TEXT).json ## Run a grid of runs that is in examples/studie
 	  --output runs/studies/$(STUDY)/report.html
 
 # Tables in docs/results, a study each.
-RESULTS := proxy long
+RESULTS := proxy long subwords
 
 results: setup ## Draw the figures and write the numbers of docs/results.md anew, from the tables in docs/results
 	set -e; for name in $(RESULTS); do \

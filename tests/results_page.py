@@ -54,6 +54,7 @@ SECTIONS = {
     "experts": ("proxy", 189_248),
     "long": ("long", 127_296),
     "long 443k": ("long", 443_008),
+    "subwords": ("subwords", 1_090_432),
 }
 """Table and size of the model of each section that comments name."""
 

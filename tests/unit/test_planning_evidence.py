@@ -51,7 +51,9 @@ def test_gaps_that_a_plan_quotes_are_those_of_the_tables() -> None:
         assert told(f"gap 127k: s={size} r=0.3") == gap
     assert OUTPUT_ONLY_GAP in ABOUT_OUTPUT_ONLY
     assert all(gap in SHORT_RUNS for gap in SHORT_GAPS.values())
-    assert max(parameters for _, parameters in SECTIONS.values()) == LARGEST_STUDIED_PARAMETERS
+    # The subword study has too few seeds so far.
+    studied = [parameters for table, parameters in SECTIONS.values() if table != "subwords"]
+    assert max(studied) == LARGEST_STUDIED_PARAMETERS
 
 
 @pytest.mark.parametrize(
