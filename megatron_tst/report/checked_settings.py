@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from math import isnan
+from math import inf, isnan
 from typing import Any, TypeGuard
 
 from megatron_tst.common.errors import UsageError
@@ -72,7 +72,7 @@ def checked_settings(given: Mapping[str, Any], where: str) -> dict[str, Setting]
     Raises:
         UsageError: naming the first that cannot be, its value and the remedy.
     """
-    found: dict[str, Setting] = {"bag_size": 1}
+    found: dict[str, Setting] = {}
     for name, value in given.items():
         known = _SPELLINGS.get(_bare(name), name)
         if known != name and name not in _KNOWN:
@@ -80,6 +80,7 @@ def checked_settings(given: Mapping[str, Any], where: str) -> dict[str, Setting]
         value = checked_value(name, value, where)
         if value is not None:
             found[name] = value
+    found.setdefault("bag_size", 1)
     if is_superposed(found):
         return _with_bags(found, where)
     for name in _LENGTHS:
@@ -107,7 +108,7 @@ def checked_value(name: str, value: Any, where: str) -> Setting | None:
         return whole_number(name, value, where, _WHOLE[name])
     if name in SAMPLES:
         return value if value == OFF else whole_number(name, value, where, 0)
-    if name in _NUMBERS and not (_is_number(value) and abs(value) < 2**63):
+    if name in _NUMBERS and not (_is_number(value) and abs(value) < inf):
         raise UsageError(f"{where}: {name} is {value!r}: write a number.")
     if name in _ABOVE_ZERO and not float(value) > 0:
         raise UsageError(f"{where}: {name} is {value!r}: write a number above 0.")
