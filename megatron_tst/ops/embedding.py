@@ -77,15 +77,15 @@ def bag_embedding(
     _validate(token_bags, tp_group, sequence_parallel, ignore_index)
     rows, ranks = weight_shard.shape[0], group_size(tp_group)
     shard = Shard(rows, ranks, vocabulary_start(rows, tp_group), ignore_index)
+    if ranks > 1 and LOSES_GRADIENT_OF_SHARDS and torch.compiler.is_compiling():
+        raise UsageError(
+            f"torch.compile of torch {torch.__version__} loses the gradient of an embedding "
+            "that is sharded over ranks: use torch 2.13 or later, or leave bag_embedding out "
+            "of what is compiled."
+        )
     if token_bags.shape[-1] == 1:
         partial = _single_token_embedding(weight_shard, token_bags, shard)
     elif torch.compiler.is_compiling():
-        if ranks > 1 and LOSES_GRADIENT_OF_SHARDS:
-            raise UsageError(
-                f"torch.compile of torch {torch.__version__} loses the gradient of an embedding "
-                "that is sharded over ranks: use torch 2.13 or later, or leave bag_embedding out "
-                "of what is compiled."
-            )
         from megatron_tst.ops.compiled import bag_mean
 
         partial = bag_mean(weight_shard, token_bags, [*shard[:3]], ignore_index, implementation)

@@ -484,6 +484,10 @@ def compiled_on_ranks() -> list[tuple[str, list[Tensor], list[Tensor]]]:
     calls: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "embedding": (lambda w: bag_embedding(w, bags, group), (shard(weight, 0),)),
         "split embedding": (lambda w: bag_embedding(w, bags, group, True), (shard(weight, 0),)),
+        "embedding of single tokens": (
+            lambda w: bag_embedding(w, bags[..., :1], group),
+            (shard(weight, 0),),
+        ),
         "loss": (lambda z: multi_hot_cross_entropy(z, targets, weights, group), (logits,)),
         "linear loss": (
             lambda h, w: linear_multi_hot_cross_entropy(h, w, targets, weights, group),
