@@ -427,10 +427,8 @@ def test_an_import_holds_neither_the_model_nor_a_stack_of_layers(
     results = tmp_path / "peak.json"
     launcher.run([str(tmp_path), str(results)], tmp_path / "log", main="tests.hf_imports:measure")
     gates_and_ups = LARGE.layers * 2 * LARGE.ffn * LARGE.hidden * 4
-    stacked, numbered = json.loads(results.read_text())
-    assert stacked < gates_and_ups / 2
-    # The allocator keeps more of what lies between so many small tensors; all are 134 MB.
-    assert numbered < gates_and_ups
+    # Of stacked layers and of numbered ones.
+    assert max(json.loads(results.read_text())) < gates_and_ups / 2
 
 
 def test_the_command(
