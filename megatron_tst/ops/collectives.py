@@ -110,9 +110,16 @@ def all_gather_from_sequence_parallel(local: Tensor, group: ProcessGroup | None)
 
 
 class _ReduceFromTensorParallel(torch.autograd.Function):
+    """Sums in place.
+
+    The copy to sum in is made outside: torch.compile of 2.11 loses the gradient of what a function
+    changes after it has made it (https://github.com/pytorch/pytorch/issues/180642).
+    """
+
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
-        return all_reduce_sum_(partial.clone(memory_format=torch.contiguous_format), group)
+        ctx.mark_dirty(partial)
+        return all_reduce_sum_(partial, group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
@@ -132,16 +139,18 @@ class _CopyToTensorParallel(torch.autograd.Function):
 
 
 class _ReduceScatterToSequenceParallel(torch.autograd.Function):
+    """Writes into a tensor made outside, for the same reason."""
+
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, partial: Tensor, scattered: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        scattered = partial.new_empty(partial.shape[0] // group.size(), *partial.shape[1:])
-        torch.distributed.reduce_scatter_tensor(scattered, partial.contiguous(), group=group)
+        ctx.mark_dirty(scattered)
+        torch.distributed.reduce_scatter_tensor(scattered, partial, group=group)
         return scattered
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return all_gather_from_sequence_parallel(grad_output, ctx.group), None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather_from_sequence_parallel(grad_output, ctx.group), None, None
 
 
 def reduce_from_tensor_parallel(partial: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -150,7 +159,10 @@ def reduce_from_tensor_parallel(partial: Tensor, group: ProcessGroup | None) -> 
     Correct where what follows is computed alike on every rank, so that each rank already holds
     the whole gradient of the sum.
     """
-    return partial if group_size(group) == 1 else _ReduceFromTensorParallel.apply(partial, group)
+    if group_size(group) == 1:
+        return partial
+    copy = partial.clone(memory_format=torch.contiguous_format)
+    return _ReduceFromTensorParallel.apply(copy, group)
 
 
 def copy_to_tensor_parallel(replicated: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -167,6 +179,7 @@ def reduce_scatter_to_sequence_parallel(partial: Tensor, group: ProcessGroup | N
     Returns:
         [l / tp, ...], this rank's slice of the sum.
     """
-    if group_size(group) == 1:
+    if group is None or group_size(group) == 1:
         return partial
-    return _ReduceScatterToSequenceParallel.apply(partial, group)
+    scattered = partial.new_empty(partial.shape[0] // group.size(), *partial.shape[1:])
+    return _ReduceScatterToSequenceParallel.apply(partial.contiguous(), scattered, group)

@@ -22,9 +22,6 @@ from megatron_tst.ops.native_embedding import NativeBagMean, uses_native
 from megatron_tst.ops.targets import as_ids
 from megatron_tst.ops.torch_embedding import BagMean, SparseBagMean
 
-LOSES_GRADIENT_OF_SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-"""Seen with 2.11.0 (zeros), not with 2.13.0; 2.12 was not tried."""
-
 
 def bag_embedding(
     weight_shard: Tensor,
@@ -68,7 +65,6 @@ def bag_embedding(
         ValueError: wrong shapes, ids that are no integers, l not divisible by the group size under
             sequence parallelism, or (checked on the CPU only, as it would stall a GPU) an id
             outside the vocabulary.
-        UsageError: it is compiled by a torch that would lose the gradient of a sharded weight.
 
     Source: arXiv 2605.06546, input superposition; ``VocabParallelEmbedding`` in
     ``megatron/core/tensor_parallel/layers.py`` for the parallel layout.
@@ -77,12 +73,6 @@ def bag_embedding(
     _validate(token_bags, tp_group, sequence_parallel, ignore_index)
     rows, ranks = weight_shard.shape[0], group_size(tp_group)
     shard = Shard(rows, ranks, vocabulary_start(rows, tp_group), ignore_index)
-    if ranks > 1 and LOSES_GRADIENT_OF_SHARDS and torch.compiler.is_compiling():
-        raise UsageError(
-            f"torch.compile of torch {torch.__version__} loses the gradient of an embedding "
-            "that is sharded over ranks: use torch 2.13 or later, or leave bag_embedding out "
-            "of what is compiled."
-        )
     if token_bags.shape[-1] == 1:
         partial = _single_token_embedding(weight_shard, token_bags, shard)
     elif torch.compiler.is_compiling():

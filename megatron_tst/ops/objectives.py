@@ -152,11 +152,13 @@ def multi_label_hinge(
     )
     others = wide.masked_fill(_is_target(wide, targets, distinct, tp_group), -torch.inf)
     partial = torch.zeros_like(wide[..., 0])
-    for target_logit, counts in zip(target_logits.unbind(-1), distinct.unbind(-1), strict=True):
+    for offset in range(targets.shape[-1]):
+        # Not unbind: torch.compile cannot recompute from one of several results.
+        target_logit = target_logits[..., offset]
         excess = checkpoint(
             _margin_excess, others, target_logit, use_reentrant=False, preserve_rng_state=False
         )
-        partial = partial + excess.masked_fill(~counts, 0)
+        partial = partial + excess.masked_fill(~distinct[..., offset], 0)
     vocabulary_size = logits.shape[-1] * group_size(tp_group)
     return reduce_from_tensor_parallel(partial, tp_group) / vocabulary_size
 

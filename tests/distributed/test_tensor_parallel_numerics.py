@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_tst.cpu.cross_entropy import in_chunks
 from megatron_tst.ops.cross_entropy import multi_hot_cross_entropy, per_target_cross_entropy
-from megatron_tst.ops.embedding import LOSES_GRADIENT_OF_SHARDS, bag_embedding
+from megatron_tst.ops.embedding import bag_embedding
 from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
 from megatron_tst.ops.objectives import superposition_loss
 from megatron_tst.ops.reference import multi_hot_cross_entropy_reference
@@ -493,13 +494,16 @@ def compiled_on_ranks() -> list[tuple[str, list[Tensor], list[Tensor]]]:
             lambda h, w: linear_multi_hot_cross_entropy(h, w, targets, weights, group),
             (states, rows),
         ),
+        **{
+            name: (
+                partial(superposition_loss, target_bags=targets, objective=name, tp_group=group),
+                (logits,),
+            )
+            for name in ("mce-sum", "bce", "hinge")
+        },
     }
     found = []
     for name, (function, operands) in calls.items():
-        if LOSES_GRADIENT_OF_SHARDS and "embedding" in name:
-            with pytest.raises(Exception, match="loses the gradient of an embedding"):
-                torch.compile(function, fullgraph=True, backend="aot_eager")(*operands)
-            continue
         results = []
         for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
             value = call(*operands)
