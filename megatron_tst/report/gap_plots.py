@@ -17,6 +17,7 @@ from megatron_tst.report.results import RunResult
 from megatron_tst.report.statistics import is_decided
 from megatron_tst.report.sweep import Sweep, cell_of
 from megatron_tst.report.units import gap_text, seeds
+from megatron_tst.report.wording import UNFINISHED
 
 _GAP_AXIS = "gap to the baseline (nats/token; + is TST ahead)"
 
@@ -34,16 +35,25 @@ def draw_gaps(canvas: Canvas, matchups: Sequence[Matchup]) -> None:
         for seed, value in _by_seed(matchup):
             canvas.axes.plot(value, row, "|", color=FOREGROUND, markersize=6, alpha=0.6)
             canvas.say(value, row, f"{matchup.tst.label}, seed {seed}: {value:+.4f}")
-        face = colour if is_decided(gap) else "white"
+        face = colour if _decides(matchup) else "white"
         canvas.axes.plot(
             gap.mean, row, "o", color=colour, markerfacecolor=face, markersize=6, zorder=3
         )
         canvas.say(gap.mean, row, _gap_title(matchup))
     canvas.axes.axvline(0, color=FOREGROUND, linewidth=1)
     canvas.axes.set_xlim(*_frame(matchups))
-    canvas.axes.set_yticks([row for row, _ in rows], [matchup.tst.label for _, matchup in rows])
+    labels = [f"{matchup.tst.label}{_unfinished(matchup)}" for _, matchup in rows]
+    canvas.axes.set_yticks([row for row, _ in rows], labels)
     canvas.axes.set_ylim(-0.7, len(rows) - 0.3)
     canvas.axes.set_xlabel(_GAP_AXIS)
+
+
+def _decides(matchup: Matchup) -> bool:
+    return matchup.gap is not None and matchup.is_finished and is_decided(matchup.gap)
+
+
+def _unfinished(matchup: Matchup) -> str:
+    return "" if matchup.is_finished or not matchup.pairs else f", {UNFINISHED}"
 
 
 def _by_seed(matchup: Matchup) -> list[tuple[int, float]]:
@@ -95,7 +105,9 @@ def _draw_cell(
         shade, ink = _shade(float(shades(gap.mean)))
     if matchup is not None and matchup.tst.diverged:
         text += f"\n{len(matchup.tst.diverged)} of {len(matchup.tst.runs)} diverged"
-    is_framed = gap is not None and is_decided(gap)
+    if matchup is not None and _unfinished(matchup):
+        text += f"\n{UNFINISHED}"
+    is_framed = matchup is not None and _decides(matchup)
     canvas.axes.add_patch(
         Rectangle(
             (column - 0.47, row - 0.46),
@@ -159,6 +171,8 @@ def _draw_line(
     )
     for x, matchup, gap in points:
         canvas.say(x, gap.mean, _gap_title(matchup))
+        if not matchup.is_finished:
+            canvas.axes.plot(x, gap.mean, "o", color="white", markersize=3, zorder=3)
 
 
 def _finish_lines(canvas: Canvas, over: str, lines: Iterable[Sequence[Matchup]]) -> None:
@@ -244,4 +258,5 @@ def _gap_title(matchup: Matchup) -> str:
     diverged = f", {lost} of {len(matchup.tst.runs)} diverged" if lost else ""
     if gap is None:
         return f"{matchup.tst.label}: no pair{diverged}"
-    return f"{matchup.tst.label}: {gap_text(gap, 4)} nats ({seeds(gap.n)}{diverged})"
+    state = f"{seeds(gap.n)}{diverged}{_unfinished(matchup)}"
+    return f"{matchup.tst.label}: {gap_text(gap, 4)} nats ({state})"

@@ -153,8 +153,8 @@ def _gaps(study: Study, best: Matchup) -> Iterator[_Sketch]:
             "Gap to the baseline at equal FLOPs",
             "Final loss of the baseline minus that of TST, paired by seed: mean, 95% interval "
             f"(Student's t, {_pairs(study.ranked)}; beyond the frame where it is far wider than "
-            "the seeds), each seed a stroke. Filled: the interval of at least three seeds leaves "
-            "out zero.",
+            "the seeds), each seed a stroke. Filled: finished, and the interval of at least three "
+            "seeds leaves out zero.",
             partial(draw_gaps, matchups=study.ranked),
             height=1.2 + 0.32 * len(study.ranked),
         )
@@ -197,8 +197,8 @@ def _sweep(study: Study) -> Iterator[_Sketch]:
             "heat-map",
             "Gap over bag size and step ratio",
             f"Nats a token, with half of the 95% interval (Student's t, "
-            f"{_pairs(list(sweep.cells.values()))}). A heavy frame: the interval of at least three "
-            "seeds leaves out zero. Hatched: no run.",
+            f"{_pairs(list(sweep.cells.values()))}). A heavy frame: finished, and the interval of "
+            "at least three seeds leaves out zero. Hatched: no run.",
             partial(draw_heat_map, sweep=sweep),
             height=1.2 + 0.62 * len(sweep.step_ratios),
         )
@@ -212,7 +212,7 @@ def _sweep(study: Study) -> Iterator[_Sketch]:
                 f"Gap over {title}",
                 "The U-curve of the loss, upside down: the gap to the baseline, with 95% intervals "
                 f"(Student's t, {_pairs([one for line in lines.values() for one in line])}; some "
-                "reach beyond the frame).",
+                "reach beyond the frame). A hollow mark: before the end of its runs.",
                 partial(draw, sweep=sweep),
             )
 
