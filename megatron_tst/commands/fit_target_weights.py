@@ -21,6 +21,7 @@ from megatron_tst.corpus.mutual_information import (
     DecayFit,
     Measurement,
     distance_ladder,
+    entropy,
     fit_decay,
     measure,
 )
@@ -90,7 +91,11 @@ def _measure(sample: TokenSample, max_distance: int) -> tuple[Measurement, Measu
 def _print_table(sample: TokenSample, measurement: Measurement, fit: DecayFit) -> None:
     law = fit.law
     print(f"{len(sample.positions):,} pairs at each distance, from {sample.documents:,} documents")
-    print(f"subtracted: {measurement.baseline:.4f} nats, found between unrelated tokens\n")
+    print(f"subtracted: {measurement.baseline:.4f} nats, found between unrelated tokens")
+    print(
+        f"entropy of single tokens: {_entropy(sample):.4f} nats, the loss of a phase 1 that has "
+        "learned their frequencies alone\n"
+    )
     print("distance  I(D) in nats      fit")
     fitted = law(measurement.distances)
     for distance, value, expected in zip(
@@ -109,6 +114,10 @@ def _print_table(sample: TokenSample, measurement: Measurement, fit: DecayFit) -
     print(f"exponent from a quarter of the pairs: {fit.quarter_exponent:.3f}")
 
 
+def _entropy(sample: TokenSample) -> float:
+    return entropy(sample.tokens[sample.positions])
+
+
 def describe(
     args: argparse.Namespace, sample: TokenSample, measurement: Measurement, fit: DecayFit
 ) -> dict[str, Any]:
@@ -125,6 +134,7 @@ def describe(
         "mutual_information": measurement.information.tolist(),
         "standard_errors": None if errors is None else errors.tolist(),
         "baseline": measurement.baseline,
+        "entropy": _entropy(sample),
         "constant": fit.law.constant,
         "amplitude": fit.law.amplitude,
         "exponent": fit.law.exponent,

@@ -96,6 +96,20 @@ def grassberger_logarithms(largest: int) -> FloatArray:
     return np.asarray(table, dtype=np.float64)
 
 
+def entropy(tokens: NDArray[np.int32]) -> float:
+    """Entropy of single tokens in nats, by Grassberger's estimate ``log n - mean G(n_x)``.
+
+    It is the loss of a model that knows how frequent each token is and nothing else, at any bag
+    size.
+
+    Args:
+        tokens: [n] int32 token ids.
+    """
+    counts = np.bincount(tokens)
+    table = grassberger_logarithms(int(counts.max()))
+    return float(np.log(len(tokens)) - (counts * table[counts]).sum() / len(tokens))
+
+
 @dataclass(frozen=True)
 class Measurement:
     """The mutual information at several distances.

@@ -228,6 +228,8 @@ def test_fit_of_target_weights(
     assert information == sorted(information, reverse=True)
     assert 0.5 < exponent < 1.5
     assert abs(numbers["baseline"]) < 0.02
+    assert 3.0 < numbers["entropy"] < 3.6
+    assert f"entropy of single tokens: {numbers['entropy']:.4f} nats" in "\n".join(lines)
     weights = SuperpositionConfig(
         bag_size=4, steps=1, target_weighting="power-law", power_law_exponent=exponent
     ).target_weights()
