@@ -17,8 +17,11 @@ _LAYOUT = """
     account_for_loss_in_pipeline_split pipeline_model_parallel_comm_backend
     expert_model_parallel_size expert_tensor_parallel_size data_parallel_size sequence_parallel
     hierarchical_context_parallel_sizes cp_comm_type use_tp_pp_dp_mapping world_size rank local_rank
+    tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards
+    gtp_weight_remat_size expert_gtp_weight_remat_size use_layer_wise_distributed_optimizer
     micro_batch_size eval_micro_batch_size use_distributed_optimizer use_torch_fsdp2
-    use_megatron_fsdp data_parallel_sharding_strategy num_distributed_optimizer_instances
+    use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy
+    num_distributed_optimizer_instances
     distributed_backend distributed_timeout_minutes distributed_timeout_seconds_after_init
     use_gloo_process_groups create_all_gather_group lazy_mpu_init moe_token_dispatcher_type
     moe_flex_dispatcher_backend moe_enable_deepep nccl_ub nccl_communicator_config_path
@@ -101,6 +104,10 @@ def arguments_that_can_matter(arguments: Mapping[str, Any]) -> dict[str, Setting
         and name not in DESCRIBED_ARGUMENTS
         and not name.startswith(_PREFIXES)
     }
+    if arguments.get("weight_decay_incr_style", "constant") == "constant":
+        # Megatron sets both to the weight decay, which is a setting.
+        found.pop("start_weight_decay", None)
+        found.pop("end_weight_decay", None)
     if arguments.get("finetune"):
         # Starts from weights alone, whatever the flag.
         found.pop("no_load_optim", None)

@@ -87,9 +87,10 @@ def _cautions_on_runs(group: Group) -> Iterable[str]:
             f"{run.name} was last evaluated at step {last} of {run.total_steps}: its learning rate "
             f"had not finished its decay{use}."
         )
-        if phase_at(run.phases, last).is_superposed:
+        done = max(last - 1, 0)  # the last step that it did, counted from zero
+        if phase_at(run.phases, done).is_superposed:
             yield (
-                f"{run.name} was stopped in {phase_name(run.phases, last)}: it is not an ordinary "
+                f"{run.name} was stopped in {phase_name(run.phases, done)}: it is not an ordinary "
                 "language model yet, and the verdict is not one about the method."
             )
 

@@ -22,6 +22,7 @@ LENGTH_SETTINGS = (
 TUNED_SETTINGS = (
     *("learning_rate", "min_lr", "lr_decay_style", "lr_warmup_iters", "lr_wsd_decay_iters"),
     *("lr_wsd_decay_style", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+    *("lr_warmup_samples", "lr_wsd_decay_samples", "lr_warmup_fraction"),
 )
 """Settings of the optimizer, which suit an arm or do not."""
 

@@ -163,7 +163,7 @@ def _longer(tst: Group, baselines: Sequence[Group]) -> list[Group]:
 
 
 def _gain(matchup: Matchup, longer: Group) -> Gain | None:
-    """None if no seed has all three runs."""
+    """None if no seed has all three runs, though some have a control."""
     if matchup.baseline.total_steps != matchup.tst.total_steps:
         # Of two runs that the user named; the longer baseline is no control of itself.
         return _without_control(matchup.tst, longer)
@@ -174,6 +174,8 @@ def _gain(matchup: Matchup, longer: Group) -> Gain | None:
         read = None if run is None else _validation_near(run, pair.tst.total_steps)
         if run is not None and read is not None:
             found.append(SplitPair(pair, run, loss=read[1], step=read[0]))
+    if not matchup.pairs:
+        return _without_control(matchup.tst, longer)
     if not found:
         return None
     ends = (run for one in found for run in (one.pair.baseline, one.pair.tst))

@@ -185,7 +185,8 @@ def _rows(trace: Trace) -> Iterable[Row]:
         of_run[_SETTINGS] = json.dumps(trace.settings, separators=(",", ":"))
     yield {**lead, "quantity": _RUN, **{n: v for n, v in of_run.items() if v is not None}}
     for (quantity, step, place), value in trace.values.items():
-        yield {**lead, "quantity": quantity, "step": step, "place": place, "value": value}
+        rounded = float(f"{value:.10g}")
+        yield {**lead, "quantity": quantity, "step": step, "place": place, "value": rounded}
 
 
 def read_traces(path: Path) -> list[Trace]:

@@ -125,7 +125,8 @@ class Pair:
             amount=amount,
             baseline_loss=loss_at(self.baseline, budget, amount),
             tst_loss=loss_at(self.tst, budget, amount),
-            tst_in_superposition=amount < self.spent_at_switches(budget)[-1],
+            # What has done exactly its last step of bags is no ordinary model yet.
+            tst_in_superposition=amount <= self.spent_at_switches(budget)[-1],
         )
 
     def spent_at_switches(self, budget: Budget) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.checked_settings import SAMPLES, checked_settings, checked_value
 from megatron_tst.report.describing import NUMERICS, OFF, IntArray
 from megatron_tst.report.results import RunResult
@@ -216,7 +217,8 @@ def _arguments(text: str, where: str) -> dict[str, Any]:
     for name, value in found.items():
         if name in SAMPLES:
             checked_value(name, value, where)
-    return found
+    # A table of an earlier version has some that are known by now not to matter.
+    return arguments_that_can_matter(found)
 
 
 def _under(prefix: str, row: Row) -> Row:

@@ -97,6 +97,9 @@ def _arguments(folder: Path) -> dict[str, Any]:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
+        if text.startswith("torch."):
+            # A dtype, which Megatron makes of other arguments and runs here do not record.
+            continue
         # A split such as 98,2,0 is no tuple.
         found[name] = text if isinstance(value, tuple) else value
     return found

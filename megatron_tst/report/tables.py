@@ -59,7 +59,9 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
 
 def _written(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.10g}"
+        short = f"{value:.10g}"
+        # What is read back is the same: a learning rate of 1e-3 / 3 pairs with that of a folder.
+        return short if float(short) == value else repr(float(value))
     return json.dumps(value) if isinstance(value, bool) else str(value)
 
 

@@ -100,7 +100,7 @@ def _equal_budget(matchup: Matchup, condition: str, budget: Budget) -> str:
             [reading.baseline_loss for reading in readings],
         )
     ]
-    return f"{condition} {_claim(gap, phase)}: {_losses(losses, gap)}"
+    return f"{condition} {_claim(gap, phase, matchup.is_finished)}: {_losses(losses, gap)}"
 
 
 def _at_common_step(matchup: Matchup) -> str:
@@ -114,16 +114,18 @@ def _at_common_step(matchup: Matchup) -> str:
         return f"{named}, and there is no step at which both arms were: evaluate them at the same."
     arms = [[loss_of(run, step) for run in (pair.tst, pair.baseline)] for pair in matchup.pairs]
     gap = estimate([baseline - tst for tst, baseline in arms])
-    is_superposed = any(step < pair.tst.switch_step for pair in matchup.pairs)
+    is_superposed = any(step <= pair.tst.switch_step for pair in matchup.pairs)
     phase = f", while still in {bags_name(matchup.pairs[0].tst.phases)}" * is_superposed
     losses = [sum(column) / len(arms) for column in zip(*arms, strict=True)]
+    claim = _claim(gap, phase, matchup.is_finished)
     return (
-        f"{named}. At step {step}, the last at which both arms were, {_claim(gap, phase)}: "
+        f"{named}. At step {step}, the last at which both arms were, {claim}: "
         f"{_losses(losses, gap)}"
     )
 
 
-def _claim(gap: Estimate, phase: str = "") -> str:
+def _claim(gap: Estimate, phase: str = "", is_finished: bool = True) -> str:
+    """What a gap says; one before the end of its runs wins and loses nothing."""
     result = outcome(gap)
     if gap.n == 1:
         return f"{_side(gap)} in this one run{phase}"
@@ -131,6 +133,8 @@ def _claim(gap: Estimate, phase: str = "") -> str:
         return f"{seeds(gap.n)} are too few to say whether TST gains{phase}"
     if result == "undecided":
         return f"it is undecided whether TST gains{phase}"
+    if not is_finished:
+        return f"{_side(gap)} where runs were stopped{phase}"
     return f"the arms drew{phase}" if result == "drew" else f"TST {result}{phase}"
 
 

@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_tst.commands.compare_runs import main
 from megatron_tst.report.results_table import read_results, write_results
+from tests.runs import SmallRun
 from tests.unit.run_folders import (
     BASELINE,
     BATCH,
@@ -21,6 +22,7 @@ from tests.unit.run_folders import (
     tst_loss,
 )
 from tests.unit.synthetic_runs import line, synthetic_run
+from tests.zygote import Launcher
 
 Capture = pytest.CaptureFixture[str]
 
@@ -161,6 +163,26 @@ def test_a_stock_baseline_describes_itself(runs: Path, tmp_path: Path, capsys: C
     assert (baseline.name, baseline.seed) == ("stock", 7)
     assert baseline.equivalent_tokens[-1] == TOTAL_STEPS * BATCH * LENGTH
     assert baseline.seconds[-1] == pytest.approx(25.0)
+
+
+@pytest.mark.slow
+def test_a_real_stock_baseline_pairs_with_a_run_of_another_layout(
+    launcher: Launcher, corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    stock = SmallRun(corpus, tmp_path / "stock")
+    launcher.run(stock.argv, stock.log, main="tests.stock_gpt:main")
+    tst = SmallRun(corpus, tmp_path / "tst").with_(
+        tst_bag_size=2, tst_steps=4, tensor_model_parallel_size=2
+    )
+    launcher.run(tst.argv, tst.log, world_size=2)
+    folders = [str(run.folder / "tensorboard") for run in (stock, tst)]
+    results, report = tmp_path / "results.csv", ["--output", str(tmp_path / "report.html")]
+    assert main([*folders, *report, "--results", str(results)]) == 0
+    told = capsys.readouterr().out
+    assert "in this one run: validation loss" in told
+    # A table keeps them together too.
+    assert main([str(results), *report]) == 0
+    assert "in this one run: validation loss" in capsys.readouterr().out
 
 
 def test_what_a_folder_does_not_record_is_stated(tmp_path: Path, capsys: Capture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,18 @@ def test_without_a_control_the_gain_is_not_separable() -> None:
     gain = gain_of(seed_of(0, control=False))
     assert not gain.pairs
     assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
+
+
+def test_with_every_control_diverged_the_gain_is_not_separable() -> None:
+    runs = [run for seed in range(3) for run in seed_of(seed)]
+    lost = [replace(run, status="diverged") if is_control(run) else run for run in runs]
+    (gain,) = gains_of(study_of(families_of(lost)[0]))
+    assert not gain.pairs
+    assert gain.not_separable == "no finished baseline of 100 steps has the same settings"
+
+
+def is_control(run: RunResult) -> bool:
+    return run.settings["bag_size"] == 1 and run.total_steps == 100
 
 
 def test_a_longer_baseline_that_was_named_is_no_control_of_itself() -> None:

@@ -124,6 +124,18 @@ def test_a_batch_size_and_a_schedule_of_them_share_a_column(tmp_path: Path, suff
     assert sizes == [8, "0:8 1024:16"]
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_setting_pairs_with_what_it_was_before_the_table(tmp_path: Path, suffix: str) -> None:
+    runs = [
+        synthetic_run(line(3.0), bag_size=size, learning_rate=1e-3 / 3, weight_decay=0.1 * 2**0.5)
+        for size in (1, 2)
+    ]
+    table = tmp_path / f"runs{suffix}"
+    write_results(runs[:1], table)
+    (family,) = families_of([*read_results(table), *runs[1:]])
+    assert len(study_of(family).matchups) == 1
+
+
 def test_settings_that_a_row_leaves_out(path: Path) -> None:
     """By hand a run is described in one row, without what follows, or with what has no meaning."""
 

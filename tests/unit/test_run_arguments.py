@@ -32,6 +32,8 @@ _DERIVED = {
     *("do_valid", "do_test", "data_parallel_size", "skipped_train_samples", "ckpt_step"),
     *("transformer_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank"),
     *("num_floating_point_operations_so_far", "virtual_pipeline_model_parallel_size"),
+    *("gtp_weight_remat_size", "expert_gtp_weight_remat_size", "use_custom_fsdp"),
+    "use_layer_wise_distributed_optimizer",
 }
 ARGUMENTS: dict[str, Any] = {
     "moe_router_topk": 2,
@@ -88,6 +90,9 @@ def test_a_difference_that_can_matter_keeps_runs_apart_and_is_named(
     "changes",
     [
         {"save": "/there", "tensor_model_parallel_size": 2, "log_interval": 10},
+        # What Megatron makes of a layout.
+        {"tensor_parallel_num_weight_shards": 2, "expert_tensor_parallel_num_weight_shards": 2},
+        {"use_megatron_fsdp": True, "use_custom_fsdp": True},
         {"an_argument_of_tomorrow": False, "another": None},
         {"train_iters": 200, "lr_decay_iters": 200},
     ],
@@ -320,6 +325,41 @@ def test_a_decay_in_samples_and_no_decay_are_read_side_by_side(tmp_path: Path) -
         assert [len(matchup.pairs) for matchup in study.matchups] == [3, 3]
         shares = [decay_share(matchup.tst.settings) for matchup in study.matchups]
         assert sorted(map(str, shares)) == ["0.1", "None"]
+
+
+def test_a_weight_decay_that_suits_the_baseline_better_is_seen() -> None:
+    def with_decay(value: float, loss: float, bag_size: int = 1) -> list[RunResult]:
+        # Megatron sets the two from the first.
+        recorded = {"start_weight_decay": value, "end_weight_decay": value, **DROPOUT}
+        return [
+            replace(
+                synthetic_run(line(loss), bag_size=bag_size, seed=seed, weight_decay=value),
+                arguments=arguments_that_can_matter(recorded),
+            )
+            for seed in range(3)
+        ]
+
+    runs = [*with_decay(0.1, 3.0), *with_decay(0.2, 2.5), *with_decay(0.1, 2.9, bag_size=2)]
+    study = compared(runs)
+    assert len(study.matchups) == 1
+    assert any("weight_decay 0.2 (3 seeds) ended lower" in caution for caution in cautions(study))
+
+
+def test_a_weight_decay_that_grows_is_an_argument() -> None:
+    grown: dict[str, Any] = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0}
+    assert arguments_that_can_matter(grown) == grown
+
+
+def test_a_table_of_an_earlier_version_holds_what_does_not_matter(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    kept: dict[str, Any] = {
+        **DROPOUT,
+        "tensor_parallel_num_weight_shards": 2,
+        "start_weight_decay": 0.1,
+    }
+    write_results([replace(run, arguments=kept) for run in arm(range(1), 1, {})], table)
+    (run,) = read_sources([table])
+    assert run.arguments == DROPOUT
 
 
 def test_a_start_from_weights_has_no_optimizer_to_load() -> None:

@@ -142,7 +142,8 @@ def test_equal_budgets_are_read_where_the_cheaper_run_ends() -> None:
     data = pair.equal_budget("data tokens")
     assert data.amount == 1600
     assert data.tst_loss == pytest.approx(2.0 + 0.03 * (80 - 0.8 * 10))
-    assert not data.tst_in_superposition
+    # All of phase 1 and no step behind it.
+    assert data.tst_in_superposition
     # The baseline takes 50 s, in which TST does 50 steps.
     assert pair.equal_budget("seconds").tst_loss == pytest.approx(2.0 + 0.03 * 50)
 
@@ -667,6 +668,37 @@ def test_the_verdict_is_about_a_setting_with_the_most_seeds() -> None:
     assert study.best is not None
     assert study.best.tst.label == "s=4 r=0.25"
     assert "of those with the most seeds, is that of s=4 r=0.25" in verdict(study)[0]
+
+
+def test_what_has_done_its_last_step_of_bags_is_no_ordinary_model() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        # At equal data the baseline ends where TST switches: s times r is 1.
+        runs.append(synthetic_run(falling(100, 2.9), bag_size=4, step_ratio=0.25, seed=seed))
+    study = study_of(families_of(runs)[0])
+    (equal_data,) = [text for text in verdict(study) if text.startswith("At equal data")]
+    assert "TST lost, while still in phase 1" in equal_data
+    halfway = [runs[0], stopped(runs[1], 25)]
+    study = study_of(families_of(halfway)[0])
+    assert any("stopped in phase 1" in caution for caution in cautions(study))
+    assert "while still in phase 1" in verdict(study)[0]
+    halfway = [runs[0], stopped(runs[1], 30)]
+    study = study_of(families_of(halfway)[0])
+    assert not any("stopped in phase 1" in caution for caution in cautions(study))
+    assert "while still" not in verdict(study)[0]
+
+
+def test_before_the_end_of_its_runs_an_arm_has_won_nothing() -> None:
+    runs = []
+    for seed in range(3):
+        runs.append(synthetic_run(falling(100, 3.0), seed=seed))
+        run = synthetic_run(falling(100, 2.9 - 0.001 * seed), bag_size=4, seed=seed)
+        runs.append(stopped(run, 70))
+    study = study_of(families_of(runs)[0])
+    said = verdict(study)[0]
+    assert "TST is ahead where runs were stopped: validation loss" in said
+    assert not re.search(r"\b(won|lost)\b", said)
 
 
 def test_a_run_in_progress_is_ranked_behind_finished_ones() -> None:
