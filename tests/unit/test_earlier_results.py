@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_tst.checkpoint.hf_arguments import parse_arguments
+from megatron_tst.commands import run_study
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.arguments import arguments_that_can_matter
 from megatron_tst.report.describing import describe_data, describe_numerics, describe_settings
@@ -23,6 +24,8 @@ from megatron_tst.study.earlier_results import (
     without,
 )
 from megatron_tst.study.study_file import read_study
+from megatron_tst.study.study_folder import RESULTS_FILE, execution_of
+from tests.unit.run_folders import BASELINE, baseline_loss, make_run
 from tests.zygote import ROOT
 
 TABLE = ROOT / "docs/results/long.csv"
@@ -333,3 +336,55 @@ def test_a_batch_that_grows_is_no_constant_one(study: StudyConfig, tmp_path: Pat
     growing = replace(study, arguments={**study.arguments, "rampup-batch-size": [4, 4, 1000]})
     with pytest.raises(UsageError, match=r"differs in global_batch_size \(8, not one that grows\)"):
         read_earlier_results(table, growing, by_megatron)
+
+
+def test_results_of_a_table_are_not_lost_where_it_is_not_named_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (ROOT / "examples/studies/long.yaml").read_text()
+    file, folder = tmp_path / "long.yaml", tmp_path / "out"
+    file.write_text(content.replace("bf16: auto", "bf16: true"))
+    table, results = tmp_path / "table.csv", folder / RESULTS_FILE
+    first, second, *_ = silent()
+    write_results([first, second], table)
+    study = [str(file), "--output", str(folder)]
+    assert run_study.main([*study, "--collect", "--earlier", str(table)]) == 0
+    table.unlink()
+    before = results.read_bytes()
+
+    def train(*_: Any) -> None:
+        raise AssertionError("training begins")
+
+    monkeypatch.setattr(run_study, "run_all", train)
+    monkeypatch.setattr(run_study, "submit", train)
+    for mode in (["--collect"], [], ["--slurm"]):
+        capsys.readouterr()
+        assert run_study.main([*study, *mode]) == 2
+        assert (
+            f"{results} would lose {first.name}, {second.name}, whose folders are not there: pass "
+            f"--earlier {results}" in capsys.readouterr().err
+        )
+    assert run_study.main([*study, "--collect", "--earlier", str(results)]) == 0
+    assert results.read_bytes() == before
+    results.write_text("run,status\n")
+    assert run_study.main([*study, "--collect"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_of_the_folder_takes_the_place_of_one_of_a_table(
+    study: StudyConfig, tmp_path: Path
+) -> None:
+    first, second, *_ = silent()
+    results = run_study.collect(study, tmp_path, [first, second])
+    runs = {run.name: run for run in study.runs()}
+    for name in (first.name, second.name):
+        with pytest.raises(UsageError, match=f"{results} would lose .*{second.name}, whose"):
+            run_study.collect(study, tmp_path)
+        run = execution_of(study, runs[name], tmp_path)
+        make_run(run.folder.path, BASELINE, baseline_loss)
+        run.folder.write_record(state="finished")
+    run_study.collect(study, tmp_path)
+    assert {result.name: len(result.steps) for result in read_results(results)} == {
+        first.name: 10,
+        second.name: 10,
+    }
