@@ -28,6 +28,7 @@ from megatron_tst.study.earlier_results import (
     without,
 )
 from megatron_tst.study.execution import gpus_of_this_machine, slots_of_this_machine
+from megatron_tst.study.kept_results import refuse_to_lose_results
 from megatron_tst.study.precision import leaves_precision_open, resolve_precision
 from megatron_tst.study.run_folder import ENDED
 from megatron_tst.study.runner import Progress, run_all
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         study = _in_precision_of_this_machine(study, folder, options.slurm is not None)
         earlier = _earlier(study, options)
         with open_study(study, folder):
+            # Before training, which may take days.
+            refuse_to_lose_results(folder, earlier)
             if options.slurm is not None:
                 return _submit(study, folder, earlier, options)
             return _run(study, folder, earlier, options.jobs)
@@ -158,8 +161,9 @@ def collect(study: StudyConfig, folder: Path, earlier: Sequence[RunResult] = ())
         earlier: runs of the grid that have ended elsewhere; those of the folder do not count.
 
     Raises:
-        UsageError: none has.
+        UsageError: none has, or results that are there would be lost.
     """
+    refuse_to_lose_results(folder, earlier)
     results = list(earlier)
     for execution in executions(_left(study, earlier), folder):
         state = execution.folder.state()

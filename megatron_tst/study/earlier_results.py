@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.report.arguments import argument_of, arguments_that_can_matter
-from megatron_tst.report.describing import describe_data, describe_numerics, describe_settings
+from megatron_tst.report.describing import (
+    OFF,
+    describe_data,
+    describe_numerics,
+    describe_settings,
+)
 from megatron_tst.report.results import RunResult
 from megatron_tst.report.results_table import read_results
+from megatron_tst.study.asked_arguments import AskedArguments, Parser, name_of, names_of
 from megatron_tst.study.config import StudyConfig, StudyRun
-
-Parser = Callable[[Sequence[str]], Mapping[str, Any]]
-"""Megatron's own: from a command line to all arguments by name."""
 
 # What Megatron works out as it starts, from arguments that are compared, or what is no plain value
 # and so not recorded. Of all others that a study leaves to Megatron, a difference is told.
 _DERIVED = {
     *("_is_global_batch_size_explicitly_specified", "accumulate_allreduce_grads_in_fp32"),
-    *("attention_softmax_in_fp32", "dataloader_type", "encoder_seq_length", "end_weight_decay"),
-    *("exp_avg_dtype", "exp_avg_sq_dtype", "expert_gtp_weight_remat_size"),
-    *("expert_tensor_parallel_num_weight_shards", "gtp_weight_remat_size", "kv_channels"),
-    *("main_grads_dtype", "main_params_dtype", "mamba_inference_conv_states_dtype"),
-    *("mamba_inference_ssm_states_dtype", "mock_data", "moe_ffn_hidden_size", "skip_train"),
-    *("start_weight_decay", "stream_ckpt_dequant", "tensor_parallel_num_weight_shards"),
-    *("use_layer_wise_distributed_optimizer", "variable_seq_lengths"),
+    *("attention_softmax_in_fp32", "dataloader_type", "encoder_seq_length", "exp_avg_dtype"),
+    *("exp_avg_sq_dtype", "main_grads_dtype", "main_params_dtype", "mock_data", "skip_train"),
+    *("mamba_inference_conv_states_dtype", "mamba_inference_ssm_states_dtype"),
+    *("stream_ckpt_dequant", "variable_seq_lengths"),
 }
 # Megatron sets these from others where the command line does not.
 _MAY_BE_SET = {
@@ -35,8 +36,14 @@ _MAY_BE_SET = {
     *("moe_router_load_balancing_type", "multi_latent_attention", "optimizer"),
     *("position_embedding_type", "use_precision_aware_optimizer"),
 }
-# Flags whose argument is called otherwise.
-_NAMES = {"fp8_format": "fp8", "fp4_format": "fp4"}
+# That they are not in a table says that they are off.
+_OFF_WHERE_ABSENT = ("num_experts", "lr_decay_share")
+# Where a study leaves these out, its runs have none.
+_NEVER_ADDED = (*_OFF_WHERE_ABSENT, "tokenizer_model")
+_FORMATS = ("fp8", "fp4")
+_GROWING = ("rampup_batch_size", "step_batch_size_schedule")
+# A table of an earlier version keeps ten digits.
+_PRECISION = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,14 @@ def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> Earli
     Args:
         path: the table.
         study: with the precision that its runs have.
-        parse: used where runs recorded their arguments.
+        parse: tells what the study leaves to Megatron.
 
     Raises:
         UsageError: naming the file and the run that is not of the study, or what it differs in.
     """
     results = read_results(path)
     runs = {run.name: run for run in study.runs()}
-    parsed: dict[str, Mapping[str, Any]] = {}
+    asked = AskedArguments(study, parse)
     untold: set[str] = set()
     for result in results:
         if result.name not in runs:
@@ -74,13 +81,10 @@ def read_earlier_results(path: Path, study: StudyConfig, parse: Parser) -> Earli
                 "study, or take the run out of it."
             )
         run = runs[result.name]
-        different = _different(result, run)
+        arguments = asked.of(run)
+        different = _different(result, arguments)
         if result.arguments:
-            model = run.settings.model
-            if model not in parsed:
-                # Runs of a model differ in what the settings tell.
-                parsed[model] = parse(_of_megatron(run.arguments))
-            refused, left_to_megatron = _otherwise(result, run, parsed[model])
+            refused, left_to_megatron = _otherwise(result, arguments, names_of(run.arguments))
             different += refused
             untold |= set(left_to_megatron)
         if different:
@@ -111,7 +115,7 @@ def _not_recorded(results: Sequence[RunResult], runs: Mapping[str, StudyRun]) ->
         for name in silent
         for part in runs[name].arguments
         if part.startswith("--")
-        and (_name_of(part) in _GROWING or arguments_that_can_matter({_name_of(part): True}))
+        and (name_of(part) in _GROWING or arguments_that_can_matter({name_of(part): True}))
     }
     return (
         f"{len(silent)} of {len(results)} runs did not record all of their arguments. That they "
@@ -142,9 +146,8 @@ def in_order_of(study: StudyConfig, results: Sequence[RunResult]) -> list[RunRes
     return sorted(results, key=lambda result: order[result.name])
 
 
-def _different(result: RunResult, run: StudyRun) -> list[str]:
-    """What the table has otherwise than the study asks for, with both values."""
-    arguments = {"bf16": False, **_by_name(run.arguments)}
+def _different(result: RunResult, arguments: Mapping[str, Any]) -> list[str]:
+    """What the table tells otherwise than the study asks for, with both values."""
     asked = {
         **describe_settings(arguments),
         **describe_data(arguments),
@@ -152,10 +155,11 @@ def _different(result: RunResult, run: StudyRun) -> list[str]:
         **_batch_size(arguments),
     }
     found = {**result.settings, **result.data, **result.numerics}
+    told = [name for name in asked if name in found or name in _OFF_WHERE_ABSENT]
+    told += [name for name in _NEVER_ADDED if name in found and name not in asked]
+    pairs = [(name, found.get(name, OFF), asked.get(name, OFF)) for name in told]
     different = [
-        f"{name} ({found[name]}, not {value})"
-        for name, value in asked.items()
-        if name in found and found[name] != value
+        f"{name} ({was}, not {now})" for name, was, now in pairs if not _is_same(name, was, now)
     ]
     size = found.get("global_batch_size")
     if isinstance(size, int) and any(map(arguments.get, _GROWING)):
@@ -163,7 +167,14 @@ def _different(result: RunResult, run: StudyRun) -> list[str]:
     return different
 
 
-_GROWING = ("rampup_batch_size", "step_batch_size_schedule")
+def _is_same(name: str, was: Any, now: Any) -> bool:
+    if name in _FORMATS and " " not in was:
+        # Without its recipe, as earlier versions wrote it.
+        now = now.split()[0]
+    if isinstance(was, int | float) and isinstance(now, int | float):
+        return isclose(was, now, rel_tol=_PRECISION)
+    # No experts may be asked for as 0.
+    return (was or OFF) == (now or OFF)
 
 
 def _batch_size(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,61 +184,20 @@ def _batch_size(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _otherwise(
-    result: RunResult, run: StudyRun, parsed: Mapping[str, Any]
+    result: RunResult, arguments: Mapping[str, Any], given: set[str]
 ) -> tuple[list[str], list[str]]:
     """Recorded arguments that are not those of the study: against it, and where it says nothing."""
     # Of a list of one Megatron takes the one.
     asked = arguments_that_can_matter(
-        {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in parsed.items()}
+        {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in arguments.items()}
     )
-    given = set(_by_name(run.arguments))
     against, untold = [], []
     for name in sorted({*asked, *result.arguments} - (_DERIVED - given)):
         was, now = argument_of(result.arguments, name), argument_of(asked, name)
         if was == now:
             continue
-        if name in given or (parsed.get(name) is not None and name not in _MAY_BE_SET):
+        if name in given or (arguments.get(name) is not None and name not in _MAY_BE_SET):
             against.append(f"{name} ({was}, not {now})")
         else:
             untold.append(f"{name} ({was})")
     return against, untold
-
-
-def _of_megatron(arguments: Sequence[str]) -> list[str]:
-    """Without the flags of superposition, each with its value."""
-    found: list[str] = []
-    is_kept = True
-    for part in arguments:
-        is_kept = not part.startswith("--tst-") if part.startswith("--") else is_kept
-        found += [part] if is_kept else []
-    return found
-
-
-def _name_of(flag: str) -> str:
-    name = flag.removeprefix("--").replace("-", "_")
-    return _NAMES.get(name, name)
-
-
-def _by_name(arguments: Sequence[str]) -> dict[str, Any]:
-    """``["--lr", "0.1", "--bf16"]`` as ``{"lr": 0.1, "bf16": True}``."""
-    found: dict[str, Any] = {}
-    name = ""
-    for part in arguments:
-        if part.startswith("--"):
-            name = _name_of(part)
-            found[name] = True
-        elif found[name] is True:
-            found[name] = _value(part)
-        else:
-            before = found[name] if isinstance(found[name], list) else [found[name]]
-            found[name] = [*before, _value(part)]
-    return found
-
-
-def _value(text: str) -> str | int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
