@@ -355,7 +355,13 @@ BROKEN: dict[str, Broken] = {
         "error",
         "--lr-warmup-iters 19000 and --lr-wsd-decay-iters 2000 are longer than",
     ),
-    "no decay": ("3b", "--lr-wsd-decay-iters", "", "error", "without --lr-wsd-decay-iters"),
+    "no decay": (
+        "3b",
+        "--lr-wsd-decay-iters",
+        "",
+        "error",
+        "WSD has no decay: pass --lr-wsd-decay-iters",
+    ),
     "vocabulary": (
         "10b_a1b",
         "",

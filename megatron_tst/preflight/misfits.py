@@ -243,8 +243,3 @@ def _lengths(args: argparse.Namespace) -> Iterator[Finding]:
             f"--lr-warmup-iters {warmup} and --lr-wsd-decay-iters {decay} are longer than "
             f"--train-iters {steps}: shorten them."
         )
-    if args.lr_decay_style == "WSD" and not (args.lr_wsd_decay_iters or args.lr_wsd_decay_samples):
-        yield error(
-            "--lr-decay-style WSD without --lr-wsd-decay-iters has no decay: pass a tenth of the "
-            "steps."
-        )

@@ -47,7 +47,8 @@ def argument_errors(args: argparse.Namespace, platform: Platform) -> Iterator[st
     yield from _error(refuse_no_epochs, args)
     # The length of a phase is counted in batches.
     yield from _error(superposition_config_from_args if bad_batch_sizes else _refuse_phases, args)
-    yield from _error(_refuse_long_warmup, args)
+    yield from _length_errors(args)
+    yield from _learning_rate_errors(args)
     yield from conflicts(args)
     yield from validation_errors(args)
     yield from unheeded_arguments(args, platform.has_gpu)
@@ -82,16 +83,49 @@ def _error(
         yield str(error)
 
 
-def _refuse_long_warmup(args: argparse.Namespace) -> None:
-    # Megatron builds the model and reads the text before it asserts this, without a message.
-    if not args.train_iters or args.lr_warmup_fraction is not None:
-        return
-    until = "--lr-decay-iters" if args.lr_decay_iters else "--train-iters"
-    steps = args.lr_decay_iters or args.train_iters
-    if args.lr_warmup_iters >= steps:
-        raise UsageError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} is not less than {until} {steps}: the "
+def _length_errors(args: argparse.Namespace) -> Iterator[str]:
+    if not (args.train_iters or args.train_samples or args.skip_train):
+        yield "--train-iters or --train-samples is missing, so the run has no steps: pass one."
+    batch = args.global_batch_size or args.micro_batch_size or 0
+    if args.train_samples and args.train_samples < batch:
+        yield (
+            f"--train-samples {args.train_samples} is less than one batch of {batch}, so the run "
+            "has no steps: pass more."
+        )
+    for flag, interval, off in (
+        ("--log-interval", args.log_interval, "a large one logs little"),
+        ("--eval-interval", args.eval_interval, "--eval-iters 0 evaluates never"),
+    ):
+        # Megatron divides by both.
+        if interval is not None and interval < 1:
+            yield f"{flag} {interval} is not positive: pass 1 or more; {off}."
+
+
+def _learning_rate_errors(args: argparse.Namespace) -> Iterator[str]:
+    # Megatron builds the model and reads the text before it asserts these, without a message.
+    unit = "iters" if args.train_iters else "samples"
+    flag = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
+    length, decay, warmup = f"train_{unit}", f"lr_decay_{unit}", f"lr_warmup_{unit}"
+    until = decay if getattr(args, decay) else length
+    steps = getattr(args, until)
+    share = args.lr_warmup_fraction
+    if share is not None and share >= 1:
+        yield (
+            f"--lr-warmup-fraction {share} is not less than 1: the learning rate would never be "
+            "reached; warm up for a part of the run."
+        )
+    elif steps and share is None and getattr(args, warmup) >= steps:
+        yield (
+            f"{flag[warmup]} {getattr(args, warmup)} is not less than {flag[until]} {steps}: the "
             "learning rate would never be reached; warm up for a part of the run."
+        )
+    wsd = f"lr_wsd_decay_{unit}"
+    if steps and args.lr_decay_style == "WSD" and getattr(args, wsd) is None:
+        yield f"--lr-decay-style WSD has no decay: pass {flag[wsd]}, such as a tenth of the run."
+    if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
+        yield (
+            f"--min-lr {args.min_lr} is above --lr {args.lr}: the learning rate ends at the "
+            "former; pass a smaller one."
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -60,6 +61,7 @@ _FLAGS = {
     "data_weights": "--data-path with the weights",
     "eod_mask_loss": "--eod-mask-loss",
     "inter_document_masking": "--dataloader-inter-document-masking",
+    "corpus_objects": "--data-path with objects",
     "corpus_bytes": "--data-path with a corpus of this many bytes:",
     "corpus_fingerprint": "--data-path with a corpus of other content, of fingerprint",
 }
@@ -273,11 +275,16 @@ def _settings(args: Namespace, schedule: SuperpositionSchedule) -> dict[str, obj
 
 
 def corpus_identity(args: Namespace) -> dict[str, object]:
-    """What stands for the corpora of a run, which may move: their size and content."""
+    """What stands for the corpora of a run: size and content of files, which may move.
+
+    Those in an object storage are not read for it: their paths stand for them.
+    """
     prefixes = data_path_prefixes(args)
     found = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
     files = [file for file in found if os.path.isfile(file)]
+    remote = [prefix for prefix in prefixes if is_object_storage_path(prefix)]
     return {
+        **({"corpus_objects": remote} if remote else {}),
         "corpus_bytes": sum(os.path.getsize(path) for path in files if path.endswith(".bin")),
         "corpus_fingerprint": fingerprint(files),
     }

@@ -31,8 +31,20 @@ _MODEL = (
     "num_experts",
     "mtp_num_layers",
     "mtp_use_repeated_layer",
+    "add_bias_linear",
+    "attention_output_gate",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_latent_size",
+    "moe_router_enable_expert_bias",
 )
-_MAY_BE_NONE = ("num_experts", "mtp_num_layers")
+_MAY_BE_NONE = (
+    *("num_experts", "mtp_num_layers", "moe_shared_expert_intermediate_size", "moe_latent_size"),
+)
+# A HybridModel counts attention and MLP as a layer each, and its pattern says which have experts.
+_TOLD_BY_A_PATTERN = {"num_layers", "moe_layer_freq"}
 # No weight depends on them, so that Megatron goes on with other positions without a word.
 _POSITIONS = (
     *("position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved"),
@@ -41,7 +53,22 @@ _POSITIONS = (
 _LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _LATENT_POSITIONS = ("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
 # Nor on these.
-_COMPUTED = ("softmax_type", "use_mup", "activation_func_clamp_value", "glu_linear_offset")
+_COMPUTED = (
+    *("softmax_type", "use_mup", "activation_func_clamp_value", "glu_linear_offset"),
+    *("squared_relu", "quick_geglu", "openai_gelu", "layernorm_epsilon", "qk_l2_norm"),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm"),
+)
+_ROUTED = (
+    *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"),
+    *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
+)
+# Arguments that are not called as their flags.
+_FLAGS = {
+    "layernorm_epsilon": "norm-epsilon",
+    "layernorm_zero_centered_gamma": "apply-layernorm-1p",
+    "add_bias_linear": "disable-bias-linear",
+}
+_TURNED_OFF_BY_FLAG = ("add_bias_linear",)
 _MUP = ("mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_attn_scale_power")
 _LLAMA3, _YARN = (
     ("rope_scaling_factor",),
@@ -49,7 +76,13 @@ _LLAMA3, _YARN = (
 )
 _STAGE = "--finetune, for a stage of its own"
 _OPTIMIZER = ("optimizer", "adam_beta1", "adam_beta2", "adam_eps")
-_OF_OPTIMIZERS = {"muon": ("muon_momentum",), "lion": ("lion_beta1", "lion_beta2")}
+_OF_OPTIMIZERS = {
+    **dict.fromkeys(
+        ("muon", "dist_muon", "adaptive_muon"), ("muon_momentum", "muon_scalar_optimizer")
+    ),
+    "lion": ("lion_beta1", "lion_beta2"),
+    "sgd": ("sgd_momentum",),
+}
 
 
 def refuse_other_model(args: Namespace, saved: Any) -> None:
@@ -63,8 +96,7 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
         UsageError: naming the argument, both values and the remedy.
     """
     args = Namespace(**{**vars(args), "mtp_num_layers": depths(args) or None})
-    # A HybridModel counts attention and MLP as a layer each.
-    skipped = {"num_layers"} if is_translated(args, saved) else set()
+    skipped = _TOLD_BY_A_PATTERN if is_translated(args, saved) else set()
     given = {name for name in _MODEL if getattr(args, name) is not None or name in _MAY_BE_NONE}
     names = [name for name in _MODEL if name in given - skipped]
     if args.group_query_attention:
@@ -82,6 +114,7 @@ def refuse_other_model(args: Namespace, saved: Any) -> None:
     _refuse(args, saved, names, reason, _STAGE)
     _refuse_other_attention(args, saved)
     names = [*_COMPUTED, *(_MUP if args.use_mup else ())]
+    names += _ROUTED if args.num_experts else ()
     _refuse(args, saved, names, "the same weights would compute something else", _STAGE)
     if not (args.no_load_optim or args.skip_train):
         reason = "the state of the optimizer is that of the checkpoint"
@@ -124,7 +157,10 @@ def _refuse(
     for name in names:
         now = getattr(args, name)
         if (was := getattr(saved, name, now)) != now:
+            flag = _FLAGS.get(name, name.replace("_", "-"))
+            if name in _TURNED_OFF_BY_FLAG:
+                was, now = not was, not now
             raise UsageError(
-                f"--load {args.load} was saved with --{name.replace('_', '-')} {was}, and this "
-                f"command has {now}: {reason}. Keep the setting, or pass {way_out}."
+                f"--load {args.load} was saved with --{flag} {was}, and this command has {now}: "
+                f"{reason}. Keep the setting, or pass {way_out}."
             )

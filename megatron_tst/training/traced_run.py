@@ -130,7 +130,8 @@ def _schedule_of(source: Path, args: Namespace, steps_done: int) -> Superpositio
         )
     schedule = superposition_schedule_from_args(args)
     saved = args.tst_settings
-    other = [name for name, value in corpus_identity(args).items() if saved.get(name) != value]
+    identity = corpus_identity(args)
+    other = [name for name, value in identity.items() if saved.get(name, value) != value]
     if other:
         raise UsageError(
             f"{source}: the corpora of --data-path are not those of the run ({', '.join(other)}): "

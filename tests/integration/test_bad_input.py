@@ -581,6 +581,9 @@ RESUMES: list[tuple[dict[str, Any], str | None]] = [
     ({"window_size": "8,0"}, r"--window-size None .*, and .* --window-size \(8, 0\) .* --finetune"),
     ({"no_rope_freq": 2}, "with --no-rope-freq None, and this command has --no-rope-freq 2, which"),
     ({"softmax_type": "off-by-one"}, "--softmax-type vanilla, and .* compute something else"),
+    ({"norm_epsilon": 1e-6}, "--norm-epsilon 1e-05, and this command has 1e-06: the same weights"),
+    ({"qk_l2_norm": True}, "--qk-l2-norm False, and .* compute something else"),
+    ({"disable_bias_linear": None}, "--disable-bias-linear True, and .* has False: the weights do"),
     ({"use_mup": True}, "--use-mup False, and this command has True: the same weights would"),
     ({"ckpt_step": 1}, "--ckpt-step 1 names the checkpoint iter_0000001, which is not there"),
 ]
@@ -709,7 +712,27 @@ LAUNCHES: list[tuple[dict[str, Any], str]] = [
     ({"tst_bag_sise": 4}, "unrecognized arguments: --tst-bag-sise 4"),
     ({"num_layers": None}, r"^error: Megatron cannot run .* num-layers .* \(AssertionError in /"),
     ({"hidden_size": 33}, r"^error: Megatron cannot run .* \(AssertionError in /"),
-    ({"train_iters": None}, "^error: --tst-steps 5 of 0 steps .* lengthen the run"),
+    ({"train_iters": None}, "^error: --train-iters or --train-samples is missing"),
+    ({"train_iters": None, "tst_bag_size": None, "tst_steps": None}, "^error: --train-iters or"),
+    (
+        {"train_iters": None, "train_samples": 3, "tst_bag_size": None, "tst_steps": None},
+        "^error: --train-samples 3 is less than one batch of 4",
+    ),
+    ({"log_interval": 0}, "^error: --log-interval 0 is not positive"),
+    ({"eval_interval": 0}, "^error: --eval-interval 0 is not positive: .* --eval-iters 0"),
+    ({"min_lr": 1}, r"^error: --min-lr 1\.0 is above --lr 0\.003"),
+    ({"lr_wsd_decay_iters": None}, "^error: --lr-decay-style WSD .* pass --lr-wsd-decay-iters"),
+    (
+        {"lr_warmup_iters": None, "lr_warmup_fraction": 1.0},
+        r"^error: --lr-warmup-fraction 1\.0 is not less than 1: .* a part of the run",
+    ),
+    (
+        {
+            **dict.fromkeys(("train_iters", "lr_warmup_iters", "lr_wsd_decay_iters")),
+            **{"train_samples": 48, "lr_warmup_samples": 48, "lr_wsd_decay_samples": 8},
+        },
+        "^error: --lr-warmup-samples 48 is not less than --train-samples 48: .* a part of the run",
+    ),
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 60}, r"text\.bin: document 0 holds token"),
     (
         {"split": "99.999,0.001,0"},
