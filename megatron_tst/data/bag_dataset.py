@@ -85,7 +85,14 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         )
         phases = {phase.bag_size: phase for phase in schedule.stretches}
         self._folders = {
-            size: BagFolder(phase, schedule.sequence_length, eod, None, eod_mask_loss=False)
+            size: BagFolder(
+                phase,
+                schedule.sequence_length,
+                eod,
+                None,
+                eod_mask_loss=False,
+                target_weights=schedule.config.target_weights(size),
+            )
             for size, phase in phases.items()
         }
 

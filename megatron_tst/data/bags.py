@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ class BagFolder:
         eod: id of the end of a document.
         pad: id of padding in the text, which has no embedding and is no target.
         eod_mask_loss: no loss for what follows the end of a document.
+        target_weights: [s], of the targets of a bag; None: all count alike.
     """
 
     phase: Phase
@@ -31,6 +34,7 @@ class BagFolder:
     eod: int
     pad: int | None
     eod_mask_loss: bool
+    target_weights: Sequence[float] | None = None
 
     def fold(self, text: Tensor, document_lengths: list[int]) -> dict[str, Tensor]:
         """Makes tokens, labels and loss mask.
@@ -40,9 +44,9 @@ class BagFolder:
             document_lengths: positions of each document in it.
 
         Returns:
-            tokens and labels, [l, s] or [l] int64, and loss_mask, [l] float32. Of bags, places that
-            hold no token, and targets that do not count, are ``IGNORE_INDEX``. Tokens and labels
-            may share the memory of the text.
+            tokens and labels, [l, s] or [l] int64, and loss_mask, [l] float32, zero where no target
+            of positive weight counts. Of bags, places that hold no token, and targets that do not
+            count, are ``IGNORE_INDEX``. Tokens and labels may share the memory of the text.
         """
         is_padding = self._is(text, self.pad)
         has_padding = bool(is_padding.any())
@@ -65,8 +69,10 @@ class BagFolder:
         else:
             ignored = self._fold(is_padding)
         if self.phase.predicts_bags:
+            # The loss of a bag whose targets left are of weight 0 is 0, and no mean may count it.
+            adds_nothing = ignored if self._weightless is None else ignored | self._weightless
             # A sum, because torch is slow at all() over a short dimension.
-            counts = ignored.sum(dim=-1) < self.phase.bag_size
+            counts = adds_nothing.sum(dim=-1) < self.phase.bag_size
             masked, instead = ignored, IGNORE_INDEX
         else:
             counts = ~ignored
@@ -76,6 +82,12 @@ class BagFolder:
         if masked.any():
             labels = labels.masked_fill(masked, instead)
         return {"tokens": tokens, "labels": labels.contiguous(), "loss_mask": counts.float()}
+
+    @cached_property
+    def _weightless(self) -> Tensor | None:
+        """Which targets of a bag have weight 0, [s] bool; None where none has."""
+        is_zero = [weight == 0 for weight in self.target_weights or ()]
+        return torch.tensor(is_zero) if any(is_zero) else None
 
     @staticmethod
     def _is(token_ids: Tensor, special: int | None) -> Tensor:

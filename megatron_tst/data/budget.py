@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,13 +125,40 @@ def data_budget(
         texts: the corpora of the train split.
         weights: of the corpora, in any unit.
     """
-    if schedule.config.bag_sizes is not None and len(texts) > 1:
-        phases_of = _drawn_positions(schedule, weights)
-    else:
-        phases = schedule.positions_by_phase(schedule.total_steps)
-        shares = [weight / sum(weights) for weight in weights]
-        phases_of = [[(phase, share * count) for phase, count in phases] for share in shares]
+    phases_of = _positions_of(schedule, weights)
     return [_corpus_budget(text, phases) for text, phases in zip(texts, phases_of, strict=True)]
+
+
+def text_shares(
+    schedule: SuperpositionSchedule, texts: Sequence[TrainText], weights: Sequence[float]
+) -> tuple[tuple[int, float], ...]:
+    """Each bag size with the share of the places of its bags that hold text, 1 without padding.
+
+    Args:
+        schedule: phases of the run.
+        texts: the corpora of the train split.
+        weights: of the corpora, in any unit.
+    """
+    tokens_of: Counter[int] = Counter()
+    places_of: Counter[int] = Counter()
+    for text, phases in zip(texts, _positions_of(schedule, weights), strict=True):
+        for phase, positions in phases:
+            if phase.is_superposed:
+                tokens, padding = _in_bags(text, phase, positions)
+                tokens_of[phase.bag_size] += tokens
+                places_of[phase.bag_size] += tokens + padding
+    return tuple((size, tokens_of[size] / places) for size, places in places_of.items() if places)
+
+
+def _positions_of(
+    schedule: SuperpositionSchedule, weights: Sequence[float]
+) -> list[list[tuple[Phase, float]]]:
+    """For each corpus, the phases with their latent positions."""
+    if schedule.config.bag_sizes is not None and len(weights) > 1:
+        return _drawn_positions(schedule, weights)
+    phases = schedule.positions_by_phase(schedule.total_steps)
+    shares = [weight / sum(weights) for weight in weights]
+    return [[(phase, share * count) for phase, count in phases] for share in shares]
 
 
 def _drawn_positions(
@@ -156,14 +184,20 @@ def _corpus_budget(text: TrainText, phases: Sequence[tuple[Phase, float]]) -> Co
     """What phases with so many positions need of a corpus."""
     in_bags = padding = plain = 0
     for phase, positions in phases:
-        places = round(positions * phase.tokens_per_position)
-        if not phase.is_superposed:
-            plain += places
-            continue
-        epoch = text.positions(phase.document_multiple)
-        tokens = round(places * text.tokens / epoch) if epoch else places
-        in_bags, padding = in_bags + tokens, padding + places - tokens
+        if phase.is_superposed:
+            tokens, empty = _in_bags(text, phase, positions)
+            in_bags, padding = in_bags + tokens, padding + empty
+        else:
+            plain += round(positions * phase.tokens_per_position)
     return CorpusBudget(text.path_prefix, text.tokens, in_bags, padding, plain)
+
+
+def _in_bags(text: TrainText, phase: Phase, positions: float) -> tuple[int, int]:
+    """Tokens and padding in so many latent positions of bags."""
+    places = round(positions * phase.tokens_per_position)
+    epoch = text.positions(phase.document_multiple)
+    tokens = round(places * text.tokens / epoch) if epoch else places
+    return tokens, places - tokens
 
 
 def refuse_repetition(

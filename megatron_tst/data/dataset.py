@@ -113,11 +113,11 @@ class SuperpositionGPTDataset(GPTDataset):
 
         Returns:
             tokens and labels, [l, s] or [l] int64 (see the table above); loss_mask, [l] float32,
-            zero where no target counts; position_ids, [l] int64; and where the configuration asks
-            for it attention_mask, [1, l, l] bool, true where attention is masked. A target in a
-            bag that does not count is ``IGNORE_INDEX``, and so is a place of a bag that holds no
-            token. With inter-document masking also cu_seqlens, [l + 1] int32, and max_seqlen,
-            int32, in latent positions; position_ids then restart at each document.
+            zero where no target of positive weight counts; position_ids, [l] int64; and where the
+            configuration asks for it attention_mask, [1, l, l] bool, true where attention is
+            masked. A target in a bag that does not count is ``IGNORE_INDEX``, and so is a place of
+            a bag that holds no token. With inter-document masking also cu_seqlens, [l + 1] int32,
+            and max_seqlen, int32, in latent positions; position_ids then restart at each document.
         """
         if not self.is_superposed:
             return self._plain_item(idx)
@@ -189,10 +189,17 @@ class SuperpositionGPTDataset(GPTDataset):
     @cached_property
     def _folders(self) -> dict[int, BagFolder]:
         """By bag size."""
-        special = self.config.tokenizer.eod, self._pad_token_id
+        config = self.config
+        special = config.tokenizer.eod, self._pad_token_id
         phases = {phase.bag_size: phase for phase in self.layout.phases}
         return {
-            size: BagFolder(phase, self.config.sequence_length, *special, self.config.eod_mask_loss)
+            size: BagFolder(
+                phase,
+                config.sequence_length,
+                *special,
+                config.eod_mask_loss,
+                config.superposition.target_weights(size),
+            )
             for size, phase in phases.items()
         }
 

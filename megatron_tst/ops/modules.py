@@ -76,7 +76,8 @@ class MultiHotCrossEntropyLoss(nn.Module):
         target_weights: of the targets of a bag by offset, [s], such as
             ``SuperpositionConfig.target_weights()``; None: equal.
         ignore_index: target that does not count.
-        reduction: ``mean`` over the positions that have a target that counts, ``sum``, or ``none``.
+        reduction: ``mean`` over the positions that have a target of positive weight that counts,
+            ``sum``, or ``none``.
 
     Raises:
         ValueError: an unknown reduction, or a weight that is negative or no number.
@@ -123,7 +124,8 @@ class MultiHotCrossEntropyLoss(nn.Module):
             losses = multi_hot_cross_entropy(
                 logits, targets, self.weights, ignore_index=self.ignore_index
             )
-            counts = (targets != self.ignore_index).any(-1)
+            is_left = targets != self.ignore_index
+            counts = (is_left if self.weights is None else is_left & (self.weights > 0)).any(-1)
         if self.reduction == "none":
             return losses
         total = losses.sum()

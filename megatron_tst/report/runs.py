@@ -168,6 +168,8 @@ def _schedule(info: dict[str, Any], folder: Path) -> SuperpositionSchedule:
             batch_sizes=BatchSizes(tuple((first, size) for first, size in info["batch_sizes"])),
             sequence_length=info["sequence_length"],
             text_share=info["text_share"],
+            # Runs of earlier versions counted all bag sizes by one share.
+            text_shares=tuple((size, share) for size, share in info.get("text_shares", ())),
             bags=bags if len(bags) > 1 else (),
             seed=info["seed"],
         )

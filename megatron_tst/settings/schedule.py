@@ -29,6 +29,8 @@ class SuperpositionSchedule:
         sequence_length: latent positions a sequence (l), the same in all phases.
         text_share: share of the places in bags that hold text; below 1 where documents are
             aligned, whose last bags are filled up with padding.
+        text_shares: the same for bags of each size, of which larger ones hold more padding; sizes
+            that are not among them have ``text_share``.
         bags: where there are several phases with bags, the bag size and the steps of each. The
             settings then have the largest bag size, and the steps of all of them.
         seed: of the bag sizes that are drawn.
@@ -43,6 +45,7 @@ class SuperpositionSchedule:
     batch_sizes: BatchSizes
     sequence_length: int
     text_share: float = 1.0
+    text_shares: tuple[tuple[int, float], ...] = ()
     bags: Bags = ()
     seed: int = 1234
 
@@ -208,10 +211,10 @@ class SuperpositionSchedule:
 
     def data_tokens(self, step: int) -> int:
         """Tokens of text read by the first ``step`` steps."""
-        total = 0
+        total, shares = 0, dict(self.text_shares)
         for phase, positions in self.positions_by_phase(step):
             places = positions * phase.tokens_per_position
+            share = shares.get(phase.bag_size, self.text_share) if phase.is_superposed else 1.0
             # Exact without padding, however many tokens there are.
-            is_full = not phase.is_superposed or self.text_share == 1.0
-            total += places if is_full else round(places * self.text_share)
+            total += places if share == 1.0 else round(places * share)
         return total

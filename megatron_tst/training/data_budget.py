@@ -13,7 +13,13 @@ from megatron.training import print_rank_0
 from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.data.budget import CorpusBudget, TrainText, data_budget, refuse_repetition
+from megatron_tst.data.budget import (
+    CorpusBudget,
+    TrainText,
+    data_budget,
+    refuse_repetition,
+    text_shares,
+)
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
 from megatron_tst.settings.phases import bags_name, plain_name
 from megatron_tst.settings.schedule import SuperpositionSchedule
@@ -69,7 +75,10 @@ def check_data_budget(
         refuse_repetition(schedule, texts, shares, max_epochs)
     text = sum(budget.phase_1 for budget in budgets)
     places = text + sum(budget.phase_1_padding for budget in budgets)
-    return replace(schedule, text_share=text / places) if places > text else schedule
+    if places == text:
+        return schedule
+    by_size = text_shares(schedule, texts, shares)
+    return replace(schedule, text_share=text / places, text_shares=by_size)
 
 
 def _absent(config: SuperpositionGPTDatasetConfig, path: str) -> NDArray[Any]:

@@ -194,6 +194,7 @@ def write_run_description(
         "batch_sizes": schedule.batch_sizes.entries,
         "sequence_length": schedule.sequence_length,
         "text_share": schedule.text_share,
+        "text_shares": schedule.text_shares,
         "data_budget": args.tst_data_budget,
         "parameters": parameters,
         "seed": args.seed,

@@ -25,8 +25,9 @@ def refuse_other_learning_rate(
 ) -> None:
     """Refuses another learning rate, weight decay, or schedule of them.
 
-    Megatron counts the schedule in samples: it is compared in steps where both runs give it in
-    steps of the same batch sizes, and in samples otherwise.
+    Megatron counts the schedule in samples, a step as many as ``--global-batch-size`` asks for: it
+    is compared in steps where both runs give it in steps of the same batch sizes, read and asked
+    for, and in samples otherwise.
 
     Args:
         args: command line.
@@ -39,18 +40,23 @@ def refuse_other_learning_rate(
     _refuse_other_groups(args, saved)
     if args.override_opt_param_scheduler:
         return
-    in_steps = (
+    same_steps = (
         not (saved.train_samples or args.train_samples)
         and batch_sizes_from_args(saved) == schedule.batch_sizes
     )
+    # A batch that --decrease-batch-size-if-needed makes smaller still counts as asked for.
+    in_steps = same_steps and saved.global_batch_size == args.global_batch_size
     was, now = (_lengths(each, in_steps) | _values(each) for each in (saved, args))
-    other = [name for name in was if name in now and was[name] != now[name]]
-    if args.use_checkpoint_opt_param_scheduler:
-        other = [name for name in other if name.startswith(_NOT_IN_STATE)]
+    other = _differing(args, was, now)
     if not other:
         return
     if in_steps:
         remedy = _written(other, was)
+    elif same_steps:
+        remedy = _batch_size_and_steps(args, saved)
+        was["--global-batch-size"] = saved.global_batch_size
+        now["--global-batch-size"] = args.global_batch_size
+        other = ["--global-batch-size", *other]
     else:
         rest = [name for name in other if name in _values(saved)]
         remedy = " ".join(filter(None, (learning_rate_flags(saved), _written(rest, was))))
@@ -71,6 +77,23 @@ def learning_rate_flags(saved: Any) -> str:
     if "--lr-warmup-fraction" in flags:
         del flags["--lr-warmup-samples"]
     return " ".join(f"{name} {value}" for name, value in flags.items() if value)
+
+
+def _differing(args: Namespace, was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of both whose values differ and are those of the command line in the end."""
+    other = [name for name in was if name in now and was[name] != now[name]]
+    if args.use_checkpoint_opt_param_scheduler:
+        other = [name for name in other if name.startswith(_NOT_IN_STATE)]
+    return other
+
+
+def _batch_size_and_steps(args: Namespace, saved: Any) -> str:
+    """What to pass where steps read as many samples as before, and other ones are asked for."""
+    flags = f"--global-batch-size {saved.global_batch_size}"
+    if getattr(saved, "decrease_batch_size_if_needed", False):
+        flags += " --decrease-batch-size-if-needed"
+    was, now = (_lengths(each, in_steps=True) | _values(each) for each in (saved, args))
+    return " ".join(filter(None, (flags, _written(_differing(args, was, now), was))))
 
 
 def _refuse_other_groups(args: Namespace, saved: Any) -> None:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.training import get_args, print_rank_0
 
+from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 from megatron_tst.training.checkpoint_choice import RELEASE, checkpoint_to_load
 from megatron_tst.training.fully_sharded import continue_counting
 from megatron_tst.upstream.patches import wrap
@@ -47,7 +48,7 @@ def _continuing_the_schedule(upstream: Callable[..., Any]) -> Callable[..., Any]
         with _saved_rates(optimizer, arguments, saved["args"]):
             loaded = upstream(model, optimizer, opt_param_scheduler, *args, **kwargs)
             if arguments.no_load_optim:
-                _go_on(opt_param_scheduler, arguments, saved.get("opt_param_scheduler"))
+                _go_on(opt_param_scheduler, arguments, saved)
             elif arguments.use_torch_fsdp2:
                 continue_counting(optimizer, saved["optimizer"])
         # Again, from the rates that now hold.
@@ -68,18 +69,41 @@ def _common_state(args: Namespace) -> dict[str, Any] | None:
     return state if state.get("args") is not None else None
 
 
-def _go_on(scheduler: Any, args: Namespace, state: dict[str, Any] | None) -> None:
+def _go_on(scheduler: Any, args: Namespace, saved: dict[str, Any]) -> None:
+    state = saved.get("opt_param_scheduler")
     if state is None:  # --no-save-optim saves none. One step of the schedule is one sample.
-        read = args.consumed_train_samples
-        # Those of a smaller batch than the one asked for were not read in the first place.
-        untrained = 0 if args.decrease_batch_size_if_needed else args.skipped_train_samples
-        scheduler.step(read - untrained)
+        skipped = _samples_of_skipped_steps(
+            saved["args"], saved["iteration"], args.skipped_train_samples
+        )
+        scheduler.step(args.consumed_train_samples - skipped)
     else:
         scheduler.load_state_dict(state)
     print_rank_0(
         "> --no-load-optim: the learning rate schedule goes on at sample "
         f"{scheduler.num_steps}; the moments of the optimizer start at 0"
     )
+
+
+def _samples_of_skipped_steps(saved: Any, steps_done: int, skipped: int) -> int:
+    """The samples that were read for steps of ``--iterations-to-skip``.
+
+    Args:
+        saved: Megatron's arguments in the checkpoint.
+        steps_done: steps of the checkpoint, skipped ones included.
+        skipped: what Megatron has counted: all samples of a step that is skipped, and of any other
+            those by which ``--decrease-batch-size-if-needed`` made it smaller, which nobody read.
+    """
+    if getattr(saved, "step_batch_size_schedule", None) is not None:
+        # Megatron makes no batch of a schedule smaller.
+        return skipped
+    size = batch_sizes_from_args(saved).size_at(0)
+    unread = saved.global_batch_size - size
+    if unread == 0:
+        return skipped
+    # skipped == size * steps + unread * (steps_done - steps), where unread < size; less where a
+    # batch size nearer to what the ranks share was asked for before.
+    steps = (skipped - unread * steps_done) // (size - unread)
+    return size * max(steps, 0)
 
 
 @contextmanager

@@ -134,6 +134,7 @@ def test_padding_is_no_text(single: SmallRun) -> None:
     assert places == SWITCH * 4 * 32 * 4
     assert budget["phase_1_padding"] > 0.005 * places
     assert description["text_share"] == budget["phase_1"] / places
+    assert description["text_shares"] == [[4, description["text_share"]]]
     in_phase_2 = (STEPS - SWITCH) * 4 * 32
     assert scalars["tst/data tokens"][SWITCH] == budget["phase_1"]
     assert scalars["tst/data tokens"][STEPS] == budget["phase_1"] + in_phase_2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
 from megatron_tst.data.blend import samples_by_corpus
 from megatron_tst.data.budget import TrainText, data_budget, refuse_repetition
 from megatron_tst.settings.config import DocumentBoundary
+from megatron_tst.training.data_budget import check_data_budget
 from tests.corpus import write_corpus
 from tests.datasets import DOCUMENT_LENGTHS, TRAIN, VARIANTS, build, build_train, make_config
 
@@ -78,6 +81,30 @@ def test_padding_of_aligned_bags_is_no_text(prefix: Path) -> None:
     # All but the last samples of the epoch.
     assert budget.phase_1 == pytest.approx((tokens >= 0).sum(), abs=24)
     assert budget.phase_1_padding > 5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "in_bags_of_8"),
+    # Documents of 17 tokens take 24 places in bags of 8, and 18 in bags of 2.
+    [({"schedule": "8:100,2:400"}, 100), ({"bag_sizes": "8,2", "steps": 500}, None)],
+)
+def test_padding_is_counted_for_each_bag_size(
+    tmp_path: Path, sizes: dict[str, Any], in_bags_of_8: int | None
+) -> None:
+    write_corpus(tmp_path / "text", [17] * 30)
+    config = SuperpositionConfig(document_boundary="align", **sizes)
+    plan = SuperpositionSchedule(config, 1000, BatchSizes.constant(4), 64)
+    datasets = make_config(tmp_path / "text", superposition=config, phases=plan.stretches)
+    args = Namespace(tst_max_epochs=1e9)
+    found = check_data_budget(args, plan, datasets)
+    for step in (100, 500, 1000):
+        bags = [found.bag_size_at(each) for each in range(step)]
+        steps_of = {size: bags.count(size) for size in (8, 2, 1)}
+        assert in_bags_of_8 in (steps_of[8], None)
+        text = 4 * 64 * (steps_of[8] * 8 * 17 / 24 + steps_of[2] * 2 * 17 / 18 + steps_of[1])
+        assert found.data_tokens(step) == pytest.approx(text, abs=2)
+    (budget,) = args.tst_data_budget
+    assert found.data_tokens(500) == pytest.approx(budget["phase_1"], abs=2)
 
 
 def test_a_blend_needs_its_weights_in_each_phase(prefix: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 from megatron_tst import SuperpositionConfig
 from megatron_tst.data.bags import IGNORE_INDEX
+from megatron_tst.ops.objectives import superposition_loss
 from tests.corpus import write_corpus, write_documents
 from tests.datasets import (
     DOCUMENT_LENGTHS,
@@ -26,6 +27,7 @@ from tests.datasets import (
     TRAIN,
     VALID,
     VARIANTS,
+    VOCABULARY_SIZE,
     Corpus,
     assert_equal_batches,
     build,
@@ -268,6 +270,30 @@ def test_masks_of_bags(special_tokens: Path, variant: str, pad: int, eod_mask_lo
         assert item["tokens"].is_contiguous()
         assert item["labels"].is_contiguous()
     assert (masked > 0) == (pad == PAD or eod_mask_loss)
+
+
+@pytest.mark.parametrize("pad", [-1, PAD])
+@pytest.mark.parametrize("variant", ["full", "output-only"])
+def test_a_position_counts_for_its_weighted_targets(
+    special_tokens: Path, variant: str, pad: int
+) -> None:
+    """The loss is 0 where only targets of weight 0 are left: its mean must not count those."""
+    config = SuperpositionConfig(
+        bag_size=3, steps=1, variant=variant, target_weighting="first-token"
+    )
+    settings: dict[str, Any] = {"tokenizer": tokenizer(pad), "eod_mask_loss": True}
+    dataset = build(
+        make_config(special_tokens, superposition=config, switch_sample=12, **settings), (20, 0, 0)
+    )[TRAIN]
+    without_weight = 0
+    for item in samples(dataset, 12):
+        losses = superposition_loss(
+            torch.zeros(4, VOCABULARY_SIZE), item["labels"], "mce", config.target_weights()
+        )
+        assert torch.equal(item["loss_mask"], (losses > 0).float())
+        is_left = (item["labels"] != IGNORE_INDEX).any(-1)
+        without_weight += int((is_left & (item["loss_mask"] == 0)).sum())
+    assert without_weight > 0
 
 
 @pytest.mark.parametrize("eod_mask_loss", [False, True])

@@ -68,6 +68,19 @@ def test_targets_may_be_any_integers_but_nothing_else() -> None:
             losses(targets.to(dtype))
 
 
+def test_a_mean_counts_no_position_without_a_weighted_target() -> None:
+    logits, targets = case()
+    # The last target has weight 0, and is all that is left of the first bag.
+    targets[0, 0, :3], targets[0, 1, 0] = -100, -100
+    each = MultiHotCrossEntropyLoss(WEIGHTS, reduction="none")(logits, targets)
+    mean = MultiHotCrossEntropyLoss(WEIGHTS)(logits, targets)
+    assert each[0, 0] == 0
+    torch.testing.assert_close(mean, each.sum() / 9)
+    of_all = MultiHotCrossEntropyLoss()(logits, targets)
+    unweighted = MultiHotCrossEntropyLoss(reduction="none")(logits, targets)
+    torch.testing.assert_close(of_all, unweighted.mean())
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_an_ignore_index_that_was_not_given_is_named(single: bool) -> None:
     logits, targets = case()

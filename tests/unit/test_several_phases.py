@@ -19,6 +19,7 @@ from megatron_tst.report.html import write_report
 from megatron_tst.report.pairs import Pair
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import read_results, write_results
+from megatron_tst.report.runs import read_run
 from megatron_tst.report.wording import jump_explanation, verdict
 from megatron_tst.settings.phases import Bags, bags_of, recorded_phases
 from megatron_tst.settings.step_sizes import StepSizes
@@ -32,6 +33,7 @@ from tests.unit.run_folders import (
     make_run,
     schedule_of,
     tst_loss,
+    write_info,
 )
 
 BAGS = ((8, 15), (4, 30))
@@ -77,6 +79,24 @@ def test_a_schedule_is_the_bags_that_it_says(text: str, total: int, bags: Bags) 
 def test_a_schedule_of_one_size_is_that_bag_size() -> None:
     one, plain = SuperpositionConfig(schedule="4:0.3"), SuperpositionConfig(bag_size=4, steps=30)
     assert schedule_of(one) == schedule_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("shares", "at_15", "at_45"),
+    [
+        ({"text_share": 0.8, "text_shares": [[8, 0.75], [4, 0.875]]}, 90.0, 195.0),
+        # As earlier versions wrote it, and counted.
+        ({"text_share": 0.8}, 96.0, 192.0),
+    ],
+)
+def test_padding_of_a_run_is_read_as_it_was_counted(
+    tmp_path: Path, shares: dict[str, Any], at_15: float, at_45: float
+) -> None:
+    run = make_run(tmp_path / "run", CONFIG, tst_loss, bags=BAGS, leave_out="tst/data tokens")
+    write_info(run, CONFIG, BAGS, **shares)
+    schedule = read_run(run, may_lack_scalars=True).schedule
+    found = [schedule.data_tokens(step) / TOKENS_PER_STEP for step in (15, 45)]
+    assert found == [at_15, at_45]
 
 
 @pytest.mark.parametrize(
