@@ -98,6 +98,8 @@ results: setup ## Draw the figures and write the numbers of docs/results.md anew
 	$(PY) tools/explain_gain.py docs/results/origins.csv --tables docs/results/origins-tables.md \
 	  --figures docs/images/results/origins > /dev/null
 	$(PY) -m tests.origins_page
+	$(PY) tools/explain_gain.py docs/results/subwords-origins.csv \
+	  --tables docs/results/subwords-origins.md > /dev/null
 
 docs: setup ## Build the pages of docs/ and of the API as a site: site/index.html
 	$(PY) -m mkdocs build --quiet

@@ -88,7 +88,10 @@ RATES: list[tuple[dict[str, Any], str | None]] = [
     ({"weight_decay": 0.2}, "with --weight-decay 0.1, .* has --weight-decay 0.2, "),
     ({"decoupled_lr": 1e-4}, "no --decoupled-lr, .* has --decoupled-lr 0.0001: .* --no-load-optim"),
     (
-        {"train_iters": None, "train_samples": 64, "lr_warmup_iters": None},
+        {
+            **dict.fromkeys(("train_iters", "lr_warmup_iters", "lr_wsd_decay_iters")),
+            **{"train_samples": 64, "lr_wsd_decay_samples": 4},
+        },
         "equivalent of .*--lr-warmup-samples 8 .* has .*--lr-warmup-samples 0 .*: pass "
         "--train-samples 32 --lr-decay-samples 32 --lr-warmup-samples 8 --lr-wsd-decay-samples 8,",
     ),

@@ -48,6 +48,12 @@ def test_the_tables_are_those_of_the_results(regenerated: Path) -> None:
     assert (regenerated / "t.md").read_text() == TABLES.read_text()
 
 
+def test_the_tables_of_the_largest_model_are_those_of_its_runs(tmp_path: Path) -> None:
+    committed = ROOT / "docs/results/subwords-origins.csv"
+    assert main([str(committed), "--tables", str(tmp_path / "t.md")]) == 0
+    assert (tmp_path / "t.md").read_text() == committed.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.name)
 def test_a_figure_is_that_of_the_results(regenerated: Path, figure: Path) -> None:
     assert_same_drawing(regenerated / figure.name, figure)
