@@ -104,29 +104,28 @@ def _length_errors(args: argparse.Namespace) -> Iterator[str]:
 def _learning_rate_errors(args: argparse.Namespace) -> Iterator[str]:
     # Megatron builds the model and reads the text before it asserts these, without a message.
     unit = "iters" if args.train_iters else "samples"
-    flag = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
-    length, decay, warmup = f"train_{unit}", f"lr_decay_{unit}", f"lr_warmup_{unit}"
-    until = decay if getattr(args, decay) else length
-    steps = getattr(args, until)
-    share = args.lr_warmup_fraction
-    if share is not None and share >= 1:
+    until = f"lr_decay_{unit}" if getattr(args, f"lr_decay_{unit}") else f"train_{unit}"
+    length, warmup = getattr(args, until), f"lr_warmup_{unit}"
+    limit, named = length, f"{_flag(until)} {length}"
+    if args.lr_warmup_fraction is not None:
+        limit, named, warmup = 1, "1", "lr_warmup_fraction"
+    if limit and getattr(args, warmup) >= limit:
         yield (
-            f"--lr-warmup-fraction {share} is not less than 1: the learning rate would never be "
-            "reached; warm up for a part of the run."
-        )
-    elif steps and share is None and getattr(args, warmup) >= steps:
-        yield (
-            f"{flag[warmup]} {getattr(args, warmup)} is not less than {flag[until]} {steps}: the "
-            "learning rate would never be reached; warm up for a part of the run."
+            f"{_flag(warmup)} {getattr(args, warmup)} is not less than {named}: the learning rate "
+            "would never be reached; warm up for a part of the run."
         )
     wsd = f"lr_wsd_decay_{unit}"
-    if steps and args.lr_decay_style == "WSD" and getattr(args, wsd) is None:
-        yield f"--lr-decay-style WSD has no decay: pass {flag[wsd]}, such as a tenth of the run."
+    if length and args.lr_decay_style == "WSD" and getattr(args, wsd) is None:
+        yield f"--lr-decay-style WSD has no decay: pass {_flag(wsd)}, such as a tenth of the run."
     if args.lr is not None and args.min_lr is not None and args.min_lr > args.lr:
         yield (
             f"--min-lr {args.min_lr} is above --lr {args.lr}: the learning rate ends at the "
             "former; pass a smaller one."
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse_phases(args: argparse.Namespace) -> None:
