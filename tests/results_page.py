@@ -14,6 +14,8 @@ a test compares. A comment is a kind, a section and a setting as the tables name
 - ``ends``: final losses, seed by seed; ``back``: steps from the switch until the run is under the
   baseline to stay, or between which where it was evaluated too seldom, and in how many seeds;
   ``phase 1``: mean training loss from step 500 to the switch; ``seeds``;
+- ``under 4.4``: step of the first evaluation with a loss under this one, seed by seed, "never"
+  where there is none;
 - ``is`` and one of those above that are gaps: its state; ``verdict CLAIM``: see :func:`verdict`,
   over several gaps, or a ``back``, with ``;`` between them;
 - ``must`` a state and gaps, ``must most`` and ``A on B``, where the decay has more of the gain
@@ -69,8 +71,11 @@ _BOUND = rf"(?:more|less) than [\d.]+{TIMES} in \d of \d seeds"
 _LOSSES = r"\d\.\d{3}(?:, \d\.\d{3})*(?: and \d\.\d{3})?"
 _WORDS = "|".join([*STATES, *VERDICTS, NOT_SO])
 _STEPS = r"\d+(?: to \d+)?(?: in \d of \d)?"
+_STEP = r"(?:\d+|never)"
+_STEPS_BY_SEED = rf"{_STEP}(?:, {_STEP})*(?: and {_STEP})?"
 _VALUE = (
-    rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%{_N}|\d\.\d\d|{_STEPS}|{_WORDS}"
+    rf"{_GAP}|{_RATIO}|{_BOUND}(?: and {_BOUND})*|{_LOSSES}|\d+%{_N}|\d\.\d\d|{_STEPS}|"
+    rf"{_STEPS_BY_SEED}|{_WORDS}"
 )
 _MARKED = re.compile(rf"(?P<value>{_VALUE}|)<!--(?P<what>[^>]+)-->")
 FIGURE = re.compile(rf"{_GAP}|{_RATIO}|\d+%|\b\d\.\d{{3}}\b|\*\*(?:{_WORDS})\b")
@@ -116,6 +121,11 @@ def told(what: str) -> str:
         return state(reading(rest))
     if kind in _ESTIMATES:
         return _gap(reading(what))
+    if kind == "under":
+        limit, _, rest = rest.partition(" ")
+        section, setting = rest.split(": ")
+        found = _first_under(float(limit), study(section), setting)
+        return NOT_RUN if found is None else found
     kind = next(kind for kind in _TEXTS if what.startswith(kind))
     section, setting = what.removeprefix(kind).strip().split(": ")
     found = _TEXTS[kind](study(section), setting)
@@ -339,7 +349,19 @@ def _ends(of: Study, label: str) -> str | None:
     group = _group(of, label)
     if group is None:
         return None
-    *most, last = (f"{run.final_loss:.3f}" for run in group.counted)
+    return _listed([f"{run.final_loss:.3f}" for run in group.counted])
+
+
+def _first_under(limit: float, of: Study, label: str) -> str | None:
+    group = _group(of, label)
+    if group is None:
+        return None
+    under = [run.steps[run.validation_loss < limit] for run in group.counted]
+    return _listed([str(steps[0]) if steps.size else "never" for steps in under])
+
+
+def _listed(values: list[str]) -> str:
+    *most, last = values
     return f"{', '.join(most)} and {last}" if most else last
 
 

@@ -84,6 +84,13 @@ def test_an_unpaired_difference_is_that_of_welch() -> None:
     assert found.mean == pytest.approx((welch.low + welch.high) / 2)
 
 
+def test_the_first_step_under_a_loss_is_told_of_every_seed() -> None:
+    assert results_page.told("under 4.0 subwords: baseline") == "10000, 10000 and never"
+    found = "8008, 8008 and 10000<!--under 4.4 subwords: baseline-->"
+    assert found in PAGE
+    assert refreshed(found.replace("10000", "never")) == found
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
