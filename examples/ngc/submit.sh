@@ -25,6 +25,10 @@ for name in NGC_ORG NGC_TEAM ACE INSTANCE IMAGE DATASET_ID WORKSPACE_ID; do
     exit 2
   fi
 done
+if [[ ${DRY_RUN:-0} != [01] ]]; then
+  echo "error: DRY_RUN is '$DRY_RUN': use 0 or 1" >&2
+  exit 2
+fi
 
 name=$(basename "$1" .sh)-${VARIANT:-tst}
 replicas=${REPLICAS:-1}
@@ -34,8 +38,9 @@ environment=(
   TOKENIZER=/data/tokenizer
   "OUTPUT_DIR=/runs/$name"
 )
-for variable in VARIANT PRECISION CUDA_GRAPHS TRAIN_STEPS MICRO_BATCH_SIZE SAVE_INTERVAL ASYNC_SAVE \
-  EXIT_DURATION_MINS; do
+for variable in VARIANT MODEL PRECISION CUDA_GRAPHS FSDP TRAIN_STEPS MICRO_BATCH_SIZE \
+  SAVE_INTERVAL ASYNC_SAVE EXIT_DURATION_MINS NUM_QUERY_GROUPS ROTARY_BASE GPUS_PER_NODE \
+  WANDB_PROJECT STOCK_MEGATRON; do
   if [[ -n ${!variable:-} ]]; then
     environment+=("$variable=${!variable}")
   fi

@@ -1,43 +1,7 @@
-# Sourced by the scripts beside it: what does not depend on the model, and the launch.
+# Sourced last by the scripts beside it: what does not depend on the model, and the launch.
 # shellcheck shell=bash
 # VARIANT, LAYERS and the arrays that are not set here come from those scripts:
 # shellcheck disable=SC2153,SC2154
-
-usage() {
-  cat >&2 <<USAGE
-usage: DATA_PATH=... TOKENIZER=... OUTPUT_DIR=... [VARIABLE=...] $0 [Megatron and --tst-* arguments]
-
-Arguments are appended to the ones of the script and win over them.
-
-required
-  DATA_PATH       corpus without .bin/.idx, or weights and corpora: "50 dclm 50 fineweb_edu";
-                  mock: random ids, to measure speed before there is text
-  TOKENIZER       folder or name of a Hugging Face tokenizer
-  OUTPUT_DIR      checkpoints, TensorBoard and data cache; on a file system that all nodes see
-what to train
-  VARIANT         tst (default) or baseline
-  MODEL           Megatron's model: hybrid (default, HybridModel) or gpt (GPTModel, which is deprecated)
-  TRAIN_STEPS     optimizer steps; the decay of the learning rate is the last tenth of them
-  PRECISION       mxfp8 (B200; default from 3B on), fp8 (H100) or bf16 (default below)
-  CUDA_GRAPHS     1 (default below 3B): layers are replayed as CUDA graphs; 0: they are not
-  FSDP            1: weights, gradients and optimizer in shards of torch FSDP2, in bf16 and without
-                  CUDA graphs; 0 (default): the optimizer alone in shards
-where
-  NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT      as torchrun has them
-  MICRO_BATCH_SIZE                                                sequences a GPU at a time
-  STOCK_MEGATRON  folder of Megatron-LM, whose script does phase 2 (docs/stock-megatron.md)
-checkpoints
-  SAVE_INTERVAL       steps between checkpoints (default 1000)
-  ASYNC_SAVE          1 (default): written in the background; 0: training waits
-  EXIT_DURATION_MINS  save and exit with 0 after so many minutes (default: never)
-DRY_RUN=1 prints the command and ends.
-USAGE
-}
-
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
 
 # The value of an argument of the run, or nothing: the last one wins, as in Megatron's parser.
 value_of() {
@@ -52,15 +16,8 @@ value_of() {
   printf '%s' "$value"
 }
 
-for name in DATA_PATH TOKENIZER OUTPUT_DIR; do
-  if [[ -z ${!name:-} ]]; then
-    echo "error: $name is not set" >&2
-    usage
-    exit 2
-  fi
-done
-
-read -r -a corpora <<<"$DATA_PATH"
+# Over several lines too, as in a YAML file; read ends with 1 where there is no more to read.
+read -r -d '' -a corpora <<<"$DATA_PATH" || true
 CORPUS_ARGS=(--data-path "${corpora[@]}")
 if [[ $DATA_PATH == mock ]]; then
   CORPUS_ARGS=(--mock-data)

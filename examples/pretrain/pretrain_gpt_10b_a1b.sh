@@ -5,7 +5,7 @@
 # GPU hours, 2.252; TST 49,983 steps in 4,768 GPU hours, 2.236.
 set -euo pipefail
 
-VARIANT=${VARIANT:-tst}
+source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
 case $VARIANT in
   tst)
     TRAIN_STEPS=${TRAIN_STEPS:-49983}
@@ -17,7 +17,6 @@ case $VARIANT in
     TRAIN_STEPS=${TRAIN_STEPS:-125000}
     TST_ARGS=()
     ;;
-  *) echo "error: VARIANT is '$VARIANT': use tst or baseline" >&2 && exit 2 ;;
 esac
 
 LAYERS=32

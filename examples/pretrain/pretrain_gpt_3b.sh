@@ -6,7 +6,7 @@
 # TRAIN_STEPS=50000 (622 hours) for equal data.
 set -euo pipefail
 
-VARIANT=${VARIANT:-tst}
+source "$(dirname "${BASH_SOURCE[0]}")/variables.sh"
 TRAIN_STEPS=${TRAIN_STEPS:-20000}
 
 LAYERS=36
@@ -59,7 +59,6 @@ case $VARIANT in
   # Phase 1 reads 75B tokens in the first 6,000 steps, 105B in all.
   tst) TST_ARGS=(--tst-bag-size 6 --tst-step-ratio 0.3) ;;
   baseline) TST_ARGS=() ;;
-  *) echo "error: VARIANT is '$VARIANT': use tst or baseline" >&2 && exit 2 ;;
 esac
 
 PARALLEL_ARGS=(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -197,6 +198,19 @@ def test_a_container_is_passed_to_srun(tmp_path: Path) -> None:
     assert f"--container-image /images/tst.sqsh --container-mounts {ROOT}:{ROOT}" in job.stdout
 
 
+SET_BY_THE_JOB = {"DATA_PATH", "TOKENIZER", "OUTPUT_DIR", "NNODES", "NODE_RANK", "DRY_RUN"} | {
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
+
+
+def documented_variables() -> set[str]:
+    """Of the scripts of examples/pretrain."""
+    _, table = (ROOT / "docs/cluster.md").read_text().split("| variable | default |", 1)
+    rows = table.split("\n\n", 1)[0].splitlines()[2:]
+    return {name for row in rows for name in re.findall(r"`([A-Z_]+)`", row.split("|")[1])}
+
+
 def test_base_command_job() -> None:
     variables = {
         name: name.lower()
@@ -223,6 +237,15 @@ def test_base_command_job() -> None:
     started = shlex.split(inner[-1])
     assert started[-3:] == [SCRIPT, "--wandb-exp-name", "a b"]
     assert "DATA_PATH=/data/corpus" in started
+    for name in documented_variables() - SET_BY_THE_JOB:
+        submitted = subprocess.run(
+            submit, env={**environment, name: "1"}, capture_output=True, text=True, check=True
+        )
+        assert f"{name}=1" in submitted.stdout, name
+    refused = subprocess.run(
+        submit, env={**environment, "DRY_RUN": "true"}, capture_output=True, text=True
+    )
+    assert (refused.returncode, refused.stderr) == (2, "error: DRY_RUN is 'true': use 0 or 1\n")
     del environment["NGC_ORG"]
     refused = subprocess.run(submit, env=environment, capture_output=True, text=True)
     assert (refused.returncode, refused.stderr.startswith("error: NGC_ORG")) == (2, True)

@@ -191,6 +191,14 @@ def test_arguments_and_paths_with_spaces_arrive_whole(cases: Cases) -> None:
     assert command[start + 1 : start + 5] == ["30", "/a", "70", "/b"]
 
 
+@pytest.mark.parametrize("blend", ["30 /a\n70 /b", "30 /a\n70 /b\n", "\n 30 /a\n\n 70 /b"])
+def test_a_blend_over_several_lines_is_whole(cases: Cases, blend: str) -> None:
+    paths = cases.paths | {"DATA_PATH": blend}
+    command = shlex.split(launch(PRETRAIN / "pretrain_gpt_270m.sh", **paths).stdout)
+    start, end = command.index("--data-path"), command.index("--data-cache-path")
+    assert command[start + 1 : end] == ["30", "/a", "70", "/b"]
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--tst-schedule 8:0.1,4:0.2", "--tst-schedule=8:0.1", "--tst-bag-sizes 2,4 --tst-steps 9"],
@@ -280,6 +288,14 @@ def test_graphs_and_registered_buffers_do_not_meet_expandable_segments(cases: Ca
         ({"PRECISION": "int8"}, "error: PRECISION is 'int8': use mxfp8, fp8 or bf16"),
         ({"VARIANT": "tts"}, "error: VARIANT is 'tts': use tst or baseline"),
         ({"NNODES": "2"}, "error: NNODES is 2: set MASTER_ADDR"),
+        ({"NNODES": "two"}, "error: NNODES is 'two': use a whole number, 1 or more"),
+        ({"NODE_RANK": "-1"}, "error: NODE_RANK is '-1': use a whole number, 0 or more"),
+        ({"TRAIN_STEPS": "1e5"}, "error: TRAIN_STEPS is '1e5': use a whole number, 1 or more"),
+        ({"TRAIN_STEPS": "0200"}, "error: TRAIN_STEPS is '0200': use a whole number, 1 or more"),
+        ({"MICRO_BATCH_SIZE": "2.5"}, "error: MICRO_BATCH_SIZE is '2.5': use a whole number"),
+        ({"FSDP": "true"}, "error: FSDP is 'true': use 0 or 1"),
+        ({"CUDA_GRAPHS": "yes"}, "error: CUDA_GRAPHS is 'yes': use 0 or 1"),
+        ({"DRY_RUN": "true"}, "error: DRY_RUN is 'true': use 0 or 1"),
         ({"FSDP": "1"}, "error: FSDP=1 with PRECISION=mxfp8 was not tried: use PRECISION=bf16"),
         (
             {"FSDP": "1", "PRECISION": "bf16", "STOCK_MEGATRON": "/opt/Megatron-LM"},
