@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from rich.console import Console
 from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
+from megatron_tst.common.quiet import quiet_libraries
 from megatron_tst.preflight.launch_command import read_launch
 
 _PIPED_WIDTH = 170
@@ -94,8 +93,7 @@ def _capability(text: str) -> tuple[int, int]:
 
 def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int]) -> int:
     # These take seconds, and bad input needs none of them.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet_libraries()
     from megatron_tst import cpu
     from megatron_tst.preflight.engine_path import make_engine_importable
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_tst.commands.study_hours import expected_hours
+from megatron_tst.commands.study_text import refuse_too_little_text
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.precision import describe_precision
@@ -20,6 +21,7 @@ from megatron_tst.report.describing import Status
 from megatron_tst.report.families import with_differing_arguments
 from megatron_tst.report.results import RunResult, read_result
 from megatron_tst.report.results_table import write_results
+from megatron_tst.study.asked_arguments import AskedArguments
 from megatron_tst.study.config import StudyConfig
 from megatron_tst.study.display import Display, summary
 from megatron_tst.study.earlier_results import (
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         study = _in_precision_of_this_machine(study, folder, options.slurm is not None)
         earlier = _earlier(study, options)
+        refuse_too_little_text(_left(study, earlier), AskedArguments(study, _parsed))
         with open_study(study, folder):
             # Before training, which may take days.
             refuse_to_lose_results(folder, earlier)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.common.quiet import quiet_libraries
 from megatron_tst.planning.accounting import PEAK_BF16_FLOPS, SECONDS_PER_HOUR
 from megatron_tst.study.config import StudyConfig, StudyRun
 
@@ -58,8 +57,7 @@ def study_flops(study: StudyConfig, runs: Sequence[StudyRun], vocabulary: int | 
 def _flops_of(study: StudyConfig, run: StudyRun, vocabulary: int | None) -> tuple[float, float]:
     """FLOPs of a step, and of training on a token."""
     # These take seconds, and the other uses of the command need none of them.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+    quiet_libraries()
     from megatron_tst import cpu
     from megatron_tst.preflight.engine_path import make_engine_importable
 

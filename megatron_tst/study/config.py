@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_tst.study.settings import RunSettings
 
+MAX_EPOCHS = "tst-max-epochs"
+"""How often the runs may read their text: it changes no run."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -78,7 +81,7 @@ class StudyConfig:
         """What two runs must share to be of one study, as plain values."""
         shared = ("warmup_share", "decay_share", "processes")
         return {
-            "arguments": dict(self.arguments),
+            "arguments": {k: v for k, v in self.arguments.items() if k != MAX_EPOCHS},
             **{name: getattr(self, name) for name in shared},
             "validation": vars(self.validation),
         }

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.study.config import StudyConfig, Validation
+from megatron_tst.study.config import MAX_EPOCHS, StudyConfig, Validation
 from megatron_tst.study.file_values import mapping, number, switch
 from megatron_tst.study.grid import check_names, controls_of, grid_of, once
 from megatron_tst.study.settings import Scalar
@@ -127,7 +127,7 @@ def _arguments(value: Any, where: str) -> dict[str, Scalar | list[Scalar]]:
     """Megatron arguments, none of which the study sets itself."""
     given = mapping(value, where)
     for name, argument in given.items():
-        if str(name).startswith("tst-") or name in _OWN_FLAGS:
+        if name in _OWN_FLAGS or (str(name).startswith("tst-") and name != MAX_EPOCHS):
             key = _OWN_FLAGS.get(name, "the keys of an arm")
             raise UsageError(f"{where} has {name}: set it by {key}.")
         if argument is None or argument is False or isinstance(argument, dict):

@@ -21,6 +21,7 @@ from megatron_tst.report.results_table import read_results
 from megatron_tst.study.slurm import submit
 from megatron_tst.study.study_file import read_study
 from megatron_tst.study.study_folder import open_study
+from tests.corpus import write_corpus
 from tests.studies import study_content, write_study
 from tests.zygote import ROOT
 
@@ -97,6 +98,35 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert again.returncode == 0, again.stderr
     assert "4 runs: 3 finished, 1 diverged" in again.stdout
     assert times == {path: path.stat().st_mtime_ns for path in times}, before
+
+
+def test_a_study_whose_text_does_not_suffice_runs_nothing(corpus: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "short", [100] * 60, vocabulary_size=200)
+    content = study_content(corpus, seeds=[0, 1])
+    content["arguments"]["data-path"] = str(tmp_path / "short")
+    content["defaults"]["total_steps"] = 40
+    content["arms"] = [{}, {"bag_size": [2, 6], "step_ratio": 0.3}]
+    study, output = write_study(tmp_path / "study.yaml", content), tmp_path / "out"
+    refused = run_study(study, output, "--jobs", "2")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    # 64 tokens in 28 steps, and 384 in 12, of the 54 documents before the split.
+    assert "2 of 6 runs would be refused, tiny-40steps-lr0.001-s6-r0.3-seed0, " in line
+    assert "6,400 tokens (4,608 in phase 1) of 5,400" in line
+    assert not output.exists()
+    # As the message says; also of a study that has begun.
+    content["seeds"], arms = [0], content["arms"]
+    content["arms"] = arms[:1]
+    write_study(study, content)
+    assert run_study(study, output).returncode == 0
+    content["arms"] = arms
+    content["arguments"]["tst-max-epochs"] = 1.19
+    write_study(study, content)
+    done = run_study(study, output, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "3 runs: 3 finished" in done.stdout
+    results = read_results(output / "results.csv")
+    assert [result.data_tokens[-1] for result in results] == [2560, 3328, 6400]
 
 
 def test_a_study_goes_on_elsewhere_from_its_table(corpus: Path, tmp_path: Path) -> None:
