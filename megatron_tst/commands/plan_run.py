@@ -70,6 +70,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--price-per-gpu-hour", metavar="P", help="also shows the cost of a budget in hours")
     add = parser.add_argument_group("data and batch").add_argument
     add("--tokens", metavar="N", help="in the corpora, each counted once, such as 300B")
+    add(
+        "--split",
+        default="9995,5,0",
+        metavar="T,V,E",
+        help="shares for training, validation and test, for the flags too (default: 9995,5,0)",
+    )
     add("--max-epochs", metavar="E", default="1", help="how often it may be read (default: 1)")
     add("--global-batch-size", metavar="B", help="sequences a step (default: as published)")
     add("--seq-length", metavar="L", help="latent positions a sequence (default: 4096)")
@@ -131,6 +137,7 @@ def read_request(args: argparse.Namespace) -> Request:
         step_ratio=ratio,
         several=_several(args, ratio or _USUAL_RATIO),
         loss_impl=args.tst_loss_impl,
+        split=_split(args.split),
     )
 
 
@@ -231,6 +238,18 @@ def _epochs(text: str) -> float:
     if epochs < 1:
         raise UsageError(f"--max-epochs is {text!r}: pass a number of at least 1.")
     return epochs
+
+
+def _split(text: str) -> tuple[float, float, float]:
+    try:
+        train, valid, test = (float(share) for share in text.split(","))
+    except ValueError:
+        train = valid = test = math.nan
+    if not (0 < train < math.inf and 0 <= valid < math.inf and 0 <= test < math.inf):
+        raise UsageError(
+            f"--split is {text!r}: pass three shares, that for training above 0, such as 9995,5,0."
+        )
+    return train, valid, test
 
 
 def _whole(flag: str, text: str | None) -> int | None:

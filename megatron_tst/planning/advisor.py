@@ -99,7 +99,7 @@ class _Planner:
         """The recommendation."""
         fitting = [setting for setting in self.candidates if self._fits(setting)]
         mildest = min(setting.text_factor for setting in self._usual_candidates())
-        text_share = self.request.tokens / (self.budget_steps * self.request.batch_tokens)
+        text_share = self.request.training_tokens / (self.budget_steps * self.request.batch_tokens)
         if text_share < mildest or not fitting:
             return self._data_bound(text_share, mildest)
         chosen = self._best(fitting, self.budget_steps)

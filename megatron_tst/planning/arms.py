@@ -52,7 +52,7 @@ class Request:
         size: the model.
         cluster: its GPUs.
         gpu_hours: budget.
-        tokens: of text, all different.
+        tokens: of text, all different, before it is split.
         max_epochs: how many times the text may be read.
         global_batch_size: sequences a step.
         sequence_length: latent positions a sequence.
@@ -60,6 +60,7 @@ class Request:
         step_ratio: likewise.
         several: settings with several bag sizes, to be set beside the recommendation.
         loss_impl: what computes the losses of the runs.
+        split: shares of text for training, validation and test, as Megatron has them.
     """
 
     size: ModelSize
@@ -73,6 +74,7 @@ class Request:
     step_ratio: float | None = None
     several: SuperpositionConfig | None = None
     loss_impl: LossImplementation = "auto"
+    split: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     @property
     def losses(self) -> dict[str, str]:
@@ -92,9 +94,14 @@ class Request:
         return self.global_batch_size * self.sequence_length
 
     @property
+    def training_tokens(self) -> float:
+        """Tokens of the train split, to which a run keeps."""
+        return self.tokens * self.split[0] / sum(self.split)
+
+    @property
     def readable_tokens(self) -> float:
         """Tokens that may be read, repeats included."""
-        return self.tokens * self.max_epochs
+        return self.training_tokens * self.max_epochs
 
 
 @dataclass(frozen=True)
@@ -293,7 +300,7 @@ class Arms:
             gpu_hours=hours,
             days=hours / cluster.gpus / 24,
             cost=cluster.cost(hours),
-            epochs=text / self.request.tokens,
+            epochs=text / self.request.training_tokens,
             fits_text=text <= self.request.readable_tokens * (1 + ROUNDING),
             loss=loss,
         )

@@ -20,6 +20,8 @@ from megatron_tst.settings.variants import OUTPUT_ONLY
 FORMAT = "megatron-tst plan 2"
 
 _WARMUP_STEPS = 2000
+# Documents are split, not tokens: the train split holds a little more or less than its share.
+_SPLIT_ROUNDING = 0.01
 _COLUMNS = (
     "comparison",
     "run",
@@ -84,6 +86,7 @@ def launch_flags(plan: Plan, arm: Arm) -> list[str]:
         f"--lr {plan.reference.learning_rate:g} --min-lr 0 --lr-warmup-iters {warmup}",
         f"--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters {arm.steps // 10}",
     ]
+    lines.append(f"--split {','.join(f'{share:g}' for share in request.split)}")
     return [*lines, superposition_flags(arm)]
 
 
@@ -102,9 +105,8 @@ def superposition_flags(arm: Arm) -> str:
         known, value = SETTINGS[name], getattr(config, name)
         if value != known.default:
             flags.append(f"{known.flag} {value}")
-    if config.enabled and arm.epochs > 1:
-        # A little above, so that the program's own count is not refused for its last digit.
-        flags.append(f"--tst-max-epochs {arm.epochs * 1.001:.3f}")
+    if config.enabled and arm.epochs > 1 - _SPLIT_ROUNDING:
+        flags.append(f"--tst-max-epochs {max(arm.epochs, 1) * (1 + _SPLIT_ROUNDING):.3f}")
     return " ".join(flags)
 
 
@@ -121,6 +123,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "gpu_hours": request.gpu_hours,
             "price_per_gpu_hour": cluster.price_per_gpu_hour,
             "tokens": request.tokens,
+            "split": list(request.split),
             "max_epochs": request.max_epochs,
             "global_batch_size": request.global_batch_size,
             "sequence_length": request.sequence_length,

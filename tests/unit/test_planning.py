@@ -7,15 +7,18 @@ import math
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.commands.plan_run import main
+from megatron_tst.commands.plan_run import main, parse_arguments, read_request
+from megatron_tst.data.budget import TrainText, refuse_repetition
 from megatron_tst.planning.accounting import Cluster, ModelSize, parse_tokens
 from megatron_tst.planning.advisor import Plan, make_plan
 from megatron_tst.planning.arms import Arm, Request
@@ -35,6 +38,8 @@ from megatron_tst.planning.published import (
     published_runs,
 )
 from megatron_tst.planning.wording import controls, launch_flags, plan_as_json
+from megatron_tst.settings.arguments import add_superposition_arguments
+from tests.corpus import write_corpus
 
 MODELS = st.sampled_from(list(PUBLISHED_MODELS))
 SIZES = st.one_of(
@@ -312,7 +317,7 @@ def test_launch_flags() -> None:
         "--seq-length 4096 --global-batch-size 512 --train-iters 20000 "
         "--lr 0.0002 --min-lr 0 --lr-warmup-iters 2000 "
         "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 2000 "
-        "--tst-bag-size 6 --tst-steps 6000"
+        "--split 1,0,0 --tst-bag-size 6 --tst-steps 6000"
     )
 
 
@@ -333,7 +338,7 @@ def test_launch_flags_allow_the_epochs_of_the_plan() -> None:
     plan = make_plan(replace(request(tokens=60e9), max_epochs=4.0))
     flags = launch_flags(plan, plan.recommended)[-1].split()
     allowed = float(flags[flags.index("--tst-max-epochs") + 1])
-    assert plan.recommended.epochs <= allowed < plan.recommended.epochs * 1.01
+    assert plan.recommended.epochs <= allowed < plan.recommended.epochs * 1.011
 
 
 def test_cost_and_days() -> None:
@@ -363,6 +368,28 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert plan["recommended"]["cost"] == pytest.approx(988)
     for text in ("compute-bound", "equal FLOPs", "equal loss", "equal data", *plan["flags"]):
         assert text in shown
+
+
+@pytest.mark.parametrize("split", ["9995,5,0", "969,30,1"])
+@pytest.mark.parametrize("epochs", ["1", "1.5"])
+def test_the_program_takes_the_run_for_which_the_tokens_suffice(
+    tmp_path: Path, split: str, epochs: str
+) -> None:
+    """With the train split of a real corpus, which is one of documents."""
+    lengths = np.random.default_rng(1).integers(20, 400, 300)
+    write_corpus(tmp_path / "text", lengths.tolist())
+    size = ["--parameters", "1M", "--tokens-per-second-per-gpu", "1e6", "--gpu-hours", "1e-4"]
+    batch = ["--gpus", "1", "--global-batch-size", "1", "--seq-length", "16", "--split", split]
+    text = ["--tokens", str(lengths.sum()), "--max-epochs", epochs]
+    plan = make_plan(read_request(parse_arguments([*size, *batch, *text])))
+    assert plan.limit == "data-bound"
+    assert plan.tst.epochs > 0.99 * float(epochs)
+    flags = " ".join(launch_flags(plan, plan.tst)).split()
+    assert flags[flags.index("--split") + 1] == split
+    args, _ = add_superposition_arguments(ArgumentParser()).parse_known_args(flags)
+    shares = [float(share) for share in split.split(",")]
+    train = TrainText(str(tmp_path / "text"), shares[0] / sum(shares))
+    refuse_repetition(plan.tst.schedule, [train], [1.0], args.tst_max_epochs)
 
 
 def test_several_bag_sizes_beside_the_recommendation(
@@ -466,6 +493,8 @@ def test_published_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"--tokens": "lots"}, ("--tokens is 'lots'", "such as")),
         ({"--tokens": "1M"}, ("--tokens 1e+06", "get data")),
         ({"--tokens": None}, ("--tokens is missing",)),
+        ({"--split": "99"}, ("--split is '99'", "three shares")),
+        ({"--split": "0,1,0"}, ("--split is '0,1,0'", "above 0")),
         ({"--max-epochs": "0.5"}, ("--max-epochs is '0.5'", "at least 1")),
         ({"--tst-bag-size": "1"}, ("--tst-bag-size is 1", "leave it out")),
         ({"--tst-bag-size": "64"}, ("--tst-bag-size is 64", "2 to 32")),
