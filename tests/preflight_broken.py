@@ -160,9 +160,24 @@ BROKEN: dict[str, Broken] = {
     "groups": (
         "3b",
         "",
-        "--tensor-model-parallel-size 8",
+        "--tensor-model-parallel-size 4 --num-attention-heads 48 --num-query-groups 6",
         "error",
-        "does not divide --num-query-groups 4: use one of 1, 2, 4",
+        "is neither a divisor nor a multiple of --num-query-groups 6: use one of 1, 2, 3, 6, 12",
+    ),
+    "no layers to recompute": (
+        "3b",
+        "",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 0",
+        "error",
+        "never ends: use 1 or more",
+    ),
+    "depths recomputed together": (
+        "3b",
+        "",
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2 "
+        "--mtp-num-layers 1",
+        "error",
+        "--recompute-num-layers 2 does not work with multi-token prediction",
     ),
     "no ranks": (
         "3b",

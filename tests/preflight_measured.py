@@ -49,7 +49,9 @@ def measured_optimizer(argv: list[str], world_size: int, rank: int) -> dict[str,
         }
 
 
-def measured_activations(argv: list[str], added: str = "--num-layers") -> dict[str, float]:
+def measured_activations(
+    argv: list[str], added: str = "--num-layers", numbers: tuple[int, int] = (2, 3)
+) -> dict[str, float]:
     """Bytes that autograd keeps after the forward of one rank, by layer added.
 
     The difference between three layers and two, so that embedding and output do not matter.
@@ -66,7 +68,7 @@ def measured_activations(argv: list[str], added: str = "--num-layers") -> dict[s
         for owner, name in of_upstream:
             method = inspect.unwrap(getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, method))
-        kept = [_saved_bytes([*argv, added, str(layers)]) for layers in (2, 3)]
+        kept = [_saved_bytes([*argv, added, str(layers)]) for layers in numbers]
     return {"bytes": kept[1] - kept[0]}
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_tst.preflight.recomputation import dropped_tensors, recomputed_modules
+
 _BF16, _FP32 = 2.0, 4.0
 # E4M3 with a scale of a byte for each 32 values; other recipes have one scale a tensor.
 _MXFP8 = 1 + 1 / 32
@@ -27,7 +29,9 @@ def layer_bytes(
     attention: bool = True,
     mlp: bool = True,
 ) -> dict[str, float]:
-    """Bytes kept for each latent position of a rank, by tensor, after recomputation.
+    """Bytes kept for each latent position of a rank, by tensor, after selective recomputation.
+
+    What full recomputation leaves of layers is ``recomputation.kept_by_layers``.
 
     Args:
         args: validated command line.
@@ -36,38 +40,32 @@ def layer_bytes(
         attention: whether it has attention, as not every layer of a HybridModel.
         mlp: whether it has an MLP.
     """
-    if args.recompute_granularity == "full":
-        return {"layer input": _element(args) * args.hidden_size * _split(args)}
     of_layer = _latent_attention if args.multi_latent_attention else _attention
     kept = of_layer(args, is_fp8) if attention else {}
     if mlp:
         kept |= (_experts if is_moe else _mlp)(args, is_fp8)
-    for module in args.recompute_modules or () if args.recompute_granularity else ():
-        for name in _DROPPED.get(module, ()):
-            kept.pop(name, None)
-    return kept
+    dropped = dropped_tensors(args, is_moe, is_fp8)
+    return {name: size for name, size in kept.items() if name not in dropped}
 
 
-def depth_bytes(args: argparse.Namespace) -> dict[str, float]:
-    """Bytes that a depth of multi-token prediction keeps around its layers, as ``layer_bytes``."""
-    hidden = _element(args) * args.hidden_size * _split(args)
+def input_bytes(args: argparse.Namespace) -> float:
+    """Bytes of the input of a layer for each latent position of a rank."""
+    return _element(args) * args.hidden_size * _split(args)
+
+
+def depth_bytes(args: argparse.Namespace, is_recomputed: bool) -> dict[str, float]:
+    """Bytes that a depth of multi-token prediction keeps around its layers, as ``layer_bytes``.
+
+    Args:
+        args: validated command line.
+        is_recomputed: whether the depth keeps but its input.
+    """
+    hidden = input_bytes(args)
     # The output feeds the next depth, and joined to those of the others the output layer.
     kept = {"embedding": hidden, "joined outputs": hidden}
-    if args.recompute_granularity == "full":
+    if is_recomputed:
         return kept
     return kept | {"normed pair": 2 * hidden, "layer output": hidden, "output": hidden}
-
-
-# What is computed again instead of kept, by module of --recompute-modules.
-_DROPPED = {
-    "core_attn": ("attention output",),
-    "mla_up_proj": ("query, key, value",),
-    "layernorm": ("normed attention input", "normed MLP input"),
-    "mlp": ("normed MLP input", "gate and up", "activated"),
-    "moe": ("tokens of experts", "gate and up", "activated", "shared gate and up", "router"),
-    "moe_act": ("activated",),
-    "shared_experts": ("shared gate and up", "shared activated"),
-}
 
 
 def _element(args: argparse.Namespace) -> float:
@@ -82,9 +80,12 @@ def _split(args: argparse.Namespace) -> float:
 def _attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
     element, split = _element(args), _split(args)
     operand = fp8_bytes(args) if is_fp8 else element
-    hidden, tensor = args.hidden_size, args.tensor_model_parallel_size
-    groups = args.num_query_groups or args.num_attention_heads
-    query, key = (n * args.kv_channels / tensor for n in (args.num_attention_heads, groups))
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    tensor = args.tensor_model_parallel_size
+    # Without groups of queries the argument has a default of 1, which no model is built with.
+    groups = args.num_query_groups if args.group_query_attention else heads
+    # With fewer groups than ranks each rank has the keys and values of one.
+    query, key = (n * args.kv_channels / tensor for n in (heads, max(groups, tensor)))
     kept = {
         "attention input": element * hidden * split,
         "normed attention input": operand * hidden * split,
@@ -96,6 +97,12 @@ def _attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
         kept["projection input"] = operand * query
     if args.qk_layernorm:
         kept["query and key before norm"] = element * (query + key)
+    if "core_attn" in recomputed_modules(args):
+        # The value that is kept for it lies in all that the projection has computed, which ranks
+        # gather where they share a group.
+        parts = 1 if groups < tensor else tensor
+        joined = ((1 + args.attention_output_gate) * heads + 2 * groups) * args.kv_channels / parts
+        kept["joined query, key and value"] = element * (joined - key)
     if args.attention_output_gate:
         # Its sigmoid in fp32, and what it has scaled.
         kept["gate"] = (_FP32 + (0 if is_fp8 else element)) * query
@@ -112,7 +119,8 @@ def _latent_attention(args: argparse.Namespace, is_fp8: bool) -> dict[str, float
         "attention input": element * args.hidden_size * split,
         "normed attention input": operand * args.hidden_size * split,
         # Before and behind their norms.
-        "latent": (element * (latent + rotated) + operand * latent) * split,
+        "latent": element * (latent + rotated) * split,
+        "normed latent": operand * latent * split,
         "query, key, value": element * heads * (2 * keys + args.v_head_dim),
         "attention output": element * heads * args.v_head_dim,
     }
@@ -136,14 +144,16 @@ def _mlp(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
 def _experts(args: argparse.Namespace, is_fp8: bool) -> dict[str, float]:
     element, split, hidden = _element(args), _split(args), args.hidden_size
     operand = fp8_bytes(args) if is_fp8 else element
-    # Ranks of the tensor-parallel group have different tokens and pass them to the experts.
+    # Ranks of the tensor-parallel group have different tokens and pass them to the experts. Those
+    # that share an expert gather its tokens, and each computes its part of the width.
     visits = args.moe_router_topk / args.tensor_model_parallel_size
+    gathered = visits * args.expert_tensor_parallel_size
     width = args.moe_ffn_hidden_size
     kept = {
         "MLP input": element * hidden * split,
         "normed MLP input": element * hidden * split,
         "router": _FP32 * 2 * args.num_experts * split,
-        "tokens of experts": operand * visits * hidden,
+        "tokens of experts": operand * gathered * hidden,
         "gate and up": element * visits * _gated(args) * width,
         "activated": operand * visits * width,
     }

@@ -192,7 +192,10 @@ def _given(args: argparse.Namespace, argv: Sequence[str]) -> set[str]:
 def _changes(
     before: argparse.Namespace, args: argparse.Namespace, given: set[str]
 ) -> list[Finding]:
-    """Given arguments to which Megatron's validation gave another value, without an error."""
+    """Given arguments to which Megatron's validation gave another value, without an error.
+
+    It removes old spellings, such as ``--recompute-activations``, once others stand for them.
+    """
 
     def plain(value: Any) -> str:
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -206,8 +209,8 @@ def _changes(
             f"validation makes it {plain(getattr(args, name))}: the rest of the arguments does "
             "not allow it. Remove it, or what it clashes with."
         )
-        for name in sorted(given)
-        if plain(getattr(before, name)) != plain(getattr(args, name, None))
+        for name in sorted(given & vars(args).keys())
+        if plain(getattr(before, name)) != plain(getattr(args, name))
     ]
 
 
@@ -250,11 +253,12 @@ def _stage_report(
     schedule = report.schedule
     assert schedule is not None
     parameters = rank_parameters(args, stage)
+    ends = [*(phase.first_step for phase in schedule.phases[1:]), schedule.total_steps]
     memory = {
         f"phase {number}" if schedule.config.enabled else "training": phase_memory(
-            args, stage, parameters, phase, schedule.batch_sizes.size_at(phase.first_step)
+            args, stage, parameters, phase, schedule.batch_sizes.largest(phase.first_step, end)
         )
-        for number, phase in enumerate(schedule.phases, start=1)
+        for number, (phase, end) in enumerate(zip(schedule.phases, ends, strict=True), start=1)
     }
     return StageReport(stage.rank, stage.pipeline_rank, parameters, memory)
 
@@ -271,7 +275,7 @@ def _memory_findings(report: Report, gpu_bytes: float) -> list[Finding]:
         f"{gpu_bytes / GIB:.0f} GiB"
     )
     remedy = (
-        "lower --micro-batch-size, use --tst-loss-impl linear, --recompute-granularity selective, "
+        "lower --micro-batch-size, use --tst-loss-impl linear, --recompute-granularity full, "
         "--use-distributed-optimizer or more model parallelism"
     )
     if most > gpu_bytes:

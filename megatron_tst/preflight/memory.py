@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_tst.preflight.activations import (
     depth_bytes,
     fp8_bytes,
+    input_bytes,
     layer_bytes,
     micro_batches_in_flight,
 )
@@ -20,6 +23,11 @@ from megatron_tst.preflight.rank_parameters import (
     multi_token_layers,
 )
 from megatron_tst.preflight.rank_simulation import Stage
+from megatron_tst.preflight.recomputation import (
+    kept_by_layers,
+    rebuilt_at_once,
+    recomputes_depths,
+)
 from megatron_tst.settings.losses import losses_of_run
 from megatron_tst.settings.phases import Phase
 
@@ -110,7 +118,7 @@ def phase_memory(
         stage: what the rank holds.
         parameters: of the rank.
         phase: of the run.
-        batch: sequences a step.
+        batch: sequences a step, at the most.
     """
     positions = args.micro_batch_size * args.seq_length // args.context_parallel_size
     count = max(batch // (args.micro_batch_size * args.data_parallel_size), 1)
@@ -123,7 +131,7 @@ def phase_memory(
         gradients=gradient_bytes(args, parameters),
         optimizer=optimizer_bytes(args, parameters),
         activations=positions * in_flight * _layers_bytes(args, stage)
-        + _working_bytes(args, positions),
+        + positions * _working_bytes(args, stage),
         logits=_logit_bytes(args, positions, phase) if is_last else 0.0,
         inputs=_input_bytes(args, positions, phase) if is_first or is_ahead else 0.0,
     )
@@ -131,37 +139,65 @@ def phase_memory(
 
 def _layers_bytes(args: argparse.Namespace, stage: Stage) -> float:
     """For each latent position, over the layers of a stage."""
-    ahead = sum(
-        sum(
-            sum(layer_bytes(args, hasattr(layer.mlp, "router"), bool(args.fp8)).values())
-            for layer in getattr(depth.mtp_model_layer, "layers", [depth.mtp_model_layer])
-            if hasattr(layer, "mlp")
-        )
-        + sum(depth_bytes(args).values())
+    hidden = input_bytes(args)
+    return sum(
+        kept_by_layers(args, _decoder_bytes(args, chunk), hidden)
+        + sum(_depth_bytes(args, depth) for depth in multi_token_layers(args, chunk))
         for chunk in stage.chunks
-        for depth in multi_token_layers(args, chunk)
     )
-    return ahead + sum(
-        sum(
-            layer_bytes(
-                args,
-                is_moe=hasattr(layer.mlp, "router"),
-                is_fp8=not is_bf16_layer(args, layer.layer_number),
-                attention=not isinstance(layer.self_attention, IdentityOp),
-                mlp=not isinstance(layer.mlp, IdentityOp),
-            ).values()
-        )
-        for chunk in stage.chunks
+
+
+def _decoder_bytes(args: argparse.Namespace, chunk: torch.nn.Module) -> list[float]:
+    """What each layer of a chunk keeps, without full recomputation."""
+    return [
+        _bytes_of(args, layer, is_fp8=not is_bf16_layer(args, layer.layer_number))
         for layer in decoder_layers(chunk)
-        if hasattr(layer, "mlp")
+    ]
+
+
+def _bytes_of(args: argparse.Namespace, layer: Any, is_fp8: bool) -> float:
+    if not hasattr(layer, "mlp"):
+        # Of another kind, which nothing here counts.
+        return 0.0
+    kept = layer_bytes(
+        args,
+        is_moe=hasattr(layer.mlp, "router"),
+        is_fp8=is_fp8,
+        attention=not isinstance(layer.self_attention, IdentityOp),
+        mlp=not isinstance(layer.mlp, IdentityOp),
     )
+    return sum(kept.values())
 
 
-def _working_bytes(args: argparse.Namespace, positions: int) -> float:
-    """What the backward of one layer holds at once: its activations, and as many gradients."""
-    whole = argparse.Namespace(**{**vars(args), "recompute_granularity": None})
-    is_moe = bool(args.num_experts)
-    return 2 * positions * sum(layer_bytes(whole, is_moe, is_fp8=False).values())
+def _depth_bytes(args: argparse.Namespace, depth: Any) -> float:
+    """What a depth of multi-token prediction keeps."""
+    hidden = input_bytes(args)
+    if recomputes_depths(args):
+        return sum(depth_bytes(args, is_recomputed=True).values()) + kept_by_layers(
+            args, [0.0], hidden
+        )
+    around = sum(depth_bytes(args, is_recomputed=False).values())
+    # A stack of a HybridModel recomputes its layers as the decoder does.
+    stack = getattr(depth.mtp_model_layer, "layers", None)
+    layers = [
+        _bytes_of(args, layer, is_fp8=bool(args.fp8))
+        for layer in (stack or [depth.mtp_model_layer])
+    ]
+    return around + (kept_by_layers(args, layers, hidden) if stack else sum(layers))
+
+
+def _working_bytes(args: argparse.Namespace, stage: Stage) -> float:
+    """What the backward holds at once for each position.
+
+    The activations of a layer, or of the layers that are computed again together, and as many
+    gradients as one layer has.
+    """
+    whole = argparse.Namespace(
+        **{**vars(args), "recompute_granularity": None, "moe_layer_recompute": False}
+    )
+    layer = sum(layer_bytes(whole, bool(args.num_experts), is_fp8=False).values())
+    rebuilt = (rebuilt_at_once(args, _decoder_bytes(args, chunk)) for chunk in stage.chunks)
+    return layer + max(layer, *rebuilt)
 
 
 def _logit_bytes(args: argparse.Namespace, positions: int, phase: Phase) -> float:

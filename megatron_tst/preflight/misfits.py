@@ -61,6 +61,7 @@ def misfits(args: argparse.Namespace) -> list[Finding]:
         *_dimensions(args),
         *_cluster(args),
         *_experts(args),
+        *_recomputation(args),
         *_precision(args),
         *_lengths(args),
     ]
@@ -92,13 +93,27 @@ def _divides(divisor: int | None, flag: str, number: int | None, what: str) -> I
         )
 
 
+def _misfit_of_groups(tensor: int, heads: int | None, groups: int | None) -> Iterator[Finding]:
+    """Ranks share the groups out, or a group is shared by ranks."""
+
+    def fits(size: int) -> bool:
+        return groups is None or groups % size == 0 or size % groups == 0
+
+    if not fits(tensor):
+        fitting = [n for n in range(1, 65) if (heads or 0) % n == 0 and fits(n)]
+        yield error(
+            f"--tensor-model-parallel-size {tensor} is neither a divisor nor a multiple of "
+            f"--num-query-groups {groups}: use one of {', '.join(map(str, fitting))}."
+        )
+
+
 def _dimensions(args: argparse.Namespace) -> Iterator[Finding]:
     tensor = args.tensor_model_parallel_size
     flag = "--tensor-model-parallel-size"
     heads, groups = args.num_attention_heads, args.num_query_groups
     yield from _divides(tensor, flag, heads, f"--num-attention-heads {heads}")
     if args.group_query_attention:
-        yield from _divides(tensor, flag, groups, f"--num-query-groups {groups}")
+        yield from _misfit_of_groups(tensor, heads, groups)
         if heads and groups and heads % groups:
             yield error(
                 f"--num-query-groups {groups} does not divide --num-attention-heads {heads}: each "
@@ -184,6 +199,23 @@ def _experts(args: argparse.Namespace) -> Iterator[Finding]:
         yield error(
             "--moe-router-padding-for-quantization does not work with --moe-token-dispatcher-type "
             "allgather: use alltoall or flex."
+        )
+
+
+def _recomputation(args: argparse.Namespace) -> Iterator[Finding]:
+    layers = args.recompute_num_layers
+    if args.recompute_granularity != "full" or args.recompute_method != "uniform" or layers is None:
+        return
+    if layers < 1:
+        yield error(
+            f"--recompute-num-layers {layers} with --recompute-method uniform, over which "
+            "Megatron's first step never ends: use 1 or more."
+        )
+    has_depths = args.mtp_num_layers or "/" in (args.hybrid_layer_pattern or "")
+    if layers > 1 and has_depths:
+        yield error(
+            f"--recompute-num-layers {layers} does not work with multi-token prediction, which "
+            "Megatron recomputes a layer at a time: use 1."
         )
 
 

@@ -168,6 +168,9 @@ def unmodelled(args: argparse.Namespace) -> list[Finding]:
         "--hybrid-layer-pattern": set(args.hybrid_layer_pattern or "") - set("*+-E|"),
         "--tensor-parallel-num-weight-shards": args.gtp_weight_remat_size > 1,
         "--expert-tensor-parallel-num-weight-shards": args.expert_gtp_weight_remat_size > 1,
+        "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
+        "--fine-grained-activation-offloading": args.fine_grained_activation_offloading,
+        "--fp4-format": args.fp4,
         "--optimizer-cpu-offload": args.optimizer_cpu_offload,
         "--use-megatron-fsdp": args.use_megatron_fsdp,
     }

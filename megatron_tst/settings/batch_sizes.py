@@ -117,6 +117,12 @@ class BatchSizes:
         now = Stage(step, self.samples_at(step), self.size_at(step))
         return (now, *(stage for stage in self.stages if stage.first_step > step))
 
+    def largest(self, first_step: int, end: int) -> int:
+        """The largest size of the steps from ``first_step`` up to ``end``, without the latter."""
+        now, *later = self.stages_from(first_step)
+        sizes = (stage.batch_size for stage in later if stage.first_step < end)
+        return max((now.batch_size, *sizes))
+
     def steps_to(self, samples: int) -> int:
         """The fewest steps that read this many samples."""
         stage = max(

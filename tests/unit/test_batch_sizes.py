@@ -93,6 +93,11 @@ def test_stages_ahead_of_a_step() -> None:
     assert sizes.stages_from(9) == ((9, 52, 8),)
 
 
+def test_the_largest_size_of_some_steps() -> None:
+    sizes = BatchSizes(((0, 2), (4, 8), (20, 4)))
+    assert [sizes.largest(*steps) for steps in ((0, 2), (0, 3), (3, 9), (4, 9))] == [2, 8, 8, 4]
+
+
 def test_a_run_continued_with_other_sizes_keeps_its_past() -> None:
     past, plan = BatchSizes(((0, 2), (4, 4), (100, 8))), BatchSizes(((0, 3), (6, 6), (60, 12)))
     whole = past.continued_by(plan, 20)
