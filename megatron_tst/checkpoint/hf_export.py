@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_tst.checkpoint.argument_names import check_present
 from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
     MULTI_TOKEN_PREFIX,
@@ -38,6 +39,7 @@ from megatron_tst.corpus.tokenizer import CONFIG_FILE
 from megatron_tst.settings.phases import phase_at, phase_name, recorded_phases
 
 DtypeName = Literal["float32", "bfloat16"]
+_OF_PADDING = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -105,6 +107,7 @@ def export_to_huggingface(
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
+    check_present(args, ["padded_vocab_size", *_OF_PADDING])
     loaded = read_tokenizer(tokenizer)
     vocabulary = _vocabulary(tokenizer, _rows(loaded.tokenizer), args.padded_vocab_size)
     shape = shape_from_arguments(args, vocabulary)

@@ -13,8 +13,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_LLAMA3_FACTOR = 8.0
 _BETA_FAST, _BETA_SLOW, _YARN_LENGTH = 32.0, 1.0, 4096
 """What Megatron takes where a yarn argument is not given."""
+YARN_ARGUMENTS = (
+    *("rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings"),
+    *("yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int"),
+)
+"""What yarn is made of. Releases before core 0.19 have no such arguments and other numbers."""
 
 
 def unsupported_rope(rope: Mapping[str, Any]) -> Iterator[str]:
@@ -74,10 +80,10 @@ def unsupported_rope_arguments(args: Namespace, is_hybrid: bool) -> Iterator[str
         "--rotary-seq-len-interpolation-factor": getattr(
             args, "rotary_seq_len_interpolation_factor", None
         ),
-        "--position-embedding-type yarn": _is_yarn(args),
+        "--position-embedding-type yarn": is_yarn(args),
     }
     kinds = [flag for flag, is_set in found.items() if is_set]
-    if _is_yarn(args) and getattr(args, "rotary_percent", 1.0) != 1:
+    if is_yarn(args) and getattr(args, "rotary_percent", 1.0) != 1:
         kinds.append(f"--rotary-percent {args.rotary_percent}")
     if len(kinds) > 1:
         yield " with ".join(kinds)
@@ -91,8 +97,10 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
     if factor := getattr(args, "rotary_seq_len_interpolation_factor", None):
         return rope | {"rope_type": "linear", "factor": float(factor)}
     if getattr(args, "use_rope_scaling", False):
-        return rope | {"rope_type": "llama3", "factor": float(args.rope_scaling_factor), **_LLAMA3}
-    if not _is_yarn(args):
+        # Without a flag for it, until core 0.10, it was always 8.
+        of_llama = float(getattr(args, "rope_scaling_factor", _LLAMA3_FACTOR))
+        return rope | {"rope_type": "llama3", "factor": of_llama, **_LLAMA3}
+    if not is_yarn(args):
         return rope
     scale, mscale, all_dim = args.rotary_scaling_factor, args.mscale, args.mscale_all_dim
     length = args.yarn_original_max_position_embeddings or _YARN_LENGTH
@@ -125,7 +133,7 @@ def _mscales(rope: Mapping[str, Any]) -> dict[str, float]:
 
 def _attention_factor(rope: Mapping[str, Any]) -> float:
     given = rope.get("attention_factor")
-    return _concentration(**_mscales(rope)) if given is None else float(given)
+    return _concentration(**_stated_mscales(rope)) if given is None else float(given)
 
 
 def _concentration(scale: float, mscale: float, mscale_all_dim: float) -> float:
