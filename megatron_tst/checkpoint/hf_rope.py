@@ -38,10 +38,13 @@ def unsupported_rope(rope: Mapping[str, Any]) -> Iterator[str]:
         # YarnRotaryEmbedding computes with the whole head.
         if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
             yield f"rope_parameters of rope_type yarn with partial_rotary_factor {share}"
-        if not math.isclose(
-            _attention_factor(rope), _concentration(**_mscales(rope)), rel_tol=1e-6
-        ):
-            yield f"rope_parameters of rope_type yarn, attention_factor {_attention_factor(rope)}"
+        factor = _attention_factor(rope)
+        if not math.isclose(factor, _concentration(**_mscales(rope)), rel_tol=1e-6):
+            # Megatron makes it of the factor, and of one up to 1 it makes 1.
+            yield (
+                f"rope_parameters of rope_type yarn, attention_factor {factor}, with factor "
+                f"{rope['factor']}"
+            )
     elif kind not in ("default", "linear"):
         yield f"rope_parameters of rope_type {kind} (rope_scaling)"
 
@@ -115,12 +118,24 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _is_yarn(args: Namespace) -> bool:
+def is_yarn(args: Namespace) -> bool:
+    """Whether positions are scaled by yarn."""
     return getattr(args, "position_embedding_type", "rope") == "yarn"
 
 
 def _mscales(rope: Mapping[str, Any]) -> dict[str, float]:
     """Scale, and the two numbers that Megatron makes the factor of sines and cosines of."""
+    stated, factor = _stated_mscales(rope), _attention_factor(rope)
+    if math.isclose(factor, _concentration(**stated), rel_tol=1e-6):
+        return stated
+    scale = stated["scale"]
+    # Other numbers than those it was made of may be right: one fixes the factor.
+    mscale = (factor - 1) / (0.1 * math.log(scale)) if scale > 1 else 1.0
+    return {"scale": scale, "mscale": mscale, "mscale_all_dim": 0.0}
+
+
+def _stated_mscales(rope: Mapping[str, Any]) -> dict[str, float]:
+    """What transformers makes the factor of where it is not given."""
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if not (mscale and all_dim):
         mscale, all_dim = 1.0, 0.0
