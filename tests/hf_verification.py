@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,7 +26,8 @@ from megatron_tst.checkpoint import hf_verify
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
 from megatron_tst.commands import convert_megatron_to_hf
-from tests.llama_checkpoints import VOCABULARY
+from tests.llama_checkpoints import ITERATION, VOCABULARY
+from tests.older_arguments import save_as_core_0_14
 
 VERIFIED = (
     "mha-tied",
@@ -38,6 +40,7 @@ VERIFIED = (
     "gqa-untied-mtp",
     "hybrid-gqa-untied-mtp",
 )
+OLDER = ("mha-tied", "hybrid-gqa-untied-moe-pp2")
 SWAPS = {
     "layers": [f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (0, 1)],
     "experts": [f"model.layers.2.mlp.experts.{expert}.down_proj.weight" for expert in (3, 4)],
@@ -90,6 +93,7 @@ def main() -> int:
         export_to_huggingface(checkpoints / variant, tokenizer, output)
         difference = hf_verify.largest_logit_difference(checkpoints / variant, output)
         found["differences"][variant] = difference
+    found["older"] = {n: _difference_with_older_arguments(checkpoints / n, work) for n in OLDER}
     variant = "gqa-untied-moe-ep2"
     found["swaps"] = {
         name: _difference_after_swap(checkpoints / variant, work / variant, *names)
@@ -110,6 +114,12 @@ def _difference_after_swap(checkpoint: Path, exported: Path, first: str, second:
     difference = hf_verify.largest_logit_difference(checkpoint, exported)
     _swap(exported, first, second)
     return difference
+
+
+def _difference_with_older_arguments(checkpoint: Path, work: Path) -> float:
+    copy = Path(shutil.copytree(checkpoint, work / f"{checkpoint.name}-older"))
+    save_as_core_0_14(copy / f"iter_{ITERATION:07d}")
+    return hf_verify.largest_logit_difference(copy, work / checkpoint.name)
 
 
 def _swap(exported: Path, first: str, second: str) -> None:

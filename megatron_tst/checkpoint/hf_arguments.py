@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,11 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         "Glm4MoeForCausalLM": Glm4MoeConfig,
     }
     found = content.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UsageError(
+            f"{named}: config.json has architectures {json.dumps(found)}: write a list with the "
+            'name of its class, such as ["LlamaForCausalLM"].'
+        )
     if len(found) != 1 or found[0] not in classes:
         lacking = "".join(f" ({_LACKING[name]})" for name in found if name in _LACKING)
         raise UsageError(
@@ -101,7 +107,18 @@ def read_config(content: Mapping[str, Any], named: str) -> Any:
         ) from error
     if unsupported:
         raise UsageError(f"{named} has {', '.join(unsupported)}: {_ANYTHING_ELSE}.")
+    _check_heads(config, named)
     return config
+
+
+def _check_heads(config: Any, named: str) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    # None stands for as many as there are query heads.
+    if heads < 1 or (kv_heads is not None and (kv_heads < 1 or heads % kv_heads)):
+        raise UsageError(
+            f"{named}: config.json has num_attention_heads {heads} and num_key_value_heads "
+            f"{kv_heads}, and each key head is of the same number of query heads: copy it again."
+        )
 
 
 def _unsupported(config: Any) -> Iterator[str]:

@@ -113,7 +113,7 @@ def _glm_settings(shape: ModelShape, args: Namespace) -> dict[str, Any]:
         # Megatron divides by the sum where there is one.
         "norm_topk_prob": args.moe_router_topk > 1,
         # Megatron does not scale by 0.
-        "routed_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "routed_scaling_factor": getattr(args, "moe_router_topk_scaling_factor", None) or 1.0,
         "n_group": groups,
         "topk_group": of_token,
         "num_nextn_predict_layers": 0,

@@ -18,6 +18,7 @@ _ROUTER: tuple[tuple[Any, ...], ...] = (
 _ALWAYS: tuple[tuple[Any, ...], ...] = (
     ("--moe-router-score-function", "moe_router_score_function", "softmax", "sigmoid"),
     ("--moe-router-force-load-balancing", "moe_router_force_load_balancing", False),
+    ("--moe-router-force-biased", "moe_router_force_biased", None),
     ("--moe-expert-capacity-factor", "moe_expert_capacity_factor", None),
     ("--moe-apply-probs-on-input", "moe_apply_probs_on_input", False),
     ("--moe-latent-size", "moe_latent_size", None),
@@ -92,8 +93,13 @@ def expert_extras(args: Namespace) -> tuple[str, ...]:
 
 def unsupported_router(args: Namespace, dense_layers: Sequence[int], ffn: int) -> Iterator[str]:
     """Combinations of flags that no class has settings for; ``ffn`` is the size of an expert."""
-    if "sinkhorn" in getattr(args, "moe_router_load_balancing_type", ""):
-        yield "--moe-router-load-balancing-type sinkhorn"
+    for kind in ("sinkhorn", "quantile_balancing"):
+        if kind in getattr(args, "moe_router_load_balancing_type", ""):
+            yield f"--moe-router-load-balancing-type {kind}"
+    factor = getattr(args, "moe_expert_rank_capacity_factor", None)
+    # ncclep ends a run that exceeds it, and drops nothing.
+    if factor is not None and getattr(args, "moe_flex_dispatcher_backend", "") != "ncclep":
+        yield f"--moe-expert-rank-capacity-factor {factor}"
     if not has_sigmoid(args):
         return
     sigmoid = "--moe-router-score-function sigmoid"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_tst.checkpoint.argument_names import check_present
 from megatron_tst.checkpoint.hf_config import huggingface_config
 from megatron_tst.checkpoint.hf_mapping import (
     MULTI_TOKEN_PREFIX,
@@ -38,6 +39,7 @@ from megatron_tst.corpus.tokenizer import CONFIG_FILE
 from megatron_tst.settings.phases import phase_at, phase_name, recorded_phases
 
 DtypeName = Literal["float32", "bfloat16"]
+_OF_PADDING = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -105,6 +107,7 @@ def export_to_huggingface(
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
+    check_present(args, ["padded_vocab_size", *_OF_PADDING])
     loaded = read_tokenizer(tokenizer)
     vocabulary = _vocabulary(tokenizer, _rows(loaded.tokenizer), args.padded_vocab_size)
     shape = shape_from_arguments(args, vocabulary)
@@ -124,7 +127,7 @@ def export_to_huggingface(
     config = huggingface_config(
         shape, args, model_dtype, eos_id if bos_id is None else bos_id, eos_id
     )
-    files = [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()]
+    files = _tokenizer_files(tokenizer, loaded)
     check_disk(output, writer.total_bytes + sum(file.stat().st_size for file in files))
     _write(output, config, source, slices, writer, files, settings, on_progress)
     return ExportResult(
@@ -172,6 +175,12 @@ def _vocabulary(tokenizer: Path, size: int, padded: int) -> int:
     config = tokenizer / "config.json"
     settings = read_json_object(config, "copy the folder again") if config.is_file() else {}
     of_model = settings.get("vocab_size", size)
+    # A bool is an int for Python.
+    if type(of_model) is not int:
+        raise UsageError(
+            f"{config} has vocab_size {json.dumps(of_model)}: write the number of embedding rows "
+            "of the model, or remove the entry if the folder is not that of a model."
+        )
     return of_model if size <= of_model <= padded else size
 
 
@@ -212,6 +221,12 @@ def _write(
         for file in files:
             shutil.copyfile(file, temporary / file.name)
         _write_json(temporary / CONFIG_FILE, tokenizer_settings)
+
+
+def _tokenizer_files(folder: Path, loaded: HuggingFaceTokenizer) -> list[Path]:
+    # Classes name files of their own, such as vocab.txt and spiece.model.
+    names = {*_TOKENIZER_FILES, *getattr(loaded.tokenizer, "vocab_files_names", {}).values()}
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def _tokenizer_settings(folder: Path, loaded: HuggingFaceTokenizer) -> dict[str, Any]:

@@ -13,8 +13,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_LLAMA3_FACTOR = 8.0
 _BETA_FAST, _BETA_SLOW, _YARN_LENGTH = 32.0, 1.0, 4096
 """What Megatron takes where a yarn argument is not given."""
+YARN_ARGUMENTS = (
+    *("rotary_scaling_factor", "mscale", "mscale_all_dim", "yarn_original_max_position_embeddings"),
+    *("yarn_beta_fast", "yarn_beta_slow", "yarn_correction_range_round_to_int"),
+)
+"""What yarn is made of. Releases before core 0.19 have no such arguments and other numbers."""
 
 
 def unsupported_rope(rope: Mapping[str, Any]) -> Iterator[str]:
@@ -32,10 +38,13 @@ def unsupported_rope(rope: Mapping[str, Any]) -> Iterator[str]:
         # YarnRotaryEmbedding computes with the whole head.
         if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
             yield f"rope_parameters of rope_type yarn with partial_rotary_factor {share}"
-        if not math.isclose(
-            _attention_factor(rope), _concentration(**_mscales(rope)), rel_tol=1e-6
-        ):
-            yield f"rope_parameters of rope_type yarn, attention_factor {_attention_factor(rope)}"
+        factor = _attention_factor(rope)
+        if not math.isclose(factor, _concentration(**_mscales(rope)), rel_tol=1e-6):
+            # Megatron makes it of the factor, and of one up to 1 it makes 1.
+            yield (
+                f"rope_parameters of rope_type yarn, attention_factor {factor}, with factor "
+                f"{rope['factor']}"
+            )
     elif kind not in ("default", "linear"):
         yield f"rope_parameters of rope_type {kind} (rope_scaling)"
 
@@ -74,10 +83,10 @@ def unsupported_rope_arguments(args: Namespace, is_hybrid: bool) -> Iterator[str
         "--rotary-seq-len-interpolation-factor": getattr(
             args, "rotary_seq_len_interpolation_factor", None
         ),
-        "--position-embedding-type yarn": _is_yarn(args),
+        "--position-embedding-type yarn": is_yarn(args),
     }
     kinds = [flag for flag, is_set in found.items() if is_set]
-    if _is_yarn(args) and getattr(args, "rotary_percent", 1.0) != 1:
+    if is_yarn(args) and getattr(args, "rotary_percent", 1.0) != 1:
         kinds.append(f"--rotary-percent {args.rotary_percent}")
     if len(kinds) > 1:
         yield " with ".join(kinds)
@@ -91,8 +100,10 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
     if factor := getattr(args, "rotary_seq_len_interpolation_factor", None):
         return rope | {"rope_type": "linear", "factor": float(factor)}
     if getattr(args, "use_rope_scaling", False):
-        return rope | {"rope_type": "llama3", "factor": float(args.rope_scaling_factor), **_LLAMA3}
-    if not _is_yarn(args):
+        # Without a flag for it, until core 0.10, it was always 8.
+        of_llama = float(getattr(args, "rope_scaling_factor", _LLAMA3_FACTOR))
+        return rope | {"rope_type": "llama3", "factor": of_llama, **_LLAMA3}
+    if not is_yarn(args):
         return rope
     scale, mscale, all_dim = args.rotary_scaling_factor, args.mscale, args.mscale_all_dim
     length = args.yarn_original_max_position_embeddings or _YARN_LENGTH
@@ -107,12 +118,24 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
     }
 
 
-def _is_yarn(args: Namespace) -> bool:
+def is_yarn(args: Namespace) -> bool:
+    """Whether positions are scaled by yarn."""
     return getattr(args, "position_embedding_type", "rope") == "yarn"
 
 
 def _mscales(rope: Mapping[str, Any]) -> dict[str, float]:
     """Scale, and the two numbers that Megatron makes the factor of sines and cosines of."""
+    stated, factor = _stated_mscales(rope), _attention_factor(rope)
+    if math.isclose(factor, _concentration(**stated), rel_tol=1e-6):
+        return stated
+    scale = stated["scale"]
+    # Other numbers than those it was made of may be right: one fixes the factor.
+    mscale = (factor - 1) / (0.1 * math.log(scale)) if scale > 1 else 1.0
+    return {"scale": scale, "mscale": mscale, "mscale_all_dim": 0.0}
+
+
+def _stated_mscales(rope: Mapping[str, Any]) -> dict[str, float]:
+    """What transformers makes the factor of where it is not given."""
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if not (mscale and all_dim):
         mscale, all_dim = 1.0, 0.0
@@ -125,7 +148,7 @@ def _mscales(rope: Mapping[str, Any]) -> dict[str, float]:
 
 def _attention_factor(rope: Mapping[str, Any]) -> float:
     given = rope.get("attention_factor")
-    return _concentration(**_mscales(rope)) if given is None else float(given)
+    return _concentration(**_stated_mscales(rope)) if given is None else float(given)
 
 
 def _concentration(scale: float, mscale: float, mscale_all_dim: float) -> float:

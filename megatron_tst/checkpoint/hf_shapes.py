@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_tst.checkpoint.argument_names import check_present
 from megatron_tst.checkpoint.hf_expert_flags import (
     ExpertArchitecture,
     expert_architecture,
@@ -16,7 +17,7 @@ from megatron_tst.checkpoint.hf_expert_flags import (
     shared_size,
     unsupported_router,
 )
-from megatron_tst.checkpoint.hf_rope import unsupported_rope_arguments
+from megatron_tst.checkpoint.hf_rope import YARN_ARGUMENTS, is_yarn, unsupported_rope_arguments
 from megatron_tst.common.errors import UsageError
 
 Architecture = (
@@ -87,10 +88,11 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
         vocabulary: size of the tokenizer.
 
     Raises:
-        UsageError: the arguments describe a model that transformers has no class for, or the
-            tokenizer has more entries than the model has rows.
+        UsageError: the arguments describe a model that transformers has no class for, one of them
+            is absent, or the tokenizer has more entries than the model has rows.
     """
     has_experts = _has_experts(args)
+    check_present(args, _required(args, has_experts))
     unsupported = list(_unsupported(args, has_experts))
     if unsupported:
         raise UsageError(
@@ -107,7 +109,7 @@ def shape_from_arguments(args: Namespace, vocabulary: int) -> ModelShape:
     ffn = args.ffn_hidden_size
     if has_experts:
         # Megatron's own default.
-        ffn = args.moe_ffn_hidden_size or ffn
+        ffn = getattr(args, "moe_ffn_hidden_size", None) or ffn
     return ModelShape(
         layers=pattern.count("*") if pattern else args.num_layers,
         hidden=args.hidden_size,
@@ -158,6 +160,19 @@ def _dense_layers(args: Namespace) -> tuple[int, ...]:
     return tuple(layer for layer, has_experts in enumerate(frequency) if not has_experts)
 
 
+def _required(args: Namespace, has_experts: bool) -> Iterator[str]:
+    """Arguments that a model cannot be described without."""
+    yield from _REQUIRED
+    if not _pattern(args):
+        yield "num_layers"
+    if getattr(args, "group_query_attention", False):
+        yield "num_query_groups"
+    if has_experts:
+        yield from ("num_experts", "moe_router_topk", "moe_aux_loss_coeff")
+    if is_yarn(args):
+        yield from YARN_ARGUMENTS
+
+
 def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
     """Flags, with their values, that no class of transformers has a setting for."""
     rules = _SETTINGS + (expert_rules(args) if has_experts else ())
@@ -182,10 +197,15 @@ def _unsupported(args: Namespace, has_experts: bool) -> Iterator[str]:
     if spec is not None and not (pattern and spec[0].startswith(own)):
         yield f"--spec {' '.join(spec)}"
     if has_experts:
-        size = args.moe_ffn_hidden_size or args.ffn_hidden_size
+        size = getattr(args, "moe_ffn_hidden_size", None) or args.ffn_hidden_size
         yield from unsupported_router(args, _dense_layers(args), size)
 
 
+_REQUIRED = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
+    *("kv_channels", "padded_vocab_size", "untie_embeddings_and_output_weights"),
+    *("max_position_embeddings", "layernorm_epsilon", "rotary_base", "init_method_std"),
+)
 # Flag as the message has it, name of the argument, values that can be expressed.
 _SETTINGS: tuple[tuple[Any, ...], ...] = (
     ("--normalization", "normalization", "RMSNorm"),

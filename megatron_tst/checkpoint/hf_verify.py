@@ -6,7 +6,6 @@ weight map of the export, so that a mistake in that map shows.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from argparse import Namespace
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_tst.checkpoint.hf_arguments import parse_arguments
 from megatron_tst.checkpoint.hf_mapping import FUSED_NORM, SEPARATE_NORM
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
@@ -153,7 +153,8 @@ def _build(trained: Namespace) -> Any:
 
     from megatron_tst.model.config import model_config_from_args
 
-    args = copy.copy(trained)
+    # A checkpoint of an older release lacks arguments, and that release did what is default now.
+    args = Namespace(**vars(parse_arguments([])) | vars(trained))
     for field in dataclasses.fields(ModelParallelConfig):
         if hasattr(args, field.name) and field.default is not dataclasses.MISSING:
             setattr(args, field.name, field.default)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_tst.checkpoint.argument_names import add_current_names
 from megatron_tst.checkpoint.torch_dist_index import (
     COMMON_KEY,
     INCOMPLETE,
@@ -145,6 +146,8 @@ class TorchDistCheckpoint:
     def read_common(self) -> dict[str, Any]:
         """What is not a tensor: training arguments (``args``), ``iteration``, ...
 
+        Arguments that have another name today have both.
+
         Raises:
             UsageError: it is missing, damaged, or holds a class that is not allowed, or there are
                 no training arguments in it.
@@ -201,6 +204,7 @@ def _checked(common: Any, origin: Path) -> dict[str, Any]:
         raise UsageError(
             f"{origin} holds no training arguments: pass a checkpoint that megatron.training saved."
         )
+    add_current_names(common["args"])
     return common
 
 

@@ -70,6 +70,6 @@ def _print(result: ImportResult, model: Path, output: Path) -> None:
     )
     print("# Training starts at step 0 from these weights:")
     print("MODEL_ARGS=(")
-    for argument in (*result.arguments, ("--load", str(output))):
+    for argument in (*result.arguments, ("--load", str(output.resolve()))):
         print(f"    {shlex.join(argument)}")
     print(")")

@@ -62,6 +62,7 @@ def _rebuild(result: Verification, options: argparse.Namespace) -> int:
     faults = _verify(rebuilt, options).faults
     print(
         f"{rebuilt}: masters made from the weights, moments at zero, "
-        f"{'FAULTS FOUND' if faults else 'no fault found'}. Continue with --load {output}."
+        f"{'FAULTS FOUND' if faults else 'no fault found'}. Continue with --load "
+        f"{output.resolve()}."
     )
     return 1 if faults else 0

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.checkpoint.argument_names import add_current_names
 from megatron_tst.checkpoint.torch_dist_index import (
     INDEX_FILE,
     is_newer_torch,
@@ -303,11 +304,14 @@ def _saved_arguments(args: Namespace, folder: Path) -> Any:
         # First, because torch logs a traceback when it finds no metadata on the way to the rest.
         metadata = FileSystemReader(str(folder)).read_metadata()
         _check_shards(folder, metadata)
-        return load_common_state_dict(str(folder)).get("args")
+        saved = load_common_state_dict(str(folder)).get("args")
     # Damaged files raise all kinds, and torch's own exception is no Exception.
     except (Exception, CheckpointException) as error:
         raise_interrupt(error)
         raise _damaged(args, folder, error) from error
+    if isinstance(saved, Namespace):
+        add_current_names(saved)
+    return saved
 
 
 def _check_shards(folder: Path, metadata: Metadata) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.safe_globals import register_safe_globals
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -27,7 +28,9 @@ from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
 from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.commands.convert_megatron_to_hf import main
+from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import INTERVAL_VARIABLE
+from megatron_tst.training.resume import _saved_arguments
 from tests.bpe_tokenizers import TEXTS, save_bpe
 from tests.hf_verification import LARGE
 from tests.llama_checkpoints import (
@@ -37,6 +40,7 @@ from tests.llama_checkpoints import (
     VARIANTS,
     VOCABULARY,
 )
+from tests.older_arguments import save_as_core_0_14
 from tests.runs import SmallRun
 from tests.zygote import Launcher
 
@@ -413,6 +417,47 @@ def test_arguments_of_older_checkpoints_are_read(damaged: Path) -> None:
     assert TorchDistCheckpoint(damaged).read_common()["args"].num_layers == 7
 
 
+@pytest.mark.parametrize("variant", ["gqa-untied", "hybrid-gqa-untied-mtp"])
+def test_arguments_by_their_old_names(
+    checkpoints: Path, tokenizer: Path, tmp_path: Path, variant: str
+) -> None:
+    """The model is that of the same checkpoint with today's names."""
+    copy = Path(shutil.copytree(checkpoints / variant, tmp_path / "copy"))
+    export_to_huggingface(copy, tokenizer, tmp_path / "today")
+    folder = copy / f"iter_{ITERATION:07d}"
+    before = vars(TorchDistCheckpoint(folder).read_common()["args"])
+    save_as_core_0_14(folder)
+    export_to_huggingface(copy, tokenizer, tmp_path / "old")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "today" / name).read_bytes()
+    # As Megatron does before a run.
+    register_safe_globals()
+    saved = _saved_arguments(Namespace(), folder)
+    for name in ("layernorm_epsilon", "hybrid_layer_pattern"):
+        assert getattr(saved, name, None) == before[name]
+
+
+def test_zero_centered_norms_are_refused_by_their_old_name(
+    damaged: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    args = save_as_core_0_14(damaged, layernorm_zero_centered_gamma=True)
+    assert args.apply_layernorm_1p
+    assert not hasattr(args, "layernorm_zero_centered_gamma")
+    with pytest.raises(UsageError, match="trained with --apply-layernorm-1p"):
+        export_to_huggingface(damaged, tokenizer, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["padded_vocab_size", "make_vocab_size_divisible_by"])
+def test_an_argument_that_is_absent_is_named(
+    damaged: Path, tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    common = TorchDistCheckpoint(damaged).read_common()
+    delattr(common["args"], name)
+    torch.save(common, damaged / "common.pt")
+    with pytest.raises(UsageError, match=f"in the checkpoint have no {name}: Megatron of another"):
+        export_to_huggingface(damaged, tokenizer, tmp_path / "hf")
+
+
 @pytest.mark.parametrize("size", [PADDED_VOCABULARY + 1, 100])
 def test_another_tokenizer_is_noticed(checkpoints: Path, tmp_path: Path, size: int) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer", size)
@@ -434,6 +479,31 @@ def test_a_tokenizer_with_gaps_keeps_the_row_of_its_last_id(
     assert len(AutoTokenizer.from_pretrained(gaps)) == VOCABULARY
     result = export_to_huggingface(checkpoints / "gqa-untied", gaps, tmp_path / "hf")
     assert result.shape.vocabulary == PADDED_VOCABULARY - 2
+
+
+@pytest.mark.parametrize("value", [None, "250", 250.0, True])
+def test_a_vocabulary_size_that_is_no_number(
+    checkpoints: Path, tokenizer: Path, tmp_path: Path, value: object
+) -> None:
+    own = Path(shutil.copytree(tokenizer, tmp_path / "own"))
+    (own / "config.json").write_text(json.dumps({"vocab_size": value}))
+    message = f"{own / 'config.json'} has vocab_size {json.dumps(value)}: write the number"
+    with pytest.raises(UsageError, match=re.escape(message)):
+        export_to_huggingface(checkpoints / "gqa-untied", own, tmp_path / "hf")
+
+
+def test_a_tokenizer_in_files_of_its_class_is_exported_with_them(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    """As those of BERT, which have vocab.txt and no tokenizer.json."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "vocab.txt").write_text("\n".join(words))
+    (own / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    export_to_huggingface(checkpoints / "gqa-untied", own, tmp_path / "hf")
+    expected, found = (AutoTokenizer.from_pretrained(folder) for folder in (own, tmp_path / "hf"))
+    assert found("a b g")["input_ids"] == expected("a b g")["input_ids"] == [2, 5, 6, 11, 3]
 
 
 def test_the_class_of_an_exported_tokenizer_reads_as_training_did(

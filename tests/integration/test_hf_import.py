@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import itertools
 import json
 import math
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -12,12 +16,20 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor,
+)
+from megatron.training import checkpointing
+from megatron.training.arguments import add_megatron_arguments
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_import import import_from_huggingface
+from megatron_tst.checkpoint.hf_rope import rope_arguments
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
+from megatron_tst.commands import convert_hf_to_megatron
 from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 from tests.hf_imports import LARGE
 from tests.hf_models import CONTEXT, KINDS, VOCABULARY
@@ -133,6 +145,65 @@ def test_the_way_back_gives_the_same_bits(
         factor = after["rope_parameters"].pop("attention_factor")
         assert factor == pytest.approx(0.1 * math.log(4) + 1)
     assert {name for name in before if before[name] != after.get(name)} <= ignored
+
+
+@pytest.mark.parametrize(("mscale", "all_dim"), [(1.0, 1.0), (0.7, 0.7), (0.5, 0.0), (0.3, 1.2)])
+def test_an_exported_yarn_comes_back(
+    imported: dict[str, Imported], tmp_path: Path, mscale: float, all_dim: float
+) -> None:
+    """The factor of sines and cosines of Megatron is that of transformers, there and back."""
+    middle = Path(shutil.copytree(imported["qwen3-yarn"].checkpoint, tmp_path / "middle"))
+    common = TorchDistCheckpoint(middle / "release").read_common()
+    common["args"].mscale, common["args"].mscale_all_dim = mscale, all_dim
+    torch.save(common, middle / "release" / "common.pt")
+    export_to_huggingface(middle, imported["qwen3-yarn"].model, tmp_path / "hf")
+    import_from_huggingface(tmp_path / "hf", tmp_path / "back")
+    wanted, found = (
+        _yarn_get_concentration_factor(args.rotary_scaling_factor, args.mscale, args.mscale_all_dim)
+        for args in (
+            common["args"],
+            TorchDistCheckpoint(tmp_path / "back" / "release").read_common()["args"],
+        )
+    )
+    assert found == pytest.approx(wanted, rel=1e-12)
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    _, of_transformers = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    assert of_transformers == pytest.approx(wanted, rel=1e-12)
+    export_to_huggingface(tmp_path / "back", tmp_path / "hf", tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again")
+    assert again.rope_parameters == {
+        **config.rope_parameters,
+        "attention_factor": pytest.approx(wanted, rel=1e-12),
+    }
+
+
+def test_the_documentation_lists_what_a_checkpoint_does_not_bring(
+    imported: dict[str, Imported],
+) -> None:
+    """Of the printed arguments, by what Megatron takes with --use-checkpoint-args."""
+    source = inspect.getsource(checkpointing.load_args_from_checkpoint)
+    taken = dict(re.findall(r"_set_arg\('(\w+)'(?:, force=(\w+))?\)", source))
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    names = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    defaults = parser.parse_args([])
+
+    def is_taken(flag: str) -> bool:
+        name = names[flag]
+        # Without force only where the command line leaves it open.
+        return name in taken and (taken[name] == "True" or getattr(defaults, name) is None)
+
+    flags = {word for case in imported.values() for word in case.arguments if word in names}
+    of_rope = {
+        f"--{name}"
+        for case in imported.values()
+        for name in rope_arguments(AutoConfig.from_pretrained(case.model).rope_parameters)
+    }
+    lacking = {flag for flag in flags if not is_taken(flag)}
+    assert lacking & of_rope > {"--use-rope-scaling", "--mscale"}
+    page = (Path(__file__).parents[2] / "docs/conversion.md").read_text()
+    listed = page.partition("works too, but Megatron does not take")[2].partition("that the tool")
+    assert "the flags of\n  scaled RoPE" in listed[0]
+    assert set(re.findall(r"`(--[\w-]+)`", listed[0])) == lacking - of_rope - {"--load"}
 
 
 HYBRID = "as HybridModel"
@@ -463,6 +534,21 @@ def test_the_command(
     assert {path.name for path in tmp_path.iterdir()} == {"out", "thesis", "work"}
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
     assert TorchDistCheckpoint(output / "release").dtype(EMBEDDING) == torch.bfloat16
+
+
+def test_the_printed_arguments_hold_in_any_folder(
+    byte_model: Imported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(byte_model.model, "model")
+    assert convert_hf_to_megatron.main(["--model", "model", "--output", "imported"]) == 0
+    arguments = Imported(tmp_path, tmp_path, capsys.readouterr().out).arguments
+    paths = dict(itertools.pairwise(arguments))
+    assert paths["--load"] == str(tmp_path / "imported")
+    assert paths["--tokenizer-model"] == str(tmp_path / "model")
 
 
 def test_the_dtype_can_be_chosen(launcher: Launcher, byte_model: Imported, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def transpose(weights: dict[str, torch.Tensor], name: str) -> None:
 
 
 ROW = torch.zeros(1, 32)
-YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "attention_factor": 1.5}
+# Megatron makes the factor of sines and cosines of the logarithm of the other one.
+YARN = {"rope_type": "yarn", "factor": 1.0, "rope_theta": 1e4, "attention_factor": 1.5}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -87,9 +88,16 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str]] = [
         "architecture GPT2LMHeadModel: what can be imported is LlamaForCausalLM, Mistral",
     ),
     ("llama", change_config(architectures=None), r"architecture \(none in config.json\)"),
+    ("llama", change_config(architectures=5), r"config.json has architectures 5: write a list"),
+    ("llama", change_config(architectures=[None]), r"has architectures \[null\]: write a list"),
+    ("llama", change_config(architectures=[{}]), r"has architectures \[\{\}\]: write a list"),
+    ("llama", change_config(architectures="LlamaForCausalLM"), r'has architectures "LlamaForCaus'),
+    ("llama", change_config(num_key_value_heads=3), "heads 4 and num_key_value_heads 3, and each"),
+    ("qwen3-tied", change_config(num_attention_heads=0), "config.json has num_attention_heads 0"),
+    ("qwen2-llama3", change_config(num_key_value_heads=0), "heads 4 and num_key_value_heads 0"),
     ("llama", change_config(attention_bias=True, mlp_bias=True), "attention_bias True, mlp_bias"),
     ("llama", change_config(hidden_act="gelu"), "hidden_act gelu: Megatron computes something"),
-    ("llama", change_config(rope_parameters=YARN), "of rope_type yarn, attention_factor 1.5"),
+    ("llama", change_config(rope_parameters=YARN), "yarn, attention_factor 1.5, with factor 1.0"),
     ("llama", change_config(rope_parameters=DYNAMIC), "rope_parameters of rope_type dynamic"),
     (
         "llama-old",

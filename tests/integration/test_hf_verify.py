@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.hf_verification import LARGE, SWAPS, VERIFIED
+from tests.hf_verification import LARGE, OLDER, SWAPS, VERIFIED
 from tests.zygote import Launcher
 
 
@@ -30,6 +30,11 @@ def found(
 def test_an_export_computes_what_the_checkpoint_computes(found: Any, variant: str) -> None:
     # fp32 in another order, logits of order 1.
     assert found["differences"][variant] <= 1e-5
+
+
+@pytest.mark.parametrize("variant", OLDER)
+def test_a_checkpoint_of_an_older_release_is_verified(found: Any, variant: str) -> None:
+    assert found["older"][variant] <= 1e-5
 
 
 @pytest.mark.parametrize("swap", SWAPS)

@@ -139,10 +139,12 @@ def test_a_rebuilt_checkpoint_goes_on_with_the_weights_and_the_learning_rate(
     saved: Callable[[str], SmallRun],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = saved("wrong")
     folder, output = wrong.checkpoint_folder(SAVED), tmp_path / "rebuilt"
-    argv = ["--checkpoint", str(folder), "--rebuild-masters", str(output)]
+    monkeypatch.chdir(tmp_path)
+    argv = ["--checkpoint", str(folder), "--rebuild-masters", "rebuilt"]
     assert tool.main(argv) == 0
     assert f"no fault found. Continue with --load {output}." in capsys.readouterr().out
     assert tool.main(argv) == 2

@@ -23,6 +23,7 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from megatron_tst.common.errors import UsageError
 
 GQA = ModelShape(
     layers=2,
@@ -354,7 +355,11 @@ def test_what_no_class_can_express_is_refused_by_name(
         ("moe_router_num_groups", 2, "--moe-router-num-groups"),
         ("moe_router_load_balancing_type", "sinkhorn", "sinkhorn"),
         ("moe_router_load_balancing_type", ["sinkhorn"], "sinkhorn"),
+        ("moe_router_load_balancing_type", "quantile_balancing", "type quantile_balancing"),
+        ("moe_router_force_load_balancing", True, "--moe-router-force-load-balancing"),
+        ("moe_router_force_biased", 0.5, "--moe-router-force-biased 0.5"),
         ("moe_expert_capacity_factor", 1.0, "--moe-expert-capacity-factor"),
+        ("moe_expert_rank_capacity_factor", 1.5, "--moe-expert-rank-capacity-factor 1.5"),
         ("moe_mlp_glu_interleave_size", 32, "--moe-mlp-glu-interleave-size"),
     ],
 )
@@ -365,6 +370,40 @@ def test_what_qwen3_moe_cannot_express_is_refused_by_name(
         shape_from_arguments(expert_arguments(**{argument: value}), vocabulary=10)
     # The same flag is without effect in a model that has no experts.
     shape_from_arguments(arguments(**{argument: value}), vocabulary=10)
+
+
+def test_a_capacity_beyond_which_nothing_is_dropped() -> None:
+    """With ncclep a run ends over it."""
+    args = expert_arguments(
+        moe_expert_rank_capacity_factor=1.5, moe_flex_dispatcher_backend="ncclep"
+    )
+    assert shape_from_arguments(args, 10) == MOE
+
+
+@pytest.mark.parametrize(
+    ("args", "absent"),
+    [
+        (arguments(), ("layernorm_epsilon", "init_method_std")),
+        (arguments(), ("num_layers",)),
+        (arguments(), ("num_query_groups",)),
+        (expert_arguments(), ("moe_router_topk", "moe_aux_loss_coeff")),
+        # What releases before core 0.19 lack, which had other numbers for gpt-oss.
+        (arguments(position_embedding_type="yarn"), ("mscale", "yarn_beta_fast")),
+    ],
+)
+def test_an_argument_that_is_absent_is_named(args: Namespace, absent: tuple[str, ...]) -> None:
+    for name in absent:
+        vars(args).pop(name, None)
+    with pytest.raises(UsageError, match=f"have no .*{'.*'.join(absent)}.*: Megatron of another"):
+        shape_from_arguments(args, 10)
+
+
+def test_arguments_that_older_releases_lack() -> None:
+    """Experts as large as the MLP (until core 0.8), and a scale of 8 (until core 0.10)."""
+    args = expert_arguments(use_rope_scaling=True)
+    del args.moe_ffn_hidden_size
+    assert shape_from_arguments(args, 10).ffn == 20
+    assert huggingface_config(MOE, args, "float32", 0, 1)["rope_scaling"]["factor"] == 8
 
 
 @pytest.mark.parametrize(
