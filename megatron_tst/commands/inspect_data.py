@@ -20,6 +20,7 @@ from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command, read_json_object
 from megatron_tst.corpus.lengths import LengthDistribution, length_distribution
+from megatron_tst.corpus.outputs import with_suffix
 from megatron_tst.corpus.tokenizer import load_tokenizer
 from megatron_tst.report.corpus_plots import draw_lengths
 from megatron_tst.settings.config import SETTINGS
@@ -45,10 +46,12 @@ class TextDecoder:
     def __init__(self, folder: Path | None) -> None:
         self._tokenizer: Any = None
         self.vocabulary_size: int | None = None
+        self.sha256: str | None = None
         if folder is not None:
             loaded = load_tokenizer(folder)
             self._tokenizer = Tokenizer.from_str(loaded.definition)
             self.vocabulary_size = loaded.vocab_size
+            self.sha256 = loaded.sha256
 
     def __call__(self, ids: Iterable[int], ignored: int | None = None) -> str:
         """The text of the ids, with everything that is not printable escaped."""
@@ -112,10 +115,12 @@ def show_corpus(args: argparse.Namespace, console: Console) -> None:
     folder = _tokenizer_folder(args)
     decode = TextDecoder(folder)
     corpus = open_corpus(str(args.prefix))
+    report = _report(args.prefix)
+    _check_tokenizer(args, report, decode, console)
     lengths = length_distribution(corpus.sequence_lengths)
     console.print(_summary(corpus, lengths, args.prefix))
     console.print(_octaves(lengths))
-    _show_report(args.prefix, lengths, console)
+    _show_report(args.prefix, report, lengths, console)
     if args.output is not None:
         picture = args.output / f"{args.prefix.name}-lengths.png"
         write_file(picture, draw_lengths(lengths))
@@ -169,8 +174,33 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path | None:
     if args.tokenizer is not None:
         path: Path = args.tokenizer
         return path.parent if path.is_file() else path
-    beside = args.prefix.with_name(f"{args.prefix.name}-tokenizer")
+    beside = with_suffix(args.prefix, "-tokenizer")
     return beside if beside.is_dir() else None
+
+
+def _report(prefix: Path) -> dict[str, Any]:
+    """The summary of preprocessing; empty where there is none."""
+    path = with_suffix(prefix, ".json")
+    return read_json_object(path, "remove or repair it") if path.is_file() else {}
+
+
+def _check_tokenizer(
+    args: argparse.Namespace, report: dict[str, Any], decode: TextDecoder, console: Console
+) -> None:
+    expected = report.get("tokenizer_sha256", decode.sha256)
+    if decode.sha256 is None or decode.sha256 == expected:
+        return
+    file, named = with_suffix(args.prefix, ".json"), report.get("tokenizer")
+    if args.tokenizer is None:
+        raise UsageError(
+            f"{with_suffix(args.prefix, '-tokenizer')} is not the tokenizer of the corpus, which "
+            f"{file} names ({named}): pass that one with --tokenizer."
+        )
+    # The same one may have been written anew.
+    console.print(
+        f"warning: --tokenizer {args.tokenizer} is not the file of which {file} has the SHA-256 "
+        f"({named}): if it has other tokens, the text below is not that of the corpus.\n"
+    )
 
 
 def _summary(corpus: Any, lengths: LengthDistribution, prefix: Path) -> Table:
@@ -227,11 +257,12 @@ def _octaves(lengths: LengthDistribution) -> Table:
     return table
 
 
-def _show_report(prefix: Path, lengths: LengthDistribution, console: Console) -> None:
-    path = prefix.with_name(f"{prefix.name}.json")
-    if not path.is_file():
+def _show_report(
+    prefix: Path, report: dict[str, Any], lengths: LengthDistribution, console: Console
+) -> None:
+    if not report:
         return
-    report = read_json_object(path, "remove or repair it")
+    path = with_suffix(prefix, ".json")
     rows = {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in report.items()

@@ -17,6 +17,7 @@ from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import command, leave_on_sigterm
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.outputs import checked_prefix
 from megatron_tst.corpus.preprocessing import PreprocessConfig
 from megatron_tst.corpus.preprocessing_progress import preprocess_with_progress
 from megatron_tst.corpus.sources import described
@@ -27,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("--input", dest="inputs", type=Path, nargs="+", required=True, help="files and folders")
-    add("--output-prefix", type=Path, required=True, help="outputs without extension")
+    add("--output-prefix", required=True, help="outputs without extension")
     add("--tokenizer", type=Path, help="tokenizer.json, or a folder with one")
     add("--train-bpe", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE first")
     add("--byte-level", action="store_true", help="bytes as tokens, vocabulary 256")
@@ -46,6 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> PreprocessConfig:
     add("--start-anew", action="store_true", help="discard an interrupted run of this prefix")
     options = vars(parser.parse_args(arguments))
     options["inputs"] = tuple(options["inputs"])
+    # A path forgets the slash at its end.
+    options["output_prefix"] = checked_prefix(options["output_prefix"])
     options["extensions"] = tuple(options["extensions"])
     assert options.keys() == {field.name for field in fields(PreprocessConfig)}
     return PreprocessConfig(**options)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 
 class ControlTokens:
@@ -23,7 +24,9 @@ class ControlTokens:
     """
 
     def __init__(self, definition: str, eod_id: int | None) -> None:
-        self._definition: dict[str, Any] = json.loads(definition)
+        # The library reads files without some members, as GPT-2's, and writes them all.
+        complete = Tokenizer.from_str(definition).to_str()
+        self._definition: dict[str, Any] = json.loads(complete)
         unknown = self._unknown()
         self._ids = {
             token["id"]

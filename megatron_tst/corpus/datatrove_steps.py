@@ -114,7 +114,7 @@ class WriteMegatronPart(PipelineStep):
             counts.documents = writer.documents
             summary = self._summary(tokenizer, counts, writer.tokens)
             (staging / "json").write_text(json.dumps(summary, indent=2) + "\n")
-            publish(staging, prefix)
+            publish(staging, prefix, tokenizer.sha256)
 
     def _size(self, document: Document, counts: Counts) -> int | None:
         """UTF-8 bytes of the text; None for a bad document."""

@@ -30,6 +30,7 @@ from megatron_tst.settings.schedule import SuperpositionSchedule
 # Stands for bags of unknown number. The order of an epoch that lies in a phase as a whole does not
 # depend on where the phase ends.
 _ENDLESS = 1 << 60
+_SHARE = r"(\d+\.?\d*|\.\d+)"
 
 
 def open_corpus(path_prefix: str) -> IndexedDataset:
@@ -84,7 +85,7 @@ class PhaseOne:
                 raise UsageError(f"{flag} is {value}: use {minimum} or more.")
         if self._drawn is not None:
             self._check_steps()
-        if not re.fullmatch(r"[\d.]+(\s*,\s*[\d.]+){0,2}", self.split) or not float(
+        if not re.fullmatch(rf"{_SHARE}(\s*,\s*{_SHARE}){{0,2}}", self.split) or not float(
             self.split.split(",")[0]
         ):
             raise UsageError(

@@ -15,9 +15,19 @@ import numpy.typing as npt
 from megatron_tst.common.atomic_files import move
 from megatron_tst.common.errors import UsageError, read_json_object
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, IndexHeader
+from megatron_tst.corpus.outputs import (
+    checked_prefix,
+    fingerprint_beside,
+    has_other_tokenizer,
+    refuse_existing,
+    refuse_inputs,
+    remove_tokenizer,
+    with_suffix,
+)
 
 _TOKENS_AT_ONCE = 1 << 22
 _DOCUMENTS_AT_ONCE = 1 << 16
+_PART_SUFFIXES = (".bin", ".idx", ".json")
 # Of the summaries: what all parts must have in common, and what adds up.
 _COMMON = ("tokenizer_sha256", "vocab_size", "eod_token", "eod_id", "append_eod", "dtype")
 _COUNTED = (
@@ -35,22 +45,26 @@ def merge_corpora(parts: Sequence[Path], output_prefix: Path, overwrite: bool = 
     Args:
         parts: prefixes, in order; a part has no ``.bin`` or ``.idx`` in its name.
         output_prefix: path of the outputs without extension.
-        overwrite: replace an existing corpus.
+        overwrite: replace an existing corpus, which is none of the parts.
 
     Returns:
         The number of documents.
 
     Raises:
-        UsageError: a part is missing, damaged, or made with another tokenizer than the first.
+        UsageError: a part is missing, damaged, or made with another tokenizer than the first; or
+            the outputs are there.
     """
     if not parts:
         raise UsageError("there is nothing to merge: name the prefix of at least one part.")
-    if with_suffix(output_prefix, ".idx").exists() and not overwrite:
-        raise UsageError(
-            f"--output-prefix {output_prefix} is already there: choose another or pass --overwrite."
-        )
+    checked_prefix(output_prefix)
+    refuse_inputs(
+        output_prefix, [with_suffix(part, name) for part in parts for name in _PART_SUFFIXES]
+    )
     headers = [_checked_header(part) for part in parts]
     summary = _merged_summary(parts)
+    # Nothing says of a tokenizer that it is another's where the parts name none.
+    sha256 = fingerprint_beside(output_prefix) if summary is None else summary["tokenizer_sha256"]
+    refuse_existing(output_prefix, sha256, overwrite)
     dtype = headers[0].dtype
     for part, header in zip(parts, headers, strict=True):
         if header.dtype != dtype:
@@ -67,26 +81,24 @@ def merge_corpora(parts: Sequence[Path], output_prefix: Path, overwrite: bool = 
                     writer.add_documents(tokens, lengths)
         if summary is not None:
             (staging / "json").write_text(json.dumps(summary, indent=2) + "\n")
-        publish(staging, output_prefix)
+        publish(staging, output_prefix, sha256)
     return writer.documents
 
 
-def publish(staging: Path, prefix: Path) -> None:
+def publish(staging: Path, prefix: Path, tokenizer_sha256: str | None) -> None:
     """Moves ``json``, ``bin`` and ``idx`` of a folder to the prefix of a corpus, the index last.
 
-    A summary that is not in the folder goes from the prefix too.
+    What belongs to the corpus that was there goes: a summary, a list of what was left out, and
+    another tokenizer than that of ``tokenizer_sha256``.
     """
     # An old index must never describe new data, not even for a moment.
-    for suffix in ("idx", "json"):
+    for suffix in ("idx", "json", "left-out.log"):
         with_suffix(prefix, f".{suffix}").unlink(missing_ok=True)
+    if has_other_tokenizer(prefix, tokenizer_sha256):
+        remove_tokenizer(prefix)
     for suffix in ("json", "bin", "idx"):
         if (staging / suffix).exists():
             move(staging / suffix, with_suffix(prefix, f".{suffix}"))
-
-
-def with_suffix(prefix: Path, suffix: str) -> Path:
-    """A file of a corpus: its prefix with ``suffix`` appended."""
-    return prefix.with_name(prefix.name + suffix)
 
 
 def _checked_header(part: Path) -> IndexHeader:
@@ -134,6 +146,8 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
         return None
     summaries = [read_json_object(file, "make this part again") for file in files]
     for file, summary in zip(files, summaries, strict=True):
+        _check_summary(file, summary)
+    for file, summary in zip(files, summaries, strict=True):
         for name in _COMMON:
             if summary[name] != summaries[0][name]:
                 raise UsageError(
@@ -145,3 +159,14 @@ def _merged_summary(parts: Sequence[Path]) -> dict[str, Any] | None:
     for summary in summaries:  # Parts of datatrove search no folders.
         unread.update(summary.get("unread_files", {}))
     return summaries[0] | sums | {"unread_files": dict(unread)}
+
+
+def _check_summary(file: Path, summary: dict[str, Any]) -> None:
+    missing = [name for name in (*_COMMON, *_COUNTED) if name not in summary]
+    wrong = [name for name in _COUNTED if not isinstance(summary.get(name, 0), int)]
+    if missing or wrong:
+        what = f"has no {missing[0]}" if missing else f"has {wrong[0]} {summary[wrong[0]]!r}"
+        raise UsageError(
+            f"{file} {what}, so it is no summary of a corpus: move it away, or make this part "
+            "again."
+        )

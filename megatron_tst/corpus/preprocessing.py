@@ -22,6 +22,12 @@ from megatron_tst.corpus.encoding import EncoderSettings, encode_in_order
 from megatron_tst.corpus.fast_encoder import gigatoken_version
 from megatron_tst.corpus.huggingface_tokenizer import class_warning
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, token_dtype
+from megatron_tst.corpus.outputs import (
+    has_other_tokenizer,
+    refuse_existing,
+    refuse_inputs,
+    remove_tokenizer,
+)
 from megatron_tst.corpus.partial_run import LeftOutLog, PartialRun, RunProgress, fingerprint
 from megatron_tst.corpus.preprocessing_config import PreprocessConfig
 from megatron_tst.corpus.readers import read_batches
@@ -136,7 +142,9 @@ def preprocess(
     sources = find_sources(
         config.inputs, config.extensions, config.shuffle_seed, config.json_key, unread
     )
+    _refuse_inputs(config, sources)
     given = load_tokenizer(config.tokenizer, config.eod_token) if config.tokenizer else None
+    sha256 = None if given is None else given.sha256
     settings = _settings(config, sources, given)
     if given and config.eod_token is None and (hint := turn_end_hint(given)) is not None:
         _logger.warning("warning: %s", hint)
@@ -145,13 +153,13 @@ def preprocess(
     report = on_progress or (lambda progress: None)
     with PartialRun(config.output(".partial"), settings, config.start_anew) as partial:
         if not partial.load().is_complete:
-            _refuse_existing_outputs(config)
+            refuse_existing(config.output_prefix, sha256, config.overwrite)
             tokenizer = given or _make_tokenizer(config, sources, report, partial.folder)
             result = _write_corpus(config, tokenizer, sources, report, partial)
             summary = result.to_dict() | {"unread_files": dict(unread.most_common())}
             (partial.folder / "summary").write_text(json.dumps(summary, indent=2) + "\n")
             partial.save(RunProgress(is_complete=True))
-        _publish(config, partial.folder)
+        _publish(config, partial.folder, sha256)
         partial.remove()
     return PreprocessResult(**json.loads(config.output(".json").read_text()))
 
@@ -176,16 +184,11 @@ def _settings(
     }
 
 
-def _refuse_existing_outputs(config: PreprocessConfig) -> None:
-    outputs = [config.output(suffix) for suffix in (".bin", ".idx", ".json")]
-    if config.tokenizer is None:
-        outputs.append(config.tokenizer_folder)
-    existing = [str(path) for path in outputs if path.exists()]
-    if existing and not config.overwrite:
-        raise UsageError(
-            f"--output-prefix {config.output_prefix}: {', '.join(existing)} already there; "
-            "choose another prefix or pass --overwrite."
-        )
+def _refuse_inputs(config: PreprocessConfig, sources: list[Source]) -> None:
+    refuse_inputs(config.output_prefix, (source.path for source in sources))
+    if config.tokenizer is not None:
+        # It may lie beside the corpus, and stays there.
+        refuse_inputs(config.output_prefix, [config.tokenizer], with_tokenizer=False)
 
 
 def _make_tokenizer(
@@ -298,15 +301,20 @@ def _result(
     )
 
 
-def _publish(config: PreprocessConfig, partial: Path) -> None:
+def _publish(config: PreprocessConfig, partial: Path, given_sha256: str | None) -> None:
     """Renames the files of a complete run, except those that an interrupted call renamed."""
     index = partial / "idx"
     if not index.exists():
         return
     # An old index must never describe new data, not even for a moment.
     config.output(".idx").unlink(missing_ok=True)
-    if config.tokenizer is None:
-        config.tokenizer_folder.mkdir(exist_ok=True)
+    is_made = (partial / "tokenizer" / TOKENIZER_FILE).exists()
+    # A tokenizer that is neither was made here, and an interrupted call has renamed it.
+    is_known = is_made or given_sha256 is not None
+    if is_known and has_other_tokenizer(config.output_prefix, given_sha256):
+        remove_tokenizer(config.output_prefix)
+    if is_made:
+        config.tokenizer_folder.mkdir()
     left_out = partial / "left-out"
     if left_out.exists() and left_out.stat().st_size == 0:
         left_out.unlink()

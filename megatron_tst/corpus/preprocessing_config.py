@@ -9,6 +9,7 @@ from typing import get_args
 from megatron_tst.common.errors import UsageError
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
+from megatron_tst.corpus.outputs import checked_prefix, with_suffix
 from megatron_tst.corpus.selection import Limits
 
 
@@ -62,6 +63,7 @@ class PreprocessConfig:
     start_anew: bool = False
 
     def __post_init__(self) -> None:
+        checked_prefix(self.output_prefix)
         choices = (self.tokenizer is not None, self.train_bpe is not None, self.byte_level)
         if sum(choices) != 1:
             raise UsageError(
@@ -87,7 +89,7 @@ class PreprocessConfig:
 
     def output(self, suffix: str) -> Path:
         """An output file: the prefix with ``suffix`` appended."""
-        return self.output_prefix.with_name(self.output_prefix.name + suffix)
+        return with_suffix(self.output_prefix, suffix)
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -44,7 +44,8 @@ def find_sources(
             the name of a file that is among ``inputs`` itself.
         shuffle_seed: shuffles the order of the files reproducibly.
         json_key: member of a JSON line that holds the text.
-        unread: counts what the folders hold besides, by extension or reason.
+        unread: counts what the folders hold besides, by extension or reason, and files that were
+            met before.
 
     Raises:
         UsageError: an input does not exist, has another extension, holds documents in a form that
@@ -57,7 +58,8 @@ def find_sources(
                 f"and without {' or '.join(COMPRESSION_EXTENSIONS)}."
             )
     sources: list[Source] = []
-    for path in inputs:
+    named = list(inputs)
+    for path in named:
         if path.is_dir():
             left = Counter[str]()
             found = _sources_of_folder(path, extensions, json_key, left)
@@ -73,9 +75,21 @@ def find_sources(
             raise UsageError(f"--input {path} does not exist: name a file or a folder.")
         else:
             sources.append(Source(path, False, kind_of_named(path, extensions, json_key)))
+    if len(named) > 1:
+        sources = _each_once(sources, unread)
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(sources)
     return sources
+
+
+def _each_once(sources: list[Source], unread: Counter[str] | None) -> list[Source]:
+    """Each file where it was met first, by whatever name."""
+    first: dict[str, Source] = {}
+    for source in sources:
+        first.setdefault(os.path.realpath(source.path), source)
+    if unread is not None and len(first) < len(sources):
+        unread["files named or linked twice"] += len(sources) - len(first)
+    return list(first.values())
 
 
 def described(unread: Counter[str] | dict[str, int], most: int = 12) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
+from megatron_tst.corpus.documents import BadDocumentError, checked_size
 from megatron_tst.evaluation.folder import LoadedModel
 
 
@@ -79,8 +80,10 @@ class _Window(NamedTuple):
 def read_documents(path: Path, flag: str = "--text") -> dict[Path, str]:
     """The text of a file, or of all files under a folder in sorted order, empty ones left out.
 
+    A file is read as one of a corpus is: a byte order mark is no part of it.
+
     Raises:
-        UsageError: nothing there, a file that is not UTF-8, or no text at all.
+        UsageError: nothing there, a file that is not text in UTF-8, or no text at all.
     """
     if not path.exists():
         raise UsageError(f"{flag} {path} does not exist.")
@@ -89,7 +92,12 @@ def read_documents(path: Path, flag: str = "--text") -> dict[Path, str]:
     for file in files:
         try:
             # Not read_text(), which translates the ends of lines and so changes the bytes.
-            documents[file] = file.read_bytes().decode("utf-8")
+            documents[file] = file.read_bytes().decode("utf-8-sig")
+            checked_size(documents[file])
+        except BadDocumentError as error:
+            raise UsageError(
+                f"{flag} {path}: {file} has {error}: convert it to UTF-8, or take it out."
+            ) from error
         except UnicodeDecodeError as error:
             raise UsageError(
                 f"{flag} {path}: {file} is not text in UTF-8 (byte {error.start}): convert it, or "

@@ -43,7 +43,10 @@ def generate(
         raise UsageError(f"--top-p {top_p:g}: use a number above 0, up to 1.")
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed}: use a number from 0 to 2^63 - 1.")
-    tokens = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    # As in training, a prompt that spells a control token is text.
+    tokens = loaded.tokenizer(
+        prompt, return_tensors="pt", add_special_tokens=False, split_special_tokens=True
+    )
     length = tokens["input_ids"].shape[-1]
     if not length:
         raise UsageError("the prompt is empty: pass some text.")

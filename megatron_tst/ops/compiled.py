@@ -198,7 +198,7 @@ def linear_multi_hot_loss(
 @linear_multi_hot_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> Losses:
     loss, offset, *kept = _fake_outputs(
-        hidden, targets.reshape(-1, targets.shape[-1]), settings[-1], statistics=1
+        hidden, targets.reshape(-1, targets.shape[-1]).contiguous(), settings[-1], statistics=1
     )
     offset = offset.view(targets.shape) if settings[-1] else offset
     return cast(Losses, (loss.view(targets.shape[:-1]), offset, *kept))

@@ -145,7 +145,7 @@ def _multi_hot_cross_entropy(
     weights, target_bags = as_weights(target_weights), as_ids("target_bags", target_bags)
     validate_targets(logits.shape, target_bags, weights, tp_group, ignore_index)
     rows = logits.reshape(-1, logits.shape[-1])
-    targets = target_bags.reshape(-1, target_bags.shape[-1])
+    targets = target_bags.reshape(-1, target_bags.shape[-1]).contiguous()
     offset_losses: Tensor | None
     if torch.compiler.is_compiling():
         from megatron_tst.ops.compiled import multi_hot_loss

@@ -94,7 +94,7 @@ class LinearMultiHotCrossEntropy(torch.autograd.Function):
         """Returns the losses [...] and, if asked for, those of each target, [..., s]."""
         # 1. Share of each target, zero on the ranks that do not hold it.
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        targets = target_bags.reshape(-1, target_bags.shape[-1])
+        targets = target_bags.reshape(-1, target_bags.shape[-1]).contiguous()
         valid = targets != ignore_index
         shares, live = bag_coefficients(targets, target_weights, ignore_index, dtype)
         columns, inside = to_local_targets(targets, valid, len(weight), layout.tp_group)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from megatron_tst.commands import fit_target_weights, inspect_data
-from megatron_tst.corpus.tokenizer import byte_tokenizer
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
+from megatron_tst.corpus.tokenizer import byte_tokenizer, train_byte_level_bpe
 from megatron_tst.settings.config import SuperpositionConfig
 from tests.corpus import write_documents
 
@@ -119,6 +120,28 @@ def test_text_is_neither_markup_nor_control_code(
     assert repr(text + "<|endoftext|>") in capsys.readouterr().out
 
 
+def test_tokenizer_that_does_not_belong_to_the_corpus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    prefix, other = tmp_path / "text", tmp_path / "other"
+    preprocess(PreprocessConfig((tmp_path / "a.txt",), prefix, byte_level=True))
+    train_byte_level_bpe(["text " * 9], 260).save_files(other)
+    (tmp_path / "text-tokenizer").rename(tmp_path / "own")
+    shutil.copytree(other, tmp_path / "text-tokenizer")
+    assert inspect_data.main([str(prefix)]) == 2
+    error = capsys.readouterr().err
+    assert "text-tokenizer is not the tokenizer of the corpus" in error
+    assert error.count("\n") == 1
+    assert inspect_data.main([str(prefix), "--tokenizer", str(tmp_path / "own")]) == 0
+    output = capsys.readouterr().out
+    assert "warning" not in output
+    assert "'text<|endoftext|>'" in output
+    # One that is named may be the same in another form.
+    assert inspect_data.main([str(prefix), "--tokenizer", str(other)]) == 0
+    assert f"warning: --tokenizer {other} is not the file of which" in capsys.readouterr().out
+
+
 def test_report_that_does_not_belong_to_the_corpus(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +177,7 @@ def test_report_that_does_not_belong_to_the_corpus(
             ".*--phase-1-samples 9 are no whole steps of --global-batch-size 4",
         ),
         (["--bag-sizes", "2", "--sequence-length", "8"], "--bag-sizes is '2': name two sizes"),
+        ([*BAGS, "--split", "1.2.3"], "--split '1.2.3' gives training no share"),
         (["--seed", "0"], "--seed goes with --bag-size"),
         ([*BAGS, "--sample", "999999"], r"--sample 999999 does not exist: an epoch .* has \d+"),
         (["--bag-size", "1", "--sequence-length", "8"], "--bag-size is 1: use 2 or more"),

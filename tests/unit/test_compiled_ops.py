@@ -103,7 +103,11 @@ def test_losses_by_offset() -> None:
     ]
     for function, arguments in calls:
         whole = torch.compile(function, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(whole(*arguments, bags), function(*arguments, bags))
+        expected = function(*arguments, bags)
+        for given in (bags, bags.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+            found = whole(*arguments, given)
+            torch.testing.assert_close(found, expected)
+            torch.autograd.grad(found[0].sum(), arguments[-1], retain_graph=True)
 
 
 @pytest.mark.parametrize("objective", ["mce-sum", "bce", "hinge"])

@@ -8,9 +8,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_tst.commands import evaluate as evaluate_tool
+from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 from megatron_tst.evaluation.bits_per_byte import bits_per_byte, read_documents
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
 from tests.tiny_llama import CPU, log_probabilities, save_tiny_llama
@@ -202,6 +204,15 @@ def test_results_hold_the_bits_of_the_text(results: dict[str, Any], model: Path)
     assert results["text"]["documents"] == 2
 
 
+def test_a_file_is_read_as_one_of_a_corpus(tmp_path: Path) -> None:
+    text = "größe\r\n"
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    assert read_documents(tmp_path) == {tmp_path / "marked.txt": text}
+    preprocess(PreprocessConfig((tmp_path,), tmp_path / "out", byte_level=True, append_eod=False))
+    assert np.fromfile(tmp_path / "out.bin", np.uint16).tolist() == list(text.encode())
+
+
 def test_commands_that_are_refused(
     model: Path,
     tasks_dir: Path,
@@ -224,6 +235,7 @@ def test_commands_that_are_refused(
     (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes("Grün".encode("latin-1"))
+    (tmp_path / "utf-16.txt").write_bytes("text".encode("utf-16-le"))
     (tmp_path / "no-tasks").mkdir()
     gone = tmp_path / "gone"
     gone.mkdir()
@@ -238,6 +250,7 @@ def test_commands_that_are_refused(
         (("--text", tmp_path / "nothing.txt"), "nothing.txt does not exist"),
         (("--text", tmp_path / "empty.txt"), "holds no text"),
         (("--text", tmp_path / "latin.txt"), "latin.txt is not text in UTF-8 (byte 2)"),
+        (("--text", tmp_path / "utf-16.txt"), "utf-16.txt has a NUL character, so this is no text"),
         (("--text", text, "--limit", 0), "--limit 0: use 1 or more"),
         (("--text", text, "--batch-size", 0), "--batch-size 0: use 1 or more"),
         (("--text", text, "--device", "nonsense"), "--device nonsense cannot be used"),

@@ -157,6 +157,8 @@ def test_reading_leaves_no_files(prefix: Path) -> None:
         ({"samples": 0}, 0, "--phase-1-samples is 0: use 1 or more"),
         ({"seed": -1}, 0, "--seed is -1: use 0 or more"),
         ({"split": "none"}, 0, "--split 'none' gives training no share"),
+        ({"split": "1.2.3"}, 0, "--split '1.2.3' gives training no share"),
+        ({"split": "."}, 0, "--split '.' gives training no share"),
         ({"split": "0,50,50"}, 0, "--split '0,50,50' gives training no share"),
     ],
 )

@@ -187,8 +187,14 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
     first, second = shard_statistics(*part), shard_statistics(*part)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     lse = first[0] + first[1].log()
+    columns, shares = (operand.t().contiguous().t() for operand in part[1:])
+    assert not columns.is_contiguous()
+    of_strided = shard_statistics(logits, columns, shares)
+    assert all(torch.equal(a, b) for a, b in zip(first, of_strided, strict=True))
     gradients = [shard_gradient(*part, lse, grad) for _ in range(2)]
-    assert torch.equal(*gradients)
+    gradients.append(shard_gradient(logits, columns, shares, lse, grad))
+    assert torch.equal(*gradients[1:])
+    assert torch.equal(*gradients[:2])
     assert torch.equal(logits, before)
     in_place = shard_gradient(*part, lse, grad, out=logits)
     assert in_place is logits

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from megatron_tst.commands import generate as generate_tool
+from megatron_tst.evaluation.bits_per_byte import _encode as encode_text
 from megatron_tst.evaluation.folder import LoadedModel, check_model_folder, load_model
 from megatron_tst.evaluation.generation import generate
 from tests.tiny_llama import CPU, save_tiny_llama
@@ -59,6 +61,24 @@ def test_sampled_text_depends_on_the_seed(loaded: LoadedModel) -> None:
     assert len({sample(seed) for seed in range(4)}) == 4
     # So little is sampled from that the likeliest token is left.
     assert sample(1, top_p=1e-6) == generate(loaded, "def f(", 30)
+
+
+def test_a_prompt_that_spells_a_control_token_is_text(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    continued = loaded.model.generate
+
+    def watched(ids: Tensor, **options: Any) -> Any:
+        seen.append(ids[0].tolist())
+        return continued(ids, **options)
+
+    monkeypatch.setattr(loaded.model, "generate", watched)
+    prompt = f"a{loaded.tokenizer.eos_token}b"
+    assert generate(loaded, prompt, 1).startswith(prompt)
+    # As a corpus and the bits of a text have it.
+    assert seen == [encode_text(loaded.tokenizer, prompt)]
+    assert loaded.tokenizer.eos_token_id not in seen[0]
 
 
 @pytest.mark.parametrize(

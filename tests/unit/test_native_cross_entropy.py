@@ -14,6 +14,7 @@ from megatron_tst.ops.cross_entropy import (
     multi_hot_cross_entropy,
     multi_hot_cross_entropy_by_offset,
 )
+from megatron_tst.ops.linear_cross_entropy import linear_multi_hot_cross_entropy
 from megatron_tst.ops.native import describe_kernels, kernels
 from megatron_tst.ops.native_cross_entropy import NativeMultiHotCrossEntropy
 from megatron_tst.ops.torch_cross_entropy import TorchMultiHotCrossEntropy
@@ -157,6 +158,33 @@ def test_layouts_of_logits_and_gradients(dtype: torch.dtype) -> None:
     dense = multi_hot_cross_entropy(leaf, targets, ignore_index=IGNORED)
     (expected,) = torch.autograd.grad(dense, leaf, torch.full_like(dense, 1 / dense.numel()))
     torch.testing.assert_close(found, expected, **GRADIENT[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["transposed", "length first", "sliced", "windows", "expanded"])
+def test_layouts_of_targets(dtype: torch.dtype, layout: str) -> None:
+    logits, targets, grad = case(dtype)
+    wide = torch.cat([targets, targets], -1)
+    text = torch.arange(5 + 3)
+    layouts = {
+        "transposed": targets.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "length first": targets.transpose(0, 1).contiguous().transpose(0, 1),
+        "sliced": wide[..., :4],
+        "windows": text.unfold(0, 4, 1).expand(3, 5, 4),
+        "expanded": targets[:, :1].expand(3, 5, 4),
+    }
+    strided = layouts[layout]
+    assert not strided.is_contiguous()
+    weight = torch.eye(VOCABULARY, dtype=dtype)
+    results = []
+    for given in (strided, strided.contiguous()):
+        leaf = logits.detach().requires_grad_()
+        loss, by_offset = multi_hot_cross_entropy_by_offset(leaf, given, None, None, IGNORED)
+        linear = linear_multi_hot_cross_entropy(leaf, weight, given, ignore_index=IGNORED)
+        dense = torch.autograd.grad(loss, leaf, grad)[0]
+        results.append([loss, by_offset, linear, dense, *torch.autograd.grad(linear, leaf, grad)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_gradients_that_are_views() -> None:

@@ -26,6 +26,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+from megatron_tst.commands.preprocess_data import parse_arguments
 from megatron_tst.corpus import encoding, indexed_writer, readers
 from megatron_tst.corpus.indexed_writer import IndexedDatasetWriter, token_dtype
 from megatron_tst.corpus.preprocessing import PreprocessConfig, PreprocessProgress, preprocess
@@ -367,6 +368,80 @@ def test_existing_outputs_are_replaced_on_request_only(tmp_path: Path) -> None:
         preprocess(config(corpus, tmp_path / "out"))
     preprocess(config(corpus, tmp_path / "out", overwrite=True))
     assert list(map(bytes, read_tokens(tmp_path / "out"))) == [b"new\0"]
+
+
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    corpus = write_json_lines(tmp_path / "corpus.json", ["text"])
+    (tmp_path / "link.jsonl").symlink_to(corpus)
+    for path in (corpus, tmp_path / "link.jsonl", tmp_path):
+        with pytest.raises(ValueError, match=r"would write .*corpus\.json over the input"):
+            preprocess(config(path, tmp_path / "corpus", overwrite=True))
+    tokenizer = tmp_path / "corpus.json"
+    byte_tokenizer().save_files(tmp_path / "bytes")
+    (tmp_path / "bytes" / "tokenizer.json").rename(tokenizer)
+    text = write_json_lines(tmp_path / "text.jsonl", ["text"])
+    options = {"tokenizer": tokenizer, "eod_token": END_OF_DOCUMENT, "overwrite": True}
+    before = tokenizer.read_bytes()
+    with pytest.raises(ValueError, match=r"over the input .*corpus\.json: choose another prefix"):
+        preprocess(config(text, tmp_path / "corpus", **options))
+    assert tokenizer.read_bytes() == before
+
+
+def test_lists_of_what_was_left_out_are_replaced_on_request_only(tmp_path: Path) -> None:
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / "out.left-out.log").write_text("precious")
+    with pytest.raises(ValueError, match=r"out\.left-out\.log already there"):
+        preprocess(config(corpus, tmp_path / "out"))
+    assert (tmp_path / "out.left-out.log").read_text() == "precious"
+
+
+def test_no_tokenizer_of_the_corpus_before_is_left(tmp_path: Path) -> None:
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["text"])
+    beside, other = tmp_path / "out-tokenizer", tmp_path / "other"
+    train_byte_level_bpe(["text " * 9], 260).save_files(other)
+    preprocess(config(corpus, tmp_path / "out"))
+    # The one that is given may be the one that lies there, by whatever name.
+    (tmp_path / "here").symlink_to(tmp_path)
+    for same in (beside, beside / "tokenizer.json", tmp_path / "here" / beside.name):
+        preprocess(config(corpus, tmp_path / "out", tokenizer=same, overwrite=True))
+        assert (beside / "tokenizer_config.json").exists()
+    (beside / "notes.txt").write_text("precious")
+    for options in ({"tokenizer": other}, {"byte_level": True}):
+        with pytest.raises(ValueError, match=r"out-tokenizer is another .* holds notes\.txt"):
+            preprocess(config(corpus, tmp_path / "out", overwrite=True, **options))
+    (beside / "notes.txt").unlink()
+    preprocess(config(corpus, tmp_path / "out", tokenizer=other, overwrite=True))
+    assert not beside.exists()
+    # Nor is one taken for that of a corpus which is new.
+    byte_tokenizer().save_files(tmp_path / "new-tokenizer")
+    with pytest.raises(ValueError, match=r"new: .*new-tokenizer already there"):
+        preprocess(config(corpus, tmp_path / "new", tokenizer=other))
+
+
+def test_a_linked_tokenizer_is_not_written_to(tmp_path: Path) -> None:
+    corpus, other = write_json_lines(tmp_path / "a.jsonl", ["text"]), tmp_path / "other"
+    train_byte_level_bpe(["text " * 9], 260).save_files(other)
+    (tmp_path / "out-tokenizer").symlink_to(other)
+    before = (other / "tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match=r"out-tokenizer is no folder that preprocessing made"):
+        preprocess(config(corpus, tmp_path / "out", overwrite=True))
+    preprocess(config(corpus, tmp_path / "out", tokenizer=other))
+    assert (tmp_path / "out-tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_a_folder_is_no_prefix(tmp_path: Path) -> None:
+    corpus = write_json_lines(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / "in").mkdir()
+    prefix = f"{tmp_path / 'in'}/"
+    for other in (".", "..", f"{prefix}.", ""):
+        with pytest.raises(ValueError, match=r"--output-prefix .*names a folder: add the name"):
+            parse_arguments(["--input", str(corpus), "--byte-level", "--output-prefix", other])
+    process = command("--input", corpus, "--output-prefix", prefix, "--byte-level")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith(f"error: --output-prefix {prefix} names a folder: add the name")
+    assert errors.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "in"]
 
 
 def test_output_folder_must_be_writable(tmp_path: Path) -> None:

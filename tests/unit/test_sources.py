@@ -182,6 +182,20 @@ def test_links_are_followed_once(tmp_path: Path, write: Write) -> None:
     }
 
 
+def test_files_are_read_once_whatever_names_them(tmp_path: Path, write: Write) -> None:
+    named = write("root/b.jsonl", '{"text": "b"}\n')
+    write("root/a.jsonl", '{"text": "a"}\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "linked.jsonl").symlink_to(named)
+    (tmp_path / "link.jsonl").symlink_to(named)
+    (tmp_path / "root-too").symlink_to(tmp_path / "root")
+    root, unread = tmp_path / "root", Counter[str]()
+    again = (named, tmp_path / "link.jsonl", tmp_path / "other", root, tmp_path / "root-too")
+    assert read(*again, unread=unread) == ["b", "a"]
+    assert unread == {"files named or linked twice": 5}
+    assert read(root, named, named) == ["a", "b"]
+
+
 @pytest.mark.parametrize("extension", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
 def test_archives_of_no_bytes_are_damaged(tmp_path: Path, name: str, extension: str) -> None:
