@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Launch:
         gpu_bytes: memory of a GPU.
         ranks: to build and count; the first of each pipeline stage if there are none.
         tokenizer_ids: where the tokenizer is not on this machine.
+        environment: of the training program, as far as Megatron looks at it; None if unknown.
     """
 
     argv: Sequence[str]
@@ -45,6 +46,7 @@ class Launch:
     gpu_bytes: float
     ranks: Sequence[int] = ()
     tokenizer_ids: int | None = None
+    environment: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
