@@ -13,6 +13,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.common.platform import GPUS
 from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.preflight import engine, misfits, model_checks, rank_simulation
+from megatron_tst.preflight.connections_check import connection_findings
 from megatron_tst.preflight.corpus_check import check_text, resolve_vocabulary
 from megatron_tst.preflight.findings import Finding, error, warning
 from megatron_tst.preflight.memory import GIB, Memory, checkpoint_bytes, phase_memory
@@ -130,6 +131,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
         return report
     report.findings.extend(misfits.unjudged_arguments(parser, args))
     _check_before_validation(report, args)
+    report.findings.extend(connection_findings(args, launch.environment))
     if report.has_errors:
         return report
     given = _given(args, launch.argv)

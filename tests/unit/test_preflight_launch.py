@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from megatron_tst.common.errors import UsageError
 from megatron_tst.preflight.launch_command import read_launch
+from tests.preflight_checked import Checked
 
+ROOT = Path(__file__).parents[2]
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 LAUNCHERS = (
     "torchrun srun mpirun mpiexec deepspeed sbatch salloc bcprun ngc docker podman apptainer "
@@ -263,3 +266,63 @@ def test_the_environment_of_a_launch(
     cluster: Cluster, launch: str, value: dict[str, str] | None
 ) -> None:
     assert read_launch(cluster.script(launch)).environment == value
+
+
+@pytest.mark.parametrize(
+    ("variables", "added", "export", "level", "words"),
+    [
+        (
+            {},
+            "--context-parallel-size 2",
+            "",
+            "error",
+            f"{CONNECTIONS} is not set in the launch, and Megatron ends without a 1 with "
+            "--context-parallel-size 2 at compute capability 9.0 (--compute-capability): "
+            f"export {CONNECTIONS}=1.",
+        ),
+        ({}, "--context-parallel-size 2", f"export {CONNECTIONS}=1", "", ""),
+        (
+            {"FSDP": "1"},
+            "",
+            f"export {CONNECTIONS}=1",
+            "error",
+            f"{CONNECTIONS} is 1 in the launch, and Megatron ends over it with --use-torch-fsdp2: "
+            "unset it.",
+        ),
+        (
+            {},
+            "--context-parallel-size 2",
+            None,
+            "note",
+            f"{CONNECTIONS} was assumed to be 1, without which --context-parallel-size 2",
+        ),
+    ],
+)
+def test_the_queues_of_kernels_that_megatron_asserts(
+    cluster: Cluster,
+    variables: dict[str, str],
+    added: str,
+    export: str | None,
+    level: str,
+    words: str,
+) -> None:
+    argv = Checked(cluster.folder).script(
+        "270m", VARIANT="baseline", PRECISION="bf16", CUDA_GRAPHS="0", **variables
+    )
+    words_of_launch = shlex.join([*argv, "--num-layers", "2", *added.split()])
+    if export is None:
+        launch = cluster.folder / "arguments"
+        launch.write_text(words_of_launch)
+    else:
+        launch = cluster.script(f"{export}\ntorchrun pretrain_gpt.py {words_of_launch}")
+    asked = [str(launch), "--world-size", "8", "--compute-capability", "9.0"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/preflight.py"), *asked],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (level == "error"), done.stdout + done.stderr
+    assert (f"{level}: {CONNECTIONS}" in done.stdout) == bool(level)
+    assert words in done.stdout
+    assert (CONNECTIONS in done.stdout) == bool(level)
