@@ -37,7 +37,7 @@ class Checked:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (paths | variables).items():
                 patch.setenv(name, value)
-            return read_launch(PRETRAIN / f"pretrain_gpt_{model}.sh")
+            return read_launch(PRETRAIN / f"pretrain_gpt_{model}.sh").arguments
 
     def add(self, name: str, argv: list[str], size: int = 64, **more: Any) -> None:
         self._launches[name] = {"argv": argv, "world_size": size, "gpu_bytes": 192e9} | more

@@ -14,7 +14,7 @@ from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.quiet import quiet_libraries
-from megatron_tst.preflight.launch_command import read_launch
+from megatron_tst.preflight.launch_command import LaunchCommand, read_launch
 
 _PIPED_WIDTH = 170
 
@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--rank {rank} is outside of --world-size {args.world_size}: pass ranks from "
                 f"0 to {args.world_size - 1}."
             )
-    argv = read_launch(args.script, extra)
-    return _check(args, argv, capability)
+    found = read_launch(args.script, extra)
+    return _check(args, found, capability)
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -91,7 +91,7 @@ def _capability(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int]) -> int:
+def _check(args: argparse.Namespace, found: LaunchCommand, capability: tuple[int, int]) -> int:
     # These take seconds, and bad input needs none of them.
     quiet_libraries()
     from megatron_tst import cpu
@@ -110,7 +110,9 @@ def _check(args: argparse.Namespace, argv: list[str], capability: tuple[int, int
 
     rank_simulation.assume_machine(capability)
     gpu_bytes = args.gpu_memory * 1e9
-    launch = Launch(argv, args.world_size, gpu_bytes, args.rank, args.vocabulary)
+    launch = Launch(
+        found.arguments, args.world_size, gpu_bytes, args.rank, args.vocabulary, found.environment
+    )
     report = check_launch(rank_simulation.launch_parser(), launch)
     if args.json is not None:
         write_json(args.json, report_as_json(report, gpu_bytes))

@@ -28,6 +28,9 @@ class Platform:
 
 GPUS = Platform()
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""The environment variable with the number of queues of kernels of a GPU."""
+
 _platform = GPUS
 
 
@@ -50,8 +53,7 @@ def pose_connections(args: argparse.Namespace) -> None:
     Args:
         args: parsed, not validated.
     """
-    name = "CUDA_DEVICE_MAX_CONNECTIONS"
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        os.environ.pop(name, None)
+        os.environ.pop(CONNECTIONS, None)
     else:
-        os.environ.setdefault(name, "1")
+        os.environ.setdefault(CONNECTIONS, "1")

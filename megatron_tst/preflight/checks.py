@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from megatron_tst.common.errors import UsageError
 from megatron_tst.common.platform import GPUS
 from megatron_tst.data.budget import CorpusBudget
 from megatron_tst.preflight import engine, misfits, model_checks, rank_simulation
+from megatron_tst.preflight.connections_check import connection_findings
 from megatron_tst.preflight.corpus_check import check_text, resolve_vocabulary
 from megatron_tst.preflight.findings import Finding, error, warning
 from megatron_tst.preflight.memory import GIB, Memory, checkpoint_bytes, phase_memory
@@ -38,6 +39,7 @@ class Launch:
         gpu_bytes: memory of a GPU.
         ranks: to build and count; the first of each pipeline stage if there are none.
         tokenizer_ids: where the tokenizer is not on this machine.
+        environment: of the training program, as far as Megatron looks at it; None if unknown.
     """
 
     argv: Sequence[str]
@@ -45,6 +47,7 @@ class Launch:
     gpu_bytes: float
     ranks: Sequence[int] = ()
     tokenizer_ids: int | None = None
+    environment: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def check_launch(parser: argparse.ArgumentParser, launch: Launch) -> Report:
         return report
     report.findings.extend(misfits.unjudged_arguments(parser, args))
     _check_before_validation(report, args)
+    report.findings.extend(connection_findings(args, launch.environment))
     if report.has_errors:
         return report
     given = _given(args, launch.argv)

@@ -2,57 +2,50 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.common.platform import CONNECTIONS
+from megatron_tst.preflight.launch_words import Program, find_in_commands, find_program
+from megatron_tst.preflight.launchers import has_own_environment
+from megatron_tst.preflight.script_run import run_script
+from megatron_tst.preflight.shell_text import join_lines, split_commands, split_words
 
-_TIMEOUT_SECONDS = 60
-# Launchers, and which of their words mean training; python does other things in scripts too.
-_LAUNCHERS = {
-    "torchrun": "*pretrain*",
-    "srun": "*pretrain*",
-    "mpirun": "*pretrain*",
-    "python": "*pretrain*.py|*.pretrain",
-    "python3": "*pretrain*.py|*.pretrain",
-    "tst": "pretrain",
-}
-# Stands for a launcher in front of PATH: records a training command, runs anything else.
-_RECORDER = """#!/bin/sh
-for word in "$@"; do
-  case "$word" in
-    {pattern})
-      printf '%s\\0' "$@" >{record}
-      exit 0 ;;
-  esac
-done
-PATH={path}
-exec {name} "$@"
-"""
-# pretrain_gpt.py of Megatron-LM, or a module such as megatron_tst.pretrain.
-_PROGRAM = re.compile(r"(^|/)pretrain\w*\.py$|^[\w.]*\bpretrain\w*$")
+_SET_CONNECTIONS = re.compile(rf"(?:^|[\s,=]){CONNECTIONS}=[\"']?(\w*)")
 
 
-def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
+@dataclass(frozen=True)
+class LaunchCommand:
+    """A training program and what it is given.
+
+    Attributes:
+        arguments: of the program.
+        environment: in which it starts, as far as Megatron looks at it; None if that is unknown.
+    """
+
+    arguments: list[str]
+    environment: Mapping[str, str] | None
+
+
+def read_launch(path: Path, extra: Sequence[str] = ()) -> LaunchCommand:
     """The arguments of a training run.
 
-    A file that ends in ``.sh`` or begins with ``#!`` is run with ``DRY_RUN=1``, with stand-ins for
-    torchrun, srun, mpirun, python and tst in front of ``PATH`` that record a command with a program
-    named pretrain and do not run it. A script that prints its command under ``DRY_RUN`` is read
-    from its last line. Any other file is read as arguments, quoted as in a shell, with comments.
+    A file that ends in ``.sh`` or begins with ``#!`` is run with ``DRY_RUN=1`` up to its launch,
+    which :mod:`~megatron_tst.preflight.script_run` records and does not run. A script that prints
+    its command under ``DRY_RUN`` is read from its last line. Any other file is read as arguments if
+    it begins with one, and as a command otherwise, as a shell would read them.
 
     Args:
         path: script or file.
         extra: further arguments, which a script gets as its own and a file has appended.
 
     Raises:
-        UsageError: there is no such file, the script fails or launches nothing, or the text is not
-            quoted properly.
+        UsageError: there is no such file, the script fails or launches nothing that can be read,
+            or the text is not quoted properly.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -61,73 +54,48 @@ def read_launch(path: Path, extra: Sequence[str] = ()) -> list[str]:
             f"{path} cannot be read ({error}): pass a launch script or a file of arguments."
         ) from error
     if path.suffix == ".sh" or text.startswith("#!"):
-        return _arguments_of(path, _command_of(path, extra))
+        return _read_script(path, extra)
     try:
-        words = shlex.split(text, comments=True)
+        words = split_words(text)
+        commands = split_commands(text)
     except ValueError as error:
         raise UsageError(f"{path} is not quoted as in a shell ({error}).") from error
-    # A whole command is taken too.
-    launches = any(_PROGRAM.search(word) for word in words if not word.startswith("-"))
-    return [*(_arguments_of(path, words) if launches else words), *extra]
+    if not words or words[0].startswith("-"):
+        return LaunchCommand([*words, *extra], None)
+    found = _launch(path, find_in_commands(commands), None)
+    return LaunchCommand([*found.arguments, *extra], found.environment)
 
 
-def _command_of(script: Path, extra: Sequence[str]) -> list[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "command"
-        for name, pattern in _LAUNCHERS.items():
-            recorder = Path(folder) / name
-            recorder.write_text(
-                _RECORDER.format(
-                    record=shlex.quote(str(record)),
-                    path=shlex.quote(os.environ.get("PATH", os.defpath)),
-                    name=name,
-                    pattern=pattern,
-                )
-            )
-            recorder.chmod(0o755)
-        path = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        printed = _run(script, extra, {**os.environ, "DRY_RUN": "1", "PATH": path})
-        if record.exists():
-            return record.read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
-    lines = [line for line in printed.splitlines() if line.strip()]
+def _read_script(path: Path, extra: Sequence[str]) -> LaunchCommand:
+    launched = run_script(path, extra)
+    if launched.command is not None:
+        return _launch(path, find_program(launched.command), launched.environment)
+    lines = [line for line in join_lines(launched.printed).splitlines() if line.strip()]
     try:
-        return shlex.split(lines[-1]) if lines else []
+        words = shlex.split(lines[-1]) if lines else []
     except ValueError:
-        return []
+        words = []
+    return _launch(path, find_program(words), None)
 
 
-def _run(script: Path, extra: Sequence[str], environment: dict[str, str]) -> str:
-    try:
-        done = subprocess.run(
-            ["bash", str(script), *extra],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"{script} did not print its command under DRY_RUN=1: {error}.") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        # Usage follows the error.
-        reason = lines[0] if lines else "it printed nothing"
+def _launch(
+    path: Path, program: Program | None, environment: Mapping[str, str] | None
+) -> LaunchCommand:
+    if program is None:
         raise UsageError(
-            f"{script} ended with {done.returncode} under DRY_RUN=1: {reason}. Set the variables "
-            "that it needs, as for a launch."
+            f"{path} launches no program named pretrain (pretrain_gpt.py, megatron_tst.pretrain): "
+            "let it call torchrun, srun or python by name, print its command under DRY_RUN=1, or "
+            "pass a file with the arguments of Megatron."
         )
-    return done.stdout
-
-
-def _arguments_of(path: Path, command: list[str]) -> list[str]:
-    for place, word in enumerate(command):
-        # srun sh -c "python pretrain_gpt.py ..."
-        if any(_PROGRAM.search(part) for part in word.split()[:-1]):
-            return _arguments_of(path, shlex.split(word))
-        if not word.startswith("--") and _PROGRAM.search(word):
-            return command[place + 1 :]
-    raise UsageError(
-        f"{path} launches no program named pretrain (pretrain_gpt.py, megatron_tst.pretrain): let "
-        "it call torchrun, srun or python by name, print its command under DRY_RUN=1, or pass a "
-        "file with the arguments of Megatron."
-    )
+    for word in program.arguments:
+        if "$(" in word or "`" in word:
+            raise UsageError(
+                f"{path}: {word} among the arguments is a command of the shell, which is not run "
+                "here: write its value in its place."
+            )
+    given = [value for word in program.before for value in _SET_CONNECTIONS.findall(word)]
+    if given:
+        environment = {**(environment or {}), CONNECTIONS: given[-1]}
+    elif has_own_environment(program.before):
+        environment = None
+    return LaunchCommand(program.arguments, environment)

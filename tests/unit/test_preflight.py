@@ -599,7 +599,7 @@ def test_a_script_that_knows_no_dry_run_is_not_launched(tmp_path: Path, launch: 
         'ARGS=(--train-iters "$STEPS" --data-path "a b")\n'
         f'{launch} "${{ARGS[@]}}" "$@"\n'
     )
-    found = read_launch(script, ["--seed", "3"])
+    found = read_launch(script, ["--seed", "3"]).arguments
     assert found == ["--train-iters", "10", "--data-path", "a b", "--seed", "3"]
 
 
@@ -608,15 +608,16 @@ def test_a_command_in_quotes_is_found(tmp_path: Path) -> None:
     script.write_text(
         "OPTIONS='--bf16 --lr 1e-3'\nsrun -l sh -c \"python -u pretrain_gpt.py $OPTIONS\"\n"
     )
-    assert read_launch(script) == ["--bf16", "--lr", "1e-3"]
+    assert read_launch(script).arguments == ["--bf16", "--lr", "1e-3"]
 
 
 def test_a_file_of_arguments_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
     file = tmp_path / "arguments.txt"
     file.write_text("--bf16 # precision\n--data-path 'a b'\n")
-    assert read_launch(file, ["--seed", "3"]) == ["--bf16", "--data-path", "a b", "--seed", "3"]
+    found = read_launch(file, ["--seed", "3"]).arguments
+    assert found == ["--bf16", "--data-path", "a b", "--seed", "3"]
     file.write_text("torchrun --nnodes 8 -m megatron_tst.pretrain --bf16")
-    assert read_launch(file) == ["--bf16"]
+    assert read_launch(file).arguments == ["--bf16"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""Runs a launch script up to its launch, which stand-ins take the place of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tst.common.errors import UsageError
+from megatron_tst.preflight.launch_stand_in import end_session, processes_of
+from megatron_tst.preflight.launchers import needs_stand_in, stand_ins
+
+_TIMEOUT_SECONDS = 60
+_OUTPUT_SECONDS = 5
+_STAND_IN = '#!/bin/sh\nexec {python} -I -S {boot} {folder} {name} "$@"\n'
+_START = 'echo $$ >"$0" && exec bash "$@"'
+_BOOT = """import sys
+
+sys.path.insert(0, {root!r})
+from megatron_tst.preflight.launch_stand_in import main
+
+main(sys.argv[1], sys.argv[2], sys.argv[3:])
+"""
+# Read by every bash that runs a script. A script may put another folder in front of PATH (a virtual
+# environment, a module), or call a launcher by its path; a function can have a path for a name.
+_GUARD = r"""{earlier}
+_tst_guard() {{
+  local IFS=$' \t\n' text=$1 runs= first quotes opened closed
+  local -a words=()
+  case $PATH in
+    {bin}:*) ;;
+    *) PATH={bin}:$PATH ;;
+  esac
+  case $text in
+    PATH=*' '*)
+      for first in {bin}/*; do eval "${{first##*/}}() {{ '$first' \"\$@\"; }}"; done
+      return 0
+      ;;
+  esac
+  case ${{text%% *}} in
+    exec | nohup | env | setsid | command) runs=${{text%% *}} text=${{text#* }} ;;
+  esac
+  first=${{text%% *}}
+  case $first in
+    *[!][A-Za-z0-9_./:@+~\"\$\{{\}}-]*) return 0 ;;
+  esac
+  quotes=${{first//[!\"]/}} opened=${{first//[!\{{]/}} closed=${{first//[!\}}]/}}
+  case $first:$((${{#quotes}} % 2)):$((${{#opened}} - ${{#closed}})) in
+    */*:0:0 | *\$*:0:0) eval "words=($first)" ;;
+  esac
+  case ${{words[0]-}} in
+    {bin}/* | *[!A-Za-z0-9_./+-]*) return 0 ;;
+    */*) ;;
+    *) return 0 ;;
+  esac
+  case ' {names} ' in
+    *" ${{words[0]##*/}} "*) ;;
+    *) return 0 ;;
+  esac
+  if [[ $runs ]]; then
+    eval "$runs() {{ {by_path} \"\$@\"; exit; }}"
+  else
+    eval "${{words[0]}}() {{ {by_path} ${{words[0]}} \"\$@\"; }}"
+  fi
+  return 0
+}}
+trap '_tst_guard "$BASH_COMMAND" "$_"' DEBUG
+set -T
+"""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What became of a script.
+
+    Attributes:
+        command: that it would have launched; None if it came to its end.
+        environment: of that command, as far as Megatron looks at it.
+        printed: output of a script that came to its end.
+    """
+
+    command: list[str] | None
+    environment: Mapping[str, str]
+    printed: str
+
+
+def run_script(script: Path, extra: Sequence[str]) -> Launched:
+    """Runs a script under bash with ``DRY_RUN=1``, until it would launch something.
+
+    Args:
+        script: that launches training.
+        extra: its arguments.
+
+    Raises:
+        UsageError: it fails, takes too long, or launches what cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        environment = _write_stand_ins(folder)
+        printed = _run(script, extra, folder, environment)
+        try:
+            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return Launched(None, {}, printed)
+    if record["is_refused"]:
+        raise _refusal(script, record)
+    return Launched(record["command"], record["environment"], printed)
+
+
+def _refusal(script: Path, record: Mapping[str, Any]) -> UsageError:
+    line = shlex.join(record["command"])
+    behind = record["behind"]
+    where = f" (behind {_shortened(behind)})" if behind and behind != line else ""
+    return UsageError(
+        f"{script} calls {_shortened(line)}{where}, which names no program pretrain and was not "
+        "run, as it could launch training: pass the script that it starts, let it print its "
+        "command under DRY_RUN=1, or pass a file with the arguments of Megatron."
+    )
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= 200 else f"{line[:200]} ..."
+
+
+def _write_stand_ins(folder: Path) -> dict[str, str]:
+    """The environment in which a script finds them."""
+    quoted = {
+        "python": shlex.quote(sys.executable),
+        "boot": shlex.quote(str(folder / "boot.py")),
+        "folder": shlex.quote(str(folder)),
+    }
+    root = str(Path(__file__).parents[2])
+    (folder / "boot.py").write_text(_BOOT.format(root=root), encoding="utf-8")
+    (folder / "bin").mkdir()
+    files = {"by_path": folder / "by_path"}
+    for name in stand_ins():
+        if needs_stand_in(name, is_installed=shutil.which(name) is not None):
+            files[name] = folder / "bin" / name
+    for name, file in files.items():
+        own = "" if name == "by_path" else shlex.quote(name)
+        file.write_text(_STAND_IN.format(**quoted, name=own), encoding="utf-8")
+        file.chmod(0o755)
+    (folder / "guard.bash").write_text(_guard(folder), encoding="utf-8")
+    return {
+        **os.environ,
+        "DRY_RUN": "1",
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "BASH_ENV": str(folder / "guard.bash"),
+    }
+
+
+def _guard(folder: Path) -> str:
+    earlier = os.environ.get("BASH_ENV")
+    return _GUARD.format(
+        earlier=f". {shlex.quote(earlier)}" if earlier and Path(earlier).is_file() else "",
+        bin=shlex.quote(str(folder / "bin")),
+        by_path=shlex.quote(str(folder / "by_path")),
+        names=" ".join(stand_ins()),
+    )
+
+
+def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str, str]) -> str:
+    """What a script printed; it and all that it started have ended."""
+    record, output, errors = (folder / name for name in ("record.json", "output", "errors"))
+    with output.open("wb") as to_output, errors.open("wb") as to_errors:
+        try:
+            process = subprocess.Popen(
+                ["bash", "-c", _START, str(folder / "session"), str(script), *extra],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=to_output,
+                stderr=to_errors,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise UsageError(f"{script} cannot be run by bash: {error}.") from error
+        try:
+            code = _wait(process, record)
+        finally:
+            end_session(process.pid)
+            process.wait()
+    if record.exists():
+        return ""
+    if code is None:
+        raise UsageError(
+            f"{script} did not come to its launch under DRY_RUN=1 within {_TIMEOUT_SECONDS} "
+            "seconds: let it print its command then, or pass a file with the arguments of Megatron."
+        )
+    if code:
+        lines = [x for x in errors.read_text(errors="replace").splitlines() if x.strip()]
+        # Usage follows the error.
+        reason = lines[0] if lines else "it printed nothing"
+        raise UsageError(
+            f"{script} ended with {code} under DRY_RUN=1: {reason}. Set the variables "
+            "that it needs, as for a launch."
+        )
+    return output.read_text(encoding="utf-8", errors="replace")
+
+
+def _wait(process: subprocess.Popen[bytes], record: Path) -> int | None:
+    """The exit code, or None where there is a record first, or the time is over."""
+    end = time.monotonic() + _TIMEOUT_SECONDS
+    while process.poll() is None and time.monotonic() < end and not record.exists():
+        time.sleep(0.02)
+    # What it printed may be on its way: exec > >(tee log).
+    end = time.monotonic() + _OUTPUT_SECONDS
+    while process.returncode == 0 and processes_of(process.pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return process.returncode
