@@ -17,11 +17,12 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
-from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
+from megatron_tst.checkpoint.hf_import import import_from_huggingface
 from megatron_tst.checkpoint.hf_mapping import KeyLayout, stored_shapes, weight_slices
 from megatron_tst.checkpoint.hf_shapes import shape_from_arguments
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import read_index
+from megatron_tst.checkpoint.tracker import RELEASE
 from megatron_tst.model.model import superpose_built_models
 from megatron_tst.preflight import rank_simulation
 from megatron_tst.preflight.corpus_check import resolve_vocabulary

@@ -10,9 +10,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_tst import cpu
 from megatron_tst.checkpoint import hf_verify
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
+from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.commands import convert_megatron_to_hf
 from tests.llama_checkpoints import ITERATION, VOCABULARY
 from tests.older_arguments import save_as_core_0_14
@@ -145,14 +147,41 @@ def _commands(checkpoint: Path, tokenizer: Path, work: Path) -> dict[str, tuple[
     }
     _swap(intact, *(f"model.layers.1.mlp.{kind}_proj.weight" for kind in ("gate", "up")))
     verify = convert_megatron_to_hf._verify
+    for number in (signal.SIGINT, signal.SIGTERM):
+        output = work / number.name
+        with _interrupting(number):
+            found[number.name] = command(f"--output={output}")
+        assert (output / "config.json").is_file()
     found["damaged"] = _printed(lambda: verify(checkpoint, intact, hf_verify.LOGIT_TOLERANCE))
     return found
+
+
+@contextlib.contextmanager
+def _interrupting(number: int) -> Iterator[None]:
+    """Has a signal come when Megatron's model is to compute."""
+    real = hf_verify._megatron_logits
+
+    def interrupted(
+        source: TorchDistCheckpoint, tokens: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        signal.raise_signal(number)
+        return real(source, tokens, dtype)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    hf_verify._megatron_logits = interrupted
+    try:
+        yield
+    finally:
+        hf_verify._megatron_logits = real
 
 
 def _printed(call: Callable[[], int]) -> tuple[int, str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = call()
+        try:
+            code: Any = call()
+        except SystemExit as end:
+            code = end.code
     return code, printed.getvalue()
 
 

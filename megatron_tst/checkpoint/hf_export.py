@@ -23,8 +23,8 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape, shape_from_arguments
-from megatron_tst.checkpoint.output_folder import check_disk, check_output
-from megatron_tst.checkpoint.safetensors_writer import PlannedWeight, SafetensorsWriter
+from megatron_tst.checkpoint.output_folder import check_disk, check_output, what_is_read
+from megatron_tst.checkpoint.safetensors_writer import WRITTEN, PlannedWeight, SafetensorsWriter
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.common.atomic_files import replacing_folder
@@ -50,6 +50,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def export_to_huggingface(
             a model that was imported, rows beyond the vocabulary of that model.
         output: folder to write; it appears whole or not at all.
         dtype: dtype of the weights; by default the stored one.
-        overwrite: whether an existing ``output`` is replaced.
+        overwrite: whether an existing ``output`` is replaced, if it is nothing but an export;
+            it may be ``tokenizer``.
         max_shard_size: size beyond which the weights are split into several files.
         on_progress: called with the parts of the model that are written, and their number.
 
@@ -103,7 +105,7 @@ def export_to_huggingface(
     """
     # Where a link points to is what is replaced.
     output = output.resolve()
-    check_output(output, overwrite, _not_an_export(output, inputs=(checkpoint, tokenizer)))
+    check_output(output, overwrite, _not_an_export(output, checkpoint, tokenizer))
     source = TorchDistCheckpoint(find_checkpoint(checkpoint))
     common = source.read_common()
     args, iteration = common["args"], int(common.get("iteration", 0))
@@ -143,11 +145,20 @@ def export_to_huggingface(
     )
 
 
-def _not_an_export(output: Path, inputs: Sequence[Path]) -> str | None:
-    if not (output / "config.json").is_file():
-        return "is no exported model (it has no config.json)"
-    held = [path for path in inputs if output in path.resolve().parents]
-    return f"holds {held[0]}, which is read" if held else None
+def _not_an_export(output: Path, checkpoint: Path, tokenizer: Path) -> str | None:
+    # Its files are copied before its folder goes.
+    is_tokenizer = output == tokenizer.resolve()
+    if found := what_is_read(output, [checkpoint] if is_tokenizer else [checkpoint, tokenizer]):
+        return found
+    if not (output / _CONFIG).is_file():
+        return f"is no exported model (it has no {_CONFIG})"
+    names = {path.name: path.is_file() for path in output.iterdir()}
+    weights = {name for name in names if WRITTEN.fullmatch(name)}
+    own = {_CONFIG, _GENERATION, *_TOKENIZER_FILES, *weights}
+    others = sorted(name for name, is_file in names.items() if not is_file or name not in own)
+    if others:
+        return f"holds {others[0]}, which no export writes"
+    return None if weights or is_tokenizer else "is no exported model (it has no weights)"
 
 
 def read_tokenizer(folder: Path) -> HuggingFaceTokenizer:
@@ -172,7 +183,7 @@ def _vocabulary(tokenizer: Path, size: int, padded: int) -> int:
 
     Models such as Qwen3 have more of them than their tokenizer has entries, which an import keeps.
     """
-    config = tokenizer / "config.json"
+    config = tokenizer / _CONFIG
     settings = read_json_object(config, "copy the folder again") if config.is_file() else {}
     of_model = settings.get("vocab_size", size)
     # A bool is an int for Python.
@@ -216,8 +227,8 @@ def _write(
         on_progress(len(slices), len(slices))
         writer.finish()
         special_ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", special_ids)
+        _write_json(temporary / _CONFIG, config)
+        _write_json(temporary / _GENERATION, special_ids)
         for file in files:
             shutil.copyfile(file, temporary / file.name)
         _write_json(temporary / CONFIG_FILE, tokenizer_settings)

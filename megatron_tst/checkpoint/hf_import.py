@@ -27,14 +27,15 @@ from megatron_tst.checkpoint.hf_mapping import (
     weight_slices,
 )
 from megatron_tst.checkpoint.hf_shapes import ModelShape
-from megatron_tst.checkpoint.output_folder import check_disk, check_output
+from megatron_tst.checkpoint.output_folder import check_disk, check_output, what_is_read
 from megatron_tst.checkpoint.safetensors_reader import StoredWeight, stored_weights
-from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
+from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, FORMAT_FILE, is_torch_dist
 from megatron_tst.checkpoint.torch_dist_writer import (
     PlannedChunk,
     checkpoint_bytes,
     write_checkpoint,
 )
+from megatron_tst.checkpoint.tracker import RELEASE, TRACKER_FILE
 from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
@@ -42,8 +43,6 @@ from megatron_tst.evaluation.folder import check_model_folder
 
 ModelKind = Literal["auto", "hybrid", "gpt"]
 """Megatron's model: HybridModel, GPTModel, or HybridModel where it computes the same."""
-RELEASE = "release"
-"""What Megatron calls a checkpoint without optimizer: training starts at step 0 from it."""
 _OUTPUT_LAYER, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # The arguments of Megatron, all of them.
 _COMMON_BYTES = 40_000
@@ -91,7 +90,7 @@ def import_from_huggingface(
         dtype: dtype of the weights; by default the one in the folder.
         vocabulary_multiple: the embedding and the output layer are padded to a multiple of it, with
             zeros, as Megatron fills rows when it loads into a larger vocabulary.
-        overwrite: whether an existing ``output`` is replaced.
+        overwrite: whether an existing ``output`` is replaced, if it is nothing but an import.
         on_progress: called with the parts of the model that are read, and their number.
         kind: of Megatron's model that the checkpoint is for.
 
@@ -99,7 +98,9 @@ def import_from_huggingface(
         UsageError: naming what is missing, damaged, or cannot be expressed in Megatron; or the disk
             is too small.
     """
-    check_output(output, overwrite, _not_an_import(output))
+    # Where a link points to is what is replaced.
+    output = output.resolve()
+    check_output(output, overwrite, _not_an_import(output, model))
     if vocabulary_multiple < 1:
         raise UsageError(f"--pad-vocab-to-multiple-of {vocabulary_multiple} is not positive.")
     named = f"--model {model}"
@@ -158,11 +159,19 @@ def _common_state(arguments: Sequence[Sequence[str]]) -> dict[str, Any]:
     }
 
 
-def _not_an_import(output: Path) -> str | None:
-    tracker = output / TRACKER_FILE
-    if tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace") == RELEASE:
-        return None
-    return "holds something else than an imported model"
+def _not_an_import(output: Path, model: Path) -> str | None:
+    if found := what_is_read(output, [model]):
+        return found
+    tracker, names = output / TRACKER_FILE, set()
+    if output.is_dir():
+        names = {path.name for path in output.iterdir()}
+    # A run that saves into the folder leaves the imported weights beside its own.
+    if others := sorted(names - {TRACKER_FILE, RELEASE}):
+        return f"holds something else than an imported model ({others[0]})"
+    if not (tracker.is_file() and is_torch_dist(output / RELEASE / FORMAT_FILE)):
+        return "holds no imported model"
+    text = tracker.read_text(encoding="utf-8", errors="replace")
+    return None if text == RELEASE else "holds something else than an imported model"
 
 
 def _is_hybrid(kind: ModelKind, config: Any, named: str) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.errors import UsageError, interrupt_code
 
 
 def check_output(output: Path, overwrite: bool, problem: str | None) -> None:
@@ -29,8 +32,57 @@ def check_output(output: Path, overwrite: bool, problem: str | None) -> None:
         )
 
 
-def check_disk(output: Path, needed: int) -> None:
+def what_is_read(output: Path, inputs: Sequence[Path]) -> str | None:
+    """Says which of some inputs would go with a folder; None if it is none of them.
+
+    Args:
+        output: folder to write, resolved.
+        inputs: folders that are read.
+    """
+    for path in inputs:
+        if (folder := path.resolve()) == output:
+            return f"is {path}, which is read"
+        if output in folder.parents:
+            return f"holds {path}, which is read"
+    return None
+
+
+@contextmanager
+def saying_what_is_left(output: Path, written: str = "was written") -> Iterator[None]:
+    """Says of a command that Ctrl-C or SIGTERM ends whether its folder was written by then.
+
+    Args:
+        output: folder that the body writes, whole or not at all.
+        written: said of it where it was.
+
+    Raises:
+        SystemExit: with 130 or 143, after either.
+    """
+    before = _identity(output)
+    try:
+        yield
+    except BaseException as error:
+        code = interrupt_code(error)
+        if code is None:
+            raise
+        is_new = _identity(output) != before
+        left = f"{output} {written}" if is_new else "nothing was written"
+        print(f"interrupted: {left}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def _identity(folder: Path) -> int | None:
+    """Tells a folder from another one that was there before."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def check_disk(output: Path, needed: int, flag: str = "--output") -> None:
     """Compares what will be written with the space that there is.
+
+    Args:
+        output: folder to write.
+        needed: bytes.
+        flag: what the user passed it with.
 
     Raises:
         UsageError: naming both in bytes.
@@ -39,6 +91,6 @@ def check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UsageError(
-            f"--output {output} needs {needed:,} bytes and its disk has {free:,} free: make room, "
+            f"{flag} {output} needs {needed:,} bytes and its disk has {free:,} free: make room, "
             "or name a folder on another disk."
         )

@@ -13,21 +13,35 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_tst.checkpoint.output_folder import check_disk, check_output
+from megatron_tst.checkpoint.output_folder import check_disk
 from megatron_tst.checkpoint.saved_accounting import param_groups
 from megatron_tst.checkpoint.saved_state import SavedState, read_saved_state
-from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
+from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY
 from megatron_tst.checkpoint.torch_dist_writer import (
     PlannedChunk,
     checkpoint_bytes,
     write_checkpoint,
 )
+from megatron_tst.checkpoint.tracker import TRACKER_FILE
 from megatron_tst.common.atomic_files import replacing_folder
 from megatron_tst.common.errors import UsageError
 from megatron_tst.common.progress import CountCallback, no_progress
 
 # Megatron stacks layers, and experts, before the two dimensions of a matrix.
 _MATRIX = 2
+
+
+_FLAG = "--rebuild-masters"
+
+
+def refuse_existing(output: Path) -> None:
+    """Refuses to replace anything.
+
+    Raises:
+        UsageError: ``output`` exists.
+    """
+    if output.exists():
+        raise UsageError(f"{_FLAG} {output} exists: name a folder that does not.")
 
 
 def rebuild_masters(folder: Path, output: Path, on_progress: CountCallback = no_progress) -> Path:
@@ -51,17 +65,23 @@ def rebuild_masters(folder: Path, output: Path, on_progress: CountCallback = no_
         UsageError: there are no masters by weight in it, a weight is missing, ``output`` exists, or
             the disk is too small.
     """
-    check_output(output, overwrite=False, problem=None)
+    # A link stays, and what it points to is written.
+    output = output.resolve()
+    refuse_existing(output)
     state = read_saved_state(folder)
     if state.buckets or not any(weight.masters for weight in state.weights.values()):
         raise UsageError(
-            f"--rebuild-masters: {folder} has no master weights beside its weights"
+            f"{_FLAG}: {folder} has no master weights beside its weights"
             f"{', only rows of many of them' if state.buckets else ''}: resume with "
             "--no-load-optim, which makes the masters from the weights."
         )
     chunks = _chunks(state)
     objects = _objects(state)
-    check_disk(output, checkpoint_bytes(chunks, len(objects)) + sum(map(_size, objects.values())))
+    needed = checkpoint_bytes(chunks, len(objects)) + sum(map(_size, objects.values()))
+    check_disk(output, needed, _FLAG)
+    step = int(objects[COMMON_KEY]["iteration"])
+    # As Megatron looks for it, whatever the folder is called.
+    name = f"iter_{step:07d}"
     on_progress(0, len(chunks))
     done = itertools.count(1)
     with replacing_folder(output) as temporary:
@@ -69,10 +89,9 @@ def rebuild_masters(folder: Path, output: Path, on_progress: CountCallback = no_
         def advance() -> None:
             on_progress(next(done), len(chunks))
 
-        write_checkpoint(temporary / folder.name, state.source.shapes(), chunks, objects, advance)
-        step = folder.name.removeprefix("iter_").lstrip("0") or "0"
-        (temporary / TRACKER_FILE).write_text(step, encoding="utf-8")
-    return output / folder.name
+        write_checkpoint(temporary / name, state.source.shapes(), chunks, objects, advance)
+        (temporary / TRACKER_FILE).write_text(str(step), encoding="utf-8")
+    return output / name
 
 
 def _chunks(state: SavedState) -> list[PlannedChunk]:
@@ -80,9 +99,7 @@ def _chunks(state: SavedState) -> list[PlannedChunk]:
     for weight in state.weights.values():
         masters = [shard.key for shard in weight.masters[:1]]
         if masters and not weight.shards:
-            raise UsageError(
-                f"--rebuild-masters: {masters[0]} has no weight {weight.key} to be made from."
-            )
+            raise UsageError(f"{_FLAG}: {masters[0]} has no weight {weight.key} to be made from.")
         if weight.shards:
             chunks += _of_tensor(state, weight.key, partial(state.source.read, weight.key))
         for key in {shards[0].key for shards in weight.state.values() if shards}:

@@ -24,6 +24,8 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Names in the header of a file."""
 _ALIGNMENT = 8
 _INDEX_FILE = "model.safetensors.index.json"
+WRITTEN = re.compile(rf"model(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{re.escape(_INDEX_FILE)}")
+"""Names of all files that are written."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

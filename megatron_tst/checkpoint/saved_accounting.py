@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tst.checkpoint.tracker import RELEASE
 from megatron_tst.settings.arguments import superposition_schedule_from_args
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
 from megatron_tst.settings.phases import (
@@ -15,8 +17,6 @@ from megatron_tst.settings.phases import (
     recorded_phases,
     switches_name,
 )
-
-_RELEASE = "release"
 
 
 @dataclass
@@ -52,15 +52,13 @@ def check_accounting(name: str, common: Mapping[str, Any]) -> Accounting:
     args: Namespace = common["args"]
     step = common.get("iteration")
     result = Accounting(f"step {step}")
-    if name == _RELEASE:
+    if name == RELEASE:
         result.summary = "a release without optimizer: training starts at step 0 from it"
         return result
-    result.require(
-        isinstance(step, int) and name in (f"iter_{step:07d}", _RELEASE),
-        f"the folder is {name}, and the checkpoint in it of step {step}",
-    )
     if not isinstance(step, int):
+        result.require(False, f"the checkpoint is of step {step}, which is no number")
         return result
+    _check_name(result, name, f"iter_{step:07d}")
     _check_optimizer_steps(result, common, step, args)
     settings = getattr(args, "tst_settings", None) or {}
     if is_superposed(settings):
@@ -71,6 +69,18 @@ def check_accounting(name: str, common: Mapping[str, Any]) -> Accounting:
     if written_by:
         result.summary += f", written by torch {written_by}"
     return result
+
+
+def _check_name(result: Accounting, name: str, expected: str) -> None:
+    """Compares what a folder is called with what Megatron calls it; others may be its user's."""
+    if re.fullmatch(r"iter_\d+", name):
+        result.require(
+            name == expected, f"the folder is {name}, and the checkpoint in it is {expected}"
+        )
+    else:
+        result.notes.append(
+            f"the folder is called {name}: Megatron loads it where it is called {expected}"
+        )
 
 
 def param_groups(state: Any) -> Iterator[dict[str, Any]]:

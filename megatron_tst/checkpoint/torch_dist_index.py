@@ -19,12 +19,16 @@ import torch
 from packaging.version import Version
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tst.checkpoint.tracker import (
+    TRACKER_FILE,
+    found_in,
+    missing_checkpoint,
+    tracked_name,
+)
 from megatron_tst.common.errors import UsageError, raise_interrupt
 
 INDEX_FILE = ".metadata"
 """The index of the tensors, in the folder of an iteration."""
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-"""Names the latest checkpoint, in a folder of ``--save``."""
 FORMAT_FILE = "metadata.json"
 """Names the format, in the folder of an iteration."""
 COMMON_KEY = "common_state/shard_0_1"
@@ -62,15 +66,12 @@ def find_checkpoint(path: Path) -> Path:
     """The folder of one iteration: ``path`` itself, or the latest one saved under it.
 
     Raises:
-        UsageError: neither, or a checkpoint in another format.
+        UsageError: neither, a tracker that names none, or a checkpoint in another format.
     """
     if not path.is_dir():
         raise UsageError(f"--checkpoint {path} is not a folder.")
-    folder = path
     tracker = path / TRACKER_FILE
-    if tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        folder = path / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
+    folder = _tracked(tracker, f"--checkpoint {path}") if tracker.is_file() else path
     if not (folder / FORMAT_FILE).is_file():
         if list(folder.glob("*.distcp")):
             if _is_of_torch(folder / INDEX_FILE):
@@ -92,6 +93,19 @@ def find_checkpoint(path: Path) -> Path:
     return folder
 
 
+def _tracked(tracker: Path, named: str) -> Path:
+    name = tracked_name(tracker, "pass such a folder")
+    folder = tracker.parent / name
+    if not name:
+        raise UsageError(
+            f"{named}: {tracker} is empty, as a run leaves it that is killed while it is written: "
+            f"pass one of its checkpoints (found: {found_in(tracker.parent)})."
+        )
+    if not folder.is_dir():
+        raise missing_checkpoint(f"{named}: {tracker}", folder, "Pass one that is.")
+    return folder
+
+
 def whole_checkpoints(save: Path) -> dict[int, Path]:
     """The checkpoints by step that are in a folder of ``--save`` and were written to their end.
 
@@ -100,7 +114,7 @@ def whole_checkpoints(save: Path) -> dict[int, Path]:
     found = {}
     for file in save.glob(f"iter_*/{FORMAT_FILE}"):
         step = file.parent.name.removeprefix("iter_")
-        if step.isdecimal() and (file.parent / INDEX_FILE).is_file() and _is_torch_dist(file):
+        if step.isdecimal() and (file.parent / INDEX_FILE).is_file() and is_torch_dist(file):
             found[int(step)] = file.parent
     return dict(sorted(found.items()))
 
@@ -113,7 +127,8 @@ def _is_of_torch(index: Path) -> bool:
         return False
 
 
-def _is_torch_dist(format_file: Path) -> bool:
+def is_torch_dist(format_file: Path) -> bool:
+    """Whether a file is that of :data:`FORMAT_FILE` and names the format that is read here."""
     try:
         return _read_format(format_file) == "torch_dist"
     # Not written yet, or deleted since.

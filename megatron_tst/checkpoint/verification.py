@@ -38,7 +38,8 @@ def verify_checkpoint(folder: Path, on_progress: CountCallback = no_progress) ->
     common = _common(state, result)
     check_values(state, result, common["args"] if common else Namespace(), on_progress)
     if common:
-        counts = check_accounting(folder.name, common)
+        # Of the working directory too.
+        counts = check_accounting(folder.absolute().name, common)
         result.summary = counts.summary
         result.notes += counts.notes
         result.looked_at[COUNTS] += counts.compared

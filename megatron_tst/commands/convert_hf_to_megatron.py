@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.hf_export import DtypeName
 from megatron_tst.checkpoint.hf_import import ImportResult, ModelKind, import_from_huggingface
+from megatron_tst.checkpoint.output_folder import saying_what_is_left
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
@@ -21,7 +22,10 @@ from megatron_tst.common.progress import TaskProgress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that is no use."""
     options = _parser().parse_args(arguments)
-    with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
+    with (
+        saying_what_is_left(options.output),
+        TaskProgress(Console(stderr=True), with_bars=options.progress) as display,
+    ):
         result = import_from_huggingface(
             options.model,
             options.output,
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="add rows of zeros to the embedding and the output layer: a multiple of "
         "--tensor-model-parallel-size, and best of 128 times it (default: 1, no rows)",
     )
-    add("--overwrite", action="store_true", help="replace an earlier import")
+    add("--overwrite", action="store_true", help="replace an earlier import, and nothing else")
     add("--progress", action="store_true", help="draw a bar, not lines, without a terminal too")
     return parser
 
@@ -70,6 +74,6 @@ def _print(result: ImportResult, model: Path, output: Path) -> None:
     )
     print("# Training starts at step 0 from these weights:")
     print("MODEL_ARGS=(")
-    for argument in (*result.arguments, ("--load", str(output.resolve()))):
+    for argument in (*result.arguments, ("--load", str(output.absolute()))):
         print(f"    {shlex.join(argument)}")
     print(")")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,10 +13,11 @@ from typing import get_args
 
 from rich.console import Console
 
-from megatron_tst.checkpoint.hf_export import DtypeName, export_to_huggingface
+from megatron_tst.checkpoint.hf_export import DtypeName, ExportResult, export_to_huggingface
 from megatron_tst.checkpoint.hf_verify import LOGIT_TOLERANCE
+from megatron_tst.checkpoint.output_folder import saying_what_is_left
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import command, leave_on_sigterm
+from megatron_tst.common.errors import command
 from megatron_tst.common.progress import TaskProgress
 
 
@@ -25,24 +25,28 @@ from megatron_tst.common.progress import TaskProgress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if --verify finds a difference, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
-    leave_on_sigterm()
     if options.verify:
         # Both models run on the CPU. Before anything looks for a GPU.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
-            result = export_to_huggingface(
-                options.checkpoint,
-                options.tokenizer,
-                options.output,
-                dtype=options.dtype,
-                overwrite=options.overwrite,
-                max_shard_size=options.max_shard_size,
-                on_progress=display.counting("Exporting", "parts"),
-            )
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 128 + signal.SIGINT
+    written = "was written and not verified" if options.verify else "was written"
+    with saying_what_is_left(options.output, written):
+        result = _export(options)
+        if not options.verify:
+            return 0
+        return _verify(result.checkpoint, options.output, options.verify_tolerance)
+
+
+def _export(options: argparse.Namespace) -> ExportResult:
+    with TaskProgress(Console(stderr=True), with_bars=options.progress) as display:
+        result = export_to_huggingface(
+            options.checkpoint,
+            options.tokenizer,
+            options.output,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            max_shard_size=options.max_shard_size,
+            on_progress=display.counting("Exporting", "parts"),
+        )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(
@@ -50,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"vocabulary {result.shape.vocabulary:,} of {result.shape.padded_vocabulary:,} rows) as "
         f"{result.shape.architecture}: {options.output}"
     )
-    if not options.verify:
-        return 0
-    return _verify(result.checkpoint, options.output, options.verify_tolerance)
+    return result
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder to write")
     add("--dtype", choices=get_args(DtypeName), help="of the weights (default: as stored)")
     add("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
-    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--overwrite", action="store_true", help="replace an earlier export, and nothing else")
     add("--progress", action="store_true", help="draw a bar, not lines, without a terminal too")
     add(
         "--verify",

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_tst.checkpoint.torch_dist_index import FORMAT_FILE
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import UsageError, command, leave_on_sigterm
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.evaluation.evaluate import EvaluationConfig, evaluate, prepare
 from megatron_tst.evaluation.folder import DTYPE_HELP, DtypeName
@@ -36,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check_source(model, checkpoint, tokenizer)
     _check_follow(follows, seconds, checkpoint, options["compare"])
     config = EvaluationConfig(**options)
-    # So that the export of a checkpoint is removed on the way out.
-    leave_on_sigterm()
     try:
         if follows:
             return _follow(config, checkpoint, tokenizer, seconds or _SECONDS)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import UsageError, command, leave_on_sigterm
+from megatron_tst.common.errors import UsageError, command
 from megatron_tst.common.progress import TaskProgress
 from megatron_tst.report.origin_plots import origin_plots
 from megatron_tst.report.origin_settings import unrecorded
@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
     args = _parser().parse_args(arguments)
     _check(args)
-    leave_on_sigterm()
     traces = (
         _measured(args) if args.arm else [t for path in args.tables_read for t in read_traces(path)]
     )

@@ -14,7 +14,7 @@ from typing import get_args
 from rich.console import Console
 
 from megatron_tst.common.command_parser import command_parser
-from megatron_tst.common.errors import command, leave_on_sigterm
+from megatron_tst.common.errors import command
 from megatron_tst.corpus.encoder_choice import EncoderName
 from megatron_tst.corpus.file_kinds import DEFAULT_EXTENSIONS
 from megatron_tst.corpus.outputs import checked_prefix
@@ -62,7 +62,6 @@ def _available_cpus() -> int:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for input that cannot be used."""
-    leave_on_sigterm()
     try:
         config = parse_arguments(arguments)
         result = preprocess_with_progress(config, Console(stderr=True))

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_tst.checkpoint.findings import Verification
-from megatron_tst.checkpoint.rebuilding import rebuild_masters
+from megatron_tst.checkpoint.output_folder import saying_what_is_left
+from megatron_tst.checkpoint.rebuilding import rebuild_masters, refuse_existing
 from megatron_tst.checkpoint.torch_dist_index import find_checkpoint
 from megatron_tst.checkpoint.verification import verify_checkpoint
 from megatron_tst.checkpoint.verification_wording import description
@@ -22,11 +23,18 @@ from megatron_tst.common.progress import TaskProgress
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a checkpoint with faults, 2 for input that is no use."""
     options = _parser().parse_args(arguments)
+    output = options.rebuild_masters
+    if output:
+        # Before all of a checkpoint is read.
+        refuse_existing(output)
     folder = find_checkpoint(options.checkpoint)
     result = _verify(folder, options)
     print(description(result), end="")
-    if options.rebuild_masters and result.faults:
-        return _rebuild(result, options)
+    if output and result.faults:
+        with saying_what_is_left(output, "was written and not verified"):
+            return _rebuild(result, options)
+    if output:
+        print(f"There is nothing to rebuild: {output} was not written.")
     return 1 if result.faults else 0
 
 
@@ -63,6 +71,6 @@ def _rebuild(result: Verification, options: argparse.Namespace) -> int:
     print(
         f"{rebuilt}: masters made from the weights, moments at zero, "
         f"{'FAULTS FOUND' if faults else 'no fault found'}. Continue with --load "
-        f"{output.resolve()}."
+        f"{output.absolute()}."
     )
     return 1 if faults else 0

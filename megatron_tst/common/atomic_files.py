@@ -46,8 +46,10 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``path`` that takes its place at the end.
 
-    Where the body fails, ``path`` stays as it was and nothing is left.
+    Where the body fails or is interrupted, ``path`` stays as it was and nothing is left. What a
+    link points to is what is replaced.
     """
+    path = path.resolve()
     with temporary_folder(path, "writing") as temporary:
         yield temporary
         _replace_folder(temporary, path)
@@ -71,8 +73,7 @@ def move(source: Path, target: Path) -> None:
 
     Both are on one file system. A file that is there is replaced, and a folder if it is empty.
     """
-    for path in (source, *source.rglob("*")):
-        sync(path)
+    _sync_all(source)
     os.replace(source, target)
     sync(target.parent)
 
@@ -100,16 +101,38 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{path.name}.{what}-{secrets.token_hex(4)}")
 
 
+def _sync_all(path: Path) -> None:
+    for part in (path, *path.rglob("*")):
+        sync(part)
+
+
 def _replace_folder(temporary: Path, path: Path) -> None:
+    # While everything is in its place: it can take minutes.
+    _sync_all(temporary)
     # A folder that holds something cannot be replaced in one step: it steps aside, and goes last.
-    old = _beside(path, "old")
-    if path.exists():
-        os.replace(path, old)
+    old, steps_aside = _beside(path, "old"), path.exists()
     try:
-        move(temporary, path)
-    except OSError:
+        if steps_aside:
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync(path.parent)
+    # Of an interrupt too.
+    except BaseException:
+        is_placed = path.exists() and old.exists() == steps_aside
+        if is_placed and not temporary.exists():
+            os.replace(path, temporary)
         if old.exists():
             os.replace(old, path)
         raise
-    if old.is_dir():
-        shutil.rmtree(old)
+    _remove_whole(old)
+
+
+def _remove_whole(folder: Path) -> None:
+    """Removes a folder, if there is one, and leaves no half of it to an interrupt."""
+    if not folder.is_dir():
+        return
+    try:
+        shutil.rmtree(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

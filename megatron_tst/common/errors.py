@@ -6,7 +6,9 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,27 +21,41 @@ def command[**A](main: Callable[A, int]) -> Callable[A, int]:
     """Ends a command with one line and exit code 2 where its input cannot be used.
 
     That is a :class:`UsageError`, or a file that cannot be read or written. Every other error is
-    one of the program and keeps its traceback.
+    one of the program and keeps its traceback. Ctrl-C and SIGTERM end it with 130 and 143, once it
+    has removed what it was writing.
     """
 
     @functools.wraps(main)
     def guarded(*args: A.args, **kwargs: A.kwargs) -> int:
         try:
-            return main(*args, **kwargs)
+            with _leaving_on_sigterm():
+                return main(*args, **kwargs)
         except (UsageError, OSError) as error:
             print_error(error)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
 
     return guarded
 
 
-def leave_on_sigterm() -> None:
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
     """Makes SIGTERM an exception, so that a command cleans up on the way out."""
+    # Python takes handlers from the main thread alone.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def leave(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def raise_interrupt(error: BaseException | None) -> None:
@@ -56,6 +72,17 @@ def raise_interrupt(error: BaseException | None) -> None:
         for of_a_rank, _ in getattr(error, "failures", {}).values():
             raise_interrupt(of_a_rank)
         error = error.__cause__ or error.__context__
+
+
+def interrupt_code(error: BaseException) -> int | None:
+    """Exit code of the Ctrl-C or SIGTERM that an error comes from, None for any other error."""
+    try:
+        raise_interrupt(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except SystemExit as end:
+        return 128 + signal.SIGTERM if end.code == 128 + signal.SIGTERM else None
+    return None
 
 
 def print_error(error: BaseException) -> None:

@@ -6,13 +6,16 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_tst.checkpoint.tracker import (
+    RELEASE,
+    TRACKER_FILE,
+    missing_checkpoint,
+    tracked_name,
+)
 from megatron_tst.common.atomic_files import write_file
 from megatron_tst.common.errors import UsageError
 
 _logger = logging.getLogger(__name__)
-_TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""Folder of weights alone, such as those of an imported model."""
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
@@ -38,7 +41,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
             f"--ckpt-step {args.ckpt_step} is not what Megatron would load: {newest} is newer, and "
             f"not persistent. Remove {newest.parent} to go back."
         )
-    if _start(args) and not (Path(args.load) / _TRACKER).is_file():
+    if _start(args) and not (Path(args.load) / TRACKER_FILE).is_file():
         raise UsageError(
             f"--pretrained-checkpoint {_start(args)} is what Megatron would start from anew, as "
             f"--load {args.load} holds no persistent checkpoint: leave it out to go on with "
@@ -65,7 +68,7 @@ def damaged_checkpoint(folder: Path, args: Namespace, problem: str) -> UsageErro
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that the tracker of a folder names, None without a tracker."""
-    tracker = folder / _TRACKER
+    tracker = folder / TRACKER_FILE
     return folder / _read_tracker(tracker) if tracker.is_file() else None
 
 
@@ -83,16 +86,12 @@ def _persistent(args: Namespace) -> Path | None:
     if args.ckpt_step:
         folder, source = load / f"iter_{args.ckpt_step:07d}", f"--ckpt-step {args.ckpt_step}"
     elif (last := last_checkpoint(load)) is not None:
-        folder, source = last, str(load / _TRACKER)
+        folder, source = last, str(load / TRACKER_FILE)
     else:
         return None
     if not folder.is_dir():
-        found = sorted(path.name for path in load.glob("iter_*"))
-        raise UsageError(
-            f"--load {args.load}: {source} names the checkpoint {folder.name}, which is not there "
-            f"(found: {', '.join(found) or 'none'}). Pass --ckpt-step with a checkpoint that is, "
-            "or another --load."
-        )
+        remedy = "Pass --ckpt-step with a checkpoint that is, or another --load."
+        raise missing_checkpoint(f"--load {args.load}: {source}", folder, remedy)
     return folder
 
 
@@ -102,9 +101,9 @@ def _non_persistent(args: Namespace) -> Path | None:
     if folder is not None and not folder.is_dir():
         # Megatron removes all but the last folder before it saves, which may be half-written.
         raise UsageError(
-            f"{folder.parent / _TRACKER} names the checkpoint {folder.name}, which is not there, "
-            "as after two saves that were interrupted: remove "
-            f"{folder.parent} to go on with the last persistent checkpoint."
+            f"{folder.parent / TRACKER_FILE} names the checkpoint {folder.name}, which is not "
+            f"there, as after two saves that were interrupted: remove {folder.parent} to go on "
+            "with the last persistent checkpoint."
         )
     return folder
 
@@ -116,24 +115,23 @@ def _non_persistent_folder(args: Namespace) -> Path | None:
 
 
 def _read_tracker(tracker: Path) -> str:
-    latest = tracker.read_text(errors="replace").strip() or _mend_tracker(tracker)
-    if latest == RELEASE:
-        return latest
-    if not latest.isdecimal():
+    name = tracked_name(tracker, "pass --ckpt-step") or _mend_tracker(tracker)
+    if not name:
         raise UsageError(
-            f"{tracker} holds {latest[:40]!r} instead of the step of the last checkpoint: write "
-            "the number of a complete iter_* folder into it, or pass --ckpt-step."
+            f"{tracker} is empty and no checkpoint beside it is whole: pass another folder, or "
+            "remove the file to start anew."
         )
-    return f"iter_{int(latest):07d}"
+    return name
 
 
 def _mend_tracker(tracker: Path) -> str:
-    """Writes the last whole checkpoint into an empty tracker, and returns its step.
+    """Writes the last whole checkpoint into an empty tracker, and returns its name.
 
     Megatron empties the file before it writes the step, once the checkpoint is whole: a run that is
     killed in between leaves it empty, and could not be continued. Several ranks write the same.
     """
-    whole = sorted(path.parent.name for path in tracker.parent.glob("iter_*/.metadata"))
+    named = (path.parent.name for path in tracker.parent.glob("iter_*/.metadata"))
+    whole = sorted(name for name in named if name.removeprefix("iter_").isdecimal())
     if not whole:
         return ""
     step = str(int(whole[-1].removeprefix("iter_")))
@@ -143,4 +141,4 @@ def _mend_tracker(tracker: Path) -> str:
         "checkpoint of the folder is %s.",
         *(tracker, whole[-1]),
     )
-    return step
+    return f"iter_{int(step):07d}"

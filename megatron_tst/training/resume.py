@@ -25,6 +25,7 @@ from megatron_tst.checkpoint.torch_dist_index import (
     newer_torch,
     older_torch,
 )
+from megatron_tst.checkpoint.tracker import RELEASE
 from megatron_tst.common.errors import UsageError, raise_interrupt
 from megatron_tst.data.files import fingerprint
 from megatron_tst.data.named_corpora import data_path_prefixes, data_weights
@@ -32,7 +33,6 @@ from megatron_tst.settings.config import SETTINGS
 from megatron_tst.settings.phases import Phase, recorded_phases
 from megatron_tst.settings.schedule import SuperpositionSchedule
 from megatron_tst.training.checkpoint_choice import (
-    RELEASE,
     checkpoint_to_load,
     damaged_checkpoint,
     last_checkpoint,

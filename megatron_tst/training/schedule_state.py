@@ -18,8 +18,9 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from megatron.training import get_args, print_rank_0
 
+from megatron_tst.checkpoint.tracker import RELEASE
 from megatron_tst.settings.batch_arguments import batch_sizes_from_args
-from megatron_tst.training.checkpoint_choice import RELEASE, checkpoint_to_load
+from megatron_tst.training.checkpoint_choice import checkpoint_to_load
 from megatron_tst.training.fully_sharded import continue_counting
 from megatron_tst.upstream.patches import wrap
 

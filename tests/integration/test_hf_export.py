@@ -54,6 +54,10 @@ ARCHITECTURES = {
 }
 
 
+STALE = "model-00001-of-00002.safetensors"
+"""Of an export in several files."""
+
+
 @pytest.fixture
 def damaged(checkpoints: Path, tmp_path: Path) -> Path:
     """A copy of one checkpoint, to break."""
@@ -165,9 +169,9 @@ def test_an_existing_folder_is_replaced_only_when_asked(
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
     shutil.rmtree(output)
     export(overwrite=False)
-    (output / "stale.txt").touch()
+    (output / STALE).touch()
     export(overwrite=True)
-    assert not (output / "stale.txt").exists()
+    assert not (output / STALE).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -179,23 +183,70 @@ def test_a_link_stays_and_its_folder_is_replaced(
     for stale in (False, True):
         export_to_huggingface(checkpoints / "gqa-untied", tokenizer, link, overwrite=stale)
         assert link.is_symlink()
-        assert not (tmp_path / "real" / "stale.txt").exists()
+        assert not (tmp_path / "real" / STALE).exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
-        (tmp_path / "real" / "stale.txt").touch()
+        (tmp_path / "real" / STALE).touch()
 
 
 def test_what_is_read_is_not_overwritten(damaged: Path, tokenizer: Path, tmp_path: Path) -> None:
     """A folder that was exported, and in which something else was put."""
     output = damaged.parent
     (output / "config.json").touch()
-    with pytest.raises(ValueError, match="which is read, so --overwrite does not remove it"):
-        export_to_huggingface(damaged, tokenizer, output, overwrite=True)
+    for source in (damaged, output):
+        with pytest.raises(ValueError, match="which is read, so --overwrite does not remove it"):
+            export_to_huggingface(source, tokenizer, output, overwrite=True)
     assert damaged.is_dir()
     # The tokenizer of the folder itself is copied before.
     own = shutil.copytree(tokenizer, tmp_path / "own")
     (own / "config.json").write_text("{}")
     export_to_huggingface(damaged, own, own, overwrite=True)
     assert len(AutoTokenizer.from_pretrained(own)) == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("iter_0000003/", "holds iter_0000003, which no export writes"),
+        ("latest_checkpointed_iteration.txt", "holds latest_checkpointed_iteration.txt, which no"),
+        ("model.bin", "holds model.bin, which no export writes"),
+        ("tokenizer.model/", "holds tokenizer.model, which no export writes"),
+        ("", "is no exported model \\(it has no weights\\)"),
+    ],
+)
+def test_what_no_export_has_written_stays(
+    checkpoints: Path, tokenizer: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    """Not even where it is the tokenizer, and whatever has a config.json."""
+    own = shutil.copytree(tokenizer, tmp_path / "own")
+    (own / "config.json").write_text("{}")
+    if name:
+        (own / "model.safetensors").touch()
+        (own / name).mkdir() if name.endswith("/") else (own / name).touch()
+    before = sorted(path.name for path in own.iterdir())
+    for source in (tokenizer, own) if name else (tokenizer,):
+        with pytest.raises(ValueError, match=f"{said}.* so --overwrite does not remove it"):
+            export_to_huggingface(checkpoints / "gqa-untied", source, own, overwrite=True)
+    assert sorted(path.name for path in own.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("200", r"txt names the checkpoint iter_0000200, .* not there \(found: iter_0000010\)"),
+        ("release", r"txt names the checkpoint release, .* not there \(found: iter_0000010\)"),
+        ("", r"txt is empty, as a run leaves it .* its checkpoints \(found: iter_0000010\)"),
+        ("../x", r"txt holds '\.\./x' instead of the step of the last checkpoint"),
+    ],
+)
+def test_a_tracker_that_names_no_checkpoint(
+    damaged: Path, tokenizer: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    tracker = damaged.parent / "latest_checkpointed_iteration.txt"
+    tracker.write_text(content)
+    with pytest.raises(ValueError, match=said):
+        export_to_huggingface(damaged.parent, tokenizer, tmp_path / "hf")
+    # It is left to the run, which mends an empty one.
+    assert tracker.read_text() == content
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -225,7 +276,7 @@ def test_an_export_that_is_ended_leaves_nothing(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert code == 128 + signum
-    assert ("interrupted: nothing" in capsys.readouterr().err) == (signum == signal.SIGINT)
+    assert "interrupted: nothing was written\n" in capsys.readouterr().err
     assert not list(folder.iterdir())
 
 
@@ -360,8 +411,8 @@ def point_elsewhere(folder: Path) -> None:
         (scramble_format, r"metadata\.json names no format of a checkpoint"),
         (save_text_as_arguments, r"common\.pt: the training arguments cannot be read"),
         (save_no_arguments, r"common\.pt holds no training arguments"),
-        (scramble_tracker, "holds no torch_dist checkpoint"),
-        (point_elsewhere, "holds no torch_dist checkpoint"),
+        (scramble_tracker, "instead of the step of the last checkpoint"),
+        (point_elsewhere, "names the checkpoint iter_0000099, which is not there"),
     ],
 )
 def test_a_damaged_checkpoint_gives_one_clear_error(

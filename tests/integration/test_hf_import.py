@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_tst.checkpoint import hf_import
 from megatron_tst.checkpoint.hf_export import export_to_huggingface
 from megatron_tst.checkpoint.hf_import import import_from_huggingface
 from megatron_tst.checkpoint.hf_rope import rope_arguments
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_tst.commands import convert_hf_to_megatron
+from megatron_tst.checkpoint.torch_dist_writer import write_checkpoint
+from megatron_tst.commands.convert_hf_to_megatron import main
 from megatron_tst.corpus.preprocessing import PreprocessConfig, preprocess
 from tests.hf_imports import LARGE
 from tests.hf_models import CONTEXT, KINDS, VOCABULARY
@@ -544,11 +547,87 @@ def test_the_printed_arguments_hold_in_any_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(byte_model.model, "model")
-    assert convert_hf_to_megatron.main(["--model", "model", "--output", "imported"]) == 0
+    assert main(["--model", "model", "--output", "imported"]) == 0
     arguments = Imported(tmp_path, tmp_path, capsys.readouterr().out).arguments
     paths = dict(itertools.pairwise(arguments))
     assert paths["--load"] == str(tmp_path / "imported")
     assert paths["--tokenizer-model"] == str(tmp_path / "model")
+
+
+def test_what_is_more_than_an_import_stays(hf_models: dict[str, Path], tmp_path: Path) -> None:
+    model, output = hf_models["llama-old"], tmp_path / "out"
+    import_from_huggingface(model, output)
+
+    def refusal(source: Path = model) -> str:
+        with pytest.raises(ValueError, match="so --overwrite does not remove it") as error:
+            import_from_huggingface(source, output, overwrite=True)
+        return str(error.value)
+
+    # A run that saved into the folder, and whose tracker was set back.
+    step = output / "iter_0000004"
+    step.mkdir()
+    assert "holds something else than an imported model (iter_0000004)" in refusal()
+    step.rmdir()
+    # What it is to be made of.
+    own = shutil.copytree(model, output / "release" / "model")
+    assert f"holds {own}, which is read" in refusal(own)
+    shutil.rmtree(own)
+    settings = output / "release" / "metadata.json"
+    content = settings.read_text()
+    settings.write_text(content.replace("torch_dist", "torch"))
+    assert "holds no imported model" in refusal()
+    settings.write_text(content)
+    import_from_huggingface(model, output, overwrite=True)
+    shutil.rmtree(output)
+    shutil.copytree(model, output)
+    assert f"is {output}, which is read" in refusal(output)
+    assert (output / "config.json").is_file()
+
+
+def test_a_link_stays_and_its_folder_is_replaced(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to(real)
+    for overwrite in (False, True):
+        import_from_huggingface(hf_models["llama-old"], link, overwrite=overwrite)
+        assert link.is_symlink()
+        assert (sorted(tmp_path.iterdir()), list(real.parent.iterdir())) == (
+            [real.parent, link],
+            [real],
+        )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_import_that_is_ended_leaves_what_was_there(
+    hf_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals,
+    is_there: bool,
+) -> None:
+    model, output = hf_models["llama-old"], tmp_path / "new" / "out"
+    if is_there:
+        import_from_huggingface(model, output, dtype="float32")
+
+    def interrupted(*arguments: Any) -> None:
+        write_checkpoint(*arguments)
+        signal.raise_signal(signum)
+
+    monkeypatch.setattr(hf_import, "write_checkpoint", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([f"--model={model}", f"--output={output}", "--overwrite"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert end.value.code == 128 + signum
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert list(output.parent.iterdir()) == [output] * is_there
+    if is_there:
+        assert TorchDistCheckpoint(output / "release").dtype(EMBEDDING) == torch.float32
 
 
 def test_the_dtype_can_be_chosen(launcher: Launcher, byte_model: Imported, tmp_path: Path) -> None:

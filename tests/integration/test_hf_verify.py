@@ -55,6 +55,16 @@ def test_the_command_verifies(found: Any) -> None:
     assert "do not use it" in damaged[1]
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_verification_says_that_there_was_none(
+    found: Any, name: str, code: int
+) -> None:
+    assert found["commands"][name][0] == code
+    last = found["commands"][name][1].splitlines()[-1]
+    assert last.startswith("interrupted: ")
+    assert last.endswith(f"/{name} was written and not verified")
+
+
 def test_the_model_of_a_gpu_run_is_built_on_a_cpu(found: Any) -> None:
     """Transformer Engine, fp8, graphs and 64 GPUs are how a run computed, not what."""
     attention = 64 * (4 + 2 * 2) * 16 + 64 * 64 + 2 * 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_tst.checkpoint import findings
+from megatron_tst.checkpoint import findings, rebuilding
 from megatron_tst.checkpoint.findings import MASTERS, Verification
 from megatron_tst.checkpoint.stored_shards import shards_by_key
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
-from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY, TRACKER_FILE
+from megatron_tst.checkpoint.torch_dist_index import COMMON_KEY
 from megatron_tst.checkpoint.torch_dist_writer import PlannedChunk, write_checkpoint
+from megatron_tst.checkpoint.tracker import TRACKER_FILE
 from megatron_tst.checkpoint.verification import verify_checkpoint
 from megatron_tst.commands import verify_checkpoint as tool
 from tests.runs import Check, SmallRun, assert_faultless
@@ -142,13 +144,22 @@ def test_a_rebuilt_checkpoint_goes_on_with_the_weights_and_the_learning_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = saved("wrong")
-    folder, output = wrong.checkpoint_folder(SAVED), tmp_path / "rebuilt"
+    # Kept under a name of its own, and written where a link points to.
+    folder = shutil.copytree(wrong.checkpoint_folder(SAVED), tmp_path / "best")
+    output = tmp_path / "rebuilt"
+    output.symlink_to(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     argv = ["--checkpoint", str(folder), "--rebuild-masters", "rebuilt"]
     assert tool.main(argv) == 0
     assert f"no fault found. Continue with --load {output}." in capsys.readouterr().out
+    assert output.is_symlink()
+    found = {path.name for path in output.iterdir()}
+    assert found == {TRACKER_FILE, wrong.checkpoint_folder(SAVED).name}
     assert tool.main(argv) == 2
-    assert "exists" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "--rebuild-masters rebuilt exists: name a folder that does not" in printed.err
+    # It was not read before.
+    assert not printed.out
     run = wrong.with_(tmp_path / "run", load=output, save=None)
     launcher.run(run.argv, run.log, RUNS["wrong"][0])
     actual, expected = run.scalars(), wrong.scalars()
@@ -157,6 +168,53 @@ def test_a_rebuilt_checkpoint_goes_on_with_the_weights_and_the_learning_rate(
     assert sorted(actual["lm loss"]) == list(range(SAVED + 1, STEPS + 1))
     for step, rate in actual["learning-rate"].items():
         assert rate == expected["learning-rate"][step]
+
+
+def test_a_rebuilding_that_is_ended_leaves_nothing(
+    saved: Callable[[str], SmallRun],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, output = saved("wrong").checkpoint_folder(SAVED), tmp_path / "rebuilt"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+
+            def interrupted(*arguments: Any, number: int = signum) -> None:
+                write_checkpoint(*arguments)
+                signal.raise_signal(number)
+
+            monkeypatch.setattr(rebuilding, "write_checkpoint", interrupted)
+            with pytest.raises(SystemExit) as end:
+                tool.main([f"--checkpoint={folder}", f"--rebuild-masters={output}"])
+            assert end.value.code == 128 + signum
+            assert capsys.readouterr().err == "interrupted: nothing was written\n"
+            assert not list(tmp_path.iterdir())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_whole_checkpoint_under_any_name_has_no_fault(
+    saved: Callable[[str], SmallRun],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = saved("one optimizer").checkpoint_folder(SAVED)
+    best = shutil.copytree(source, tmp_path / "best")
+    output = tmp_path / "rebuilt"
+    assert tool.main([f"--checkpoint={best}", f"--rebuild-masters={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"called best: Megatron loads it where it is called {source.name}" in printed
+    assert f"There is nothing to rebuild: {output} was not written." in printed
+    assert not output.exists()
+    # A number of its own is a claim.
+    other = best.rename(tmp_path / "iter_0000009")
+    assert faults(verify_checkpoint(other)) == {findings.COUNTS: 1}
+    monkeypatch.chdir(source)
+    assert not verify_checkpoint(Path()).notes
+    assert not verify_checkpoint(Path()).faults
 
 
 @pytest.mark.parametrize("name", ["one optimizer", "buckets", "buckets, TP 2"])

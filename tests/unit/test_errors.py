@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -39,6 +40,37 @@ def _run(body: str) -> subprocess.CompletedProcess[str]:
 def test_bad_input_ends_a_command_with_one_line(body, line):
     done = _run(body)
     assert (done.returncode, done.stderr) == (2, line)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "line"), [("SIGINT", 130, "interrupted\n"), ("SIGTERM", 143, "")]
+)
+def test_an_interrupt_ends_a_command_once_it_has_cleaned_up(tmp_path, name, code, line):
+    done = _run(
+        f"""
+    import pathlib, signal
+    from megatron_tst.common.atomic_files import replacing_folder
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with replacing_folder(pathlib.Path({str(tmp_path / "folder")!r})):
+        signal.raise_signal(signal.{name})
+    """
+    )
+    assert (done.returncode, done.stderr) == (code, line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_handler_of_a_caller_is_back_behind_a_command():
+    before = signal.getsignal(signal.SIGTERM)
+    within = []
+
+    @command
+    def main() -> int:
+        within.append(signal.getsignal(signal.SIGTERM))
+        return 0
+
+    assert main() == 0
+    assert within != [before]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(143)])

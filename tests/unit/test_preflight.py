@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from megatron_tst import BatchSizes, SuperpositionConfig, SuperpositionSchedule
-from megatron_tst.checkpoint.hf_import import RELEASE, import_from_huggingface
+from megatron_tst.checkpoint.hf_import import import_from_huggingface
+from megatron_tst.checkpoint.tracker import RELEASE
 from megatron_tst.common.units import quantity
 from megatron_tst.preflight.launch_command import read_launch
 from megatron_tst.study.run_folder import RunFolder
