@@ -53,9 +53,12 @@ for name in CUDA_GRAPHS FSDP ASYNC_SAVE DRY_RUN; do
   [[ ${!name:-0} == [01] ]] || fail "$name is '${!name}': use 0 or 1"
 done
 # Such as 1e5 is none, and bash reads 010 as 8.
-for name in TRAIN_STEPS NNODES GPUS_PER_NODE MASTER_PORT MICRO_BATCH_SIZE SAVE_INTERVAL \
+for name in TRAIN_STEPS NNODES MASTER_PORT MICRO_BATCH_SIZE SAVE_INTERVAL \
   EXIT_DURATION_MINS NUM_QUERY_GROUPS ROTARY_BASE; do
   [[ ${!name:-1} =~ ^[1-9][0-9]{0,11}$ ]] || fail "$name is '${!name}': use a whole number, 1 or more"
 done
 [[ ${NODE_RANK:-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
   fail "NODE_RANK is '$NODE_RANK': use a whole number, 0 or more"
+# As torchrun takes it.
+[[ ${GPUS_PER_NODE:-8} =~ ^(auto|gpu|cpu|[1-9][0-9]{0,8})$ ]] ||
+  fail "GPUS_PER_NODE is '$GPUS_PER_NODE': use a whole number, 1 or more, or gpu for all of a node"

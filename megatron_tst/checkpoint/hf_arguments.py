@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import warnings
@@ -18,6 +17,7 @@ from megatron_tst.checkpoint.hf_expert_arguments import (
 )
 from megatron_tst.checkpoint.hf_rope import rope_arguments, unsupported_rope
 from megatron_tst.checkpoint.hf_shapes import ModelShape, layer_pattern
+from megatron_tst.common.command_parser import RaisingParser
 from megatron_tst.common.errors import UsageError
 
 _ANYTHING_ELSE = "Megatron computes something else, so that it cannot be imported"
@@ -232,12 +232,16 @@ def _rotary_percent(config: Any) -> float | None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> Namespace:
-    """Parses arguments with Megatron's own parser: the rest are its defaults."""
+    """Parses arguments with Megatron's own parser: the rest are its defaults.
+
+    Raises:
+        UsageError: as argparse words it.
+    """
     # Here, because importing Megatron takes seconds. It warns of GPU libraries not needed here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.training.arguments import add_megatron_arguments
 
-        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        parser = add_megatron_arguments(RaisingParser(allow_abbrev=False))
     parsed: Namespace = parser.parse_args(list(arguments))
     return parsed

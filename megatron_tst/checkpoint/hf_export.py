@@ -40,7 +40,7 @@ from megatron_tst.settings.phases import phase_at, phase_name, recorded_phases
 
 DtypeName = Literal["float32", "bfloat16"]
 _OF_PADDING = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -50,6 +50,13 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+FILES_OF_CLASSES = (
+    *("vocab.txt", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model"),
+    *("spm_char.model", "bpe.codes", "byte_maps.json", "emoji.json", "dict.txt", "normalizer.json"),
+    *("entity_vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
+    *("word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"),
+)
+"""What classes of transformers read besides; an export has those of its own."""
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 
 
@@ -154,7 +161,7 @@ def _not_an_export(output: Path, checkpoint: Path, tokenizer: Path) -> str | Non
         return f"is no exported model (it has no {_CONFIG})"
     names = {path.name: path.is_file() for path in output.iterdir()}
     weights = {name for name in names if WRITTEN.fullmatch(name)}
-    own = {_CONFIG, _GENERATION, *_TOKENIZER_FILES, *weights}
+    own = {_CONFIG, _GENERATION, *TOKENIZER_FILES, *FILES_OF_CLASSES, *weights}
     others = sorted(name for name, is_file in names.items() if not is_file or name not in own)
     if others:
         return f"holds {others[0]}, which no export writes"
@@ -235,8 +242,7 @@ def _write(
 
 
 def _tokenizer_files(folder: Path, loaded: HuggingFaceTokenizer) -> list[Path]:
-    # Classes name files of their own, such as vocab.txt and spiece.model.
-    names = {*_TOKENIZER_FILES, *getattr(loaded.tokenizer, "vocab_files_names", {}).values()}
+    names = {*TOKENIZER_FILES, *getattr(loaded.tokenizer, "vocab_files_names", {}).values()}
     return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 

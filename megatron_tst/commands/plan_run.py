@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -240,16 +241,15 @@ def _epochs(text: str) -> float:
     return epochs
 
 
-def _split(text: str) -> tuple[float, float, float]:
-    try:
-        train, valid, test = (float(share) for share in text.split(","))
-    except ValueError:
-        train = valid = test = math.nan
-    if not (0 < train < math.inf and 0 <= valid < math.inf and 0 <= test < math.inf):
+def _split(text: str) -> str:
+    """As Megatron reads it, without spaces, which would make two words of it."""
+    share = r"(\d+\.?\d*|\.\d+)"
+    found = text.replace(" ", "")
+    if not re.fullmatch(rf"{share}(,{share}){{0,2}}", found) or not float(found.split(",")[0]):
         raise UsageError(
-            f"--split is {text!r}: pass three shares, that for training above 0, such as 9995,5,0."
+            f"--split is {text!r}: pass up to three shares, for training above 0, such as 9995,5,0."
         )
-    return train, valid, test
+    return found
 
 
 def _whole(flag: str, text: str | None) -> int | None:

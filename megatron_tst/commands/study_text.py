@@ -19,7 +19,7 @@ def refuse_too_little_text(study: StudyConfig, asked: AskedArguments) -> None:
     Text that is not on this machine, and batch sizes that grow, are left to the runs.
 
     Args:
-        study: what is left of it to run.
+        study: runs that have ended may be among them.
         asked: the arguments of its runs.
 
     Raises:
@@ -40,11 +40,10 @@ def refuse_too_little_text(study: StudyConfig, asked: AskedArguments) -> None:
         return
     refused = [name for alike in errors for name in found[alike]]
     shown = f"{', '.join(refused[:3])}{' ...' if len(refused) > 3 else ''}"
-    raise UsageError(
-        f"{len(refused)} of {len(study.grid)} runs would be refused, {shown}: "
-        f"{next(iter(errors.values()))} In a study file these are keys of an arm, and {MAX_EPOCHS} "
-        "stands under arguments."
-    )
+    text = next(iter(errors.values()))
+    if MAX_EPOCHS in text:
+        text += f" In a study file these are keys of an arm, and {MAX_EPOCHS} is under arguments."
+    raise UsageError(f"{len(refused)} of {len(study.grid)} runs would be refused, {shown}: {text}")
 
 
 def _problem(run: StudyRun, asked: AskedArguments, study: StudyConfig) -> str | None:

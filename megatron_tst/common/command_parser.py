@@ -1,10 +1,12 @@
-"""The parser that every command starts from."""
+"""The parsers that commands start from."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import Any, NoReturn
+
+from megatron_tst.common.errors import UsageError
 
 
 def command_parser(description: str | None, **options: Any) -> argparse.ArgumentParser:
@@ -17,3 +19,11 @@ def command_parser(description: str | None, **options: Any) -> argparse.Argument
     return argparse.ArgumentParser(
         sys.argv[0], description=description, allow_abbrev=False, **options
     )
+
+
+class RaisingParser(argparse.ArgumentParser):
+    """Raises UsageError where argparse prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse says."""
+        raise UsageError(message)

@@ -60,7 +60,7 @@ class Request:
         step_ratio: likewise.
         several: settings with several bag sizes, to be set beside the recommendation.
         loss_impl: what computes the losses of the runs.
-        split: shares of text for training, validation and test, as Megatron has them.
+        split: ``--split`` of the runs, the share of training first.
     """
 
     size: ModelSize
@@ -74,7 +74,7 @@ class Request:
     step_ratio: float | None = None
     several: SuperpositionConfig | None = None
     loss_impl: LossImplementation = "auto"
-    split: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    split: str = "1,0,0"
 
     @property
     def losses(self) -> dict[str, str]:
@@ -96,7 +96,8 @@ class Request:
     @property
     def training_tokens(self) -> float:
         """Tokens of the train split, to which a run keeps."""
-        return self.tokens * self.split[0] / sum(self.split)
+        shares = [float(share) for share in self.split.split(",")]
+        return self.tokens * shares[0] / sum(shares)
 
     @property
     def readable_tokens(self) -> float:

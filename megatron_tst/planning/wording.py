@@ -86,7 +86,7 @@ def launch_flags(plan: Plan, arm: Arm) -> list[str]:
         f"--lr {plan.reference.learning_rate:g} --min-lr 0 --lr-warmup-iters {warmup}",
         f"--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters {arm.steps // 10}",
     ]
-    lines.append(f"--split {','.join(f'{share:g}' for share in request.split)}")
+    lines.append(f"--split {request.split}")
     return [*lines, superposition_flags(arm)]
 
 
@@ -123,7 +123,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             "gpu_hours": request.gpu_hours,
             "price_per_gpu_hour": cluster.price_per_gpu_hour,
             "tokens": request.tokens,
-            "split": list(request.split),
+            "split": request.split,
             "max_epochs": request.max_epochs,
             "global_batch_size": request.global_batch_size,
             "sequence_length": request.sequence_length,

@@ -14,7 +14,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -28,7 +28,7 @@ from megatron.training.training import get_megatron_ddp_config
 from packaging.version import Version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_tst.common.errors import UsageError
+from megatron_tst.common.command_parser import RaisingParser
 from megatron_tst.common.platform import pose_connections
 from megatron_tst.model.config import model_config_from_args
 from megatron_tst.preflight.engine import (
@@ -55,11 +55,6 @@ LOCAL_MODULES: dict[str, Any] = {
     "use_grouped_gemm_for_shared_expert": False,
 }
 """What a configuration must have for Megatron's own modules instead of Transformer Engine's."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def assume_machine(compute_capability: tuple[int, int]) -> None:
@@ -90,7 +85,7 @@ def launch_parser() -> argparse.ArgumentParser:
 
     It raises UsageError where argparse would exit.
     """
-    parser = add_superposition_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
+    parser = add_superposition_arguments(add_megatron_arguments(RaisingParser(allow_abbrev=False)))
     parser.set_defaults(rerun_mode="disabled")
     return parser
 

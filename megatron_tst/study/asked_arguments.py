@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_tst.common.errors import UsageError
 from megatron_tst.study.config import StudyConfig, StudyRun
 
 Parser = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -38,7 +39,10 @@ class AskedArguments:
         model = run.settings.model
         if model not in self._parsed:
             # Once a model: a parser of all arguments takes long to build.
-            self._parsed[model] = self.parse(list(_of_megatron(run.arguments)))
+            try:
+                self._parsed[model] = self.parse(list(_of_megatron(run.arguments)))
+            except UsageError as error:
+                raise UsageError(f"arguments, or models.{model}: {error}.") from error
         parsed = self._parsed[model]
         own = run.settings.arguments(self.study.warmup_share, self.study.decay_share)
         of_run = {name_of(flag): text for flag, text in zip(own[::2], own[1::2], strict=True)}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.models
 from megatron.core.safe_globals import register_safe_globals
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -25,7 +26,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.synthetic_checkpoint import save_tokenizer, write_checkpoint
-from megatron_tst.checkpoint.hf_export import ExportResult, export_to_huggingface
+from megatron_tst.checkpoint.hf_export import (
+    FILES_OF_CLASSES,
+    TOKENIZER_FILES,
+    ExportResult,
+    export_to_huggingface,
+)
 from megatron_tst.checkpoint.torch_dist import TorchDistCheckpoint
 from megatron_tst.commands.convert_megatron_to_hf import main
 from megatron_tst.common.errors import UsageError
@@ -555,6 +561,22 @@ def test_a_tokenizer_in_files_of_its_class_is_exported_with_them(
     export_to_huggingface(checkpoints / "gqa-untied", own, tmp_path / "hf")
     expected, found = (AutoTokenizer.from_pretrained(folder) for folder in (own, tmp_path / "hf"))
     assert found("a b g")["input_ids"] == expected("a b g")["input_ids"] == [2, 5, 6, 11, 3]
+    # It is an export, whichever class the next one is of.
+    for source in (own, save_bpe(tmp_path / "t", "GPT2Tokenizer", size=100)):
+        export_to_huggingface(checkpoints / "gqa-untied", source, tmp_path / "hf", overwrite=True)
+
+
+def test_an_export_is_known_by_the_files_of_every_class() -> None:
+    models = Path(transformers.models.__file__).parent
+    sources = [file.read_text() for file in models.glob("*/tokenization*.py")]
+    named = {
+        name
+        for source in sources
+        for text in re.findall(r"VOCAB_FILES_NAMES = (\{.*?\})", source, re.DOTALL)
+        for name in re.findall(r':\s*"([^"]+)"', text)
+    }
+    assert len(named) > 10
+    assert named <= {*TOKENIZER_FILES, *FILES_OF_CLASSES}
 
 
 def test_the_class_of_an_exported_tokenizer_reads_as_training_did(

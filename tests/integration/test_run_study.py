@@ -100,6 +100,24 @@ def test_a_study_runs_every_arm_once_and_collects_it(corpus: Path, tmp_path: Pat
     assert times == {path: path.stat().st_mtime_ns for path in times}, before
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"weihgt-decay": 0.1}, "unrecognized arguments: --weihgt-decay 0.1"),
+        ({"clip-grad": "much"}, "argument --clip-grad: invalid float value: 'much'"),
+    ],
+)
+def test_an_argument_that_megatron_does_not_take_is_named(
+    corpus: Path, tmp_path: Path, entry: dict[str, Any], said: str
+) -> None:
+    content = study_content(corpus)
+    content["arguments"] |= entry
+    refused = run_study(write_study(tmp_path / "study.yaml", content), tmp_path / "out")
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: arguments, or models.tiny: {said}.\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_study_whose_text_does_not_suffice_runs_nothing(corpus: Path, tmp_path: Path) -> None:
     write_corpus(tmp_path / "short", [100] * 60, vocabulary_size=200)
     content = study_content(corpus, seeds=[0, 1])

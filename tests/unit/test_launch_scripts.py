@@ -219,6 +219,8 @@ def test_launchers(cases: Cases) -> None:
     assert node[:9] == shlex.split(
         "torchrun --nnodes 8 --node-rank 3 --nproc-per-node 4 --master-addr node0"
     )
+    every = cases.command("3b", GPUS_PER_NODE="gpu")
+    assert every[every.index("--nproc-per-node") + 1] == "gpu"
     rank = cases.command("3b", LOCAL_RANK="2", RANK="10", WORLD_SIZE="16")
     assert rank[:3] == ["python", "-m", "megatron_tst.pretrain"]
 
@@ -293,6 +295,7 @@ def test_graphs_and_registered_buffers_do_not_meet_expandable_segments(cases: Ca
         ({"TRAIN_STEPS": "1e5"}, "error: TRAIN_STEPS is '1e5': use a whole number, 1 or more"),
         ({"TRAIN_STEPS": "0200"}, "error: TRAIN_STEPS is '0200': use a whole number, 1 or more"),
         ({"MICRO_BATCH_SIZE": "2.5"}, "error: MICRO_BATCH_SIZE is '2.5': use a whole number"),
+        ({"GPUS_PER_NODE": "0"}, "error: GPUS_PER_NODE is '0': use a whole number, 1 or more"),
         ({"FSDP": "true"}, "error: FSDP is 'true': use 0 or 1"),
         ({"CUDA_GRAPHS": "yes"}, "error: CUDA_GRAPHS is 'yes': use 0 or 1"),
         ({"DRY_RUN": "true"}, "error: DRY_RUN is 'true': use 0 or 1"),

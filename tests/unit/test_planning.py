@@ -370,7 +370,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert text in shown
 
 
-@pytest.mark.parametrize("split", ["9995,5,0", "969,30,1"])
+@pytest.mark.parametrize("split", ["9995,5,0", "969,30,1", "12345678,50000"])
 @pytest.mark.parametrize("epochs", ["1", "1.5"])
 def test_the_program_takes_the_run_for_which_the_tokens_suffice(
     tmp_path: Path, split: str, epochs: str
@@ -493,7 +493,8 @@ def test_published_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"--tokens": "lots"}, ("--tokens is 'lots'", "such as")),
         ({"--tokens": "1M"}, ("--tokens 1e+06", "get data")),
         ({"--tokens": None}, ("--tokens is missing",)),
-        ({"--split": "99"}, ("--split is '99'", "three shares")),
+        ({"--split": "9,1,1,1"}, ("--split is '9,1,1,1'", "three shares")),
+        ({"--split": "1e3,1"}, ("--split is '1e3,1'", "such as")),
         ({"--split": "0,1,0"}, ("--split is '0,1,0'", "above 0")),
         ({"--max-epochs": "0.5"}, ("--max-epochs is '0.5'", "at least 1")),
         ({"--tst-bag-size": "1"}, ("--tst-bag-size is 1", "leave it out")),
