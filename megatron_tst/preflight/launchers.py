@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
-PYTHONS = {"python", "python3", *(f"python3.{minor}" for minor in range(8, 20))}
+PYTHONS = {"python", "python3", *(f"python3.{minor}" for minor in range(6, 20))}
 # Start a command on other machines as it stands, so that a shell among them can be read here.
 _PARALLEL = {
     "srun": "srun",
@@ -42,7 +42,12 @@ _STARTING = {
 # Run a command behind their options with another PATH.
 _WRAPPERS = {"sudo", "uv", "conda", "mamba", "micromamba", "poetry", "pixi"}
 # Other machines' environment, which is not that of the script.
-_FOREIGN = {"docker", "podman", "ssh", "pdsh", "clush", "kubectl", "ngc", "bcprun"}
+_FOREIGN = {
+    *("docker", "podman", "apptainer", "singularity", "enroot"),
+    *("ssh", "pdsh", "clush", "kubectl", "ngc", "bcprun"),
+}
+# Of srun.
+_CONTAINERS = ("--container", "--container-image", "--container-name")
 _LAUNCHING_MODULES = {
     "torch.distributed.run",
     "torch.distributed.launch",
@@ -51,10 +56,10 @@ _LAUNCHING_MODULES = {
 # Options without a value; all others of these launchers take one.
 _FLAGS = {
     "srun": """
-        --contiguous --disable-status --exclusive --exact --help --hold --kill-on-bad-exit --label
-        --multi-prog --no-allocate --no-kill --overcommit --overlap --oversubscribe
-        --preserve-env --pty --quiet --quit-on-interrupt --reboot --resv-ports --spread-job
-        --unbuffered --use-min-nodes --verbose --version --x11 --nice --propagate
+        --bcast --contiguous --disable-status --exclusive --exact --help --hold --immediate
+        --interactive --kill-on-bad-exit --label --multi-prog
+        --no-allocate --no-kill --overcommit --overlap --oversubscribe --preserve-env --pty --quiet --quit-on-interrupt --reboot --resv-ports --spread-job
+        --test-only --unbuffered --use-min-nodes --verbose --version --x11 --nice --propagate
         --container-mount-home --no-container-mount-home --container-remap-root
         --no-container-remap-root --container-writable --container-readonly
         --container-entrypoint --no-container-entrypoint
@@ -65,6 +70,7 @@ _FLAGS = {
         -oversubscribe --nooversubscribe --report-bindings -report-bindings --verbose -v --quiet -q
         --display-map -display-map --display-allocation --bynode -bynode --byslot -byslot
         --nolocal -nolocal --novm --enable-recovery --disable-recovery --timestamp-output
+        --use-hwthread-cpus -use-hwthread-cpus
         --bind-to-core --bind-to-socket --bind-to-none --do-not-launch --index-argv-by-rank
         -l -prepend-rank -genvall -envall -genvnone -envnone -s-all -verbose
     """,
@@ -84,6 +90,23 @@ QUERIES = {
     "pwd",
     "nvidia-smi",
 }
+
+
+def as_command(path: str, arguments: Sequence[str]) -> list[str]:
+    """A command by its name.
+
+    That of a Python is its script, where that stands for a command: ``python "$(which torchrun)"``,
+    and ``torchrun`` itself, which names its Python in its first line.
+    """
+    name = PurePath(path).name
+    place = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    if name not in PYTHONS or place is None or {"-c", "-m"}.intersection(arguments[:place]):
+        return [name, *arguments]
+    script = PurePath(arguments[place])
+    is_console_script = script.is_absolute() and script.parent == PurePath(path).parent
+    if not is_console_script and script.name not in stand_ins():
+        return [name, *arguments]
+    return [script.name, *arguments[place + 1 :]]
 
 
 def stand_ins() -> list[str]:
@@ -122,8 +145,7 @@ def _is_launching_python(arguments: Sequence[str]) -> bool:
         if previous == "-m":
             return word in _LAUNCHING_MODULES or word.startswith(("deepspeed", "accelerate"))
         if not word.startswith("-"):
-            # python "$(which torchrun)"
-            return PurePath(word).name in {*_PARALLEL, "torchrun", "deepspeed", "accelerate"}
+            return False
         previous = word
     return False
 
@@ -135,7 +157,21 @@ def is_question_to_python(arguments: Sequence[str]) -> bool:
 
 def has_own_environment(command: Sequence[str]) -> bool:
     """Whether the program gets an environment other than that of the script."""
-    return any(PurePath(word).name in _FOREIGN for word in command)
+    return any(
+        PurePath(word).name in _FOREIGN or word.partition("=")[0] in _CONTAINERS for word in command
+    )
+
+
+def exported_variables(options: Sequence[str]) -> dict[str, str]:
+    """Those that options of a launcher set: srun's ``--export``, MPI's ``-x`` and ``-genv``."""
+    found = {}
+    for previous, word, following in zip(["", *options], options, [*options[1:], ""], strict=False):
+        if previous in ("-genv", "-env"):
+            found[word] = following
+        elif previous in ("-x", "--export") or word.startswith("--export="):
+            parts = [part.partition("=") for part in word.removeprefix("--export=").split(",")]
+            found.update({name: value for name, equals, value in parts if equals})
+    return found
 
 
 def started_command(name: str, arguments: Sequence[str]) -> list[str]:
