@@ -209,6 +209,8 @@ def _is_shell_command(command: Sequence[str]) -> bool:
         return False
     if Path(command[0]).name not in SHELLS:
         return _is_shell_script(command[0])
+    if shutil.which(command[0]) is None:
+        return False
     words = iter(command[1:])
     for word in words:
         if not word.startswith(("-", "+")):

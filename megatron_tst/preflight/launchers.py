@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
@@ -57,9 +58,10 @@ _LAUNCHING_MODULES = {
 _FLAGS = {
     "srun": """
         --bcast --contiguous --disable-status --exclusive --exact --help --hold --immediate
-        --interactive --kill-on-bad-exit --label --multi-prog
-        --no-allocate --no-kill --overcommit --overlap --oversubscribe --preserve-env --pty --quiet --quit-on-interrupt --reboot --resv-ports --spread-job
-        --test-only --unbuffered --use-min-nodes --verbose --version --x11 --nice --propagate
+        --interactive --kill-on-bad-exit --label --multi-prog --no-allocate --no-kill --overcommit
+        --overlap --oversubscribe --preserve-env --pty --quiet --quit-on-interrupt --reboot
+        --resv-ports --spread-job --test-only --unbuffered --use-min-nodes --verbose --version --x11
+        --nice --propagate
         --container-mount-home --no-container-mount-home --container-remap-root
         --no-container-remap-root --container-writable --container-readonly
         --container-entrypoint --no-container-entrypoint
@@ -70,9 +72,9 @@ _FLAGS = {
         -oversubscribe --nooversubscribe --report-bindings -report-bindings --verbose -v --quiet -q
         --display-map -display-map --display-allocation --bynode -bynode --byslot -byslot
         --nolocal -nolocal --novm --enable-recovery --disable-recovery --timestamp-output
-        --use-hwthread-cpus -use-hwthread-cpus
         --bind-to-core --bind-to-socket --bind-to-none --do-not-launch --index-argv-by-rank
-        -l -prepend-rank -genvall -envall -genvnone -envnone -s-all -verbose
+        --use-hwthread-cpus -use-hwthread-cpus -l -prepend-rank -genvall -envall -genvnone -envnone
+        -s-all -verbose
     """,
 }
 _TWO_VALUES = {"--mca", "-mca", "--gmca", "-gmca", "--prtemca", "--pmixmca", "-genv", "-env"}
@@ -99,14 +101,13 @@ def as_command(path: str, arguments: Sequence[str]) -> list[str]:
     and ``torchrun`` itself, which names its Python in its first line.
     """
     name = PurePath(path).name
-    place = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
-    if name not in PYTHONS or place is None or {"-c", "-m"}.intersection(arguments[:place]):
-        return [name, *arguments]
-    script = PurePath(arguments[place])
-    is_console_script = script.is_absolute() and script.parent == PurePath(path).parent
-    if not is_console_script and script.name not in stand_ins():
-        return [name, *arguments]
-    return [script.name, *arguments[place + 1 :]]
+    if name in PYTHONS:
+        place = _python_options(arguments)
+        script = PurePath(*arguments[place : place + 1])
+        is_console_script = script.is_absolute() and script.parent == PurePath(path).parent
+        if is_console_script or script.name in stand_ins():
+            return [script.name, *arguments[place + 1 :]]
+    return [name, *arguments]
 
 
 def stand_ins() -> list[str]:
@@ -140,14 +141,18 @@ def starts_something(name: str, arguments: Sequence[str]) -> bool:
 
 
 def _is_launching_python(arguments: Sequence[str]) -> bool:
-    previous = ""
-    for word in arguments:
-        if previous == "-m":
-            return word in _LAUNCHING_MODULES or word.startswith(("deepspeed", "accelerate"))
-        if not word.startswith("-"):
-            return False
-        previous = word
-    return False
+    place = _python_options(arguments)
+    flag, module = [*arguments[place : place + 2], "", ""][:2]
+    is_launch = module in _LAUNCHING_MODULES or module.startswith(("deepspeed", "accelerate"))
+    return flag.startswith("-") and flag.endswith("m") and is_launch
+
+
+def _python_options(arguments: Sequence[str]) -> int:
+    """The number of words in front of its script, of ``-m`` or of ``-c``."""
+    place = 0
+    while arguments[place : place + 1] and re.fullmatch("-.*(?<![cm])", arguments[place]):
+        place += 2 if arguments[place] in ("-W", "-X") else 1
+    return place
 
 
 def is_question_to_python(arguments: Sequence[str]) -> bool:
@@ -171,7 +176,7 @@ def exported_variables(options: Sequence[str]) -> dict[str, str]:
         elif previous in ("-x", "--export") or word.startswith("--export="):
             parts = [part.partition("=") for part in word.removeprefix("--export=").split(",")]
             found.update({name: value for name, equals, value in parts if equals})
-    return found
+    return {name: value for name, value in found.items() if name.isidentifier()}
 
 
 def started_command(name: str, arguments: Sequence[str]) -> list[str]:

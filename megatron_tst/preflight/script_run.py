@@ -168,7 +168,7 @@ def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str
         )
     if code:
         # Usage follows the error.
-        lines = _lines(errors)
+        lines = _lines(errors) or _lines(errors, is_trace=True)[-1:]
         reason = lines[0] if lines else "it printed nothing"
         raise UsageError(
             f"{script} ended with {code} under DRY_RUN=1: {reason}. Set the variables "
@@ -176,10 +176,10 @@ def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str
         )
 
 
-def _lines(file: Path) -> list[str]:
-    """What a script printed, without the trace of ``set -x``."""
+def _lines(file: Path, *, is_trace: bool = False) -> list[str]:
+    """What a script printed, without the trace of ``set -x``, or that trace."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("+")]
+    return [line for line in lines if line.strip() and line.startswith("+") == is_trace]
 
 
 def _wait(process: subprocess.Popen[bytes], record: Path) -> int | None:

@@ -112,6 +112,10 @@ def test_a_shell_behind_a_launcher_is_read_up_to_its_launch(cluster: Cluster, la
         "['x', 'pretrain_gpt.py', '--seed', '1'])\"",
         'COMMAND=("$PWD/venv/bin/accelerate" launch pretrain_gpt.py --seed 1)\n"${COMMAND[@]}"',
         "venv/bin/python3.12 -m torch.distributed.run pretrain_gpt.py --seed 1",
+        "venv/bin/python3.12 -W ignore venv/bin/torchrun pretrain_gpt.py --seed 1",
+        # As Python 3.6 to 3.9, which know less of their command.
+        "venv/bin/python3.12 -S -c 'import sys; del sys.orig_argv; import sitecustomize' "
+        "pretrain_gpt.py --seed 1",
         "nice venv/bin/python3.12 -u pretrain_gpt.py --seed 1",
         'COMMAND="$PWD/venv/bin/python -u pretrain_gpt.py --seed 1"\neval "$COMMAND"',
         'nohup "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1 >log 2>&1 &\nwait',
@@ -138,6 +142,7 @@ def test_launchers_of_another_path_are_not_started(cluster: Cluster, launch: str
         "srun docker pull image",
         "torchrun --nproc-per-node 8 train.py",
         "python -m torch.distributed.run train.py",
+        "python -W ignore -um torch.distributed.run train.py",
         "deepspeed train.py",
         "sbatch job.sh",
         "docker run --gpus all image bash inner.sh",
@@ -253,6 +258,7 @@ def test_the_last_words_of_a_script_that_launches_nothing(cluster: Cluster, text
         "srun ./wrap.sh pretrain_gpt.py --lr 1e-3",
         # What cannot run here is read as it stands.
         "srun bash -c 'cd /absent && python pretrain_gpt.py --lr 1e-3'",
+        "srun absent/zsh -c 'python pretrain_gpt.py --lr 1e-3'",
         "srun bash -c 'python prepare.py; python pretrain_gpt.py --lr 1e-3'",
         "srun --container-image x bash -c 'touch started; python pretrain_gpt.py --lr 1e-3'",
     ],
