@@ -15,7 +15,10 @@ from megatron_tst.preflight.launchers import has_own_environment
 from megatron_tst.preflight.script_run import run_script
 from megatron_tst.preflight.shell_text import join_lines, split_commands, split_words
 
-_SET_CONNECTIONS = re.compile(rf"(?:^|[\s,=]){CONNECTIONS}=[\"']?(\w*)")
+# NAME=VALUE, and the two words of MPI.
+_SET_CONNECTIONS = re.compile(
+    rf"(?:(?:^|[\s,=]){CONNECTIONS}=[\"']?|(?:^|\s)-g?env {CONNECTIONS} )(\w*)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,21 @@ def _read_script(path: Path, extra: Sequence[str]) -> LaunchCommand:
         words = shlex.split(lines[-1]) if lines else []
     except ValueError:
         words = []
-    return _launch(path, find_program(words), None)
+    return _launch(path, find_program(words), None, launched.last_words)
 
 
 def _launch(
-    path: Path, program: Program | None, environment: Mapping[str, str] | None
+    path: Path,
+    program: Program | None,
+    environment: Mapping[str, str] | None,
+    last_words: str = "",
 ) -> LaunchCommand:
     if program is None:
         raise UsageError(
             f"{path} launches no program named pretrain (pretrain_gpt.py, megatron_tst.pretrain): "
             "let it call torchrun, srun or python by name, print its command under DRY_RUN=1, or "
             "pass a file with the arguments of Megatron."
+            + (f" It ended with: {last_words}" if last_words else "")
         )
     for word in program.arguments:
         if "$(" in word or "`" in word:
@@ -93,7 +100,7 @@ def _launch(
                 f"{path}: {word} among the arguments is a command of the shell, which is not run "
                 "here: write its value in its place."
             )
-    given = [value for word in program.before for value in _SET_CONNECTIONS.findall(word)]
+    given = _SET_CONNECTIONS.findall(" ".join(program.before))
     if given:
         environment = {**(environment or {}), CONNECTIONS: given[-1]}
     elif has_own_environment(program.before):

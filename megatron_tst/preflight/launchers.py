@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-PYTHONS = {"python", "python3", *(f"python3.{minor}" for minor in range(8, 20))}
+PYTHONS = {"python", "python3", *(f"python3.{minor}" for minor in range(6, 20))}
 # Start a command on other machines as it stands, so that a shell among them can be read here.
 _PARALLEL = {
     "srun": "srun",
@@ -42,7 +43,12 @@ _STARTING = {
 # Run a command behind their options with another PATH.
 _WRAPPERS = {"sudo", "uv", "conda", "mamba", "micromamba", "poetry", "pixi"}
 # Other machines' environment, which is not that of the script.
-_FOREIGN = {"docker", "podman", "ssh", "pdsh", "clush", "kubectl", "ngc", "bcprun"}
+_FOREIGN = {
+    *("docker", "podman", "apptainer", "singularity", "enroot"),
+    *("ssh", "pdsh", "clush", "kubectl", "ngc", "bcprun"),
+}
+# Of srun.
+_CONTAINERS = ("--container", "--container-image", "--container-name")
 _LAUNCHING_MODULES = {
     "torch.distributed.run",
     "torch.distributed.launch",
@@ -51,10 +57,11 @@ _LAUNCHING_MODULES = {
 # Options without a value; all others of these launchers take one.
 _FLAGS = {
     "srun": """
-        --contiguous --disable-status --exclusive --exact --help --hold --kill-on-bad-exit --label
-        --multi-prog --no-allocate --no-kill --overcommit --overlap --oversubscribe
-        --preserve-env --pty --quiet --quit-on-interrupt --reboot --resv-ports --spread-job
-        --unbuffered --use-min-nodes --verbose --version --x11 --nice --propagate
+        --bcast --contiguous --disable-status --exclusive --exact --help --hold --immediate
+        --interactive --kill-on-bad-exit --label --multi-prog --no-allocate --no-kill --overcommit
+        --overlap --oversubscribe --preserve-env --pty --quiet --quit-on-interrupt --reboot
+        --resv-ports --spread-job --test-only --unbuffered --use-min-nodes --verbose --version --x11
+        --nice --propagate
         --container-mount-home --no-container-mount-home --container-remap-root
         --no-container-remap-root --container-writable --container-readonly
         --container-entrypoint --no-container-entrypoint
@@ -66,7 +73,8 @@ _FLAGS = {
         --display-map -display-map --display-allocation --bynode -bynode --byslot -byslot
         --nolocal -nolocal --novm --enable-recovery --disable-recovery --timestamp-output
         --bind-to-core --bind-to-socket --bind-to-none --do-not-launch --index-argv-by-rank
-        -l -prepend-rank -genvall -envall -genvnone -envnone -s-all -verbose
+        --use-hwthread-cpus -use-hwthread-cpus -l -prepend-rank -genvall -envall -genvnone -envnone
+        -s-all -verbose
     """,
 }
 _TWO_VALUES = {"--mca", "-mca", "--gmca", "-gmca", "--prtemca", "--pmixmca", "-genv", "-env"}
@@ -84,6 +92,22 @@ QUERIES = {
     "pwd",
     "nvidia-smi",
 }
+
+
+def as_command(path: str, arguments: Sequence[str]) -> list[str]:
+    """A command by its name.
+
+    That of a Python is its script, where that stands for a command: ``python "$(which torchrun)"``,
+    and ``torchrun`` itself, which names its Python in its first line.
+    """
+    name = PurePath(path).name
+    if name in PYTHONS:
+        place = _python_options(arguments)
+        script = PurePath(*arguments[place : place + 1])
+        is_console_script = script.is_absolute() and script.parent == PurePath(path).parent
+        if is_console_script or script.name in stand_ins():
+            return [script.name, *arguments[place + 1 :]]
+    return [name, *arguments]
 
 
 def stand_ins() -> list[str]:
@@ -117,15 +141,18 @@ def starts_something(name: str, arguments: Sequence[str]) -> bool:
 
 
 def _is_launching_python(arguments: Sequence[str]) -> bool:
-    previous = ""
-    for word in arguments:
-        if previous == "-m":
-            return word in _LAUNCHING_MODULES or word.startswith(("deepspeed", "accelerate"))
-        if not word.startswith("-"):
-            # python "$(which torchrun)"
-            return PurePath(word).name in {*_PARALLEL, "torchrun", "deepspeed", "accelerate"}
-        previous = word
-    return False
+    place = _python_options(arguments)
+    flag, module = [*arguments[place : place + 2], "", ""][:2]
+    is_launch = module in _LAUNCHING_MODULES or module.startswith(("deepspeed", "accelerate"))
+    return flag.startswith("-") and flag.endswith("m") and is_launch
+
+
+def _python_options(arguments: Sequence[str]) -> int:
+    """The number of words in front of its script, of ``-m`` or of ``-c``."""
+    place = 0
+    while arguments[place : place + 1] and re.fullmatch("-.*(?<![cm])", arguments[place]):
+        place += 2 if arguments[place] in ("-W", "-X") else 1
+    return place
 
 
 def is_question_to_python(arguments: Sequence[str]) -> bool:
@@ -135,7 +162,21 @@ def is_question_to_python(arguments: Sequence[str]) -> bool:
 
 def has_own_environment(command: Sequence[str]) -> bool:
     """Whether the program gets an environment other than that of the script."""
-    return any(PurePath(word).name in _FOREIGN for word in command)
+    return any(
+        PurePath(word).name in _FOREIGN or word.partition("=")[0] in _CONTAINERS for word in command
+    )
+
+
+def exported_variables(options: Sequence[str]) -> dict[str, str]:
+    """Those that options of a launcher set: srun's ``--export``, MPI's ``-x`` and ``-genv``."""
+    found = {}
+    for previous, word, following in zip(["", *options], options, [*options[1:], ""], strict=False):
+        if previous in ("-genv", "-env"):
+            found[word] = following
+        elif previous in ("-x", "--export") or word.startswith("--export="):
+            parts = [part.partition("=") for part in word.removeprefix("--export=").split(",")]
+            found.update({name: value for name, equals, value in parts if equals})
+    return {name: value for name, value in found.items() if name.isidentifier()}
 
 
 def started_command(name: str, arguments: Sequence[str]) -> list[str]:

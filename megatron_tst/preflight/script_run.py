@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tst.common.errors import UsageError
-from megatron_tst.preflight.launch_stand_in import end_session, processes_of
+from megatron_tst.preflight.launch_stand_in import (
+    RUNNING,
+    end_session,
+    processes_of,
+    search_paths,
+)
 from megatron_tst.preflight.launchers import needs_stand_in, stand_ins
 
 _TIMEOUT_SECONDS = 60
@@ -30,51 +35,26 @@ from megatron_tst.preflight.launch_stand_in import main
 
 main(sys.argv[1], sys.argv[2], sys.argv[3:])
 """
-# Read by every bash that runs a script. A script may put another folder in front of PATH (a virtual
-# environment, a module), or call a launcher by its path; a function can have a path for a name.
-_GUARD = r"""{earlier}
-_tst_guard() {{
-  local IFS=$' \t\n' text=$1 runs= first quotes opened closed
-  local -a words=()
-  case $PATH in
-    {bin}:*) ;;
-    *) PATH={bin}:$PATH ;;
-  esac
-  case $text in
-    PATH=*' '*)
-      for first in {bin}/*; do eval "${{first##*/}}() {{ '$first' \"\$@\"; }}"; done
-      return 0
-      ;;
-  esac
-  case ${{text%% *}} in
-    exec | nohup | env | setsid | command) runs=${{text%% *}} text=${{text#* }} ;;
-  esac
-  first=${{text%% *}}
-  case $first in
-    *[!][A-Za-z0-9_./:@+~\"\$\{{\}}-]*) return 0 ;;
-  esac
-  quotes=${{first//[!\"]/}} opened=${{first//[!\{{]/}} closed=${{first//[!\}}]/}}
-  case $first:$((${{#quotes}} % 2)):$((${{#opened}} - ${{#closed}})) in
-    */*:0:0 | *\$*:0:0) eval "words=($first)" ;;
-  esac
-  case ${{words[0]-}} in
-    {bin}/* | *[!A-Za-z0-9_./+-]*) return 0 ;;
-    */*) ;;
-    *) return 0 ;;
-  esac
-  case ' {names} ' in
-    *" ${{words[0]##*/}} "*) ;;
-    *) return 0 ;;
-  esac
-  if [[ $runs ]]; then
-    eval "$runs() {{ {by_path} \"\$@\"; exit; }}"
-  else
-    eval "${{words[0]}}() {{ {by_path} ${{words[0]}} \"\$@\"; }}"
-  fi
-  return 0
-}}
-trap '_tst_guard "$BASH_COMMAND" "$_"' DEBUG
-set -T
+# Every Python loads it at its start, by whatever path it was called, and becomes the stand-in,
+# unless that has looked at it: exec keeps the process. It runs on old Pythons too.
+_SITE = """import os
+import sys
+
+if os.environ.pop({running!r}, "").split(" ")[0] != str(os.getpid()):
+    words = getattr(sys, "orig_argv", None)
+    if words is None:
+        with open("/proc/self/cmdline", "rb") as file:
+            words = [os.fsdecode(word) for word in file.read().split(b"\\0")[:-1]]
+    # A program with a Python inside has none.
+    if words:
+        os.execv({by_path!r}, [{by_path!r}, sys.executable or words[0]] + words[1:])
+sys.path[:] = [path for path in sys.path if path != {site!r}]
+own = sys.modules.pop("sitecustomize")
+try:
+    import sitecustomize
+except ImportError:
+    pass
+sys.modules.setdefault("sitecustomize", own)
 """
 
 
@@ -84,13 +64,15 @@ class Launched:
 
     Attributes:
         command: that it would have launched; None if it came to its end.
-        environment: of that command, as far as Megatron looks at it.
+        environment: of that command, as far as Megatron looks at it; None if that is unknown.
         printed: output of a script that came to its end.
+        last_words: its last line of errors or, without any, of output.
     """
 
     command: list[str] | None
-    environment: Mapping[str, str]
-    printed: str
+    environment: Mapping[str, str] | None
+    printed: str = ""
+    last_words: str = ""
 
 
 def run_script(script: Path, extra: Sequence[str]) -> Launched:
@@ -106,14 +88,16 @@ def run_script(script: Path, extra: Sequence[str]) -> Launched:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = _write_stand_ins(folder)
-        printed = _run(script, extra, folder, environment)
+        _run(script, extra, folder, environment)
         try:
             record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return Launched(None, {}, printed)
+            printed = (folder / "output").read_text(encoding="utf-8", errors="replace")
+            lines = _lines(folder / "errors") or _lines(folder / "output") or [""]
+            return Launched(None, None, printed, lines[-1])
     if record["is_refused"]:
         raise _refusal(script, record)
-    return Launched(record["command"], record["environment"], printed)
+    return Launched(record["command"], record["environment"])
 
 
 def _refusal(script: Path, record: Mapping[str, Any]) -> UsageError:
@@ -149,27 +133,14 @@ def _write_stand_ins(folder: Path) -> dict[str, str]:
         own = "" if name == "by_path" else shlex.quote(name)
         file.write_text(_STAND_IN.format(**quoted, name=own), encoding="utf-8")
         file.chmod(0o755)
-    (folder / "guard.bash").write_text(_guard(folder), encoding="utf-8")
-    return {
-        **os.environ,
-        "DRY_RUN": "1",
-        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "BASH_ENV": str(folder / "guard.bash"),
-    }
+    (folder / "site").mkdir()
+    text = _SITE.format(running=RUNNING, by_path=str(folder / "by_path"), site=str(folder / "site"))
+    (folder / "site" / "sitecustomize.py").write_text(text, encoding="utf-8")
+    return {**os.environ, "DRY_RUN": "1", **search_paths(folder)}
 
 
-def _guard(folder: Path) -> str:
-    earlier = os.environ.get("BASH_ENV")
-    return _GUARD.format(
-        earlier=f". {shlex.quote(earlier)}" if earlier and Path(earlier).is_file() else "",
-        bin=shlex.quote(str(folder / "bin")),
-        by_path=shlex.quote(str(folder / "by_path")),
-        names=" ".join(stand_ins()),
-    )
-
-
-def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str, str]) -> str:
-    """What a script printed; it and all that it started have ended."""
+def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    """Runs a script; it and all that it started have ended."""
     record, output, errors = (folder / name for name in ("record.json", "output", "errors"))
     with output.open("wb") as to_output, errors.open("wb") as to_errors:
         try:
@@ -189,21 +160,26 @@ def _run(script: Path, extra: Sequence[str], folder: Path, environment: dict[str
             end_session(process.pid)
             process.wait()
     if record.exists():
-        return ""
+        return
     if code is None:
         raise UsageError(
             f"{script} did not come to its launch under DRY_RUN=1 within {_TIMEOUT_SECONDS} "
             "seconds: let it print its command then, or pass a file with the arguments of Megatron."
         )
     if code:
-        lines = [x for x in errors.read_text(errors="replace").splitlines() if x.strip()]
         # Usage follows the error.
+        lines = _lines(errors) or _lines(errors, is_trace=True)[-1:]
         reason = lines[0] if lines else "it printed nothing"
         raise UsageError(
             f"{script} ended with {code} under DRY_RUN=1: {reason}. Set the variables "
             "that it needs, as for a launch."
         )
-    return output.read_text(encoding="utf-8", errors="replace")
+
+
+def _lines(file: Path, *, is_trace: bool = False) -> list[str]:
+    """What a script printed, without the trace of ``set -x``, or that trace."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip() and line.startswith("+") == is_trace]
 
 
 def _wait(process: subprocess.Popen[bytes], record: Path) -> int | None:

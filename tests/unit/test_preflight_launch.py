@@ -18,9 +18,10 @@ from tests.preflight_checked import Checked
 ROOT = Path(__file__).parents[2]
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 LAUNCHERS = (
-    "torchrun srun mpirun mpiexec deepspeed sbatch salloc bcprun ngc docker podman apptainer "
-    "singularity ssh kubectl"
+    "srun mpirun mpiexec sbatch salloc bcprun ngc docker podman apptainer singularity enroot ssh "
+    "kubectl conda"
 )
+PYTHON_LAUNCHERS = "torchrun deepspeed accelerate python"
 
 
 class Cluster:
@@ -32,10 +33,17 @@ class Cluster:
         self._mark = folder / "started"
         self.bin.mkdir(parents=True)
         # python3 is a real one, which scripts ask something.
-        for name in (*LAUNCHERS.split(), "python"):
-            program = self.bin / name
-            program.write_text(f'#!/bin/sh\necho {name} "$@" >>{shlex.quote(str(self._mark))}\n')
-            program.chmod(0o755)
+        for name in (*LAUNCHERS.split(), *PYTHON_LAUNCHERS.split()):
+            text = f'#!/bin/sh\necho {name} "$@" >>{shlex.quote(str(self._mark))}\n'
+            if name in PYTHON_LAUNCHERS.split():
+                text = f"#!{sys.executable}\nimport sys\n{self.marking}"
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+
+    @property
+    def marking(self) -> str:
+        """The line of a Python program that leaves the mark."""
+        return f"import sys; print(*sys.argv, file=open({str(self._mark)!r}, 'a'))\n"
 
     def script(self, text: str, name: str = "train.sh") -> Path:
         file = self.folder / name
@@ -89,7 +97,26 @@ def test_a_shell_behind_a_launcher_is_read_up_to_its_launch(cluster: Cluster, la
         '"$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
         'exec "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
         "PATH=$PWD/venv/bin:$PATH torchrun pretrain_gpt.py --seed 1",
-        'COMMAND=("$PWD/venv/bin/srun" python pretrain_gpt.py --seed 1)\n"${COMMAND[@]}"',
+        'A=1 "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
+        'env A=1 "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
+        'run() { "$@"; }\nrun "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
+        'ln -s venv "my venv"\nD="my venv/bin"\n"$D/torchrun" pretrain_gpt.py --seed 1',
+        'stdbuf -oL timeout 9 "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
+        'time A=1 "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1',
+        'COMMAND="A=1 $PWD/venv/bin/torchrun pretrain_gpt.py --seed 1"\neval "$COMMAND"',
+        'sh -c "venv/bin/torchrun pretrain_gpt.py --seed 1"',
+        "export PYTHONPATH=$PWD:$PYTHONPATH\nvenv/bin/torchrun pretrain_gpt.py --seed 1",
+        "PYTHONPATH=$PWD python3 -c \"import os; os.system('venv/bin/torchrun pretrain_gpt.py "
+        "--seed 1')\"",
+        "venv/bin/python3.12 -c \"import os; os.execv('venv/bin/torchrun', "
+        "['x', 'pretrain_gpt.py', '--seed', '1'])\"",
+        'COMMAND=("$PWD/venv/bin/accelerate" launch pretrain_gpt.py --seed 1)\n"${COMMAND[@]}"',
+        "venv/bin/python3.12 -m torch.distributed.run pretrain_gpt.py --seed 1",
+        "venv/bin/python3.12 -W ignore venv/bin/torchrun pretrain_gpt.py --seed 1",
+        # As Python 3.6 to 3.9, which know less of their command.
+        "venv/bin/python3.12 -S -c 'import sys; del sys.orig_argv; import sitecustomize' "
+        "pretrain_gpt.py --seed 1",
+        "nice venv/bin/python3.12 -u pretrain_gpt.py --seed 1",
         'COMMAND="$PWD/venv/bin/python -u pretrain_gpt.py --seed 1"\neval "$COMMAND"',
         'nohup "$PWD/venv/bin/torchrun" pretrain_gpt.py --seed 1 >log 2>&1 &\nwait',
         "python3.12 -m megatron_tst.pretrain --seed 1",
@@ -97,7 +124,8 @@ def test_a_shell_behind_a_launcher_is_read_up_to_its_launch(cluster: Cluster, la
 )
 def test_launchers_of_another_path_are_not_started(cluster: Cluster, launch: str) -> None:
     (cluster.bin / "activate").write_text(f"PATH={cluster.bin}:$PATH\n")
-    (cluster.bin / "python3.12").symlink_to("python")
+    (cluster.bin / "python3.12").symlink_to(sys.executable)
+    (cluster.folder / "pretrain_gpt.py").write_text(cluster.marking)
     assert arguments_of(cluster.script(launch)) == ["--seed", "1"]
     assert cluster.started == ""
 
@@ -109,8 +137,12 @@ def test_launchers_of_another_path_are_not_started(cluster: Cluster, launch: str
         "srun --nodes 8 python train.py",
         "srun bash absent.sh",
         "srun bash inner.sh",
+        "srun enroot import image",
+        "srun -n1 conda run -n tok python tools/preprocess_data.py",
+        "srun docker pull image",
         "torchrun --nproc-per-node 8 train.py",
         "python -m torch.distributed.run train.py",
+        "python -W ignore -um torch.distributed.run train.py",
         "deepspeed train.py",
         "sbatch job.sh",
         "docker run --gpus all image bash inner.sh",
@@ -171,6 +203,73 @@ def test_a_script_works_as_without_stand_ins(cluster: Cluster) -> None:
         'exec > >(cat)\necho pretrain_gpt.py "${PWD##*/}" "${A[1]}" $CODE $CODES $PREFIX'
     )
     assert arguments_of(script) == ["a", "b", "1", "1", "0", sys.prefix]
+
+
+def test_what_is_no_launch_runs_as_without_stand_ins(cluster: Cluster) -> None:
+    (cluster.folder / "own").mkdir()
+    (cluster.folder / "own/sitecustomize.py").write_text("import sys\nsys.own = 1\n")
+    question = "import os, sys; print(sys.own, os.environ['PYTHONPATH'].count('own'))"
+    script = cluster.script(
+        f"export PYTHONPATH=$PWD/own\nA=$({shlex.quote(sys.executable)} -c {question!r})\n"
+        f"echo import sys > tool.py\necho 'print(*sys.argv[1:])' >> tool.py\n"
+        f"B=$(env A=1 {shlex.quote(sys.executable)} -u tool.py 'x y' <tool.py)\n"
+        "torchrun pretrain_gpt.py $A $B"
+    )
+    assert arguments_of(script) == ["1", "1", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"env {sys.executable} -c 'print(1)'\nN=$(env FOO=1 bash -c 'echo $FOO')",
+        "set -eu\nread_it() { local tmp; tmp=$(mktemp); trap 'rm -f \"$tmp\"' RETURN\n"
+        'echo 1 >"$tmp"; N=$(cat "$tmp"); }\nother() { :; }\nread_it; other',
+        "set -x\n: ${N:=1}",
+    ],
+)
+def test_a_script_may_use_what_bash_has(cluster: Cluster, text: str) -> None:
+    script = cluster.script(f"{text}\ntorchrun pretrain_gpt.py --seed $N")
+    assert arguments_of(script) == ["--seed", "1"]
+
+
+def test_the_error_of_a_script_with_a_trace_is_shown(cluster: Cluster) -> None:
+    script = cluster.script("set -x\ntrue\n: ${DATA:?must be set}\ntorchrun pretrain_gpt.py")
+    with pytest.raises(UsageError, match=r"DRY_RUN=1: .*DATA: must be set\. Set the variables"):
+        arguments_of(script)
+
+
+@pytest.mark.parametrize("text", ["echo first; echo last >&2; echo out", "echo first; echo last"])
+def test_the_last_words_of_a_script_that_launches_nothing(cluster: Cluster, text: str) -> None:
+    with pytest.raises(UsageError, match=r"launches no program .* It ended with: last$"):
+        arguments_of(cluster.script(f"set -x\n{text}"))
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        "srun bash -c 'source env.sh; python pretrain_gpt.py --lr $LR'",
+        "srun --export=ALL,LR=1e-3 bash -lc 'python pretrain_gpt.py --lr $LR'",
+        "mpirun -x LR=1e-3 -np 8 sh -c 'python pretrain_gpt.py --lr $LR'",
+        "mpirun -genv LR 1e-3 bash inner.sh",
+        "mpirun --use-hwthread-cpus -np 8 bash inner.sh",
+        "srun --immediate bash inner.sh",
+        "srun --bcast --test-only --interactive bash inner.sh",
+        "srun bash -euo pipefail -c '. ./env.sh; ./inner.sh'",
+        "srun bash -o pipefail inner.sh",
+        "srun ./wrap.sh pretrain_gpt.py --lr 1e-3",
+        # What cannot run here is read as it stands.
+        "srun bash -c 'cd /absent && python pretrain_gpt.py --lr 1e-3'",
+        "srun absent/zsh -c 'python pretrain_gpt.py --lr 1e-3'",
+        "srun bash -c 'python prepare.py; python pretrain_gpt.py --lr 1e-3'",
+        "srun --container-image x bash -c 'touch started; python pretrain_gpt.py --lr 1e-3'",
+    ],
+)
+def test_the_variables_of_a_shell_behind_a_launcher(cluster: Cluster, launch: str) -> None:
+    (cluster.folder / "env.sh").write_text("export LR=1e-3\n")
+    cluster.script('python pretrain_gpt.py --lr "${LR:-1e-3}"', "inner.sh")
+    cluster.script('exec python "$@"', "wrap.sh")
+    assert arguments_of(cluster.script(launch)) == ["--lr", "1e-3"]
+    assert cluster.started == ""
 
 
 @pytest.mark.parametrize(
@@ -259,12 +358,22 @@ def test_the_rest_of_a_text_for_a_shell_is_no_argument(
         (f"srun bash -c 'export {CONNECTIONS}=1; python pretrain_gpt.py'", {CONNECTIONS: "1"}),
         (f"docker run -e {CONNECTIONS}=1 image python pretrain_gpt.py", {CONNECTIONS: "1"}),
         (f"export {CONNECTIONS}=1\ndocker run image python pretrain_gpt.py", None),
+        (f"mpirun -genv {CONNECTIONS} 1 python pretrain_gpt.py", {CONNECTIONS: "1"}),
+        (f"mpirun -n 8 -env {CONNECTIONS} 1 bash -c 'python pretrain_gpt.py'", {CONNECTIONS: "1"}),
+        ("srun bash -c '. ./env.sh; python pretrain_gpt.py'", {CONNECTIONS: "1"}),
+        ("srun --container-image x python pretrain_gpt.py", None),
+        ("srun --container-image=x bash inner.sh", None),
+        ("apptainer exec x python pretrain_gpt.py", None),
+        ("singularity exec x python pretrain_gpt.py", None),
+        ("srun enroot start x python pretrain_gpt.py", None),
         ("echo torchrun pretrain_gpt.py", None),
     ],
 )
 def test_the_environment_of_a_launch(
     cluster: Cluster, launch: str, value: dict[str, str] | None
 ) -> None:
+    (cluster.folder / "env.sh").write_text(f"export {CONNECTIONS}=1\n")
+    cluster.script("python pretrain_gpt.py", "inner.sh")
     assert read_launch(cluster.script(launch)).environment == value
 
 
