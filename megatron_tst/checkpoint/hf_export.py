@@ -55,6 +55,7 @@ FILES_OF_CLASSES = (
     *("spm_char.model", "bpe.codes", "byte_maps.json", "emoji.json", "dict.txt", "normalizer.json"),
     *("entity_vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json"),
     *("word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"),
+    *("source.spm", "target.spm"),
 )
 """What classes of transformers read besides; an export has those of its own."""
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
