@@ -19,14 +19,15 @@ SHORT_GAPS = {2: f"+0.021 {PLUS_MINUS} 0.019", 6: f"{MINUS}0.180 {PLUS_MINUS} 0.
 
 SOURCES = (
     "Losses are interpolated in the tables of the paper (arXiv 2605.06546): models of 270M to "
-    "10B-A1B, one run a setting, no seeds. Runs with seeds are of models up to "
+    "10B-A1B, one run a setting, no seeds. Runs with seeds that decide are of models up to "
     f"{LARGEST_STUDIED_PARAMETERS // 1000}k parameters, where no larger bag was better than s = 2 "
     "(docs/results.md)."
 )
 ABOUT_OUTPUT_ONLY = (
     "Output-only superposition is better than the baseline in the paper, which gives no number, "
-    f"and worse in the one comparison with seeds: {OUTPUT_ONLY_GAP} nats at s = 2, r = 0.3 "
-    f"({_STUDY}). Train it beside a baseline of as many steps."
+    f"and worse in one of two comparisons with three seeds: {OUTPUT_ONLY_GAP} nats at s = 2, "
+    f"r = 0.3 ({_STUDY}); the other, of 1.1M parameters, is undecided. Train it beside a baseline "
+    "of as many steps."
 )
 EQUAL_DATA = (
     "at equal data the baseline wins in the paper (3B), and either may in small models with seeds "

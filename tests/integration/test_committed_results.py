@@ -96,7 +96,7 @@ def test_the_first_step_under_a_loss_is_told_of_every_seed() -> None:
     [
         (f"+0.021 {PLUS_MINUS} 0.019<!--gap 127k: s=2 r=0.3-->", f"+0.022 {PLUS_MINUS} 0.019"),
         ("ahead<!--is gap 127k: s=2 r=0.3-->", "behind"),
-        ("contradicted<!--verdict ahead: gap 127k: s=2 r=0.3 output-only-->", "reproduced"),
+        ("contradicted<!--verdict behind: gap 127k: s=3 r=0.3 hinge-->", "reproduced"),
         (f"80%<!--share 127k: s=2 r=0.3 on baseline 2{TIMES} steps-->", "85%"),
         (f"1.20{TIMES} (1.06 to 1.35)<!--speed 127k: s=2 r=0.3-->", f"1.30{TIMES} (1.06 to 1.35)"),
     ],
