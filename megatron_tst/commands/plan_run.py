@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from megatron_tst.common.atomic_files import write_json
 from megatron_tst.common.command_parser import command_parser
 from megatron_tst.common.errors import UsageError, command
+from megatron_tst.common.splits import training_share
 from megatron_tst.planning.accounting import (
     PEAK_BF16_FLOPS,
     Cluster,
@@ -243,9 +243,8 @@ def _epochs(text: str) -> float:
 
 def _split(text: str) -> str:
     """As Megatron reads it, without spaces, which would make two words of it."""
-    share = r"(\d+\.?\d*|\.\d+)"
     found = text.replace(" ", "")
-    if not re.fullmatch(rf"{share}(,{share}){{0,2}}", found) or not float(found.split(",")[0]):
+    if not training_share(found):
         raise UsageError(
             f"--split is {text!r}: pass up to three shares, for training above 0, such as 9995,5,0."
         )

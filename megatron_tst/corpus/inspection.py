@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from numpy.typing import NDArray
 
 from megatron_tst.common.errors import UsageError
+from megatron_tst.common.splits import training_share
 from megatron_tst.data.bags import IGNORE_INDEX
 from megatron_tst.data.dataset import SuperpositionGPTDataset
 from megatron_tst.data.dataset_config import SuperpositionGPTDatasetConfig
@@ -30,7 +30,6 @@ from megatron_tst.settings.schedule import SuperpositionSchedule
 # Stands for bags of unknown number. The order of an epoch that lies in a phase as a whole does not
 # depend on where the phase ends.
 _ENDLESS = 1 << 60
-_SHARE = r"(\d+\.?\d*|\.\d+)"
 
 
 def open_corpus(path_prefix: str) -> IndexedDataset:
@@ -85,9 +84,7 @@ class PhaseOne:
                 raise UsageError(f"{flag} is {value}: use {minimum} or more.")
         if self._drawn is not None:
             self._check_steps()
-        if not re.fullmatch(rf"{_SHARE}(\s*,\s*{_SHARE}){{0,2}}", self.split) or not float(
-            self.split.split(",")[0]
-        ):
+        if not training_share(self.split):
             raise UsageError(
                 f"--split {self.split!r} gives training no share: pass it as to training, "
                 "for example 98,1,1."

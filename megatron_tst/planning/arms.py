@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from megatron_tst.common.splits import training_share
 from megatron_tst.planning.accounting import Cluster, ModelSize
 from megatron_tst.planning.loss_estimate import (
     LARGEST_STEP_RATIO,
@@ -96,8 +97,7 @@ class Request:
     @property
     def training_tokens(self) -> float:
         """Tokens of the train split, to which a run keeps."""
-        shares = [float(share) for share in self.split.split(",")]
-        return self.tokens * shares[0] / sum(shares)
+        return self.tokens * training_share(self.split)
 
     @property
     def readable_tokens(self) -> float:
